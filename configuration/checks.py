@@ -1,0 +1,38 @@
+"""Checks that the configurations share: an impossible value is refused with the value in the message."""
+
+
+def require_positive(config, *names: str) -> None:
+    """Raise ValueError unless every named field (a number, or a sequence of them) is above zero."""
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if number is None or number <= 0:
+                raise ValueError(f"{type(config).__name__}: {name} must be positive, got {value}.")
+
+
+def require_fraction(config, name: str) -> None:
+    """Raise ValueError unless the named field lies in [0, 1)."""
+    value = getattr(config, name)
+    if not 0 <= value < 1:
+        raise ValueError(f"{type(config).__name__}: {name} must be at least 0 and below 1, got {value}.")
+
+
+def require_divisible(config, name: str, divisor_name: str) -> None:
+    """Raise ValueError unless one named field is a multiple of another."""
+    value, divisor = getattr(config, name), getattr(config, divisor_name)
+    if value % divisor:
+        raise ValueError(
+            f"{type(config).__name__}: {name} ({value}) must be divisible by {divisor_name} ({divisor}); "
+            f"the nearest values that fit are {value - value % divisor} and {value - value % divisor + divisor}."
+        )
+
+
+def require_activation(config, name: str = "hidden_act") -> None:
+    """Raise ValueError unless the named field is an activation that transformers knows."""
+    from transformers.activations import ACT2FN
+
+    if getattr(config, name) not in ACT2FN:
+        raise ValueError(
+            f"{type(config).__name__}: {name} ({getattr(config, name)!r}) is not an activation of transformers; "
+            'CLIP uses "quick_gelu" (OpenAI) or "gelu" (LAION-2B, DataComp).'
+        )

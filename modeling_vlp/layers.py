@@ -1,0 +1,120 @@
+"""The pieces that the transformer towers share: MLP, block, encoder, position tables."""
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+
+from .attention import Attention
+
+# Shapes: B batch, N tokens, D width, H heads
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(self.fc1(x)))
+
+
+class Block(GradientCheckpointingLayer):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config, is_causal: bool):
+        super().__init__()
+        self.self_attn = Attention(config, is_causal)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def initialize(self) -> None:
+        if self.self_attn.is_causal:  # OpenAI gives the text tower a start of its own, the image tower PyTorch's
+            config = self.self_attn.config
+            init.normal_(self.mlp.fc1.weight, std=(2 * config.hidden_size) ** -0.5)
+            init.normal_(self.mlp.fc2.weight, std=(config.hidden_size * 2 * config.num_hidden_layers) ** -0.5)
+
+    def forward(self, x: Tensor, attention_mask=None, pool_at: Tensor | None = None, **kwargs):
+        """(B, N, D) -> (B, N, D) and the attention weights; with `pool_at` (B,), that row alone: (B, 1, D)."""
+        normed, weights = self.layer_norm1(x), None
+        if pool_at is None:
+            attended, weights = self.self_attn(normed, attention_mask, **kwargs)
+        else:
+            visible = None
+            if self.self_attn.is_causal:
+                visible = torch.arange(x.shape[1], device=x.device) <= pool_at[:, None]  # (B, N)
+                visible = visible[:, None, None]
+            attended = self.self_attn.forward_one(take_rows(normed, pool_at), normed, visible)
+            x = take_rows(x, pool_at)
+        x = x + attended
+        return x + self.mlp(self.layer_norm2(x)), weights
+
+
+class Encoder(nn.Module):
+    """A stack of blocks."""
+
+    def __init__(self, config, is_causal: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config, is_causal) for _ in range(config.num_hidden_layers))
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask=None,
+        pool_at: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """Run the blocks on (B, N, D).
+
+        Args:
+            pool_at: (B,) the row that will be pooled; the last block then computes that row alone, which gives the
+                same values for it, and `last_hidden_state` is (B, 1, D).
+        """
+        hidden_states, attentions = (x,), ()
+        for index, layer in enumerate(self.layers):
+            last = index == len(self.layers) - 1
+            x, weights = layer(x, attention_mask, pool_at if last else None, **kwargs)
+            hidden_states += (x,)
+            attentions += (weights,)
+        return BaseModelOutput(
+            last_hidden_state=x,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Row `index` (B,) of each sequence in (B, N, D), as (B, 1, D), without a host-device synchronisation."""
+    return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[-1]))
+
+
+def interpolate_grid(table: Tensor, height: int, width: int) -> Tensor:
+    """Resample a position table (1 + G * G, D), whose first row has no place, to a grid of (height, width) cells.
+
+    Bicubic, as transformers' `interpolate_pos_encoding`; returns (1 + height * width, D).
+    """
+    side = int((table.shape[0] - 1) ** 0.5)
+    if (side, side) == (height, width):
+        return table
+    grid = table[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, G, G)
+    grid = nn.functional.interpolate(grid.float(), size=(height, width), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], grid[0].flatten(1).T.to(table.dtype)])
+
+
+def require_image_size(pixel_values: Tensor, image_size: int, multiple: int, interpolate: bool) -> None:
+    """Raise ValueError where the images are not of the size that the position table was made for."""
+    height, width = pixel_values.shape[-2:]
+    if not interpolate and (height, width) != (image_size, image_size):
+        raise ValueError(
+            f"The images are {height} x {width} pixels, the model was made for {image_size} x {image_size}: "
+            "pass interpolate_pos_encoding=True to resample its positions, or resize the images."
+        )
+    if height % multiple or width % multiple:
+        raise ValueError(f"The images are {height} x {width} pixels; both sides must be multiples of {multiple}.")

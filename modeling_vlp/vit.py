@@ -1,0 +1,77 @@
+"""The vision transformer of CLIP. Source: openai/CLIP, clip/model.py, VisionTransformer."""
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..configuration.vision import VlpViTConfig
+from .base import VlpPreTrainedModel
+from .layers import Encoder, interpolate_grid, require_image_size
+
+# Shapes: B batch, C channels, G patches along a side, N tokens, D width
+
+
+class PatchEmbeddings(nn.Module):
+    """Patches, a class token before them, and positions."""
+
+    def __init__(self, config: VlpViTConfig):
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
+        )
+        grid = config.image_size // config.patch_size
+        self.position_embedding = nn.Embedding(grid * grid + 1, config.hidden_size)
+
+    def initialize(self) -> None:
+        init.normal_(self.class_embedding, std=self.config.hidden_size**-0.5)
+        init.normal_(self.position_embedding.weight, std=self.config.hidden_size**-0.5)
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        require_image_size(pixel_values, self.config.image_size, self.config.patch_size, interpolate_pos_encoding)
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (B, D, G, G)
+        position = interpolate_grid(self.position_embedding.weight, *patches.shape[-2:])
+        patches = patches.flatten(2).transpose(1, 2) + position[1:]
+        first = (self.class_embedding + position[0]).expand(len(patches), 1, -1)
+        return torch.cat([first, self.drop_patches(patches)], dim=1)  # (B, N, D)
+
+    def drop_patches(self, patches: Tensor) -> Tensor:
+        """Keep a random share of each training image's patches (FLIP, arXiv:2212.00794)."""
+        if not self.training or not self.config.patch_dropout:
+            return patches
+        keep = max(1, round(patches.shape[1] * (1 - self.config.patch_dropout)))
+        order = torch.rand(patches.shape[:2], device=patches.device).argsort(dim=1)[:, :keep]
+        return patches.gather(1, order[..., None].expand(-1, -1, patches.shape[-1]))
+
+
+class ViT(VlpPreTrainedModel):
+    """Vision transformer, pooled at the class token."""
+
+    config_class = VlpViTConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["PatchEmbeddings", "Block"]
+
+    def __init__(self, config: VlpViTConfig):
+        super().__init__(config)
+        self.embeddings = PatchEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # the name of transformers
+        self.encoder = Encoder(config, is_causal=False)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, pooled_only: bool = False, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Images (B, C, S, S) -> `last_hidden_state` (B, N, D) before the last norm, `pooler_output` (B, D)."""
+        x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
+        class_row = x.new_zeros(len(x), dtype=torch.long) if pooled_only else None
+        encoded = self.encoder(x, pool_at=class_row, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=None if pooled_only else encoded.last_hidden_state,
+            pooler_output=self.post_layernorm(encoded.last_hidden_state[:, 0]),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )

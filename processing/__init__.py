@@ -1,0 +1,1 @@
+"""What goes in: images, captions and prompts, made ready for a model."""

@@ -1,0 +1,65 @@
+"""Shared pieces: everything runs offline, on tiny random models."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from PIL import Image
+
+import vlp
+
+VIT = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+RESNET = {"model_type": "vlp_modified_resnet", "image_size": 64, "embedding_size": 16, "depths": [1, 2, 1]}
+TEXT = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 20,
+}
+TOWERS = {"vit": VIT, "resnet": RESNET}
+CAPTIONS = ["a red square", "a green circle, small", "blue", "two yellow triangles and a dog"]
+
+
+def tiny_config(tower: str = "vit", **overrides) -> vlp.VlpClipConfig:
+    return vlp.VlpClipConfig(vision_config=dict(TOWERS[tower]), text_config=dict(TEXT), projection_dim=24, **overrides)
+
+
+def tiny_model(tower: str = "vit", **overrides) -> vlp.VlpClipModel:
+    torch.manual_seed(0)
+    return vlp.VlpClipModel(tiny_config(tower, **overrides))
+
+
+def tiny_batch(model: vlp.VlpClipModel, size: int = 4) -> dict[str, torch.Tensor]:
+    """Random images, and captions of different lengths padded with the end token."""
+    generator = torch.Generator().manual_seed(1)
+    side, text = model.config.vision_config.image_size, model.config.text_config
+    input_ids = torch.full((size, 11), text.eos_token_id)
+    for row in range(size):
+        length = 3 + 2 * row % 8
+        input_ids[row, 0] = text.bos_token_id
+        input_ids[row, 1:length] = torch.randint(5, 500, (length - 1,), generator=generator)
+    return {"input_ids": input_ids, "pixel_values": torch.randn(size, 3, side, side, generator=generator)}
+
+
+def tiny_processor(side: int = 32) -> vlp.VlpClipProcessor:
+    image_processor = vlp.VlpClipImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    return vlp.VlpClipProcessor(image_processor, vlp.VlpClipTokenizer.train(CAPTIONS, 600, max_length=20))
+
+
+@pytest.fixture
+def images() -> list[Image.Image]:
+    return [Image.new("RGB", (40, 30 + 10 * index), colour) for index, colour in enumerate(("red", "green", "blue"))]

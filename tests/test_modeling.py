@@ -1,0 +1,241 @@
+"""The towers and CLIP itself, on tiny random weights. Run: pytest tests/test_modeling.py"""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_batch, tiny_config, tiny_model
+from torch.testing import assert_close
+from transformers import AutoModel
+
+import vlp
+
+both_towers = pytest.mark.parametrize("tower", ["vit", "resnet"])
+
+
+@both_towers
+def test_output_has_the_shapes_of_transformers(tower):
+    model = tiny_model(tower).eval()
+    batch = tiny_batch(model)
+    output = model(**batch, return_loss=True, output_hidden_states=True)
+    assert output.logits_per_image.shape == (4, 4)
+    assert_close(output.logits_per_text, output.logits_per_image.T)
+    assert_close(output.image_embeds.norm(dim=-1), torch.ones(4))
+    assert output.loss.shape == ()
+    text = output.text_model_output
+    assert text.last_hidden_state.shape == (4, 11, 32) and text.pooler_output.shape == (4, 24)
+    assert [tuple(h.shape) for h in text.hidden_states] == [(4, 11, 32)] * 4
+    vision = output.vision_model_output
+    if tower == "vit":
+        assert [tuple(h.shape) for h in vision.hidden_states] == [(4, 17, 48)] * 4
+    else:
+        assert [tuple(h.shape) for h in vision.hidden_states] == [
+            (4, 16, 16, 16), (4, 64, 16, 16), (4, 128, 8, 8), (4, 256, 4, 4)
+        ]  # fmt: skip
+    assert isinstance(model(**batch, return_dict=False), tuple)
+
+
+@both_towers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load_round_trip_is_bit_for_bit(tower, dtype, tmp_path):
+    model = tiny_model(tower).to(dtype)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype)
+    assert type(loaded) is vlp.VlpClipModel
+    for name, tensor in model.state_dict().items():
+        other = loaded.state_dict()[name]
+        assert other.dtype == tensor.dtype and torch.equal(other, tensor), name
+
+
+@both_towers
+def test_pooled_only_gives_the_same_embeddings_and_gradients(tower):
+    model = tiny_model(tower).double()
+    batch = tiny_batch(model)
+    losses, gradients = [], []
+    for pooled_only in (False, True):
+        model.zero_grad()
+        loss = model(**batch, return_loss=True, pooled_only=pooled_only).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert_close(*losses)
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@torch.no_grad()
+def test_attention_implementations_agree(implementation):
+    model = tiny_model().eval()
+    batch = tiny_batch(model)
+    expected = model(**batch)
+    model.set_attn_implementation(implementation)
+    assert model.text_model.config._attn_implementation == implementation
+    output = model(**batch)
+    assert_close(output.text_embeds, expected.text_embeds, rtol=1e-4, atol=1e-5)
+    assert_close(output.image_embeds, expected.image_embeds, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attentions_are_returned_by_eager_and_are_causal_in_the_text_tower():
+    model = tiny_model().eval()
+    model.set_attn_implementation("eager")
+    output = model(**tiny_batch(model), output_attentions=True)
+    for weights in output.text_model_output.attentions:
+        assert weights.shape == (4, 4, 11, 11)
+        assert_close(weights.triu(1), torch.zeros_like(weights))
+        assert_close(weights.sum(-1), torch.ones(4, 4, 11))
+    assert [w.shape for w in output.vision_model_output.attentions] == [(4, 4, 17, 17)] * 3
+
+
+@both_towers
+def test_gradient_checkpointing_gives_the_same_gradients_and_statistics(tower):
+    plain = tiny_model(tower).double().train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in checkpointed.modules())
+    batch = tiny_batch(plain)
+    for model in (plain, checkpointed):
+        model(**batch, return_loss=True).loss.backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+        assert_close(a.grad, b.grad, msg=name)
+    assert_close(dict(plain.named_buffers()), dict(checkpointed.named_buffers()))
+
+
+@both_towers
+@torch.no_grad()
+def test_batch_of_one_equals_batch_of_many(tower):
+    model = tiny_model(tower).eval()
+    batch = tiny_batch(model)
+    together = model(**batch)
+    for row in range(4):
+        alone = model(input_ids=batch["input_ids"][row : row + 1], pixel_values=batch["pixel_values"][row : row + 1])
+        assert_close(alone.image_embeds[0], together.image_embeds[row], rtol=1e-4, atol=1e-5)
+        assert_close(alone.text_embeds[0], together.text_embeds[row], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooled_only", [False, True])
+@torch.no_grad()
+def test_padding_and_what_stands_in_it_change_nothing(pooled_only):
+    model = tiny_model().eval()
+    batch = tiny_batch(model)
+    expected = model.get_text_features(batch["input_ids"], pooled_only=pooled_only).pooler_output
+    wider = torch.nn.functional.pad(batch["input_ids"], (0, 5), value=7)
+    assert_close(model.get_text_features(wider, pooled_only=pooled_only).pooler_output, expected, rtol=1e-4, atol=1e-5)
+    row = batch["input_ids"][:1]
+    end = int((row == model.config.text_config.eos_token_id).int().argmax()) + 1
+    trimmed = model.get_text_features(row[:, :end], pooled_only=pooled_only).pooler_output
+    assert_close(trimmed, expected[:1], rtol=1e-4, atol=1e-5)
+
+
+@both_towers
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_finite_and_near(tower, dtype):
+    model = tiny_model(tower)
+    batch = tiny_batch(model)
+    expected = model(**batch, return_loss=True)
+    model = model.to(dtype)
+    output = model(**batch | {"pixel_values": batch["pixel_values"].to(dtype)}, return_loss=True)
+    output.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert_close(output.image_embeds.float(), expected.image_embeds, rtol=0.1, atol=0.05)
+
+
+@both_towers
+@torch.no_grad()
+def test_other_resolutions(tower):
+    model = tiny_model(tower).eval()
+    side = model.config.vision_config.image_size
+    images = torch.randn(2, 3, 2 * side, side)
+    with pytest.raises(ValueError, match=rf"{2 * side} x {side} pixels.*interpolate_pos_encoding"):
+        model.get_image_features(images)
+    assert model.get_image_features(images, interpolate_pos_encoding=True).pooler_output.shape == (2, 24)
+    same = torch.randn(2, 3, side, side)
+    assert_close(
+        model.get_image_features(same, interpolate_pos_encoding=True).pooler_output,
+        model.get_image_features(same).pooler_output,
+    )
+    with pytest.raises(ValueError, match="multiples of"):
+        model.get_image_features(torch.randn(1, 3, side + 1, side), interpolate_pos_encoding=True)
+
+
+def test_too_long_a_caption_is_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="21 tokens long, the model reads at most 20"):
+        model.get_text_features(torch.zeros(1, 21, dtype=torch.long))
+
+
+def test_resize_token_embeddings():
+    model = tiny_model()
+    before = model.text_model.embeddings.token_embedding.weight.clone()
+    model.resize_token_embeddings(610)
+    assert model.config.text_config.vocab_size == 610
+    assert_close(model.get_input_embeddings().weight[:600], before)
+    model.get_text_features(torch.tensor([[598, 605, 599]]))
+
+
+@both_towers
+@pytest.mark.slow
+def test_compiles_without_graph_breaks(tower):
+    model = tiny_model(tower).eval()
+    batch = tiny_batch(model)
+    expected = model(**batch)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(**batch).logits_per_image, expected.logits_per_image, rtol=1e-4, atol=1e-4)
+    model.train()
+    compiled(**batch, return_loss=True, pooled_only=True).loss.backward()
+
+
+def test_patch_dropout_drops_in_training_alone():
+    config = tiny_config()
+    config.vision_config.patch_dropout = 0.5
+    model = vlp.VlpClipModel(config)
+    images = torch.randn(2, 3, 32, 32)
+    assert model.train().get_image_features(images).last_hidden_state.shape == (2, 9, 48)
+    assert model.eval().get_image_features(images).last_hidden_state.shape == (2, 17, 48)
+
+
+def test_initialisation_follows_openai():
+    config = vlp.VlpClipConfig(
+        vision_config={"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 1024},
+        text_config={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
+        projection_dim=256,
+    )
+    torch.manual_seed(0)
+    model = vlp.VlpClipModel(config)
+
+    def std(tensor, expected):
+        assert tensor.std().item() == pytest.approx(expected, rel=0.03)
+
+    text, vision = model.text_model, model.vision_model
+    std(text.embeddings.token_embedding.weight, 0.02)
+    std(text.embeddings.position_embedding.weight, 0.01)
+    std(text.encoder.layers[1].self_attn.k_proj.weight, 256**-0.5)
+    std(text.encoder.layers[1].self_attn.out_proj.weight, 256**-0.5 * 8**-0.5)
+    std(text.encoder.layers[1].mlp.fc1.weight, 512**-0.5)
+    std(text.encoder.layers[1].mlp.fc2.weight, 256**-0.5 * 8**-0.5)
+    std(model.text_projection.weight, 256**-0.5)
+    std(model.visual_projection.weight, 256**-0.5)
+    std(vision.embeddings.position_embedding.weight, 256**-0.5)
+    std(vision.encoder.layers[0].self_attn.q_proj.weight, (2 / (4 * 256)) ** 0.5)  # Xavier over (3 * 256, 256)
+    std(vision.encoder.layers[0].mlp.fc1.weight, (3 * 256) ** -0.5)  # PyTorch's Linear
+    assert vision.encoder.layers[0].self_attn.q_proj.bias.abs().max() == 0
+    assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    resnet = tiny_model("resnet").vision_model
+    assert resnet.layer2[1].bn3.weight.abs().max() == 0
+    std(resnet.attnpool.v_proj.weight, 256**-0.5)
+
+
+def test_logit_scale_is_clamped_between_1_and_100():
+    model = tiny_model()
+    for value, expected in ((9.0, 100.0), (-1.0, 1.0)):
+        model.logit_scale.data.fill_(value)
+        model.clamp_logit_scale()
+        assert model.logit_scale.exp().item() == pytest.approx(expected)
+
+
+def test_siglip_model_has_a_bias_and_uses_the_sigmoid_loss():
+    model = tiny_model(logit_scale_init_value=2.3, logit_bias_init_value=-10.0)
+    output = model(**tiny_batch(model), return_loss=True)
+    assert output.logits_per_image.mean() < 0
+    output.loss.backward()
+    assert model.logit_bias.grad.abs() > 0
