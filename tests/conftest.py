@@ -54,9 +54,7 @@ def tiny_batch(model: vlp.VlpClipModel, size: int = 4) -> dict[str, torch.Tensor
 
 
 def tiny_processor(side: int = 32) -> vlp.VlpClipProcessor:
-    image_processor = vlp.VlpClipImageProcessor(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
+    image_processor = vlp.VlpClipImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return vlp.VlpClipProcessor(image_processor, vlp.VlpClipTokenizer.train(CAPTIONS, 600, max_length=20))
 
 

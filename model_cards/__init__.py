@@ -1,0 +1,1 @@
+"""What is published: a model card rendered from the facts of a run."""

@@ -1,0 +1,125 @@
+"""The model card, rendered from the stored facts of a run; a fact that is missing drops its section."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..configuration import VlpClipConfig, VlpModifiedResNetConfig
+from .plots import plot_examples, plot_history
+
+TEMPLATE = Path(__file__).with_name("template.md")
+RESULTS = "results.json"
+
+METRIC_NAMES = {
+    "zero_shot_top1": "Zero-shot top-1 accuracy",
+    "zero_shot_top5": "Zero-shot top-5 accuracy",
+    "text_to_image_recall_at_1": "Text to image, R@1",
+    "text_to_image_recall_at_5": "Text to image, R@5",
+    "text_to_image_recall_at_10": "Text to image, R@10",
+    "image_to_text_recall_at_1": "Image to text, R@1",
+    "image_to_text_recall_at_5": "Image to text, R@5",
+    "image_to_text_recall_at_10": "Image to text, R@10",
+}
+# Facts about the data that the package embeds; other data brings them through its options.
+KNOWN_DATA = {
+    "emoji": {
+        "title": "Emoji captions, five designs",
+        "license": "Noto (Apache-2.0), OpenMoji (CC BY-SA 4.0), Fluent Emoji (MIT); names from Unicode CLDR "
+        "(Unicode licence); evaluation on Twemoji (CC BY 4.0)",
+        "limits": "It has seen drawings of emoji, 64 pixels wide on white, and nothing else: photographs, text and "
+        "scenes are outside of what it knows. Emoji show people in few ways; do not use it to judge people.",
+    }
+}
+
+
+def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
+    """Write README.md, its pictures and results.json into a folder that holds a saved model.
+
+    Args:
+        results: the facts that `training.run.publish` collects.
+        examples: {"image", "label", "predictions": [(name, probability), ...]} each.
+    """
+    results = results | {"examples": [{k: v for k, v in example.items() if k != "image"} for example in examples]}
+    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    if results["history"]:
+        plot_history(results["history"], folder / "loss.png")
+    if examples:
+        plot_examples(examples, folder / "examples.png")
+    render_card(folder).save(folder / "README.md")
+
+
+def render_card(folder: Path) -> ModelCard:
+    """The card of a folder, from its results.json and config.json alone."""
+    results = json.loads((folder / RESULTS).read_text())
+    config, arguments = VlpClipConfig.from_pretrained(folder), results["arguments"]
+    data = KNOWN_DATA.get(arguments["dataset_name"], {})
+    title = data.get("title", arguments["dataset_name"])
+    metrics = [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            task_name="Zero-shot image classification" if name.startswith("zero_shot") else "Image-text retrieval",
+            dataset_type=arguments["eval_dataset_name"] or arguments["dataset_name"],
+            dataset_name=title,
+            dataset_split=arguments["hold_out"] or arguments["eval_split"],
+            metric_type="accuracy" if name.startswith("zero_shot") else "recall",
+            metric_name=METRIC_NAMES[name],
+            metric_value=round(value, 4),
+        )
+        for name, value in results["metrics"].items()
+    ]
+    card_data = ModelCardData(
+        language=arguments["language"],
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["vlp", "clip"],
+        datasets=[arguments["dataset_name"]] if "/" in arguments["dataset_name"] else None,
+        model_name=name_of(arguments),
+        eval_results=metrics or None,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        name=name_of(arguments),
+        folder=arguments["hub_model_id"] or arguments["output_dir"],
+        architecture=describe_architecture(config),
+        metric_rows=[(METRIC_NAMES[name], f"{100 * value:.2f} %") for name, value in results["metrics"].items()],
+        data_title=title,
+        data_license=arguments["data_license"] or data.get("license"),
+        limits=data.get("limits"),
+        unseen=arguments["hold_out"] or arguments["eval_split"],
+        options={k: v for k, v in arguments.items() if k in SHOWN_OPTIONS and v not in (None, {}, False)},
+        has_loss=(folder / "loss.png").exists(),
+        has_examples=(folder / "examples.png").exists(),
+        results=results,
+    )
+
+
+SHOWN_OPTIONS = (
+    "augmentation", "templates", "template_share", "tag_share", "group_captions", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "loss", "exclude_duplicates", "label_smoothing", "learning_rate", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "layer_decay", "warmup_steps", "max_train_steps", "max_train_minutes",
+    "max_grad_norm", "ema_decay", "lock_image_tower", "lock_text_tower", "patch_dropout", "seed",
+)  # fmt: skip
+
+
+def name_of(arguments: dict) -> str:
+    return (arguments["hub_model_id"] or arguments["output_dir"]).rstrip("/").split("/")[-1]
+
+
+def describe_architecture(config: VlpClipConfig) -> list[tuple[str, str]]:
+    vision, text = config.vision_config, config.text_config
+    if isinstance(vision, VlpModifiedResNetConfig):
+        tower = f"ModifiedResNet, {'-'.join(map(str, vision.depths))} blocks, stem {vision.embedding_size}, "
+        tower += f"last stage {vision.hidden_size}, attention pooling"
+    else:
+        tower = f"ViT, {vision.num_hidden_layers} layers of {vision.hidden_size}, {vision.num_attention_heads} heads, "
+        tower += f"patches of {vision.patch_size} px, {vision.hidden_act}"
+    return [
+        ("Image tower", f"{tower}, images of {vision.image_size} x {vision.image_size} px"),
+        ("Text tower", f"causal Transformer, {text.num_hidden_layers} layers of {text.hidden_size}, "
+         f"{text.num_attention_heads} heads, {text.hidden_act}, {text.vocab_size} tokens, "
+         f"at most {text.max_position_embeddings} in a caption"),
+        ("Shared space", f"{config.projection_dim} dimensions"),
+    ]  # fmt: skip

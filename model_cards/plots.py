@@ -1,0 +1,55 @@
+"""Pictures for the card."""
+
+from pathlib import Path
+
+RIGHT, WRONG = "#1a7f37", "#57606a"
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plot_history(history: list[dict], path: Path) -> None:
+    """Every loss over the optimiser steps, and the mean of the last tenth of the entries around each."""
+    plt = _pyplot()
+    known = {"step", "samples", "learning_rate", "logit_scale", "samples_per_second"}
+    figure, axis = plt.subplots(figsize=(7, 3.2), dpi=110)
+    steps = [entry["step"] for entry in history]
+    for name in history[0].keys() - known:
+        values = [entry[name] for entry in history]
+        window = max(1, len(values) // 10)
+        smooth = [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
+                  for i in range(len(values))]  # fmt: skip
+        line = axis.plot(steps, values, alpha=0.3, linewidth=1)[0]
+        axis.plot(steps, smooth, color=line.get_color(), label=f"{name} loss")
+    axis.set_xlabel("optimiser step")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_examples(examples: list[dict], path: Path, columns: int = 4) -> None:
+    """A gallery: each picture, its name, and the three best guesses with their probabilities."""
+    plt = _pyplot()
+    rows = -(-len(examples) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.7 * rows), dpi=90, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, example in zip(axes.flat, examples, strict=False):
+        axis.imshow(example["image"])
+        axis.set_title(example["label"], fontsize=9, fontweight="bold", wrap=True)
+        for line, (name, probability) in enumerate(example["predictions"]):
+            colour = RIGHT if name == example["label"] else WRONG
+            short = name if len(name) <= 26 else name[:25] + "…"
+            axis.text(0.5, -0.06 - 0.11 * line, f"{short}  {100 * probability:.0f} %", color=colour, fontsize=8,
+                      ha="center", va="top", transform=axis.transAxes)  # fmt: skip
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

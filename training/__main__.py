@@ -1,0 +1,15 @@
+"""`accelerate launch training clip`, `accelerate launch -m vlp.training clip`, `python -m vlp.training clip`."""
+
+import sys
+
+if not __package__:
+    sys.path.pop(0)  # launched as a folder: its modules are to be found in the package `vlp`, not at the top
+try:
+    from vlp.training.run import main
+except ModuleNotFoundError as error:
+    if error.name != "vlp":
+        raise
+    sys.exit("vlp is not installed in this Python: run `pip install -e .` in the repository, or `make venv`.")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Training options: their meaning, unit, default, and what is refused before anything is loaded."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+EMOJI = "emoji"  # the data set that the package embeds
+
+
+class ArgumentError(ValueError):
+    """A wrong option; the message names the value, what was expected and what to do."""
+
+
+def option(default, text: str, **metadata):
+    """A dataclass field with its help text."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: default.copy(), metadata={"help": text, **metadata})
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(kw_only=True)
+class TrainingArguments:
+    """Everything that a run is told, along the way of the data: data, model, optimisation, evaluation, output."""
+
+    # Data
+    dataset_name: str = option(
+        EMOJI,
+        'training pairs: "emoji" (embedded), a hub name, a folder (datasets, imagefolder), a .csv, .tsv, .json or '
+        ".jsonl file, or .tar shards such as data/{000..099}.tar, several joined by :: ",
+    )
+    dataset_config_name: str | None = option(None, "configuration of a hub data set")
+    train_split: str = option("train", "split to train on")
+    image_column: str = option("image", "column with the images, or with their paths")
+    caption_column: str = option("caption", "column with one caption or a list of them, one drawn at random each time")
+    tag_column: str | None = option(None, "column with a list of keywords that may stand for the caption")
+    tag_share: float = option(0.0, "share of captions (0 to 1) that keywords take part in")
+    templates: str = option("name", "templates to put captions in while training; see vlp.processing.prompts")
+    template_share: float = option(0.0, "share of captions (0 to 1) that are put in a template")
+    image_root: str | None = option(None, "folder that image paths start from; that of the file where not given")
+    shard_weights: str | None = option(None, "weights of the :: shard sources, joined by ::, such as 2::1")
+    shard_size: int | None = option(None, "samples in all shards, for the length of an epoch (WebDataset)")
+    hold_out: str | None = option(None, "COLUMN=VALUE: rows to keep out of training and to evaluate on instead")
+    max_bad_share: float = option(0.1, "the run stops when more than this share of rows (0 to 1) cannot be used")
+    max_image_pixels: int = option(89_478_485, "images of more pixels are skipped as decompression bombs, in pixels")
+    augmentation: str = option("crop", "crop (the paper's), strong (for small data) or none")
+    group_captions: int = option(1, "images with the same caption to put into one batch together, where there are")
+    cache_images: bool = option(False, "keep decoded images in memory; for small data with augmentation strong or none")
+    num_workers: int = option(0, "processes that load data, for each training process")
+
+    # Model
+    model: dict = option({}, "fields of VlpClipConfig, as JSON; vocab_size and image_size follow from elsewhere")
+    image_size: int = option(224, "side of the images, in pixels")
+    max_length: int = option(77, "most tokens in a caption, start and end included")
+    tokenizer_name: str | None = option(
+        None, "hub name or folder of a tokenizer, or OpenAI's bpe_simple_vocab_16e6.txt.gz"
+    )
+    vocab_size: int = option(49408, "entries of the tokenizer trained on the captions, where no tokenizer is named")
+    clean_text: bool = option(False, "mend Unicode and HTML in captions as OpenAI's tokenizer does")
+    model_name_or_path: str | None = option(None, "folder or hub name of a vlp model to go on from, processor included")
+    image_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose image tower to start from")
+    text_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose text tower to start from")
+    lock_image_tower: bool = option(False, "leave the image tower as it is (LiT)")
+    lock_text_tower: bool = option(False, "leave the text tower as it is")
+    patch_dropout: float | None = option(None, "share of patches (0 to 1) that a vision transformer drops in training")
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
+    torch_compile: bool = option(False, "compile the model; slower to start, faster steps")
+
+    # Objective and optimisation
+    loss: str = option("softmax", "softmax (CLIP) or sigmoid (SigLIP)")
+    exclude_duplicates: bool = option(True, "rows of a batch with the same caption or image are not negatives")
+    per_device_train_batch_size: int = option(256, "pairs in a step of each process")
+    gradient_accumulation_steps: int = option(1, "backward passes for each optimiser step; adds no negatives")
+    learning_rate: float = option(5e-4, "peak learning rate")
+    weight_decay: float = option(0.2, "decay of weight matrices; gains, biases, scale and positions have none")
+    adam_beta1: float = option(0.9, "first moment's decay")
+    adam_beta2: float = option(0.98, "second moment's decay; the paper: 0.98 for ViT, 0.999 for ResNet")
+    adam_epsilon: float = option(1e-6, "the paper: 1e-6 for ViT, 1e-8 for ResNet")
+    layer_decay: float = option(1.0, "factor on the learning rate from each layer to the one below it")
+    max_grad_norm: float = option(1.0, "gradient norm to clip at; 0 for none")
+    warmup_steps: int = option(2000, "optimiser steps of linear warm-up")
+    num_train_epochs: float = option(32.0, "passes over the data, where neither steps nor minutes are given")
+    max_train_steps: int | None = option(None, "optimiser steps in all")
+    max_train_minutes: float | None = option(None, "minutes of training in all; the schedule ends with them")
+    label_smoothing: float = option(0.0, "share of probability (0 to 1) that the softmax loss spreads over all")
+    ema_decay: float = option(0.0, "average of weights to evaluate and publish, such as 0.999; 0 for none")
+    mixed_precision: str = option("auto", "no, bf16, fp16, or auto: bf16 where the hardware computes in it")
+    seed: int = option(0, "seed of weights, order and augmentation")
+
+    # Evaluation
+    eval_dataset_name: str | None = option(None, "pairs to evaluate on; the training data's other split if not given")
+    eval_split: str | None = option(None, "split to evaluate on; none: no evaluation")
+    eval_steps: int | None = option(None, "evaluate every so many optimiser steps; at the end in any case")
+    eval_batch_size: int = option(256, "images or captions in a step of the evaluation")
+    class_column: str | None = option(None, "column with the class name (or label) for zero-shot evaluation")
+    class_names: str | None = option(None, "names behind integer labels: a key of vlp.processing.prompts.CLASS_NAMES")
+    eval_templates: str = option("name", "templates whose prompts are averaged for a class; see vlp.processing.prompts")
+
+    # Output
+    output_dir: str | None = option(None, "folder to publish; runs/RECIPE where not given, its resume state beside it")
+    save_steps: int | None = option(None, "save the state every so many optimiser steps")
+    save_minutes: float | None = option(10.0, "save the state every so many minutes")
+    save_total_limit: int = option(2, "states to keep")
+    resume_from_checkpoint: str | None = option(None, 'folder of a state, or "latest"')
+    logging_steps: int = option(10, "log every so many optimiser steps")
+    report_to: str = option("tensorboard", "tracker: tensorboard, wandb, ... (those of accelerate), or none")
+    push_to_hub: bool = option(False, "push model, processor and card to the hub at the end, in one commit")
+    hub_model_id: str | None = option(None, "name to push to, such as me/my-clip")
+    hub_private: bool = option(False, "make the hub repository private")
+    hub_revision: str | None = option(None, "branch to push to, made where there is none")
+    language: str = option("en", "language of the captions, for the card")
+    data_license: str | None = option(None, "licence of the data, for the card")
+
+    def __post_init__(self):
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "image_size",
+                     "max_length", "vocab_size", "logging_steps", "group_captions", "save_total_limit",
+                     "max_image_pixels"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("max_train_steps", "max_train_minutes", "eval_steps", "save_steps", "save_minutes", "shard_size"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ArgumentError(f"--{name} must be positive, got {getattr(self, name)}.")
+        for name in ("learning_rate", "num_train_epochs", "adam_epsilon", "layer_decay"):
+            if getattr(self, name) <= 0:
+                raise ArgumentError(f"--{name} must be positive, got {getattr(self, name)}.")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("tag_share", "template_share", "max_bad_share", "label_smoothing", "ema_decay", "adam_beta1",
+                     "adam_beta2"):  # fmt: skip
+            if not 0 <= getattr(self, name) <= 1:
+                raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
+        require_one_of("augmentation", self.augmentation, ("crop", "strong", "none"))
+        require_one_of("loss", self.loss, ("softmax", "sigmoid"))
+        require_one_of("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
+        if self.per_device_train_batch_size == 1:
+            raise ArgumentError("--per_device_train_batch_size 1 leaves no negatives to learn from: use at least 2.")
+        if self.cache_images and (self.augmentation == "crop" or self.num_workers):
+            raise ArgumentError(
+                "--cache_images needs --augmentation strong or none (crop draws another crop each time) and "
+                f"--num_workers 0, got {self.augmentation} and {self.num_workers}."
+            )
+        if self.label_smoothing and self.loss == "sigmoid":
+            raise ArgumentError("--label_smoothing belongs to the softmax loss; the sigmoid loss has none.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ArgumentError("--push_to_hub needs --hub_model_id, the name to push to, such as me/my-clip.")
+        if self.hub_model_id and not self.push_to_hub:
+            raise ArgumentError(f"--hub_model_id {self.hub_model_id} does nothing without --push_to_hub.")
+        if self.hold_out and "=" not in self.hold_out:
+            raise ArgumentError(f"--hold_out must be COLUMN=VALUE, got {self.hold_out!r}.")
+        if self.model_name_or_path and (self.image_tower or self.text_tower):
+            raise ArgumentError("--model_name_or_path brings both towers: leave out --image_tower, --text_tower.")
+
+
+def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ArgumentError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def parse(arguments: list[str]) -> TrainingArguments:
+    """Options from the recipe (`--config`, "clip-emoji" where not given), then those of the command line over them.
+
+    Raises ArgumentError where a value is wrong; exits, as argparse does, where an option is not known.
+    """
+    parser = build_parser()
+    recipe = parser.parse_known_args(arguments)[0].config
+    values = read_recipe(recipe)
+    parser.set_defaults(**values)
+    parsed = vars(parser.parse_args(arguments))
+    del parsed["config"]
+    if parsed["output_dir"] is None:
+        parsed["output_dir"] = f"runs/{Path(recipe).stem}"
+    return TrainingArguments(**parsed)
+
+
+def read_recipe(name: str) -> dict:
+    """The options in a recipe of the package (by name) or in a YAML file (by path)."""
+    path = Path(name)
+    if not path.suffix:
+        path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise ArgumentError(f"--config {name}: no such file, and no such recipe; the recipes are {names}.")
+    values = yaml.safe_load(path.read_text()) or {}
+    types = {item.name: item.type for item in dataclasses.fields(TrainingArguments)}
+    for key, value in values.items():
+        if key not in types:
+            raise ArgumentError(f"{path}: {key!r} is no option; `accelerate launch training clip --help` lists them.")
+        expected = typing.get_args(types[key]) or (types[key],)
+        if float in expected and type(value) is int:
+            values[key] = float(value)
+        elif type(value) not in expected and not (value is None and type(None) in expected):
+            raise ArgumentError(f"{path}: {key} must be of type {types[key]}, got {value!r}.")
+    return values
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="accelerate launch training clip",
+        description="Pre-train CLIP on pairs of images and captions, evaluate it, and write a folder to publish.",
+    )
+    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+    parser.add_argument(
+        "--config",
+        default="clip-emoji",
+        metavar="FILE",
+        help=f"YAML file of options, or a recipe: {names} (default: clip-emoji)",
+    )
+    for item in dataclasses.fields(TrainingArguments):
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        kinds = [kind for kind in (typing.get_args(item.type) or (item.type,)) if kind is not type(None)]
+        text = (
+            item.metadata["help"].replace("%", "%%") + f" (default: {default if default not in ({}, None) else 'none'})"
+        )
+        if kinds[0] is bool:
+            parser.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, default=default, help=text)
+        else:
+            convert = json.loads if kinds[0] is dict else kinds[0]
+            parser.add_argument(f"--{item.name}", type=convert, default=default, metavar=kinds[0].__name__, help=text)
+    return parser
+
+
+def parse_command_line() -> TrainingArguments:
+    """`sys.argv`, its first word (`clip`, may be left out) naming what to train; wrong options end the program."""
+    words = sys.argv[1:]
+    task = words.pop(0) if words and not words[0].startswith("-") else "clip"
+    if task != "clip":
+        sys.exit(f"There is nothing called {task!r} to train; expected clip.")
+    try:
+        return parse(words)
+    except ArgumentError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,359 @@
+"""From rows to batches: bad rows are skipped and counted, one caption is drawn, images become uint8 squares."""
+
+import io
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchvision.transforms.v2 import functional as tv
+
+from ..processing.augmentation import PerImage
+from ..processing.prompts import TEMPLATES, prompts_for
+from .sources import is_shards
+
+TRIES = 1000  # rows in a row that may be bad before the data is given up
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; its message is the cause, under which it is counted."""
+
+
+class BadDataError(RuntimeError):
+    """More rows are bad than the run allows."""
+
+
+def decode_image(source: Any, max_pixels: int) -> Image.Image:
+    """A picture from bytes, a path, {"bytes", "path"} or PIL. Raises BadRow with the cause."""
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, Image.Image):
+        return source
+    if not source:
+        raise BadRow("no image")
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if image.width * image.height > max_pixels:
+            raise BadRow("decompression bomb")
+        image.load()
+        return image
+    except FileNotFoundError:
+        raise BadRow("missing image file") from None
+    except Image.DecompressionBombError:
+        raise BadRow("decompression bomb") from None
+    except UnidentifiedImageError:
+        raise BadRow("not an image") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, BadRow):
+            raise
+        raise BadRow("truncated or broken image") from None
+
+
+@dataclass(kw_only=True)
+class CaptionChooser:
+    """What is read to the model for an image: one of its captions, at times keywords, at times in a template."""
+
+    caption_column: str = "caption"
+    tag_column: str | None = None
+    tag_share: float = 0.0
+    templates: str = "name"
+    template_share: float = 0.0
+
+    def captions(self, row: dict) -> list[str]:
+        """All captions of a row that are more than white space. Raises BadRow where there is none."""
+        value = row.get(self.caption_column)
+        values = value if isinstance(value, list) else [value]
+        captions = [text.strip() for text in values if isinstance(text, str) and text.strip()]
+        if not captions:
+            raise BadRow("empty caption")
+        return captions
+
+    def choose(self, row: dict, rng: random.Random) -> tuple[str, str]:
+        """The text to read, and the caption that it stands for."""
+        caption = text = rng.choice(self.captions(row))
+        tags = row.get(self.tag_column) if self.tag_share else None
+        if tags and rng.random() < self.tag_share:
+            some = ", ".join(rng.sample(tags, rng.randint(1, min(4, len(tags)))))
+            text = some if rng.random() < 0.5 else f"{caption}, {some}"
+        if self.template_share and rng.random() < self.template_share:
+            text = rng.choice(TEMPLATES[self.templates]).format(text)
+        return text, caption
+
+
+def stable_id(value: Any) -> int:
+    """The same 63-bit integer for the same value, in every process and run."""
+    return int.from_bytes(blake2b(str(value).lower().encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass
+class Sample:
+    """One pair, ready for a batch; `skipped` names the bad rows that were met on the way to it."""
+
+    pixels: Tensor  # (3, S, S) uint8
+    text: str
+    caption_id: int
+    image_id: int
+    skipped: list[tuple[Any, str]] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class SampleMaker:
+    """Row -> Sample. The random choices depend on the seed, the epoch and the row alone."""
+
+    chooser: CaptionChooser
+    per_image: PerImage
+    image_column: str = "image"
+    max_image_pixels: int = Image.MAX_IMAGE_PIXELS or 89_478_485
+    seed: int = 0
+    cache: dict[Any, Tensor] | None = None
+
+    def __call__(self, row: dict, key: Any, epoch: int) -> Sample:
+        rng = random.Random(f"{self.seed}-{epoch}-{key}")
+        text, caption = self.chooser.choose(row, rng)
+        pixels = None if self.cache is None else self.cache.get(key)
+        if pixels is None:
+            image = decode_image(row[self.image_column], self.max_image_pixels)
+            pixels = tv.pil_to_tensor(self.per_image(image, rng))
+            if self.cache is not None:
+                self.cache[key] = pixels
+        return Sample(pixels, text, stable_id(caption), stable_id(row.get("image_id") or key))
+
+
+class PairDataset(Dataset):
+    """Pairs by number. A bad row is replaced by the next good one, so that batches keep their size."""
+
+    def __init__(self, rows, maker: SampleMaker):
+        self.rows, self.maker = rows, maker
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, draw: tuple[int, int]) -> Sample:
+        """Sample of (row number, epoch)."""
+        number, epoch = draw
+        skipped = []
+        for attempt in range(min(TRIES, len(self))):
+            key = (number + attempt) % len(self)
+            try:
+                sample = self.maker(self.rows[key], key, epoch)
+            except BadRow as error:
+                skipped.append((key, str(error)))
+                continue
+            sample.skipped = skipped
+            return sample
+        causes = Counter(cause for _, cause in skipped)
+        raise BadDataError(f"{len(skipped)} rows in a row cannot be used: {describe(causes)}.")
+
+
+class DrawSampler(Sampler):
+    """Rows in a new order each epoch, the same on every machine, dealt out to the processes; it never ends.
+
+    Args:
+        group_ids: rows with equal ids stand together in runs of up to `group_size`, so that a batch holds several
+            images of the same caption.
+        start: draws that were made before, by all processes together (to resume).
+    """
+
+    def __init__(self, size: int, seed: int, rank: int = 0, processes: int = 1, start: int = 0,
+                 group_ids: list[int] | None = None, group_size: int = 1):  # fmt: skip
+        self.size, self.seed, self.rank, self.processes = size, seed, rank, processes
+        self.start, self.group_ids, self.group_size = start, group_ids, group_size
+
+    def order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
+        order = torch.randperm(self.size, generator=generator).tolist()
+        if self.group_ids is None or self.group_size == 1:
+            return order
+        members: dict[int, list[int]] = {}
+        for number in order:
+            members.setdefault(self.group_ids[number], []).append(number)
+        runs = [
+            rows[i : i + self.group_size] for rows in members.values() for i in range(0, len(rows), self.group_size)
+        ]
+        shuffled = torch.randperm(len(runs), generator=generator).tolist()
+        return [number for run in shuffled for number in runs[run]]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position, epoch, order = self.start + self.rank, -1, []
+        while True:
+            if position // self.size != epoch:
+                epoch = position // self.size
+                order = self.order(epoch)
+            yield order[position % self.size], epoch
+            position += self.processes
+
+
+class ShardDataset(IterableDataset):
+    """Pairs streamed from WebDataset shards, without end, in a new order each time.
+
+    Args:
+        sources: one shard pattern each, such as "data/{000..099}.tar"; members are an image, and .txt or .json.
+        weights: how often each source is drawn from, relative to the others.
+    """
+
+    IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+    def __init__(self, sources: list[str], weights: list[float] | None, maker: SampleMaker, seed: int, rank: int = 0):
+        self.sources, self.maker, self.seed, self.rank = sources, maker, seed, rank
+        self.weights = weights or [1.0] * len(sources)
+
+    def __iter__(self) -> Iterator[Sample]:
+        import webdataset as wds
+
+        worker = torch.utils.data.get_worker_info()
+        seed = self.seed + 7919 * self.rank + 104_729 * (worker.id if worker else 0)
+        broken: list[tuple[Any, str]] = []
+
+        def note_and_go_on(error: Exception) -> bool:
+            broken.append((f"shard-{len(broken)}-{error}", "truncated or broken shard"))
+            return True
+
+        def stream(source: str):
+            return iter(
+                wds.DataPipeline(
+                    wds.ResampledShards(source, seed=seed, deterministic=True),
+                    wds.tarfile_to_samples(handler=note_and_go_on),
+                    wds.shuffle(1000, initial=100, rng=random.Random(seed)),
+                )
+            )
+
+        streams, rng = [stream(source) for source in self.sources], random.Random(seed)
+        skipped: list[tuple[Any, str]] = []
+        for count in range(10**18):
+            member = next(rng.choices(streams, self.weights)[0])
+            key = f"{member['__url__']}/{member['__key__']}"
+            try:
+                sample = self.maker(self.to_row(member), key, count)
+            except BadRow as error:
+                skipped.append((key, str(error)))
+                if len(skipped) >= TRIES:
+                    causes = Counter(cause for _, cause in skipped)
+                    raise BadDataError(f"{TRIES} samples in a row cannot be used: {describe(causes)}.") from None
+                continue
+            sample.skipped, skipped = skipped + broken, []
+            broken.clear()
+            yield sample
+
+    def to_row(self, member: dict) -> dict:
+        """A shard's member as a row: its picture, and its caption from .json (the caption column) or .txt."""
+        import json
+
+        chooser = self.maker.chooser
+        row = json.loads(member["json"]) if "json" in member else {}
+        if "txt" in member:
+            row.setdefault(chooser.caption_column, member["txt"].decode("utf-8", "replace"))
+        row[self.maker.image_column] = next((member[kind] for kind in self.IMAGES if kind in member), None)
+        return row
+
+
+@dataclass
+class Batch:
+    """What a step gets, and the bad rows that were met while it was made."""
+
+    pixels: Tensor  # (B, 3, S, S) uint8
+    input_ids: Tensor  # (B, N), N the longest caption of the batch
+    caption_ids: Tensor  # (B,)
+    image_ids: Tensor  # (B,)
+    skipped: list[tuple[Any, str]]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+class Collator:
+    """Samples -> Batch; captions are padded to the longest of the batch, never further."""
+
+    def __init__(self, tokenizer, max_length: int):
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        tokens = self.tokenizer(
+            [sample.text for sample in samples],
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return Batch(
+            pixels=torch.stack([sample.pixels for sample in samples]),
+            input_ids=tokens["input_ids"],
+            caption_ids=torch.tensor([sample.caption_id for sample in samples]),
+            image_ids=torch.tensor([sample.image_id for sample in samples]),
+            skipped=[bad for sample in samples for bad in sample.skipped],
+        )
+
+
+class BadRows:
+    """The bad rows of a run, each counted once, by cause."""
+
+    def __init__(self, max_share: float):
+        self.max_share, self.causes, self.seen = max_share, {}, 0
+
+    def update(self, batch: Batch) -> None:
+        """Count a batch. Raises BadDataError where the share of bad rows is past what is allowed."""
+        self.seen += len(batch)
+        self.causes.update(batch.skipped)
+        if self.seen >= 100 and len(self.causes) > self.max_share * (self.seen + len(self.causes)):
+            raise BadDataError(
+                f"{len(self.causes)} of the first {self.seen + len(self.causes)} rows cannot be used "
+                f"({self.describe()}), more than --max_bad_share {self.max_share}."
+            )
+
+    def describe(self) -> str:
+        return describe(Counter(self.causes.values()))
+
+
+def describe(causes: Counter) -> str:
+    return ", ".join(f"{cause}: {count}" for cause, count in causes.most_common()) or "none"
+
+
+def train_loader(arguments, rows, maker: SampleMaker, collator: Collator, rank: int, processes: int, start: int):
+    """An endless DataLoader of Batches for one process.
+
+    Args:
+        rows: a `datasets.Dataset`, or None for WebDataset shards.
+        start: samples that all processes together have seen before.
+    """
+    sampler = None
+    if is_shards(arguments.dataset_name):
+        sources = arguments.dataset_name.split("::")
+        weights = [float(weight) for weight in arguments.shard_weights.split("::")] if arguments.shard_weights else None
+        dataset: Dataset = ShardDataset(sources, weights, maker, arguments.seed + start, rank)
+    else:
+        dataset = PairDataset(rows, maker)
+        groups = None
+        if arguments.group_captions > 1:
+            column = rows[arguments.caption_column]
+            groups = [stable_id(value[0] if isinstance(value, list) else value) for value in column]
+        sampler = DrawSampler(len(rows), arguments.seed, rank, processes, start, groups, arguments.group_captions)
+    return DataLoader(
+        dataset,
+        batch_size=arguments.per_device_train_batch_size,
+        sampler=sampler,
+        collate_fn=collator,
+        num_workers=arguments.num_workers,
+        persistent_workers=arguments.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
+
+
+def caption_texts(rows, chooser: CaptionChooser) -> Iterator[str]:
+    """Every caption, keyword list and template, to train a tokenizer on."""
+    columns = [chooser.caption_column] + ([chooser.tag_column] if chooser.tag_share else [])
+    for row in rows.select_columns(columns):
+        try:
+            captions = chooser.captions(row)
+        except BadRow:
+            continue
+        yield from captions
+        if chooser.tag_share:
+            yield ", ".join(row[chooser.tag_column] or [])
+        if chooser.template_share:
+            yield from prompts_for(captions[:1], chooser.templates)[0]

@@ -1,0 +1,168 @@
+"""How good a model is: zero-shot classification and retrieval, exact, in chunks that bound memory."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..modeling_vlp.clip import VlpClipModel
+from ..processing.prompts import prompts_for
+from .data import BadRow, CaptionChooser, decode_image
+
+# Shapes: I images, T captions, K classes, E embedding
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    chunk: list = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+@torch.inference_mode()
+def embed_images(model: VlpClipModel, processor, images: Iterable, batch_size: int = 256) -> Tensor:
+    """PIL images -> (I, E) of unit length, on the CPU, in the order given."""
+    parts = []
+    for chunk in batched(images, batch_size):
+        pixels = processor.image_processor(chunk, return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(model.device, model.dtype)
+        features = model.get_image_features(pixels, pooled_only=True).pooler_output
+        parts.append(F.normalize(features.float(), dim=-1).cpu())
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def embed_texts(model: VlpClipModel, processor, texts: Iterable[str], batch_size: int = 256) -> Tensor:
+    """Texts -> (T, E) of unit length, on the CPU, in the order given."""
+    parts = []
+    for chunk in batched(texts, batch_size):
+        length = model.config.text_config.max_position_embeddings
+        ids = processor.tokenizer(chunk, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        features = model.get_text_features(ids["input_ids"].to(model.device), pooled_only=True).pooler_output
+        parts.append(F.normalize(features.float(), dim=-1).cpu())
+    return torch.cat(parts)
+
+
+def embed_classes(model: VlpClipModel, processor, names: list[str], templates="name", batch_size: int = 256) -> Tensor:
+    """Class names -> (K, E): the mean of a class' prompts, of unit length (openai/CLIP, notebooks)."""
+    prompts = prompts_for(names, templates)
+    flat = embed_texts(model, processor, [text for row in prompts for text in row], batch_size)
+    return F.normalize(flat.view(len(names), len(prompts[0]), -1).mean(dim=1), dim=-1)
+
+
+def ranks(queries: Tensor, targets: Tensor, right: Tensor, chunk: int = 1024) -> Tensor:
+    """How many wrong targets stand before the best right one, for each query; ties count against the model.
+
+    Args:
+        queries: (Q, E); targets: (N, E).
+        right: (Q, N) bool, or (Q,) the number of the one right target.
+    """
+    result = []
+    for start in range(0, len(queries), chunk):
+        scores = queries[start : start + chunk] @ targets.T  # (chunk, N)
+        correct = right[start : start + chunk]
+        if correct.ndim == 1:
+            correct = F.one_hot(correct, len(targets)).bool()
+        best = scores.masked_fill(~correct, float("-inf")).amax(dim=1, keepdim=True)
+        result.append(((scores >= best) & ~correct).sum(dim=1))
+    return torch.cat(result)
+
+
+def zero_shot(image_embeds: Tensor, class_embeds: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 and top-5 accuracy, shares from 0 to 1. Labels: (I,) the number of each image's class."""
+    rank = ranks(image_embeds, class_embeds, labels)
+    return {f"zero_shot_top{k}": (rank < k).float().mean().item() for k in (1, 5) if k < len(class_embeds)}
+
+
+def retrieval(image_embeds: Tensor, text_embeds: Tensor, owner: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 both ways, shares from 0 to 1.
+
+    Args:
+        owner: (T,) the number of the image that each caption belongs to; an image may have several captions.
+    """
+    result = {}
+    text_rank = ranks(text_embeds, image_embeds, owner)
+    image_rank = torch.cat(
+        [
+            ranks(image_embeds[start : start + 1024], text_embeds, owner == torch.arange(start, stop)[:, None])
+            for start in range(0, len(image_embeds), 1024)
+            for stop in (min(start + 1024, len(image_embeds)),)
+        ]
+    )
+    for k in (1, 5, 10):
+        result[f"text_to_image_recall_at_{k}"] = (text_rank < k).float().mean().item()
+        result[f"image_to_text_recall_at_{k}"] = (image_rank < k).float().mean().item()
+    return result
+
+
+class Evaluator:
+    """Zero-shot classification and retrieval on one data set; its images are decoded once and kept as bytes they were.
+
+    Args:
+        class_column: column of class names, or of labels whose names are `class_names`; None for retrieval alone.
+    """
+
+    def __init__(
+        self, rows, chooser: CaptionChooser, image_column: str, max_pixels: int, class_column: str | None = None,
+        class_names: list[str] | None = None, templates="name", batch_size: int = 256,
+    ):  # fmt: skip
+        self.chooser, self.image_column, self.max_pixels = chooser, image_column, max_pixels
+        self.templates, self.batch_size = templates, batch_size
+        self.rows, self.captions, self.owner, labels = [], [], [], []
+        for number, row in enumerate(rows):
+            try:
+                captions = chooser.captions(row)
+                decode_image(row[image_column], max_pixels)
+            except BadRow:
+                continue
+            self.owner += [len(self.rows)] * len(captions)
+            self.captions += captions
+            self.rows.append(number)
+            labels.append(row[class_column] if class_column else None)
+        self.source, self.skipped = rows, len(rows) - len(self.rows)
+        if not self.rows:
+            raise ValueError("The evaluation data holds no row that can be used.")
+        self.names: list[str] | None = None
+        if class_column:
+            feature = rows.features[class_column]
+            self.names = class_names or getattr(feature, "names", None) or sorted(set(labels))
+            numbers = {name: number for number, name in enumerate(self.names)}
+            self.labels = torch.tensor([label if isinstance(label, int) else numbers[label] for label in labels])
+
+    def images(self) -> Iterator:
+        for number in self.rows:
+            yield decode_image(self.source[number][self.image_column], self.max_pixels)
+
+    def __call__(self, model: VlpClipModel, processor) -> dict[str, float]:
+        """All metrics of a model, in evaluation mode; its mode is put back."""
+        training = model.training
+        model.eval()
+        images = embed_images(model, processor, self.images(), self.batch_size)
+        texts = embed_texts(model, processor, self.captions, self.batch_size)
+        result = retrieval(images, texts, torch.tensor(self.owner))
+        if self.names:
+            classes = embed_classes(model, processor, self.names, self.templates, self.batch_size)
+            result = zero_shot(images, classes, self.labels) | result
+        model.train(training)
+        return result
+
+    def examples(self, model: VlpClipModel, processor, count: int = 12, seed: int = 0) -> list[dict]:
+        """Some images, drawn by `seed`, with their caption and the model's three best names and their probabilities."""
+        chosen = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+        pictures = [decode_image(self.source[self.rows[i]][self.image_column], self.max_pixels) for i in chosen]
+        classes = embed_classes(model, processor, self.names, self.templates, self.batch_size)
+        scores = model.logit_scale.exp().item() * embed_images(model, processor, pictures) @ classes.T
+        best = scores.softmax(dim=1).topk(min(3, len(self.names)))
+        return [
+            {
+                "image": picture.convert("RGB"),
+                "label": self.names[self.labels[i]],
+                "predictions": [(self.names[k], p) for p, k in zip(values.tolist(), indices.tolist(), strict=True)],
+            }
+            for i, picture, values, indices in zip(chosen, pictures, best.values, best.indices, strict=True)
+        ]

@@ -1,0 +1,130 @@
+"""The training loop: `train_step` owns gradients, `fit` owns cadence."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from ..modeling_vlp.clip import VlpClipModel
+from .arguments import TrainingArguments
+from .data import BadRows, Batch
+from .objectives import ClipObjective
+from .optim import learning_rate_factor
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with its state."""
+
+    step: int = 0  # optimiser steps done
+    samples: int = 0  # by all processes together
+    seconds: float = 0.0  # of training, without evaluating and saving
+    history: list[dict] = field(default_factory=list)  # logged losses
+    evaluations: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """The parts of a run, as `run.py` put them together."""
+
+    arguments: TrainingArguments
+    accelerator: Accelerator
+    model: VlpClipModel  # what is trained, not wrapped
+    objective: ClipObjective  # what Accelerate wrapped
+    optimizer: torch.optim.Optimizer
+    batches: Iterator[Batch]
+    to_pixel_values: Callable[[Tensor], Tensor]
+    total_steps: int | None
+    bad_rows: BadRows
+    average: AveragedModel | None = None
+    progress: Progress = field(default_factory=Progress)
+    interrupted: bool = False
+
+    def share_done(self) -> float:
+        """How much of the schedule is behind us, from 0 to 1; the same on every process."""
+        done = self.progress.step / self.total_steps if self.total_steps else 0.0
+        if self.arguments.max_train_minutes:
+            done = max(done, self.progress.seconds / (60 * self.arguments.max_train_minutes))
+        if self.accelerator.num_processes > 1:
+            done = broadcast_object_list([done])[0]
+        return done
+
+
+def train_step(run: Run, share_done: float) -> dict[str, Tensor]:
+    """One optimiser step; returns the losses, on the device."""
+    arguments, accelerator = run.arguments, run.accelerator
+    factor = learning_rate_factor(run.progress.step, arguments.warmup_steps, share_done)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    for _ in range(arguments.gradient_accumulation_steps):
+        batch = next(run.batches)
+        run.bad_rows.update(batch)
+        run.progress.samples += len(batch) * accelerator.num_processes
+        with accelerator.accumulate(run.objective):
+            device = accelerator.device
+            losses = run.objective(
+                pixel_values=run.to_pixel_values(batch.pixels.to(device, non_blocking=True)),
+                input_ids=batch.input_ids.to(device, non_blocking=True),
+                caption_ids=batch.caption_ids.to(device),
+                image_ids=batch.image_ids.to(device),
+            )
+            accelerator.backward(sum(losses.values()))
+            if accelerator.sync_gradients and arguments.max_grad_norm:
+                accelerator.clip_grad_norm_(run.objective.parameters(), arguments.max_grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    run.model.clamp_logit_scale()
+    if run.average is not None:
+        run.average.update_parameters(run.model)
+    run.progress.step += 1
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def fit(run: Run, evaluate: Callable[[], dict], save: Callable[[], None]) -> None:
+    """Train until the schedule ends or someone interrupts; evaluate, save and log on the way."""
+    arguments, progress = run.arguments, run.progress
+    saved_at = progress.seconds
+    bar = tqdm(total=1.0, unit="", disable=not run.accelerator.is_main_process, mininterval=1.0,
+               bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")  # fmt: skip
+    bar.update(run.share_done())
+    while (share := run.share_done()) < 1 and not run.interrupted:
+        started = time.perf_counter()
+        losses = train_step(run, share)
+        if progress.step % arguments.logging_steps == 0 or progress.step == 1:
+            log(run, losses, bar)
+        progress.seconds += time.perf_counter() - started
+        bar.update(min(run.share_done(), 1.0) - bar.n)
+        if arguments.eval_steps and progress.step % arguments.eval_steps == 0:
+            progress.evaluations.append({"step": progress.step} | evaluate())
+        if (arguments.save_steps and progress.step % arguments.save_steps == 0) or (
+            arguments.save_minutes and progress.seconds - saved_at > 60 * arguments.save_minutes
+        ):
+            saved_at = progress.seconds
+            save()
+    bar.close()
+
+
+def log(run: Run, losses: dict[str, Tensor], bar: tqdm) -> None:
+    """Note the losses in the history, the trackers and the progress bar; stop at one that is not finite."""
+    progress, values = run.progress, {name: loss.item() for name, loss in losses.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"The {name} loss is {value} at step {progress.step}: lower --learning_rate, or raise precision."
+            )
+    values |= {
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "logit_scale": run.model.logit_scale.exp().item(),
+        "samples_per_second": progress.samples / max(progress.seconds, 1e-9),
+    }
+    progress.history.append({"step": progress.step, "samples": progress.samples} | values)
+    run.accelerator.log(values, step=progress.step)
+    shown = {name: f"{value:.3f}" for name, value in values.items() if name in losses}
+    bar.set_postfix(shown | {"step": progress.step, "samples/s": f"{values['samples_per_second']:.0f}"}, refresh=False)

@@ -1,0 +1,114 @@
+"""Where pairs come from: any of the usual forms on disk, or the hub, as rows of an image and its captions."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+
+from .arguments import EMOJI, ArgumentError
+
+EMOJI_FOLDER = Path(__file__).parent / "emoji"
+TABLES = (".csv", ".tsv", ".json", ".jsonl")
+
+
+def is_shards(name: str) -> bool:
+    """Whether a data set's name means WebDataset shards."""
+    return any(part.split("?")[0].endswith((".tar", ".tar.gz", ".tgz")) for part in name.split("::"))
+
+
+def load_rows(name: str, split: str, image_column: str, image_root: str | None = None, config: str | None = None):
+    """A `datasets.Dataset` whose images are not decoded yet: {"bytes": ..., "path": ...} in `image_column`.
+
+    Args:
+        name: "emoji", a hub name, a folder, or a table; see `TrainingArguments.dataset_name`.
+
+    Raises:
+        ArgumentError: where the data, the split or the column is not there, or the data is empty.
+    """
+    path = Path(name)
+    if path.suffix in TABLES:
+        rows = load_table(path, split, image_column, Path(image_root) if image_root else path.parent)
+    else:
+        rows = load_with_datasets(EMOJI_FOLDER if name == EMOJI else path if path.is_dir() else name, config, split)
+    require_column(rows, image_column, name)
+    if not len(rows):
+        raise ArgumentError(f"{name}, split {split!r}, holds no rows.")
+    if isinstance(rows.features[image_column], datasets.Value) and path.is_dir():
+        base = Path(image_root) if image_root else path
+        rows = rows.map(lambda row: {image_column: str(base / row[image_column])})
+    return rows.cast_column(image_column, datasets.Image(decode=False))
+
+
+def require_column(rows, column: str, name: str) -> None:
+    if column not in rows.column_names:
+        raise ArgumentError(f"{name} has no column {column!r}; its columns are {', '.join(rows.column_names)}.")
+
+
+def load_with_datasets(name: str | Path, config: str | None, split: str) -> datasets.Dataset:
+    if not isinstance(name, Path) and ("/" not in name or name.startswith(("/", "."))):
+        raise ArgumentError(
+            f"--dataset_name {name}: there is no such file or folder, and a hub name looks like owner/name."
+        )
+    try:
+        if isinstance(name, Path) and any(name.rglob("*.parquet")):
+            files = {part: sorted(map(str, name.rglob(f"{part}*.parquet"))) for part in (split,)}
+            files = {part: found for part, found in files.items() if found} or sorted(map(str, name.rglob("*.parquet")))
+            return datasets.load_dataset(
+                "parquet", data_files=files, split=split if isinstance(files, dict) else "train"
+            )
+        return datasets.load_dataset(str(name), config, split=split)
+    except ValueError as error:
+        raise ArgumentError(f"{name}, split {split!r}: {error}") from error
+    except FileNotFoundError as error:
+        raise ArgumentError(f"--dataset_name {name}: {error}") from error
+
+
+def load_table(path: Path, split: str, image_column: str, image_root: Path) -> datasets.Dataset:
+    """A CSV, TSV, JSON or JSONL file; COCO's and Karpathy's JSON forms give the columns image, caption and image_id."""
+    if not path.is_file():
+        raise ArgumentError(f"--dataset_name {path}: there is no such file.")
+    if path.suffix in (".csv", ".tsv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    elif path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = content if isinstance(content, list) else list(read_coco_or_karpathy(content, split, path))
+    if not rows:
+        raise ArgumentError(f"{path}, split {split!r}, holds no rows.")
+    if image_column not in rows[0]:
+        raise ArgumentError(f"{path} has no column {image_column!r}; its columns are {', '.join(map(str, rows[0]))}.")
+    if any("split" in row for row in rows):
+        rows = [row for row in rows if row.get("split", split) == split]
+        if not rows:
+            raise ArgumentError(f"{path} has a column split, and no row whose split is {split!r}.")
+    for row in rows:
+        row[image_column] = str(image_root / str(row[image_column]))
+    return datasets.Dataset.from_list(rows)
+
+
+def read_coco_or_karpathy(content: dict, split: str, path: Path) -> Iterator[dict]:
+    """Rows of COCO's captions_*.json (images, annotations) or of Karpathy's dataset_*.json (images with sentences)."""
+    images = content.get("images")
+    if not isinstance(images, list):
+        raise ArgumentError(
+            f"{path}: expected a list of rows, or an object with a list `images`, as COCO and Karpathy."
+        )
+    if "annotations" in content:
+        captions: dict = {}
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        for image in images:
+            if image["id"] in captions:
+                yield {"image": image["file_name"], "caption": captions[image["id"]], "image_id": str(image["id"])}
+        return
+    for image in images:
+        # Karpathy's "restval" is trained on, as all who use these splits do.
+        image_split = "train" if image.get("split") == "restval" else image.get("split", split)
+        if image_split == split:
+            name = str(Path(image.get("filepath", "")) / image["filename"])
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+            yield {"image": name, "caption": captions, "image_id": str(image.get("imgid", name))}
