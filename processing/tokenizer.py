@@ -34,9 +34,10 @@ class VlpClipTokenizer(PreTrainedTokenizerFast):
 
     model_input_names = ["input_ids", "attention_mask"]
 
-    def __init__(self, *args, clean_text: bool = False, **kwargs):
-        self.clean_text = clean_text
-        super().__init__(*args, clean_text=clean_text, **kwargs)
+    # No `__init__`: transformers rebuilds the backend of a class that has one from its vocabulary alone.
+    @property
+    def clean_text(self) -> bool:
+        return self.init_kwargs.get("clean_text", False)
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
         if self.clean_text:

@@ -216,9 +216,8 @@ def make_model(arguments: TrainingArguments, processor: VlpClipProcessor) -> Vlp
         except (ValueError, TypeError) as error:
             raise ArgumentError(f"--model: {error}") from error
     if (arguments.loss == "sigmoid") != (model.logit_bias is not None):
-        raise ArgumentError(
-            f"--loss {arguments.loss} does not fit a model {'with' if model.logit_bias is not None else 'without'} logit_bias."
-        )
+        has = "has a" if model.logit_bias is not None else "has no"
+        raise ArgumentError(f"--loss {arguments.loss} does not fit the model, which {has} logit_bias (SigLIP).")
     for tower, source in (("vision_model", arguments.image_tower), ("text_model", arguments.text_tower)):
         if source:
             load_tower(model, tower, source)

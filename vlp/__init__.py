@@ -35,7 +35,10 @@ for _config in (VlpClipConfig, VlpClipTextConfig, VlpModifiedResNetConfig, VlpVi
 AutoModel.register(VlpClipConfig, VlpClipModel)
 AutoModelForZeroShotImageClassification.register(VlpClipConfig, VlpClipModel)
 AutoProcessor.register(VlpClipConfig, VlpClipProcessor)
-AutoImageProcessor.register(VlpClipConfig, VlpClipImageProcessor)
+# There is one image processor, exact, whatever backend is asked for.
+AutoImageProcessor.register(
+    VlpClipConfig, image_processor_classes={"torchvision": VlpClipImageProcessor, "pil": VlpClipImageProcessor}
+)
 AutoTokenizer.register(VlpClipConfig, tokenizer_class=VlpClipTokenizer)
 # The pipeline looks its models up by name in this table and logs an error for a class that is not there.
 MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES[VlpClipConfig.model_type] = VlpClipModel.__name__

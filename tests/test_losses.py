@@ -1,0 +1,77 @@
+"""The losses against their definitions. Run: pytest tests/test_losses.py"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+from vlp.modeling_vlp.losses import clip_loss, same_pairs, siglip_loss
+
+
+def embeddings(size=6, width=8):
+    generator = torch.Generator().manual_seed(0)
+    pair = [F.normalize(torch.randn(size, width, generator=generator, dtype=torch.double), dim=-1) for _ in range(2)]
+    return [x.requires_grad_() for x in pair] + [torch.tensor(14.0, dtype=torch.double, requires_grad=True)]
+
+
+def test_clip_loss_is_the_mean_of_two_cross_entropies():
+    image, text, scale = embeddings()
+    logits, target = scale * image @ text.T, torch.arange(6)
+    assert_close(
+        clip_loss(image, text, scale), (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_is_that_of_torch(smoothing):
+    image, text, scale = embeddings()
+    logits, target = scale * image @ text.T, torch.arange(6)
+    expected = sum(F.cross_entropy(x, target, label_smoothing=smoothing) for x in (logits, logits.T)) / 2
+    assert_close(clip_loss(image, text, scale, label_smoothing=smoothing), expected)
+
+
+def test_label_smoothing_is_spread_over_what_may_be_told_apart():
+    image, text, scale = embeddings()
+    not_negative = same_pairs(torch.tensor([0, 1, 2, 0, 4, 5]))
+    loss = clip_loss(image, text, scale, not_negative, label_smoothing=0.2)
+    logits = (scale * image @ text.T).detach()
+    expected = []
+    for matrix in (logits, logits.T):
+        for row in range(6):
+            kept = [j for j in range(6) if j == row or not not_negative[row, j]]
+            expected.append(
+                F.cross_entropy(matrix[row, kept][None], torch.tensor([kept.index(row)]), label_smoothing=0.2)
+            )
+    assert_close(loss, torch.stack(expected).mean())
+    loss.backward()
+    assert torch.isfinite(image.grad).all()
+
+
+def test_duplicates_are_left_out_of_the_denominator():
+    image, text, scale = embeddings()
+    not_negative = same_pairs(torch.tensor([7, 8, 7, 9, 10, 11]))
+    logits = scale * image @ text.T
+    without = logits.detach().clone()
+    without[0, 2] = without[2, 0] = float("-inf")
+    target = torch.arange(6)
+    expected = (F.cross_entropy(without, target) + F.cross_entropy(without.T, target)) / 2
+    loss = clip_loss(image, text, scale, not_negative)
+    assert_close(loss, expected)
+    loss.backward()
+    assert torch.isfinite(image.grad).all() and torch.isfinite(scale.grad)
+
+
+def test_siglip_loss_is_the_sum_of_sigmoids_over_the_batch():
+    image, text, scale = embeddings()
+    bias = torch.tensor(-10.0, dtype=torch.double)
+    logits = scale * image @ text.T + bias
+    sign = 2 * torch.eye(6, dtype=torch.double) - 1
+    assert_close(siglip_loss(image, text, scale, bias), -F.logsigmoid(sign * logits).sum() / 6)
+    skipped = siglip_loss(image, text, scale, bias, same_pairs(torch.tensor([0, 0, 2, 3, 4, 5])))
+    mask = torch.ones(6, 6, dtype=torch.double)
+    mask[0, 1] = mask[1, 0] = 0
+    assert_close(skipped, -(F.logsigmoid(sign * logits) * mask).sum() / 6)
+
+
+def test_same_pairs_joins_its_columns():
+    same = same_pairs(torch.tensor([1, 2, 3]), torch.tensor([5, 6, 5]))
+    assert same.tolist() == [[True, False, True], [False, True, False], [True, False, True]]

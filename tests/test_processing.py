@@ -1,0 +1,191 @@
+"""Images and captions as OpenAI's reference package prepares them. Run: pytest tests/test_processing.py"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CAPTIONS, tiny_processor
+from PIL import Image
+from torch.testing import assert_close
+from transformers import AutoProcessor, AutoTokenizer
+from vlp.processing.augmentation import PerImage, StrongAugmentation, ToPixelValues, random_box
+from vlp.processing.prompts import CLASS_NAMES, TEMPLATES, prompts_for
+from vlp.processing.tokenizer import clean_caption
+
+import vlp
+
+clip = pytest.importorskip("clip", reason="OpenAI's reference package")
+MERGES = Path(clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+
+
+def odd_images() -> list[Image.Image]:
+    """A hundred pictures: every mode, odd sizes, one pixel wide, transparent, palette, EXIF rotated."""
+    rng = np.random.default_rng(0)
+    sizes = [(1, 50), (50, 1), (1, 1), (7, 300), (300, 7), (223, 224), (224, 225), (225, 224), (301, 200), (640, 427)]
+    images = []
+    for number in range(100):
+        width, height = sizes[number % 10] if number < 60 else tuple(rng.integers(2, 400, 2))
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA")
+        mode = ("RGB", "RGBA", "L", "P", "LA", "1", "CMYK", "PA", "I;16", "RGB")[number // 10]
+        if mode == "P":
+            image = image.convert("RGB").quantize(16)
+            image.info["transparency"] = 3
+        elif mode == "PA":
+            image = image.convert("RGB").convert("P").convert("PA")
+        elif mode == "I;16":
+            image = Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
+        elif mode != "RGBA":
+            image = image.convert("RGB").convert(mode)
+        if number >= 90:
+            exif = image.getexif()
+            exif[0x0112] = 1 + number % 8  # orientation: OpenAI's transform leaves it to the reader
+            image.info["exif"] = exif.tobytes()
+        images.append(image)
+    return images
+
+
+@pytest.mark.parametrize("side", [224, 97])
+def test_preprocessing_is_openais_to_the_bit(side):
+    reference = clip.clip._transform(side)
+    processor = vlp.VlpClipImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    for number, image in enumerate(odd_images()):
+        expected = reference(image)
+        pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(pixels, expected), f"image {number}, {image.mode} {image.size}"
+
+
+def test_arrays_and_tensors_of_any_layout():
+    processor = vlp.VlpClipImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    array = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    expected = processor(Image.fromarray(array), return_tensors="pt")["pixel_values"]
+    for same in (array, array.transpose(2, 0, 1), torch.from_numpy(array), array.astype(np.float32)):
+        assert torch.equal(processor(same, return_tensors="pt")["pixel_values"], expected)
+    scaled = processor(array / 255, do_rescale=False, return_tensors="pt")["pixel_values"]
+    assert torch.equal(scaled, expected)
+    with pytest.raises(ValueError, match="shape"):
+        processor.process_image(np.zeros(5))
+
+
+def odd_texts() -> list[str]:
+    texts = [
+        "", " ", "a photo of a cat", "A PHOTO  of\ta\n cat", "it's", "don't won't I'll we've they'd you're I'm", "rock'n'roll",
+        "l'été à la plage", "naïve café", "Ünïcödé", "ﬁne ligature", "caf\u0065\u0301", "&lt;b&gt;bold&lt;/b&gt;", "&amp;amp;",
+        "&eacute;t&eacute;", "fish &amp;amp; chips", "100%", "3.14159", "1,000,000", "2024-01-31", "a1b2c3", "🙂", "👩‍👩‍👧‍👦 family",
+        "🇻🇳 flag", "👍🏽", "xin chào các bạn", "Đường phố Hà Nội", "日本語のテキスト", "한국어", "العربية", "עברית", "Привет мир",
+        "ελληνικά", "हिन्दी", "ไทย", "'quoted'", '"double"', "“curly”", "it’s", "—dash—", "…", "a...b", "!!!", "#hash @at",
+        "https://example.com/?a=b&c=d", "user@example.com", "C:\\path\\file", "<|startoftext|>", "a <|endoftext|> b",
+        "word " * 200, "x" * 500, "supercalifragilisticexpialidocious", "ＦＵＬＬ width", "ﷺ", "\u00a0nbsp\u00a0", "zero\u200bwidth",
+        "tab\tnew\nline\r\n", "Ã©tÃ© mojibake", "â€œquotesâ€\x9d", "İstanbul", "ß STRASSE", "Ǆ ǅ ǆ", "½ ⅓ ²", "Ⅷ Ⅻ", "①②③", "̈combining",
+        "a\u0308", "'s", "''s", "S'S", "'tis", "o'clock", "l l l", "__under__score", "snake_case", "kebab-case", "CamelCase",
+        "$9.99", "€5", "50°C", "x²+y²=z²", "A/B", "50/50", "(parens)", "[brackets]", "{braces}", "a*b", "~tilde~", "`tick`",
+        "^caret", "|pipe|", "\\n", "null\u0000byte", "\ufeffbom", "�", "emoji😀in😀word", "T-Rex's", "the dogs' toys", "1st 2nd 3rd",
+        "mp3s", "r&b", "AT&T", "q&amp;a",
+    ]  # fmt: skip
+    return texts
+
+
+def test_tokens_are_openais():
+    tokenizer = vlp.VlpClipTokenizer.from_openai_merges(MERGES)
+    assert len(tokenizer) == 49408
+    texts = odd_texts()
+    assert len(texts) >= 100
+    expected = clip.tokenize(texts, truncate=True)
+    for text, row in zip(texts, expected, strict=True):
+        ids = tokenizer(text, truncation=True)["input_ids"]
+        assert ids == row.tolist()[: int(row.ne(0).nonzero().max()) + 1], repr(text)
+
+
+def test_openai_tokenizer_round_trips_through_a_folder(tmp_path):
+    tokenizer = vlp.VlpClipTokenizer.from_openai_merges(MERGES)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is vlp.VlpClipTokenizer and loaded.clean_text
+    text = "fish &amp;amp; chips"
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded.decode(loaded("A cat's café")["input_ids"], skip_special_tokens=True) == "a cat 's café"
+
+
+def test_cleaning_is_openais():
+    from clip.simple_tokenizer import basic_clean, whitespace_clean
+
+    for text in odd_texts():
+        assert clean_caption(text) == whitespace_clean(basic_clean(text)).lower()
+
+
+def test_trained_tokenizer_reads_anything_in_few_tokens():
+    tokenizer = vlp.VlpClipTokenizer.train(CAPTIONS * 3, 600, max_length=20)
+    assert len(tokenizer) <= 600
+    assert tokenizer.eos_token_id == len(tokenizer) - 1  # the largest id, as in OpenAI's vocabulary
+    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
+    assert len(tokenizer("square")["input_ids"]) < len("square") + 2
+    for text in ("zebra ☺ déjà vu", "xin chào"):  # bytes stand for what was never seen
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    long = tokenizer("word " * 100, truncation=True)["input_ids"]
+    assert len(long) == 20 and long[-1] == tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="at least 515.*got 100"):
+        vlp.VlpClipTokenizer.train(CAPTIONS, 100)
+
+
+def test_processor_pads_to_the_longest_and_round_trips(tmp_path, images):
+    processor = tiny_processor()
+    batch = processor(images=images, text=["a cat", "two yellow triangles", "dog"], return_tensors="pt")
+    assert batch["pixel_values"].shape == (3, 3, 32, 32)
+    assert batch["input_ids"].shape[1] == int(batch["attention_mask"].sum(1).max())
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is vlp.VlpClipProcessor
+    again = loaded(images=images, text=["a cat", "two yellow triangles", "dog"], return_tensors="pt")
+    for name, tensor in batch.items():
+        assert torch.equal(again[name], tensor)
+
+
+def test_random_crops_are_those_of_the_paper():
+    rng = random.Random(0)
+    for _ in range(200):
+        left, top, width, height = random_box(200, 150, rng)
+        assert 0 <= left <= 200 - width and 0 <= top <= 150 - height
+        assert 0.88 <= width * height / (200 * 150) <= 1.0
+        assert 0.73 <= width / height <= 1.36
+    crop = PerImage(32, "random")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    assert crop(picture, random.Random(1)).tobytes() == crop(picture, random.Random(1)).tobytes()
+    assert crop(picture, random.Random(1)).tobytes() != crop(picture, random.Random(2)).tobytes()
+    assert crop(Image.new("P", (1, 500)), random.Random(0)).size == (32, 32)
+
+
+def test_strong_augmentation_changes_each_image_on_its_own_and_stays_in_range():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).repeat(4, 1, 1, 1)
+    output = StrongAugmentation()(images)
+    assert output.shape == (4, 3, 32, 32) and output.min() >= 0 and output.max() <= 1
+    assert all((output[i] - output[j]).abs().mean() > 0.01 for i in range(4) for j in range(i))
+    white = torch.full((8, 3, 32, 32), 255, dtype=torch.uint8)
+    moved = StrongAugmentation().move(white.float() / 255)
+    assert_close(moved, torch.ones_like(moved))  # what comes in from outside is white
+
+
+def test_augmentation_of_nothing_is_the_evaluation_preprocessing():
+    processor = vlp.VlpClipImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(np.array(PerImage(32, "middle")(picture, random.Random(0)))).permute(2, 0, 1)[None]
+    to_pixel_values = ToPixelValues(processor.image_mean, processor.image_std)
+    assert torch.equal(to_pixel_values(pixels), processor(picture, return_tensors="pt")["pixel_values"])
+
+
+def test_templates_are_those_of_the_paper():
+    open_clip = pytest.importorskip("open_clip")
+    assert {template("X") for template in open_clip.OPENAI_IMAGENET_TEMPLATES} == {
+        template.format("X") for template in TEMPLATES["imagenet"]
+    }
+    assert all(template.count("{}") == 1 for templates in TEMPLATES.values() for template in templates)
+    assert len(CLASS_NAMES["cifar10"]) == len(CLASS_NAMES["fashion_mnist"]) == len(CLASS_NAMES["mnist"]) == 10
+
+
+def test_prompts():
+    assert prompts_for(["cat", "dog"], ("a {}", "the {}")) == [["a cat", "the cat"], ["a dog", "the dog"]]
+    with pytest.raises(ValueError, match="'nothing'"):
+        prompts_for(["cat"], "nothing")
+    with pytest.raises(ValueError, match="a cat"):
+        prompts_for(["cat"], ("a cat",))
