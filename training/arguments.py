@@ -91,6 +91,7 @@ class TrainingArguments:
     label_smoothing: float = option(0.0, "share of probability (0 to 1) that the softmax loss spreads over all")
     ema_decay: float = option(0.0, "average of weights to evaluate and publish, such as 0.999; 0 for none")
     mixed_precision: str = option("auto", "no, bf16, fp16, or auto: bf16 where the hardware computes in it")
+    num_threads: int | None = option(None, "CPU threads of each process; all cores over all processes if not given")
     seed: int = option(0, "seed of weights, order and augmentation")
 
     # Evaluation
@@ -123,7 +124,15 @@ class TrainingArguments:
                      "max_image_pixels"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ArgumentError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("max_train_steps", "max_train_minutes", "eval_steps", "save_steps", "save_minutes", "shard_size"):
+        for name in (
+            "max_train_steps",
+            "max_train_minutes",
+            "eval_steps",
+            "save_steps",
+            "save_minutes",
+            "shard_size",
+            "num_threads",
+        ):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ArgumentError(f"--{name} must be positive, got {getattr(self, name)}.")
         for name in ("learning_rate", "num_train_epochs", "adam_epsilon", "layer_decay"):

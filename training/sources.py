@@ -52,12 +52,6 @@ def load_with_datasets(name: str | Path, config: str | None, split: str) -> data
             f"--dataset_name {name}: there is no such file or folder, and a hub name looks like owner/name."
         )
     try:
-        if isinstance(name, Path) and any(name.rglob("*.parquet")):
-            files = {part: sorted(map(str, name.rglob(f"{part}*.parquet"))) for part in (split,)}
-            files = {part: found for part, found in files.items() if found} or sorted(map(str, name.rglob("*.parquet")))
-            return datasets.load_dataset(
-                "parquet", data_files=files, split=split if isinstance(files, dict) else "train"
-            )
         return datasets.load_dataset(str(name), config, split=split)
     except ValueError as error:
         raise ArgumentError(f"{name}, split {split!r}: {error}") from error

@@ -1,0 +1,43 @@
+# `make` on its own lists what there is to make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-dev train test test-all check bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+venv: $(VENV)/installed ## set up: a virtual environment with vlp in it
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+venv-dev: $(VENV)/installed-dev ## the same, with what tests and benchmarks need
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+train: venv ## set up, pre-train CLIP on the embedded data, evaluate, save (options: make train ARGS="--seed 1")
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch training clip $(ARGS)
+
+test: venv-dev ## set up and run the tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-all: venv-dev ## the same, with the slow ones
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
+
+check: venv-dev ## lint and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: venv-dev ## vlp and its peers side by side
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/clip_step.py
+
+clean: ## remove the virtual environment and what was trained
+	rm -rf $(VENV) runs *.egg-info build

@@ -1,0 +1,302 @@
+"""Pairs from every source, bad rows, order and batches. Run: pytest tests/test_data.py"""
+
+import io
+import json
+import random
+import tarfile
+
+import datasets
+import pytest
+import torch
+from conftest import tiny_processor
+from PIL import Image
+from vlp.processing.augmentation import PerImage
+from vlp.training.arguments import ArgumentError, TrainingArguments
+from vlp.training.data import (
+    BadDataError,
+    BadRow,
+    BadRows,
+    CaptionChooser,
+    Collator,
+    DrawSampler,
+    PairDataset,
+    SampleMaker,
+    ShardDataset,
+    caption_texts,
+    decode_image,
+    train_loader,
+)
+from vlp.training.sources import load_rows
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
+
+
+def picture(colour: str, size: tuple[int, int] = (20, 16)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def maker(**options) -> SampleMaker:
+    return SampleMaker(chooser=CaptionChooser(), per_image=PerImage(16, "middle"), **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures, and every kind of table over them."""
+    for colour in COLOURS:
+        (tmp_path / f"{colour}.png").write_bytes(picture(colour))
+    rows = [{"image": f"{colour}.png", "caption": f"a {colour} card"} for colour in COLOURS]
+    for name, separator in (("table.csv", ","), ("table.tsv", "\t")):
+        lines = [separator.join(row.values()) for row in rows]
+        (tmp_path / name).write_text("\n".join([separator.join(rows[0]), *lines]))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    coco = {
+        "images": [{"id": i, "file_name": f"{colour}.png"} for i, colour in enumerate(COLOURS)],
+        "annotations": [{"image_id": i, "caption": f"{c} {n}"} for i, c in enumerate(COLOURS) for n in ("one", "two")],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    splits = ["train", "train", "restval", "val", "test", "test"]
+    karpathy = {
+        "images": [
+            {"filename": f"{c}.png", "split": s, "imgid": i, "sentences": [{"raw": f"a {c} card"}, {"raw": c}]}
+            for i, (c, s) in enumerate(zip(COLOURS, splits, strict=True))
+        ]
+    }
+    (tmp_path / "karpathy.json").write_text(json.dumps(karpathy))
+    return tmp_path
+
+
+def check(rows, count: int = 6) -> list:
+    dataset = PairDataset(rows, maker())
+    samples = [dataset[i, 0] for i in range(len(dataset))]
+    assert len(samples) == count
+    for sample in samples:
+        assert sample.pixels.shape == (3, 16, 16) and sample.pixels.dtype == torch.uint8 and not sample.skipped
+    colours = {tuple(sample.pixels[:, 8, 8].tolist()) for sample in samples}
+    assert len(colours) == count
+    return samples
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.tsv", "rows.json", "rows.jsonl"])
+def test_tables(folder, name):
+    samples = check(load_rows(str(folder / name), "train", "image"))
+    assert samples[0].text == "a red card"
+
+
+def test_image_root(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "table.csv"
+    elsewhere.write_text((folder / "table.csv").read_text())
+    check(load_rows(str(elsewhere), "train", "image", image_root=str(folder)))
+
+
+def test_coco(folder):
+    rows = load_rows(str(folder / "coco.json"), "train", "image")
+    assert rows[0]["caption"] == ["red one", "red two"]
+    check(rows)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 3), ("val", 1), ("test", 2)])
+def test_karpathy_splits(folder, split, count):
+    check(load_rows(str(folder / "karpathy.json"), split, "image"), count)
+
+
+def test_imagefolder_with_metadata(folder, tmp_path_factory):
+    base = tmp_path_factory.mktemp("imagefolder") / "train"
+    base.mkdir()
+    lines = ["file_name,caption"]
+    for colour in COLOURS:
+        (base / f"{colour}.png").write_bytes(picture(colour))
+        lines.append(f"{colour}.png,a {colour} card")
+    (base / "metadata.csv").write_text("\n".join(lines))
+    samples = check(load_rows(str(base.parent), "train", "image"))
+    assert {sample.text for sample in samples} == {f"a {colour} card" for colour in COLOURS}
+
+
+def test_folder_of_parquet(tmp_path):
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": picture(c), "path": None} for c in COLOURS], "caption": COLOURS}
+    )
+    rows.to_parquet(tmp_path / "train-00000.parquet")
+    check(load_rows(str(tmp_path), "train", "image"))
+
+
+def test_embedded_data():
+    rows = load_rows("emoji", "test", "image")
+    assert len(rows) == 1906 and set(rows["design"]) == {"twemoji"}
+    assert decode_image(rows[0]["image"], 10**6).size == (64, 64)
+    assert "twemoji" not in load_rows("emoji", "train", "image")["design"]
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "message"),
+    [
+        ("table.csv", "picture", "no column 'picture'; its columns are image, caption"),
+        ("nothing.csv", "image", "there is no such file"),
+        ("empty.csv", "image", "holds no rows"),
+        ("broken.json", "image", "a list `images`"),
+    ],
+)
+def test_wrong_data_is_refused_with_what_is_there(folder, name, column, message):
+    (folder / "empty.csv").write_text("image,caption\n")
+    (folder / "broken.json").write_text("{}")
+    with pytest.raises(ArgumentError, match=message):
+        load_rows(str(folder / name), "train", column)
+
+
+def test_a_name_that_is_nothing():
+    with pytest.raises(ArgumentError, match="no such file or folder"):
+        load_rows("no-such-data", "train", "image")
+    with pytest.raises(ArgumentError, match="split"):
+        load_rows("emoji", "validation", "image")
+
+
+def bad_rows() -> datasets.Dataset:
+    """Two good rows among every kind of bad one."""
+    good = picture("red")
+    bomb = io.BytesIO()
+    Image.new("1", (20000, 10000)).save(bomb, "PNG")
+    images = [good, good[:60], b"no picture", bomb.getvalue(), None, good, good, "missing.png"]
+    captions = ["fine", "truncated", "not", "bomb", "none", " \n\t ", "also fine", "missing"]
+    images = [{"bytes": i, "path": None} if isinstance(i, bytes) else i and {"bytes": None, "path": i} for i in images]
+    features = datasets.Features({"image": datasets.Image(decode=False), "caption": datasets.Value("string")})
+    return datasets.Dataset.from_dict({"image": images, "caption": captions}, features=features)
+
+
+def test_bad_rows_are_skipped_and_counted_by_cause():
+    dataset = PairDataset(bad_rows(), maker())
+    collator = Collator(tiny_processor().tokenizer, 20)
+    counter = BadRows(max_share=1.0)
+    for _ in range(2):  # an epoch later, the same rows are not counted again
+        batch = collator([dataset[i, 0] for i in range(8)])
+        assert len(batch) == 8
+        counter.update(batch)
+    causes = {key: cause for key, cause in counter.causes.items()}
+    assert causes == {
+        1: "truncated or broken image",
+        2: "not an image",
+        3: "decompression bomb",
+        4: "no image",
+        5: "empty caption",
+        7: "missing image file",
+    }
+    assert "decompression bomb: 1" in counter.describe()
+
+
+def test_too_large_an_image_is_refused_before_it_is_decoded():
+    with pytest.raises(BadRow, match="decompression bomb"):
+        decode_image(picture("red", (100, 100)), max_pixels=9_999)
+
+
+def test_too_many_bad_rows_stop_the_run():
+    dataset = PairDataset(bad_rows(), maker())
+    batch = Collator(tiny_processor().tokenizer, 20)([dataset[i % 8, 0] for i in range(120)])
+    with pytest.raises(BadDataError, match="6 of the first 126 rows.*--max_bad_share 0.01"):
+        BadRows(max_share=0.01).update(batch)
+
+
+def test_nothing_but_bad_rows():
+    rows = bad_rows().select([1, 2, 5])
+    with pytest.raises(BadDataError, match="3 rows in a row cannot be used: .*empty caption: 1"):
+        PairDataset(rows, maker())[0, 0]
+
+
+def test_one_of_several_captions_is_drawn_and_the_draw_is_reproducible():
+    chooser = CaptionChooser()
+    row = {"caption": ["one", " ", "two", "three"]}
+    drawn = [chooser.choose(row, random.Random(seed))[0] for seed in range(50)]
+    assert set(drawn) == {"one", "two", "three"}
+    assert drawn == [chooser.choose(row, random.Random(seed))[0] for seed in range(50)]
+
+
+def test_tags_and_templates():
+    chooser = CaptionChooser(tag_column="tags", tag_share=1.0, templates="emoji", template_share=1.0)
+    texts = {chooser.choose({"caption": "cat", "tags": ["pet", "fur"]}, random.Random(s))[0] for s in range(200)}
+    assert {"an emoji of pet", "cat, fur", "This is a photo of cat, pet, fur."} <= texts
+    assert {chooser.choose({"caption": "cat", "tags": None}, random.Random(s))[1] for s in range(20)} == {"cat"}
+    rows = datasets.Dataset.from_dict({"caption": ["cat"], "tags": [["pet", "fur"]]})
+    assert list(caption_texts(rows, chooser))[:3] == ["cat", "pet, fur", "cat"]
+
+
+def test_every_row_once_an_epoch_split_over_processes_and_resumed_exactly():
+    def draws(count, **options):
+        sampler = iter(DrawSampler(10, seed=3, **options))
+        return [next(sampler) for _ in range(count)]
+
+    alone = draws(30)
+    for epoch in range(3):
+        assert sorted(alone[10 * epoch : 10 * epoch + 10]) == [(row, epoch) for row in range(10)] or {
+            row for row, _ in alone[10 * epoch : 10 * epoch + 10]
+        } == set(range(10))
+    assert [row for row, _ in alone[:10]] != [row for row, _ in alone[10:20]]
+    first, second = draws(15, rank=0, processes=2), draws(15, rank=1, processes=2)
+    assert [draw for pair in zip(first, second, strict=True) for draw in pair] == alone
+    assert draws(13, start=17) == alone[17:]
+
+
+def test_images_with_the_same_caption_come_together():
+    groups = [0, 1, 2, 3, 4] * 4
+    order = DrawSampler(20, seed=0, group_ids=groups, group_size=4).order(epoch=0)
+    assert sorted(order) == list(range(20))
+    runs = [[groups[row] for row in order[i : i + 4]] for i in range(0, 20, 4)]
+    assert all(len(set(run)) == 1 for run in runs)
+
+
+def arguments(name: str, **options) -> TrainingArguments:
+    return TrainingArguments(**{"dataset_name": name, "output_dir": "unused", "augmentation": "none", "max_train_steps": 1,
+                                "per_device_train_batch_size": 4, **options})  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_whatever_the_workers(folder, workers):
+    rows = load_rows(str(folder / "coco.json"), "train", "image")
+    collator = Collator(tiny_processor().tokenizer, 20)
+
+    def take(num_workers):
+        loader = iter(train_loader(arguments("x", num_workers=num_workers), rows, maker(), collator, 0, 1, start=0))
+        return [next(loader) for _ in range(4)]
+
+    for a, b in zip(take(0), take(workers), strict=True):
+        assert torch.equal(a.pixels, b.pixels) and torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.image_ids, b.image_ids) and len(a) == 4
+
+
+def write_shard(path, colours, broken=False):
+    with tarfile.open(path, "w") as tar:
+        for number, colour in enumerate(colours):
+            content = picture(colour)
+            if broken and number == 1:
+                content = content[:50]
+            for name, data in ((f"{number:03d}.png", content), (f"{number:03d}.txt", f"a {colour} card".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def test_webdataset_shards_mixtures_and_bad_samples(tmp_path):
+    pytest.importorskip("webdataset")
+    write_shard(tmp_path / "a-000.tar", ["red", "red", "red"], broken=True)
+    write_shard(tmp_path / "a-001.tar", ["red", "red", "red"])
+    write_shard(tmp_path / "b-000.tar", ["blue", "blue"])
+    sources = [str(tmp_path / "a-{000..001}.tar"), str(tmp_path / "b-000.tar")]
+    stream = iter(ShardDataset(sources, [3.0, 1.0], maker(), seed=0))
+    samples = [next(stream) for _ in range(400)]
+    share = sum(sample.text == "a blue card" for sample in samples) / 400
+    assert 0.17 < share < 0.34
+    causes = {cause for sample in samples for _, cause in sample.skipped}
+    assert causes == {"truncated or broken image"}
+    again = iter(ShardDataset(sources, [3.0, 1.0], maker(), seed=0))
+    assert [next(again).text for _ in range(50)] == [sample.text for sample in samples[:50]]
+
+
+def test_truncated_shard_is_counted_and_the_rest_is_read(tmp_path):
+    pytest.importorskip("webdataset")
+    write_shard(tmp_path / "a.tar", ["red"] * 4)
+    write_shard(tmp_path / "b.tar", ["blue"] * 4)
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: 5 * 1024 + 512 + 20])  # in the middle of a member
+    stream = iter(ShardDataset([str(tmp_path / "{a,b}.tar")], None, maker(), seed=0))
+    samples = [next(stream) for _ in range(60)]
+    assert {sample.text for sample in samples} == {"a red card", "a blue card"}
+    assert "truncated or broken shard" in {cause for sample in samples for _, cause in sample.skipped}
