@@ -244,8 +244,8 @@ def test_images_with_the_same_caption_come_together():
 
 
 def arguments(name: str, **options) -> TrainingArguments:
-    return TrainingArguments(**{"dataset_name": name, "output_dir": "unused", "augmentation": "none", "max_train_steps": 1,
-                                "per_device_train_batch_size": 4, **options})  # fmt: skip
+    defaults = dict(dataset_name=name, output_dir="unused", augmentation="none", max_train_steps=1)
+    return TrainingArguments(**defaults, per_device_train_batch_size=4, **options)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

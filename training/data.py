@@ -290,19 +290,26 @@ class Collator:
 
 
 class BadRows:
-    """The bad rows of a run, each counted once, by cause."""
+    """The bad rows of a run, each counted once, by cause.
 
-    def __init__(self, max_share: float):
-        self.max_share, self.causes, self.seen = max_share, {}, 0
+    Args:
+        max_share: share of rows that may be bad.
+        size: rows in all, where that is known.
+    """
+
+    def __init__(self, max_share: float, size: int | None = None):
+        self.max_share, self.size, self.causes, self.seen = max_share, size, {}, 0
 
     def update(self, batch: Batch) -> None:
         """Count a batch. Raises BadDataError where the share of bad rows is past what is allowed."""
         self.seen += len(batch)
         self.causes.update(batch.skipped)
-        if self.seen >= 100 and len(self.causes) > self.max_share * (self.seen + len(self.causes)):
+        rows = self.seen + len(self.causes)
+        rows = min(rows, self.size or rows)
+        if self.seen >= 100 and len(self.causes) > self.max_share * rows:
             raise BadDataError(
-                f"{len(self.causes)} of the first {self.seen + len(self.causes)} rows cannot be used "
-                f"({self.describe()}), more than --max_bad_share {self.max_share}."
+                f"{len(self.causes)} of the first {rows} rows cannot be used ({self.describe()}), "
+                f"more than --max_bad_share {self.max_share}."
             )
 
     def describe(self) -> str:
@@ -341,6 +348,7 @@ def train_loader(arguments, rows, maker: SampleMaker, collator: Collator, rank: 
         persistent_workers=arguments.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
+        generator=torch.Generator(),  # its own: the global one is what augmentation draws from, and is resumed
     )
 
 

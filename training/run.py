@@ -303,7 +303,7 @@ def make_run(arguments, accelerator, rows, processor, model) -> Run:
         batches=iter(()),
         to_pixel_values=ToPixelValues(image_processor.image_mean, image_processor.image_std, augment),
         total_steps=total_steps(arguments, len(rows) if rows is not None else None, accelerator.num_processes),
-        bad_rows=BadRows(arguments.max_bad_share),
+        bad_rows=BadRows(arguments.max_bad_share, len(rows) if rows is not None else None),
         average=average,
     )
 
@@ -394,7 +394,7 @@ def describe_run(run: Run, rows, evaluator: Evaluator | None) -> None:
     evaluated = f"{len(evaluator.rows):,} to evaluate on" if evaluator else "no evaluation"
     print(f"Model: {count:.1f} M parameters, precision {accelerator.mixed_precision}.")
     print(
-        f"Machine: {accelerator.num_processes} process(es) on {accelerator.device.type}, {torch.get_num_threads()} CPU threads."
+        f"Machine: {accelerator.num_processes} x {accelerator.device.type}, {torch.get_num_threads()} CPU threads each."
     )
     print(f"Data: {arguments.dataset_name}, {pairs} to train on, {evaluated}.")
 

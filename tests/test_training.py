@@ -1,0 +1,374 @@
+"""Whole small runs: train, publish, load, resume, and what goes wrong. Run: pytest tests/test_training.py"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import tiny_batch, tiny_model
+from huggingface_hub import HfApi, ModelCard
+from PIL import Image
+from torch.testing import assert_close
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    pipeline,
+)
+from vlp.training import checkpoint, hub
+from vlp.training.arguments import ArgumentError, TrainingArguments
+from vlp.training.checkpoint import ResumeError, state_folder, states
+from vlp.training.data import BadDataError
+from vlp.training.objectives import ClipObjective
+from vlp.training.optim import learning_rate_factor, levels_below_top, make_optimizer, parameter_groups
+from vlp.training.run import train
+
+import vlp
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "orange", "purple", "brown"]
+MODEL = {
+    "projection_dim": 16,
+    "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+                      "patch_size": 8},
+    "text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each run of a test chooses its precision anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """Cards of eight colours in five sizes, some of them to evaluate on."""
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = ["image,caption,split"]
+    for number in range(40):
+        colour = COLOURS[number % 8]
+        Image.new("RGB", (16 + number // 8, 16), colour).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{colour} card,{'test' if number >= 32 else 'train'}")
+    (folder / "pairs.csv").write_text("\n".join(lines))
+    return folder / "pairs.csv"
+
+
+def arguments(pairs, output_dir, **options) -> TrainingArguments:
+    defaults = dict(
+        dataset_name=str(pairs), output_dir=str(output_dir), eval_split="test", class_column="caption", image_size=16,
+        max_length=8, vocab_size=560, augmentation="strong", cache_images=True, model=json.loads(json.dumps(MODEL)),
+        per_device_train_batch_size=16, learning_rate=3e-3, warmup_steps=2, max_train_steps=6, report_to="none",
+        mixed_precision="no", logging_steps=1, num_threads=1,
+    )  # fmt: skip
+    return TrainingArguments(**defaults | options)
+
+
+@pytest.fixture(scope="module")
+def trained(pairs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "cards"
+    train(arguments(pairs, folder, max_train_steps=120, eval_steps=60, augmentation="none", report_to="tensorboard"))
+    return folder
+
+
+def test_a_run_learns_and_leaves_a_folder_to_publish(trained):
+    files = {path.name for path in trained.iterdir()}
+    model = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert files == model | {"README.md", "results.json", "training_arguments.yaml", "loss.png", "examples.png"}
+    results = json.loads((trained / "results.json").read_text())
+    assert results["metrics"]["zero_shot_top1"] == 1.0 and results["metrics"]["zero_shot_top5"] == 1.0
+    assert results["metrics"]["text_to_image_recall_at_1"] == 1.0
+    assert [entry["step"] for entry in results["evaluations"]] == [60, 120]
+    assert results["history"][-1]["contrastive"] < results["history"][0]["contrastive"] / 2
+    assert list((state_folder(trained) / "logs").rglob("events.out.tfevents.*"))
+    assert yaml.safe_load((trained / "training_arguments.yaml").read_text())["max_train_steps"] == 120
+
+
+def test_the_folder_loads_with_every_auto_class(trained):
+    assert type(AutoConfig.from_pretrained(trained)) is vlp.VlpClipConfig
+    assert type(AutoModel.from_pretrained(trained)) is vlp.VlpClipModel
+    assert type(AutoModelForZeroShotImageClassification.from_pretrained(trained)) is vlp.VlpClipModel
+    assert type(AutoProcessor.from_pretrained(trained)) is vlp.VlpClipProcessor
+    assert type(AutoImageProcessor.from_pretrained(trained)) is vlp.VlpClipImageProcessor
+    assert type(AutoTokenizer.from_pretrained(trained)) is vlp.VlpClipTokenizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pipeline_classifies(trained, dtype, caplog):
+    classify = pipeline("zero-shot-image-classification", model=str(trained), dtype=dtype)
+    labels = [f"{colour} card" for colour in COLOURS]
+    for colour in ("red", "blue", "orange"):
+        best = classify(Image.new("RGB", (30, 20), colour), candidate_labels=labels, hypothesis_template="{}")[0]
+        assert best["label"] == f"{colour} card"
+    assert not [record for record in caplog.records if "not supported" in record.getMessage()]
+
+
+def test_the_card_is_rendered_from_the_facts(trained):
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.pipeline_tag == "zero-shot-image-classification" and card.data.license == "apache-2.0"
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values["Zero-shot top-1 accuracy"] == 1.0 and len(values) == 8
+    for text in ("ViT, 2 layers of 32", "examples.png", "loss.png", "120 optimiser steps", f'model="{trained}"'):
+        assert text in card.content, text
+
+
+def test_resume_gives_the_run_that_was_never_stopped(pairs, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(arguments(pairs, whole, max_train_steps=8, ema_decay=0.9))
+    train(arguments(pairs, stopped, max_train_steps=8, ema_decay=0.9, save_steps=3, save_total_limit=5))
+    saved = states(state_folder(stopped))
+    assert [path.name for path in saved] == ["step-0000003", "step-0000006", "step-0000008"]
+    (stopped / "model.safetensors").unlink()
+    train(arguments(pairs, stopped, max_train_steps=8, ema_decay=0.9, resume_from_checkpoint=str(saved[0])))
+    assert (whole / "model.safetensors").read_bytes() == (stopped / "model.safetensors").read_bytes()
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (whole, stopped))
+    assert a["metrics"] == b["metrics"] and a["samples"] == b["samples"] == 128
+    assert [x["contrastive"] for x in a["history"]] == [x["contrastive"] for x in b["history"]]
+
+
+def test_only_the_last_states_are_kept(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", save_steps=1, save_total_limit=2))
+    assert [path.name for path in states(tmp_path / "run.resume")] == ["step-0000005", "step-0000006"]
+
+
+def test_a_state_of_another_architecture_is_refused(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", max_train_steps=1))
+    other = json.loads(json.dumps(MODEL)) | {"projection_dim": 24}
+    with pytest.raises(ResumeError, match="of another model: projection_dim is 16 there and 24 here"):
+        train(arguments(pairs, tmp_path / "run", model=other, resume_from_checkpoint="latest"))
+    with pytest.raises(ResumeError, match="there is no state in"):
+        train(arguments(pairs, tmp_path / "new", resume_from_checkpoint="latest"))
+    with pytest.raises(ResumeError, match="is not there"):
+        train(arguments(pairs, tmp_path / "new", resume_from_checkpoint=str(tmp_path)))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(pairs, tmp_path, capsys):
+    """The system itself refuses to write: files may not grow past 20 KB."""
+    train(arguments(pairs, tmp_path / "run", max_train_steps=1))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    state = {path: path.read_bytes() for path in states(tmp_path / "run.resume")[0].iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Could not save .*run .*is as it was. Is the disk full?"):
+            train(arguments(pairs, tmp_path / "run", max_train_steps=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "warning: Could not save" in capsys.readouterr().out  # the state; the folder to publish then failed too
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert {path: path.read_bytes() for path in states(tmp_path / "run.resume")[0].iterdir()} == state
+    assert [path.name for path in states(tmp_path / "run.resume")] == ["step-0000001"]
+
+
+def run_in_process(pairs, folder, *words) -> subprocess.Popen:
+    options = arguments(pairs, folder, max_train_steps=100_000)
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(vars(options)))
+    command = [sys.executable, "-m", "vlp.training", "clip", "--config", str(config), *words]
+    return subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def test_ctrl_c_saves_the_state_and_the_run_goes_on_from_it(pairs, tmp_path):
+    folder = tmp_path / "run"
+    process = run_in_process(pairs, folder, "--save_steps", "20")
+    deadline = time.time() + 120
+    while not states(state_folder(folder)) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "Interrupted at step" in output and "--resume_from_checkpoint latest" in output
+    step = int(states(state_folder(folder))[-1].name.removeprefix("step-"))
+    assert f"Interrupted at step {step}." in output and step >= 20
+    process = run_in_process(pairs, folder, "--resume_from_checkpoint", "latest", "--max_train_steps", str(step + 1))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"step {step}." in output, output
+    assert (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"image_column": "picture"}, ArgumentError, "no column 'picture'; its columns are image, caption"),
+        ({"caption_column": "text"}, ArgumentError, "no column 'text'"),
+        ({"class_column": "label"}, ArgumentError, "no column 'label'"),
+        ({"eval_split": "validation"}, ArgumentError, "no row whose split is 'validation'"),
+        ({"templates": "x"}, ArgumentError, "'x'; there are name, photo"),
+        ({"image_size": 17}, ArgumentError, r"image_size \(17\) must be divisible by patch_size \(8\)"),
+        ({"model": {"projection_dim": -1}}, ArgumentError, "projection_dim must be positive, got -1"),
+        ({"hold_out": "caption=pink card"}, ArgumentError, "0 of 32 rows"),
+        (
+            {"learning_rate": 1e30, "max_grad_norm": 0.0},
+            FloatingPointError,
+            "lower --lear",
+        ),
+    ],
+)
+def test_mistakes_end_the_run_with_what_to_do(pairs, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        train(arguments(pairs, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_with_too_many_bad_rows_ends_the_run(pairs, tmp_path):
+    for path in pairs.parent.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: 60 if int(path.stem) % 4 == 0 else None])
+    broken = tmp_path / "pairs.csv"
+    broken.write_text(pairs.read_text())
+    with pytest.raises(BadDataError, match="truncated or broken image"):
+        train(arguments(broken, tmp_path / "run", max_train_steps=30))
+    train(arguments(broken, tmp_path / "run", max_train_steps=30, max_bad_share=0.5))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["bad_rows"] == "truncated or broken image: 8"
+
+
+def test_go_on_from_a_folder_and_from_towers(trained, pairs, tmp_path):
+    options = dict(max_train_steps=1, learning_rate=1e-9, augmentation="none")
+    train(arguments(pairs, tmp_path / "again", model_name_or_path=str(trained), **options))
+    a, b = AutoModel.from_pretrained(trained), AutoModel.from_pretrained(tmp_path / "again")
+    assert_close(dict(a.named_parameters()), dict(b.named_parameters()), rtol=0, atol=1e-6)
+    train(arguments(pairs, tmp_path / "lit", image_tower=str(trained), lock_image_tower=True, max_train_steps=3))
+    c = AutoModel.from_pretrained(tmp_path / "lit")
+    assert_close(a.vision_model.state_dict(), c.vision_model.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(a.text_projection.weight, c.text_projection.weight)
+
+
+def test_a_tower_of_transformers_own_clip(pairs, tmp_path):
+    config = CLIPConfig(
+        vision_config=MODEL["vision_config"] | {"image_size": 16}, text_config=MODEL["text_config"], projection_dim=16
+    )
+    theirs = CLIPModel(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    train(arguments(pairs, tmp_path / "run", image_tower=str(tmp_path / "theirs"), lock_image_tower=True))
+    ours = AutoModel.from_pretrained(tmp_path / "run")
+    assert_close(ours.vision_model.state_dict(), theirs.vision_model.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ArgumentError, match="has another text_model: .*token_embedding.weight is"):
+        train(arguments(pairs, tmp_path / "run", text_tower=str(tmp_path / "theirs")))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "sigmoid"},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"patch_dropout": 0.5, "layer_decay": 0.7, "label_smoothing": 0.1},
+        {"gradient_accumulation_steps": 2, "group_captions": 2},
+        {"augmentation": "crop", "cache_images": False, "num_workers": 1, "eval_split": None, "class_column": None},
+        {"max_train_steps": None, "max_train_minutes": 0.02},
+        {"max_train_steps": None, "num_train_epochs": 2.0},
+    ],
+)
+def test_options_run(pairs, tmp_path, options):
+    train(arguments(pairs, tmp_path / "run", **options))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["steps"] >= 2 and (tmp_path / "run" / "model.safetensors").exists()
+    if options.get("num_train_epochs"):
+        assert results["steps"] == 4 and results["samples"] == 64
+
+
+def test_push_is_one_commit_of_the_whole_folder(pairs, tmp_path, monkeypatch):
+    calls = []
+
+    class Url:
+        repo_id = "me/cards"
+
+    class Commit:
+        commit_url = "https://hub/me/cards/commit/1"
+
+    monkeypatch.setattr(hub, "get_token", lambda: "token")
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **k: calls.append(("create", name, k)) or Url())
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, name, **k: calls.append(("branch", name, k)))
+    monkeypatch.setattr(
+        HfApi, "upload_folder", lambda self, **k: calls.append(("upload", k, os.listdir(k["folder_path"]))) or Commit()
+    )
+    train(
+        arguments(
+            pairs, tmp_path / "run", push_to_hub=True, hub_model_id="me/cards", hub_private=True, hub_revision="v2"
+        )
+    )
+    assert [call[0] for call in calls] == ["create", "branch", "upload"]
+    assert calls[0][2]["private"] is True and calls[1][2]["branch"] == "v2" and calls[2][1]["revision"] == "v2"
+    assert {"README.md", "model.safetensors", "processor_config.json"} <= set(calls[2][2])
+    assert not any("optimizer" in name or "step-" in name for name in calls[2][2])
+
+
+def test_push_without_a_token_fails_before_training_and_a_failed_push_loses_nothing(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    options = dict(push_to_hub=True, hub_model_id="me/cards")
+    with pytest.raises(ArgumentError, match="hf auth login"):
+        train(arguments(pairs, tmp_path / "run", **options))
+    assert not (tmp_path / "run.resume").exists()
+    monkeypatch.setattr(hub, "get_token", lambda: "token")
+    with pytest.raises(OSError, match="Could not push to me/cards.*hf upload me/cards"):  # offline
+        train(arguments(pairs, tmp_path / "run", **options))
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "folder"
+    checkpoint.write_whole(target, lambda fresh: (fresh / "a").write_text("old"))
+
+    def fail(fresh):
+        (fresh / "a").write_text("new")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device.*is as it was"):
+        checkpoint.write_whole(target, fail)
+    assert (target / "a").read_text() == "old" and os.listdir(tmp_path) == ["folder"]
+
+
+def test_schedule():
+    factors = [learning_rate_factor(step, 4, step / 100) for step in range(101)]
+    assert factors[0] == pytest.approx(0.25) and max(factors) == pytest.approx(factors[3], rel=0.01)
+    assert factors[50] == pytest.approx(0.5) and factors[100] == pytest.approx(0)
+    assert learning_rate_factor(0, 0, 0.0) == 1.0 and learning_rate_factor(9, 0, 1.5) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+def test_parameter_groups(tower):
+    model = tiny_model(tower)
+    groups = parameter_groups(model, 1.0, 0.2)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        free = parameter.ndim < 2 or "position" in name or "class_embedding" in name
+        assert (id(parameter) in decayed) is not free, name
+    rates = {id(p): g["lr"] for g in parameter_groups(model, 1.0, 0.2, layer_decay=0.5) for p in g["params"]}
+    expected = {"text_projection.weight": 0, "logit_scale": 0, "text_model.encoder.layers.2.mlp.fc1.weight": 1,
+                "text_model.encoder.layers.0.mlp.fc1.weight": 3,
+                "text_model.embeddings.token_embedding.weight": 4}  # fmt: skip
+    if tower == "resnet":
+        expected |= {
+            "vision_model.layer3.0.conv1.weight": 1,
+            "vision_model.conv1.weight": 4,
+            "vision_model.attnpool.q_proj.weight": 0,
+        }
+    for name, level in expected.items():
+        assert levels_below_top(model, name) == level
+        assert rates[id(model.get_parameter(name))] == 0.5**level, name
+
+
+def test_one_batch_can_be_learnt_by_heart():
+    for tower in ("vit", "resnet"):
+        model = tiny_model(tower)
+        objective, batch = ClipObjective(model).train(), tiny_batch(model)
+        ids = torch.arange(4)
+        optimizer = make_optimizer(parameter_groups(model, 3e-3, 0.0), 0.9, 0.98, 1e-6)
+        for _ in range(60):
+            loss = objective(**batch, caption_ids=ids, image_ids=ids)["contrastive"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss.item() < 0.01, tower
