@@ -51,33 +51,39 @@ def random_box(
 
 
 class StrongAugmentation:
-    """For small data: every image of a batch is turned, scaled, stretched, shifted and recoloured on its own.
+    """For small data: every image of a batch is turned, scaled, stretched, shifted, redrawn and recoloured on its own.
 
-    torchvision's transforms draw once for a whole batch; these draw for each image in one vectorised step. The colours
-    stay recognisable: what a picture shows may hang on them (flags, hearts).
+    torchvision's transforms draw once for a whole batch; these draw for each image, in vectorised steps. The colours stay
+    recognisable: what a picture shows may hang on them (flags, hearts).
+
+    Args:
+        degrees, scale, stretch, shear, shift: ranges of the affine map; shift is a share of the side.
+        restyle: share of images that get thicker or thinner dark lines, a blur, sharper edges or an outline.
+        brightness, contrast, saturation, hue: ranges about no change, as torchvision's ColorJitter.
+        grey_share: share of images that lose their colours.
     """
 
     def __init__(
         self,
-        degrees: float = 15.0,
-        scale: tuple[float, float] = (0.75, 1.25),
+        degrees: float = 12.0,
+        scale: tuple[float, float] = (0.7, 1.25),
         stretch: float = 0.15,
         shear: float = 0.15,
-        shift: float = 0.1,
-        brightness: float = 0.3,
-        contrast: float = 0.3,
-        saturation: float = 0.4,
-        hue: float = 0.05,
-        grey_share: float = 0.1,
+        shift: float = 0.12,
+        restyle: float = 0.48,
+        brightness: float = 0.2,
+        contrast: float = 0.24,
+        saturation: float = 0.36,
+        hue: float = 0.036,
+        grey_share: float = 0.05,
     ):
         self.degrees, self.scale, self.stretch, self.shear, self.shift = degrees, scale, stretch, shear, shift
-        self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
-        self.hue, self.grey_share = hue, grey_share
+        self.restyle_share, self.grey_share = restyle, grey_share
+        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 or floats from 0 to 1 -> floats from 0 to 1, on the same device."""
-        images = images.float() / 255 if images.dtype == torch.uint8 else images
-        return self.recolour(self.move(images)).clamp_(0, 1)
+        """(B, 3, S, S) floats from 0 to 1 -> the same."""
+        return self.recolour(self.restyle(self.move(images))).clamp_(0, 1)
 
     def move(self, images: Tensor) -> Tensor:
         count, device = len(images), images.device
@@ -95,6 +101,16 @@ class StrongAugmentation:
         # Zero padding of the negative: what comes in from outside is white, the ground of most drawings.
         return 1 - F.grid_sample(1 - images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
+    def restyle(self, images: Tensor) -> Tensor:
+        """Redraw some images in another hand: each of five kinds for its share of them. Changes `images` in place."""
+        kind = torch.rand(len(images), device=images.device) / max(self.restyle_share, 1e-9)
+        for low, high, redraw in ((0.0, 0.25, thicken), (0.25, 0.375, thin), (0.375, 0.625, blur),
+                                  (0.625, 0.8125, sharpen), (0.8125, 1.0, outline)):  # fmt: skip
+            rows = ((kind >= low) & (kind < high)).nonzero()[:, 0]
+            if len(rows):
+                images[rows] = redraw(images[rows])
+        return images
+
     def recolour(self, images: Tensor) -> Tensor:
         """Brightness, contrast, saturation and hue are linear in RGB: one 3 x 3 matrix and an offset for each image."""
         count, device = len(images), images.device
@@ -108,6 +124,32 @@ class StrongAugmentation:
         matrix = (brightness * contrast)[:, None, None] * (turn @ saturate)  # (B, 3, 3)
         offset = (1 - contrast) * brightness * images.mean(dim=(1, 2, 3))
         return torch.baddbmm(offset[:, None, None], matrix, images.flatten(2)).view_as(images)
+
+
+def thicken(images: Tensor) -> Tensor:
+    """Dark lines grow by a pixel."""
+    return -F.max_pool2d(-images, 3, 1, 1)
+
+
+def thin(images: Tensor) -> Tensor:
+    """Dark lines shrink by a pixel."""
+    return F.max_pool2d(images, 3, 1, 1)
+
+
+def blur(images: Tensor) -> Tensor:
+    return F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+
+
+def sharpen(images: Tensor) -> Tensor:
+    strength = uniform(len(images), 0.5, 1.5, images.device).view(-1, 1, 1, 1)
+    return images + strength * (images - blur(images))
+
+
+def outline(images: Tensor) -> Tensor:
+    """Edges of brightness become dark."""
+    grey = images.mean(dim=1, keepdim=True)
+    strength = uniform(len(images), 0.5, 1.5, images.device).view(-1, 1, 1, 1)
+    return images - strength * (thin(grey) - thicken(grey))
 
 
 def uniform(count: int, low: float, high: float, device: torch.device) -> Tensor:
@@ -127,9 +169,13 @@ class ToPixelValues:
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], augment=None):
         self.mean, self.std, self.augment = mean, std, augment
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, 3, S, S) float32, on the same device."""
-        images = self.augment(pixels) if self.augment else pixels.float() / 255
+    def __call__(self, pixels: Tensor, side: int | None = None) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, 3, S, S) float32 on the same device, or (B, 3, side, side) scaled down by area."""
+        images = pixels.float().div_(255)
+        if side is not None and side != pixels.shape[-1]:
+            images = F.interpolate(images, (side, side), mode="area")
+        if self.augment:
+            images = self.augment(images)
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
         return images.sub_(mean).div_(std)

@@ -39,6 +39,7 @@ def test_the_embedded_recipe_is_the_default_and_the_command_line_wins():
     changed = parse(
         ["--learning_rate", "1e-5", "--no-cache_images", "--output_dir", "x", "--model", '{"projection_dim": 8}']
     )
+    assert parse(["--eval_split", "none", "--max_train_minutes", "none"]).eval_split is None
     assert changed.learning_rate == 1e-5 and not changed.cache_images and changed.model == {"projection_dim": 8}
 
 

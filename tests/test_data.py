@@ -259,7 +259,25 @@ def test_batches_are_the_same_whatever_the_workers(folder, workers):
 
     for a, b in zip(take(0), take(workers), strict=True):
         assert torch.equal(a.pixels, b.pixels) and torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.text_index, b.text_index)
         assert torch.equal(a.image_ids, b.image_ids) and len(a) == 4
+
+
+def test_a_text_that_stands_twice_is_read_once():
+    rows = datasets.Dataset.from_dict(
+        {
+            "image": [picture(c) for c in COLOURS],
+            "caption": ["a", "b", "a", "c", "b", "a"],
+            "tags": [["x", "y", "z"]] * 6,
+        }
+    )
+    chooser = CaptionChooser(tag_column="tags", tag_share=1.0, templates="emoji", template_share=0.5)
+    dataset = PairDataset(rows, SampleMaker(chooser=chooser, per_image=PerImage(16, "middle")))
+    tokenizer = tiny_processor().tokenizer
+    for epoch in range(5):
+        batch = Collator(tokenizer, 20)([dataset[i, epoch] for i in range(6)])
+        assert batch.text_index.tolist() == [0, 1, 0, 2, 1, 0] and len(batch.input_ids) == 3
+        assert batch.caption_ids[0] == batch.caption_ids[2] != batch.caption_ids[1]
 
 
 def write_shard(path, colours, broken=False):

@@ -10,7 +10,17 @@ from conftest import CAPTIONS, tiny_processor
 from PIL import Image
 from torch.testing import assert_close
 from transformers import AutoProcessor, AutoTokenizer
-from vlp.processing.augmentation import PerImage, StrongAugmentation, ToPixelValues, random_box
+from vlp.processing.augmentation import (
+    PerImage,
+    StrongAugmentation,
+    ToPixelValues,
+    blur,
+    outline,
+    random_box,
+    sharpen,
+    thicken,
+    thin,
+)
 from vlp.processing.prompts import CLASS_NAMES, TEMPLATES, prompts_for
 from vlp.processing.tokenizer import clean_caption
 
@@ -158,12 +168,13 @@ def test_random_crops_are_those_of_the_paper():
 def test_strong_augmentation_changes_each_image_on_its_own_and_stays_in_range():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).repeat(4, 1, 1, 1)
-    output = StrongAugmentation()(images)
+    output = StrongAugmentation()(images / 255)
     assert output.shape == (4, 3, 32, 32) and output.min() >= 0 and output.max() <= 1
     assert all((output[i] - output[j]).abs().mean() > 0.01 for i in range(4) for j in range(i))
     white = torch.full((8, 3, 32, 32), 255, dtype=torch.uint8)
     moved = StrongAugmentation().move(white.float() / 255)
     assert_close(moved, torch.ones_like(moved))  # what comes in from outside is white
+    assert torch.equal(StrongAugmentation(restyle=0.0).restyle(images / 255), images / 255)
 
 
 def test_augmentation_of_nothing_is_the_evaluation_preprocessing():
@@ -172,6 +183,16 @@ def test_augmentation_of_nothing_is_the_evaluation_preprocessing():
     pixels = torch.from_numpy(np.array(PerImage(32, "middle")(picture, random.Random(0)))).permute(2, 0, 1)[None]
     to_pixel_values = ToPixelValues(processor.image_mean, processor.image_std)
     assert torch.equal(to_pixel_values(pixels), processor(picture, return_tensors="pt")["pixel_values"])
+    assert_close(to_pixel_values(pixels, side=16), torch.nn.functional.avg_pool2d(to_pixel_values(pixels), 2))
+
+
+def test_restyling_darkens_and_lightens_lines():
+    image = torch.ones(1, 3, 9, 9)
+    image[..., 4] = 0  # a dark line
+    assert thicken(image)[0, 0, 4].tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert thin(image).min() == 1
+    assert outline(image)[0, 0, 4, 3] < 1 and outline(image)[0, 0, 4, 0] == 1
+    assert sharpen(image)[0, 0, 4, 3] > 1 > blur(image)[0, 0, 4, 3]
 
 
 def test_templates_are_those_of_the_paper():

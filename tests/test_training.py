@@ -265,6 +265,7 @@ def test_a_tower_of_transformers_own_clip(pairs, tmp_path):
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
         {"patch_dropout": 0.5, "layer_decay": 0.7, "label_smoothing": 0.1},
         {"gradient_accumulation_steps": 2, "group_captions": 2},
+        {"low_resolution": 8, "low_resolution_share": 0.5},
         {"augmentation": "crop", "cache_images": False, "num_workers": 1, "eval_split": None, "class_column": None},
         {"max_train_steps": None, "max_train_minutes": 0.02},
         {"max_train_steps": None, "num_train_epochs": 2.0},
@@ -367,7 +368,7 @@ def test_one_batch_can_be_learnt_by_heart():
         ids = torch.arange(4)
         optimizer = make_optimizer(parameter_groups(model, 3e-3, 0.0), 0.9, 0.98, 1e-6)
         for _ in range(60):
-            loss = objective(**batch, caption_ids=ids, image_ids=ids)["contrastive"]
+            loss = objective(**batch, text_index=ids, caption_ids=ids, image_ids=ids)["contrastive"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +58,8 @@ class TrainingArguments:
     # Model
     model: dict = option({}, "fields of VlpClipConfig, as JSON; vocab_size and image_size follow from elsewhere")
     image_size: int = option(224, "side of the images, in pixels")
+    low_resolution: int | None = option(None, "side of the images in the first part of training, in pixels (faster)")
+    low_resolution_share: float = option(0.8, "how long that part is, as a share of training (0 to 1)")
     max_length: int = option(77, "most tokens in a caption, start and end included")
     tokenizer_name: str | None = option(
         None, "hub name or folder of a tokenizer, or OpenAI's bpe_simple_vocab_16e6.txt.gz"
@@ -141,7 +144,7 @@ class TrainingArguments:
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "num_workers"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("tag_share", "template_share", "max_bad_share", "label_smoothing", "ema_decay", "adam_beta1",
+        for name in ("tag_share", "template_share", "max_bad_share", "low_resolution_share", "label_smoothing", "ema_decay", "adam_beta1",
                      "adam_beta2"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
@@ -154,6 +157,10 @@ class TrainingArguments:
             raise ArgumentError(
                 "--cache_images needs --augmentation strong or none (crop draws another crop each time) and "
                 f"--num_workers 0, got {self.augmentation} and {self.num_workers}."
+            )
+        if self.low_resolution and not 0 < self.low_resolution < self.image_size:
+            raise ArgumentError(
+                f"--low_resolution ({self.low_resolution}) must be positive and below --image_size ({self.image_size})."
             )
         if self.label_smoothing and self.loss == "sigmoid":
             raise ArgumentError("--label_smoothing belongs to the softmax loss; the sigmoid loss has none.")
@@ -231,8 +238,19 @@ def build_parser() -> argparse.ArgumentParser:
             parser.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, default=default, help=text)
         else:
             convert = json.loads if kinds[0] is dict else kinds[0]
+            convert = none_or(convert) if type(None) in typing.get_args(item.type) else convert
             parser.add_argument(f"--{item.name}", type=convert, default=default, metavar=kinds[0].__name__, help=text)
     return parser
+
+
+def none_or(convert: Callable) -> Callable:
+    """A converter that reads the word "none" as None: it takes back what a recipe sets."""
+
+    def read(word: str):
+        return None if word == "none" else convert(word)
+
+    read.__name__ = convert.__name__  # argparse names it where a value is wrong
+    return read
 
 
 def parse_command_line() -> TrainingArguments:

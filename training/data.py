@@ -114,8 +114,10 @@ class SampleMaker:
     cache: dict[Any, Tensor] | None = None
 
     def __call__(self, row: dict, key: Any, epoch: int) -> Sample:
+        # Rows with the same captions get the same text in an epoch: a batch then holds it once.
+        caption_rng = random.Random(f"{self.seed}-{epoch}-{self.chooser.captions(row)}")
+        text, caption = self.chooser.choose(row, caption_rng)
         rng = random.Random(f"{self.seed}-{epoch}-{key}")
-        text, caption = self.chooser.choose(row, rng)
         pixels = None if self.cache is None else self.cache.get(key)
         if pixels is None:
             image = decode_image(row[self.image_column], self.max_image_pixels)
@@ -257,7 +259,8 @@ class Batch:
     """What a step gets, and the bad rows that were met while it was made."""
 
     pixels: Tensor  # (B, 3, S, S) uint8
-    input_ids: Tensor  # (B, N), N the longest caption of the batch
+    input_ids: Tensor  # (T, N): the different texts of the batch, N the longest of them
+    text_index: Tensor  # (B,): which of the texts belongs to each image
     caption_ids: Tensor  # (B,)
     image_ids: Tensor  # (B,)
     skipped: list[tuple[Any, str]]
@@ -267,14 +270,15 @@ class Batch:
 
 
 class Collator:
-    """Samples -> Batch; captions are padded to the longest of the batch, never further."""
+    """Samples -> Batch; a text that stands twice is read once, and padding goes to the longest, never further."""
 
     def __init__(self, tokenizer, max_length: int):
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def __call__(self, samples: list[Sample]) -> Batch:
+        texts = {text: number for number, text in enumerate(dict.fromkeys(sample.text for sample in samples))}
         tokens = self.tokenizer(
-            [sample.text for sample in samples],
+            list(texts),
             padding=True,
             truncation=True,
             max_length=self.max_length,
@@ -283,6 +287,7 @@ class Collator:
         return Batch(
             pixels=torch.stack([sample.pixels for sample in samples]),
             input_ids=tokens["input_ids"],
+            text_index=torch.tensor([texts[sample.text] for sample in samples]),
             caption_ids=torch.tensor([sample.caption_id for sample in samples]),
             image_ids=torch.tensor([sample.image_id for sample in samples]),
             skipped=[bad for sample in samples for bad in sample.skipped],

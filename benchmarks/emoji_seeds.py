@@ -1,0 +1,51 @@
+"""The embedded default, trained with several seeds: how good it is on the design that training never sees.
+
+    python benchmarks/emoji_seeds.py [--seeds 0 1 2 3 4] [--config clip-emoji]
+
+Each run is a process of its own, `accelerate launch -m vlp.training clip --seed N`; the figures go to emoji_seeds.json,
+from which the README's table is rendered (`make readme`), and the pictures of the first seed to docs/.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).with_suffix(".json")
+DOCS = Path(__file__).parents[1] / "docs"
+KEPT = ("metrics", "samples", "steps", "training_seconds", "parameters", "precision", "hardware", "versions", "classes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--config", default="clip-emoji")
+    options = parser.parse_args()
+    runs = {}
+    for seed in options.seeds:
+        folder = Path("runs") / f"{options.config}-seed-{seed}"
+        launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "-m", "vlp.training", "clip"]
+        words = ["--config", options.config, "--seed", str(seed), "--output_dir", str(folder)]
+        subprocess.run(launch + words, check=True)
+        results = json.loads((folder / "results.json").read_text())
+        runs[str(seed)] = {key: results[key] for key in KEPT}
+        if seed == options.seeds[0]:
+            DOCS.mkdir(exist_ok=True)
+            for name in ("examples.png", "loss.png"):
+                shutil.copy(folder / name, DOCS / f"{options.config}-{name}")
+    summary = {}
+    for name in next(iter(runs.values()))["metrics"]:
+        values = [run["metrics"][name] for run in runs.values()]
+        summary[name] = {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known[options.config] = {"summary": summary, "seeds": runs}
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+    for name, values in summary.items():
+        print(f"{name:28s} {100 * values['mean']:6.2f} % ({100 * values['min']:.2f} to {100 * values['max']:.2f})")
+
+
+if __name__ == "__main__":
+    main()
