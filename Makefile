@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev train test test-all check bench clean
+.PHONY: help venv venv-dev readme train test test-all check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ venv-dev: $(VENV)/installed-dev ## the same, with what tests and benchmarks need
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
+
+readme: ## write the measured figures into the READMEs
+	$(BIN)/python benchmarks/readme.py
 
 train: venv ## set up, pre-train CLIP on the embedded data, evaluate, save (options: make train ARGS="--seed 1")
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch training clip $(ARGS)

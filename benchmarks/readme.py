@@ -19,9 +19,9 @@ WORDS = {
             "image_to_text_recall_at_1": "image to text, R@1",
             "text_to_image_recall_at_10": "text to image, R@10",
         },
-        "step": "A whole training step of ViT-B/32 (forward, backward, AdamW; batch {batch}, {threads} CPU threads, captions of "
-        "8 to 18 tokens): vlp {ours:.2f} s, open_clip {theirs:.2f} s, medians of {rounds} interleaved steps each: "
-        "**{ratio:.2f} times** open_clip's samples/s, with the same gradients (`make bench`).",
+        "step": "A whole training step of ViT-B/32 (forward, backward, AdamW; batch {batch}, {threads} CPU threads, "
+        "captions of 8 to 18 tokens): vlp {ours:.2f} s, open_clip {theirs:.2f} s, medians of {rounds} interleaved "
+        "steps each: **{ratio:.2f} times** open_clip's samples/s, with the same gradients (`make bench`).",
     },
     "README.vi.md": {
         "head": "| năm phút trên 2 nhân CPU, trung bình của {seeds} seed (thấp nhất đến cao nhất) | {title} |",
@@ -32,8 +32,8 @@ WORDS = {
             "image_to_text_recall_at_1": "ảnh sang văn bản, R@1",
             "text_to_image_recall_at_10": "văn bản sang ảnh, R@10",
         },
-        "step": "Một bước huấn luyện trọn vẹn của ViT-B/32 (lan truyền xuôi, ngược, AdamW; lô {batch}, {threads} luồng CPU, chú "
-        "thích 8 đến 18 token): vlp {ours:.2f} s, open_clip {theirs:.2f} s, trung vị của {rounds} bước đo xen kẽ: "
+        "step": "Một bước huấn luyện trọn vẹn của ViT-B/32 (lan truyền xuôi, ngược, AdamW; lô {batch}, "
+        "{threads} luồng CPU, chú thích 8 đến 18 token): vlp {ours:.2f} s, open_clip {theirs:.2f} s, trung vị của {rounds} bước đo xen kẽ: "
         "**{ratio:.2f} lần** số mẫu/giây của open_clip, với gradient như nhau (`make bench`).",
     },
 }

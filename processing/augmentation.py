@@ -53,8 +53,8 @@ def random_box(
 class StrongAugmentation:
     """For small data: every image of a batch is turned, scaled, stretched, shifted, redrawn and recoloured on its own.
 
-    torchvision's transforms draw once for a whole batch; these draw for each image, in vectorised steps. The colours stay
-    recognisable: what a picture shows may hang on them (flags, hearts).
+    torchvision's transforms draw once for a whole batch; these draw for each image, in vectorised steps. The colours
+    stay recognisable: what a picture shows may hang on them (flags, hearts).
 
     Args:
         degrees, scale, stretch, shear, shift: ranges of the affine map; shift is a share of the side.
@@ -169,11 +169,9 @@ class ToPixelValues:
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], augment=None):
         self.mean, self.std, self.augment = mean, std, augment
 
-    def __call__(self, pixels: Tensor, side: int | None = None) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, 3, S, S) float32 on the same device, or (B, 3, side, side) scaled down by area."""
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, 3, S, S) float32, on the same device."""
         images = pixels.float().div_(255)
-        if side is not None and side != pixels.shape[-1]:
-            images = F.interpolate(images, (side, side), mode="area")
         if self.augment:
             images = self.augment(images)
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)

@@ -58,6 +58,17 @@ def tiny_processor(side: int = 32) -> vlp.VlpClipProcessor:
     return vlp.VlpClipProcessor(image_processor, vlp.VlpClipTokenizer.train(CAPTIONS, 600, max_length=20))
 
 
+def tiny_pair() -> tuple[vlp.VlpClipModel, vlp.VlpClipProcessor]:
+    """A model in evaluation mode, and the processor that fits it."""
+    processor = tiny_processor()
+    tokenizer = processor.tokenizer
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = TEXT | special | {"vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    config = vlp.VlpClipConfig(vision_config=dict(VIT), text_config=text, projection_dim=24)
+    return vlp.VlpClipModel(config).eval(), processor
+
+
 @pytest.fixture
 def images() -> list[Image.Image]:
     return [Image.new("RGB", (40, 30 + 10 * index), colour) for index, colour in enumerate(("red", "green", "blue"))]

@@ -58,8 +58,6 @@ class TrainingArguments:
     # Model
     model: dict = option({}, "fields of VlpClipConfig, as JSON; vocab_size and image_size follow from elsewhere")
     image_size: int = option(224, "side of the images, in pixels")
-    low_resolution: int | None = option(None, "side of the images in the first part of training, in pixels (faster)")
-    low_resolution_share: float = option(0.8, "how long that part is, as a share of training (0 to 1)")
     max_length: int = option(77, "most tokens in a caption, start and end included")
     tokenizer_name: str | None = option(
         None, "hub name or folder of a tokenizer, or OpenAI's bpe_simple_vocab_16e6.txt.gz"
@@ -144,8 +142,8 @@ class TrainingArguments:
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "num_workers"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("tag_share", "template_share", "max_bad_share", "low_resolution_share", "label_smoothing", "ema_decay", "adam_beta1",
-                     "adam_beta2"):  # fmt: skip
+        for name in ("tag_share", "template_share", "max_bad_share", "label_smoothing",
+                     "ema_decay", "adam_beta1", "adam_beta2"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
         require_one_of("augmentation", self.augmentation, ("crop", "strong", "none"))
@@ -157,10 +155,6 @@ class TrainingArguments:
             raise ArgumentError(
                 "--cache_images needs --augmentation strong or none (crop draws another crop each time) and "
                 f"--num_workers 0, got {self.augmentation} and {self.num_workers}."
-            )
-        if self.low_resolution and not 0 < self.low_resolution < self.image_size:
-            raise ArgumentError(
-                f"--low_resolution ({self.low_resolution}) must be positive and below --image_size ({self.image_size})."
             )
         if self.label_smoothing and self.loss == "sigmoid":
             raise ArgumentError("--label_smoothing belongs to the softmax loss; the sigmoid loss has none.")

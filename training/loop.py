@@ -47,11 +47,6 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     interrupted: bool = False
 
-    def image_side(self, share_done: float) -> int:
-        """Pixels along the side of the images of a step."""
-        side = self.model.config.vision_config.image_size
-        return self.arguments.low_resolution or side if share_done < self.arguments.low_resolution_share else side
-
     def share_done(self) -> float:
         """How much of the schedule is behind us, from 0 to 1; the same on every process."""
         done = self.progress.step / self.total_steps if self.total_steps else 0.0
@@ -68,7 +63,6 @@ def train_step(run: Run, share_done: float) -> dict[str, Tensor]:
     factor = learning_rate_factor(run.progress.step, arguments.warmup_steps, share_done)
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    side = run.image_side(share_done)
     for _ in range(arguments.gradient_accumulation_steps):
         batch = next(run.batches)
         run.bad_rows.update(batch)
@@ -76,7 +70,7 @@ def train_step(run: Run, share_done: float) -> dict[str, Tensor]:
         with accelerator.accumulate(run.objective):
             device = accelerator.device
             losses = run.objective(
-                pixel_values=run.to_pixel_values(batch.pixels.to(device, non_blocking=True), side),
+                pixel_values=run.to_pixel_values(batch.pixels.to(device, non_blocking=True)),
                 input_ids=batch.input_ids.to(device, non_blocking=True),
                 text_index=batch.text_index.to(device, non_blocking=True),
                 caption_ids=batch.caption_ids.to(device),

@@ -48,13 +48,11 @@ class ClipObjective(nn.Module):
         """The loss of a batch.
 
         Args:
-            pixel_values: (B, C, S, S); positions are resampled where S is not the model's image size.
+            pixel_values: (B, C, S, S).
             input_ids: (T, N), the different texts; text_index: (B,), which of them belongs to each image.
             caption_ids, image_ids: (B,) integers that are equal where captions or images are.
         """
-        image = self.model.get_image_features(
-            pixel_values, interpolate_pos_encoding=True, pooled_only=True
-        ).pooler_output
+        image = self.model.get_image_features(pixel_values, pooled_only=True).pooler_output
         text = self.model.get_text_features(input_ids, pooled_only=True).pooler_output[text_index]
         with torch.autocast(image.device.type, enabled=False):  # the loss is computed in float32
             image, text = (gather_with_gradient(F.normalize(x.float(), dim=-1)) for x in (image, text))

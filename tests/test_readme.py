@@ -1,0 +1,84 @@
+"""What the README says is so. Run: pytest tests/test_readme.py"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_pair
+from vlp.training.arguments import parse
+
+ROOT = Path(__file__).parents[1]
+READMES = ["README.md", "README.vi.md"]
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A place where runs/clip-emoji is a small model."""
+    base = tmp_path_factory.mktemp("readme")
+    model, processor = tiny_pair()
+    model.save_pretrained(base / "runs/clip-emoji")
+    processor.save_pretrained(base / "runs/clip-emoji")
+    return base
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_python_snippets_run(name, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    snippets = blocks(name, "python")
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(compile(snippet, name, "exec"), {})
+    assert "score" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_commands_are_commands(name):
+    """Every training command parses; every make target is there."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    seen = 0
+    for line in "\n".join(blocks(name, "bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert words[1] in targets
+        elif words[:2] == ["accelerate", "launch"] and "--help" not in words:
+            parse(words[words.index("clip") + 1 :])
+            seen += 1
+    assert seen == 3
+    for options in re.findall(r"`(--[^`]*)`", (ROOT / name).read_text()):
+        words = shlex.split(options)
+        for word in (word for word in words if word.startswith("--")):
+            if word != "--config":
+                assert word[2:] in vars(parse([])), word
+
+
+def test_both_languages_have_the_same_parts():
+    english, vietnamese = ((ROOT / name).read_text() for name in READMES)
+    for pattern in (r"^## ", r"^\|", r"^!\[", r"```"):
+        assert len(re.findall(pattern, english, re.M)) == len(re.findall(pattern, vietnamese, re.M)), pattern
+    strip = lambda text: re.sub(r"#.*", "", text).split()  # noqa: E731  comments are translated
+    for language in ("python", "bash"):
+        for a, b in zip(blocks("README.md", language), blocks("README.vi.md", language), strict=True):
+            assert strip(a) == strip(b)
+
+
+def test_figures_are_those_of_the_stored_results():
+    subprocess.run([sys.executable, ROOT / "benchmarks/readme.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md"])
+def test_links_and_pictures_are_there(name):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_makefile_explains_itself():
+    output = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("train", "test", "test-all", "check", "bench"):
+        assert re.search(rf"make {target}\s+\w", output)
