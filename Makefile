@@ -27,7 +27,7 @@ readme: ## write the measured figures into the READMEs
 	$(BIN)/python benchmarks/readme.py
 
 train: venv ## set up, pre-train CLIP on the embedded data, evaluate, save (options: make train ARGS="--seed 1")
-	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch training clip $(ARGS)
+	$(BIN)/accelerate launch training clip $(ARGS)
 
 test: venv-dev ## set up and run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)

@@ -32,9 +32,9 @@ WORDS = {
             "image_to_text_recall_at_1": "ảnh sang văn bản, R@1",
             "text_to_image_recall_at_10": "văn bản sang ảnh, R@10",
         },
-        "step": "Một bước huấn luyện trọn vẹn của ViT-B/32 (lan truyền xuôi, ngược, AdamW; lô {batch}, "
-        "{threads} luồng CPU, chú thích 8 đến 18 token): vlp {ours:.2f} s, open_clip {theirs:.2f} s, trung vị của {rounds} bước đo xen kẽ: "
-        "**{ratio:.2f} lần** số mẫu/giây của open_clip, với gradient như nhau (`make bench`).",
+        "step": "Một bước huấn luyện trọn vẹn của ViT-B/32 (lan truyền xuôi, ngược, AdamW; lô {batch}, {threads} luồng "
+        "CPU, chú thích 8 đến 18 token): vlp {ours:.2f} s, open_clip {theirs:.2f} s, trung vị của {rounds} bước đo xen "
+        "kẽ: **{ratio:.2f} lần** số mẫu/giây của open_clip, với gradient như nhau (`make bench`).",
     },
 }
 

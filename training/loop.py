@@ -53,7 +53,7 @@ class Run:
         if self.arguments.max_train_minutes:
             done = max(done, self.progress.seconds / (60 * self.arguments.max_train_minutes))
         if self.accelerator.num_processes > 1:
-            done = broadcast_object_list([done])[0]
+            done, self.interrupted = broadcast_object_list([done, self.interrupted])
         return done
 
 
@@ -98,9 +98,9 @@ def fit(run: Run, evaluate: Callable[[], dict], save: Callable[[], None]) -> Non
     while (share := run.share_done()) < 1 and not run.interrupted:
         started = time.perf_counter()
         losses = train_step(run, share)
+        progress.seconds += time.perf_counter() - started
         if progress.step % arguments.logging_steps == 0 or progress.step == 1:
             log(run, losses, bar)
-        progress.seconds += time.perf_counter() - started
         bar.update(min(run.share_done(), 1.0) - bar.n)
         if arguments.eval_steps and progress.step % arguments.eval_steps == 0:
             progress.evaluations.append({"step": progress.step} | evaluate())
