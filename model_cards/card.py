@@ -98,7 +98,7 @@ def render_card(folder: Path) -> ModelCard:
 
 SHOWN_OPTIONS = (
     "augmentation", "templates", "template_share", "tag_share", "group_captions", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "loss", "exclude_duplicates", "label_smoothing", "learning_rate", "weight_decay",
+    "gradient_accumulation_steps", "loss", "exclude_duplicates", "learning_rate", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "layer_decay", "warmup_steps", "max_train_steps", "max_train_minutes",
     "max_grad_norm", "ema_decay", "lock_image_tower", "lock_text_tower", "patch_dropout", "seed",
 )  # fmt: skip

@@ -7,13 +7,7 @@ from torch.nn import functional as F
 # Shapes: B pairs, E embedding
 
 
-def clip_loss(
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    scale: Tensor,
-    not_negative: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def clip_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, not_negative: Tensor | None = None) -> Tensor:
     """Symmetric softmax loss of CLIP (paper, figure 3; open_clip, loss.py, ClipLoss).
 
     Args:
@@ -21,21 +15,12 @@ def clip_loss(
         scale: scalar, the exponential of `logit_scale`.
         not_negative: (B, B) bool, True where image i and caption j are not to be told apart (see `same_pairs`); the
             diagonal is not read.
-        label_smoothing: share of the target that is spread evenly over all that may be told apart.
     """
-    logits = scale * image_embeds @ text_embeds.T  # (B, B)
-    keep = None
+    logits = scale * image_embeds @ text_embeds.T  # (B, B), used along both sides
     if not_negative is not None:
-        keep = ~not_negative | torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(~keep, float("-inf"))
-    normaliser = (logits.logsumexp(dim=1) + logits.logsumexp(dim=0)) / 2  # (B,), rows and columns
-    loss = (normaliser - logits.diagonal()).mean()
-    if not label_smoothing:
-        return loss
-    keep = torch.ones_like(logits) if keep is None else keep.to(logits.dtype)
-    shared = logits.masked_fill(keep == 0, 0.0)
-    even = (shared.sum(dim=1) / keep.sum(dim=1) + shared.sum(dim=0) / keep.sum(dim=0)) / 2  # (B,)
-    return (1 - label_smoothing) * loss + label_smoothing * (normaliser - even).mean()
+        others = not_negative & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(others, float("-inf"))
+    return ((logits.logsumexp(dim=1) + logits.logsumexp(dim=0)) / 2 - logits.diagonal()).mean()
 
 
 def siglip_loss(

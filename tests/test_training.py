@@ -263,7 +263,7 @@ def test_a_tower_of_transformers_own_clip(pairs, tmp_path):
     [
         {"loss": "sigmoid"},
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
-        {"patch_dropout": 0.5, "layer_decay": 0.7, "label_smoothing": 0.1},
+        {"patch_dropout": 0.5, "layer_decay": 0.7},
         {"gradient_accumulation_steps": 2, "group_captions": 2},
         {"augmentation": "crop", "cache_images": False, "num_workers": 1, "eval_split": None, "class_column": None},
         {"max_train_steps": None, "max_train_minutes": 0.02},

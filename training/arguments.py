@@ -89,7 +89,6 @@ class TrainingArguments:
     num_train_epochs: float = option(32.0, "passes over the data, where neither steps nor minutes are given")
     max_train_steps: int | None = option(None, "optimiser steps in all")
     max_train_minutes: float | None = option(None, "minutes of training in all; the schedule ends with them")
-    label_smoothing: float = option(0.0, "share of probability (0 to 1) that the softmax loss spreads over all")
     ema_decay: float = option(0.0, "average of weights to evaluate and publish, such as 0.999; 0 for none")
     mixed_precision: str = option("auto", "no, bf16, fp16, or auto: bf16 where the hardware computes in it")
     num_threads: int | None = option(None, "CPU threads of each process; all cores over all processes if not given")
@@ -142,8 +141,7 @@ class TrainingArguments:
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "num_workers"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("tag_share", "template_share", "max_bad_share", "label_smoothing",
-                     "ema_decay", "adam_beta1", "adam_beta2"):  # fmt: skip
+        for name in ("tag_share", "template_share", "max_bad_share", "ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
         require_one_of("augmentation", self.augmentation, ("crop", "strong", "none"))
@@ -156,8 +154,6 @@ class TrainingArguments:
                 "--cache_images needs --augmentation strong or none (crop draws another crop each time) and "
                 f"--num_workers 0, got {self.augmentation} and {self.num_workers}."
             )
-        if self.label_smoothing and self.loss == "sigmoid":
-            raise ArgumentError("--label_smoothing belongs to the softmax loss; the sigmoid loss has none.")
         if self.push_to_hub and not self.hub_model_id:
             raise ArgumentError("--push_to_hub needs --hub_model_id, the name to push to, such as me/my-clip.")
         if self.hub_model_id and not self.push_to_hub:

@@ -131,7 +131,9 @@ class PairDataset(Dataset):
     """Pairs by number. A bad row is replaced by the next good one, so that batches keep their size."""
 
     def __init__(self, rows, maker: SampleMaker):
-        self.rows, self.maker = rows, maker
+        # Where images are kept in memory, rows are too: to read one from Arrow takes longer than to augment it.
+        self.rows = list(rows) if maker.cache is not None else rows
+        self.maker = maker
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -14,7 +14,6 @@ class ClipObjective(nn.Module):
 
     Args:
         exclude_duplicates: rows that share a caption or an image are not each other's negatives.
-        label_smoothing: of the softmax loss.
         lock_image_tower, lock_text_tower: leave a tower and its projection as they are (LiT, arXiv:2111.07991), its
             batch norm and dropout in evaluation mode.
     """
@@ -23,14 +22,12 @@ class ClipObjective(nn.Module):
         self,
         model: VlpClipModel,
         exclude_duplicates: bool = True,
-        label_smoothing: float = 0.0,
         lock_image_tower: bool = False,
         lock_text_tower: bool = False,
     ):
         super().__init__()
         self.model = model
         self.exclude_duplicates = exclude_duplicates
-        self.label_smoothing = label_smoothing
         locked = (["vision_model", "visual_projection"] if lock_image_tower else []) + (
             ["text_model", "text_projection"] if lock_text_tower else []
         )
@@ -62,4 +59,4 @@ class ClipObjective(nn.Module):
             scale = self.model.logit_scale.float().exp()
             if self.model.logit_bias is not None:
                 return {"sigmoid": siglip_loss(image, text, scale, self.model.logit_bias.float(), not_negative)}
-            return {"contrastive": clip_loss(image, text, scale, not_negative, self.label_smoothing)}
+            return {"contrastive": clip_loss(image, text, scale, not_negative)}

@@ -275,7 +275,6 @@ def make_run(arguments, accelerator, rows, processor, model) -> Run:
     objective = ClipObjective(
         model,
         exclude_duplicates=arguments.exclude_duplicates,
-        label_smoothing=arguments.label_smoothing,
         lock_image_tower=arguments.lock_image_tower,
         lock_text_tower=arguments.lock_text_tower,
     )
