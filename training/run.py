@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from ..model_cards.card import write_card
 from ..modeling_vlp.clip import VlpClipModel
 from ..processing.augmentation import PerImage, StrongAugmentation, ToPixelValues
 from ..processing.clip import VlpClipImageProcessor, VlpClipProcessor
-from ..processing.prompts import CLASS_NAMES, TEMPLATES
+from ..processing.prompts import CLASS_NAMES
 from ..processing.tokenizer import VlpClipTokenizer
 from .arguments import ArgumentError, TrainingArguments, parse_command_line
 from .checkpoint import ResumeError, find_state, load_state, save_state, state_folder, write_whole
@@ -52,6 +53,8 @@ def train(arguments: TrainingArguments) -> None:
     """Do a whole run; see the module's docstring."""
     if arguments.push_to_hub:
         check_access()
+    if not arguments.model_name_or_path:
+        new_config(arguments)  # what cannot be is refused before anything is loaded
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
     accelerator = make_accelerator(arguments)
@@ -153,6 +156,8 @@ def load_data(arguments: TrainingArguments) -> tuple:
         image_column=arguments.image_column, image_root=arguments.image_root, config=arguments.dataset_config_name
     )
     rows = eval_rows = None
+    if is_shards(arguments.dataset_name) and not importlib.util.find_spec("webdataset"):
+        raise ArgumentError('Shards need webdataset: pip install "vlp[webdataset]".')
     if not is_shards(arguments.dataset_name):
         rows = load_rows(arguments.dataset_name, arguments.train_split, **load)
         require_column(rows, arguments.caption_column, arguments.dataset_name)
@@ -184,9 +189,6 @@ def load_data(arguments: TrainingArguments) -> tuple:
 
 
 def make_chooser(arguments: TrainingArguments) -> CaptionChooser:
-    for name in (arguments.templates, arguments.eval_templates):
-        if name not in TEMPLATES:
-            raise ArgumentError(f"No templates are named {name!r}; there are {', '.join(TEMPLATES)}.")
     return CaptionChooser(
         caption_column=arguments.caption_column,
         tag_column=arguments.tag_column,
@@ -215,6 +217,26 @@ def make_processor(arguments: TrainingArguments, rows, chooser: CaptionChooser) 
     return VlpClipProcessor(images, tokenizer)
 
 
+def new_config(arguments: TrainingArguments, tokenizer=None) -> VlpClipConfig:
+    """The configuration that the options describe; vocabulary and special tokens are the tokenizer's, where given.
+
+    Raises ArgumentError where it cannot be.
+    """
+    fields = json.loads(json.dumps(arguments.model))
+    fields.setdefault("vision_config", {}).setdefault("image_size", arguments.image_size)
+    text = fields.setdefault("text_config", {})
+    text["max_position_embeddings"] = arguments.max_length
+    if tokenizer is not None:
+        text["vocab_size"] = len(tokenizer)
+        text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if arguments.loss == "sigmoid":  # SigLIP, section 3.2
+        fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0} | fields
+    try:
+        return VlpClipConfig(**fields)
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(f"--model: {error}") from error
+
+
 def make_model(arguments: TrainingArguments, processor: VlpClipProcessor) -> VlpClipModel:
     if arguments.model_name_or_path:
         kind = AutoConfig.from_pretrained(arguments.model_name_or_path).model_type
@@ -222,21 +244,7 @@ def make_model(arguments: TrainingArguments, processor: VlpClipProcessor) -> Vlp
             raise ArgumentError(f"{arguments.model_name_or_path} is a {kind}, not a {VlpClipConfig.model_type}.")
         model = AutoModel.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
     else:
-        tokenizer, fields = processor.tokenizer, json.loads(json.dumps(arguments.model))
-        fields.setdefault("vision_config", {}).setdefault("image_size", arguments.image_size)
-        fields.setdefault("text_config", {}).update(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=arguments.max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        if arguments.loss == "sigmoid":  # SigLIP, section 3.2
-            fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0} | fields
-        try:
-            model = VlpClipModel(VlpClipConfig(**fields))
-        except (ValueError, TypeError) as error:
-            raise ArgumentError(f"--model: {error}") from error
+        model = VlpClipModel(new_config(arguments, processor.tokenizer))
     if (arguments.loss == "sigmoid") != (model.logit_bias is not None):
         has = "has a" if model.logit_bias is not None else "has no"
         raise ArgumentError(f"--loss {arguments.loss} does not fit the model, which {has} logit_bias (SigLIP).")
@@ -349,13 +357,7 @@ def total_steps(arguments: TrainingArguments, size: int | None, processes: int) 
 def make_evaluator(arguments: TrainingArguments, chooser: CaptionChooser, rows) -> Evaluator | None:
     if rows is None:
         return None
-    names = None
-    if arguments.class_names:
-        if arguments.class_names not in CLASS_NAMES:
-            raise ArgumentError(
-                f"No class names are called {arguments.class_names!r}; there are {', '.join(CLASS_NAMES)}."
-            )
-        names = list(CLASS_NAMES[arguments.class_names])
+    names = list(CLASS_NAMES[arguments.class_names]) if arguments.class_names else None
     return Evaluator(rows, chooser, arguments.image_column, arguments.max_image_pixels, arguments.class_column, names,
                      arguments.eval_templates, arguments.eval_batch_size)  # fmt: skip
 
