@@ -211,6 +211,8 @@ def test_ctrl_c_saves_the_state_and_the_run_goes_on_from_it(pairs, tmp_path):
         ({"eval_split": "validation"}, ArgumentError, "no row whose split is 'validation'"),
         ({"image_size": 17}, ArgumentError, r"image_size \(17\) must be divisible by patch_size \(8\)"),
         ({"model": {"projection_dim": -1}}, ArgumentError, "projection_dim must be positive, got -1"),
+        ({"model": {"projection_dim": "x"}}, ArgumentError, "projection_dim must be positive, got 'x'"),
+        ({"model": {"text_config": {"hiden_size": 8}}}, ArgumentError, "no field 'hiden_size'; hidden_size?"),
         ({"hold_out": "caption=pink card"}, ArgumentError, "0 of 32 rows"),
         ({"patch_dropout": 0.5, "image_size": 32, "model": RESNET}, ArgumentError, "a ResNet has no patches"),
         (

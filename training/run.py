@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import difflib
 import importlib.util
 import json
 import math
@@ -16,13 +17,15 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from ..configuration import VlpClipConfig
+from ..configuration import VlpClipConfig, VlpClipTextConfig, VlpViTConfig
+from ..configuration.clip import VISION_CONFIGS
 from ..model_cards.card import write_card
 from ..modeling_vlp.clip import VlpClipModel
 from ..processing.augmentation import PerImage, StrongAugmentation, ToPixelValues
@@ -231,9 +234,16 @@ def new_config(arguments: TrainingArguments, tokenizer=None) -> VlpClipConfig:
         text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if arguments.loss == "sigmoid":  # SigLIP, section 3.2
         fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0} | fields
+    vision = VISION_CONFIGS.get(fields["vision_config"].get("model_type", VlpViTConfig.model_type), VlpViTConfig)
+    for part, kind in ((fields, VlpClipConfig), (fields["vision_config"], vision), (text, VlpClipTextConfig)):
+        known = [item.name for item in dataclasses.fields(kind)] + ["model_type"]
+        for name in part:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise ArgumentError(f"--model: {kind.__name__} has no field {name!r}{f'; {near[0]}?' if near else '.'}")
     try:
         return VlpClipConfig(**fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise ArgumentError(f"--model: {error}") from error
 
 
