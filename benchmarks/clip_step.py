@@ -17,9 +17,9 @@ from pathlib import Path
 
 import open_clip
 import torch
+from vlp.training.hardware import cpu_cores, use_cpu_well
 from vlp.training.objectives import ClipObjective
 from vlp.training.optim import make_optimizer, parameter_groups
-from vlp.training.run import cpu_cores, use_cpu_well
 
 import vlp
 

@@ -6,14 +6,14 @@ def require_positive(config, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         for number in value if isinstance(value, (list, tuple)) else (value,):
-            if number is None or number <= 0:
-                raise ValueError(f"{type(config).__name__}: {name} must be positive, got {value}.")
+            if not isinstance(number, (int, float)) or number <= 0:
+                raise ValueError(f"{type(config).__name__}: {name} must be positive, got {value!r}.")
 
 
 def require_fraction(config, name: str) -> None:
     """Raise ValueError unless the named field lies in [0, 1)."""
     value = getattr(config, name)
-    if not 0 <= value < 1:
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(f"{type(config).__name__}: {name} must be at least 0 and below 1, got {value}.")
 
 

@@ -63,7 +63,12 @@ def test_a_file_of_options(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("learning_rat: 1.0\n", "'learning_rat' is no option"), ("seed: many\n", "seed must be of type .*'many'")],
+    [
+        ("- a\n", "one `name: value` a line; got a list"),
+        ("a: [\n", "is no YAML"),
+        ("learning_rat: 1.0\n", "'learning_rat' is no option"),
+        ("seed: many\n", "seed must be of type .*'many'"),
+    ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path, content, message):
     path = tmp_path / "mine.yaml"
@@ -85,6 +90,9 @@ def test_mistakes_in_a_file_are_named(tmp_path, content, message):
         (["--push_to_hub"], "needs --hub_model_id"),
         (["--hub_model_id", "me/x"], "does nothing without --push_to_hub"),
         (["--augmentation", "crop"], "--cache_images needs"),
+        (["--templates", "x"], "one of name, photo, .*got 'x'"),
+        (["--class_names", "x"], "one of cifar10, .*got 'x'"),
+        (["--tag_column", "none"], "--tag_share 0.25 needs --tag_column"),
         (["--hold_out", "noto"], "COLUMN=VALUE, got 'noto'"),
         (["--max_train_minutes", "0"], "must be positive, got 0.0"),
     ],

@@ -214,6 +214,8 @@ def test_tags_and_templates():
     chooser = CaptionChooser(tag_column="tags", tag_share=1.0, templates="emoji", template_share=1.0)
     texts = {chooser.choose({"caption": "cat", "tags": ["pet", "fur"]}, random.Random(s))[0] for s in range(200)}
     assert {"an emoji of pet", "cat, fur", "This is a photo of cat, pet, fur."} <= texts
+    texts = {chooser.choose({"caption": "cat", "tags": "pet, fur"}, random.Random(s))[0] for s in range(200)}
+    assert "an emoji of pet" in texts
     assert {chooser.choose({"caption": "cat", "tags": None}, random.Random(s))[1] for s in range(20)} == {"cat"}
     rows = datasets.Dataset.from_dict({"caption": ["cat"], "tags": [["pet", "fur"]]})
     assert list(caption_texts(rows, chooser))[:3] == ["cat", "pet, fur", "cat"]

@@ -47,6 +47,9 @@ MODEL = {
 }  # fmt: skip
 
 
+RESNET = MODEL | {"vision_config": {"model_type": "vlp_modified_resnet", "depths": [1, 1], "embedding_size": 8}}
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     """Each run of a test chooses its precision anew."""
@@ -206,10 +209,12 @@ def test_ctrl_c_saves_the_state_and_the_run_goes_on_from_it(pairs, tmp_path):
         ({"caption_column": "text"}, ArgumentError, "no column 'text'"),
         ({"class_column": "label"}, ArgumentError, "no column 'label'"),
         ({"eval_split": "validation"}, ArgumentError, "no row whose split is 'validation'"),
-        ({"templates": "x"}, ArgumentError, "'x'; there are name, photo"),
         ({"image_size": 17}, ArgumentError, r"image_size \(17\) must be divisible by patch_size \(8\)"),
         ({"model": {"projection_dim": -1}}, ArgumentError, "projection_dim must be positive, got -1"),
+        ({"model": {"projection_dim": "x"}}, ArgumentError, "projection_dim must be positive, got 'x'"),
+        ({"model": {"text_config": {"hiden_size": 8}}}, ArgumentError, "no field 'hiden_size'; hidden_size?"),
         ({"hold_out": "caption=pink card"}, ArgumentError, "0 of 32 rows"),
+        ({"patch_dropout": 0.5, "image_size": 32, "model": RESNET}, ArgumentError, "a ResNet has no patches"),
         (
             {"learning_rate": 1e30, "max_grad_norm": 0.0},
             FloatingPointError,
@@ -265,6 +270,7 @@ def test_a_tower_of_transformers_own_clip(pairs, tmp_path):
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
         {"patch_dropout": 0.5, "layer_decay": 0.7},
         {"gradient_accumulation_steps": 2, "group_captions": 2},
+        {"ema_decay": 0.99, "gradient_checkpointing": True, "image_size": 32, "model": RESNET},
         {"augmentation": "crop", "cache_images": False, "num_workers": 1, "eval_split": None, "class_column": None},
         {"max_train_steps": None, "max_train_minutes": 0.02},
         {"max_train_steps": None, "num_train_epochs": 2.0},

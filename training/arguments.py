@@ -11,6 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from ..processing.prompts import CLASS_NAMES, TEMPLATES
+
 RECIPES = Path(__file__).parent / "recipes"
 EMOJI = "emoji"  # the data set that the package embeds
 
@@ -147,6 +149,12 @@ class TrainingArguments:
         require_one_of("augmentation", self.augmentation, ("crop", "strong", "none"))
         require_one_of("loss", self.loss, ("softmax", "sigmoid"))
         require_one_of("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
+        require_one_of("templates", self.templates, tuple(TEMPLATES))
+        require_one_of("eval_templates", self.eval_templates, tuple(TEMPLATES))
+        if self.class_names:
+            require_one_of("class_names", self.class_names, tuple(CLASS_NAMES))
+        if self.tag_share and not self.tag_column:
+            raise ArgumentError(f"--tag_share {self.tag_share} needs --tag_column, the column with the keywords.")
         if self.per_device_train_batch_size == 1:
             raise ArgumentError("--per_device_train_batch_size 1 leaves no negatives to learn from: use at least 2.")
         if self.cache_images and (self.augmentation == "crop" or self.num_workers):
@@ -193,7 +201,12 @@ def read_recipe(name: str) -> dict:
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise ArgumentError(f"--config {name}: no such file, and no such recipe; the recipes are {names}.")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{path} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ArgumentError(f"{path} must hold options, one `name: value` a line; got a {type(values).__name__}.")
     types = {item.name: item.type for item in dataclasses.fields(TrainingArguments)}
     for key, value in values.items():
         if key not in types:

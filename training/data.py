@@ -78,6 +78,8 @@ class CaptionChooser:
         """The text to read, and the caption that it stands for."""
         caption = text = rng.choice(self.captions(row))
         tags = row.get(self.tag_column) if self.tag_share else None
+        if isinstance(tags, str):
+            tags = [tag.strip() for tag in tags.split(",") if tag.strip()]
         if tags and rng.random() < self.tag_share:
             some = ", ".join(rng.sample(tags, rng.randint(1, min(4, len(tags)))))
             text = some if rng.random() < 0.5 else f"{caption}, {some}"
@@ -124,7 +126,8 @@ class SampleMaker:
             pixels = tv.pil_to_tensor(self.per_image(image, rng))
             if self.cache is not None:
                 self.cache[key] = pixels
-        return Sample(pixels, text, stable_id(caption), stable_id(row.get("image_id") or key))
+        image_id = row.get("image_id")
+        return Sample(pixels, text, stable_id(caption), stable_id(f"row {key}" if image_id is None else image_id))
 
 
 class PairDataset(Dataset):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..modeling_vlp.clip import VlpClipModel
 from ..processing.prompts import prompts_for
+from .arguments import ArgumentError
 from .data import BadRow, CaptionChooser, decode_image
 
 # Shapes: I images, T captions, K classes, E embedding
@@ -126,10 +127,12 @@ class Evaluator:
             labels.append(row[class_column] if class_column else None)
         self.source, self.skipped = rows, len(rows) - len(self.rows)
         if not self.rows:
-            raise ValueError("The evaluation data holds no row that can be used.")
+            raise ArgumentError("The evaluation data holds no row that can be used.")
         self.names: list[str] | None = None
         if class_column:
             feature = rows.features[class_column]
+            if not isinstance(labels[0], (int, str)):
+                raise ArgumentError(f"--class_column {class_column} must hold names or labels, not {labels[0]!r}.")
             self.names = class_names or getattr(feature, "names", None) or sorted(set(labels))
             numbers = {name: number for number, name in enumerate(self.names)}
             self.labels = torch.tensor([label if isinstance(label, int) else numbers[label] for label in labels])

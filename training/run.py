@@ -1,11 +1,8 @@
 """One run, from options to a folder that can be published: set up, fit, evaluate, publish."""
 
 import contextlib
-import ctypes
 import dataclasses
-import json
 import math
-import os
 import platform
 import signal
 import sys
@@ -13,30 +10,25 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from safetensors.torch import load_file
+from accelerate.utils import set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from ..configuration import VlpClipConfig
 from ..model_cards.card import write_card
 from ..modeling_vlp.clip import VlpClipModel
 from ..processing.augmentation import PerImage, StrongAugmentation, ToPixelValues
-from ..processing.clip import VlpClipImageProcessor, VlpClipProcessor
-from ..processing.prompts import CLASS_NAMES, TEMPLATES
-from ..processing.tokenizer import VlpClipTokenizer
+from ..processing.clip import VlpClipProcessor
+from ..processing.prompts import CLASS_NAMES
 from .arguments import ArgumentError, TrainingArguments, parse_command_line
+from .build import load_data, make_chooser, make_model, make_processor, new_config
 from .checkpoint import ResumeError, find_state, load_state, save_state, state_folder, write_whole
-from .data import BadDataError, BadRows, CaptionChooser, Collator, SampleMaker, caption_texts, train_loader
+from .data import BadDataError, BadRows, CaptionChooser, Collator, SampleMaker, train_loader
 from .evaluation import Evaluator
+from .hardware import cpu_cores, make_accelerator, use_cpu_well
 from .hub import check_access, push
 from .loop import Progress, Run, fit
 from .objectives import ClipObjective
 from .optim import make_optimizer, parameter_groups
-from .sources import is_shards, load_rows, require_column
 
 
 def main() -> None:
@@ -52,6 +44,8 @@ def train(arguments: TrainingArguments) -> None:
     """Do a whole run; see the module's docstring."""
     if arguments.push_to_hub:
         check_access()
+    if not arguments.model_name_or_path:
+        new_config(arguments)  # what cannot be is refused before anything is loaded
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
     accelerator = make_accelerator(arguments)
@@ -99,176 +93,6 @@ def train(arguments: TrainingArguments) -> None:
 
 
 # --- set up -----------------------------------------------------------------------------------------------------------
-
-
-def make_accelerator(arguments: TrainingArguments) -> Accelerator:
-    precision = arguments.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if computes_in_bfloat16() else "no"
-    trackers = None if arguments.report_to == "none" else arguments.report_to
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        log_with=trackers,
-        project_dir=str(state_folder(arguments.output_dir)),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    if trackers:
-        plain = {k: v for k, v in dataclasses.asdict(arguments).items() if isinstance(v, (bool, int, float, str))}
-        accelerator.init_trackers("logs", config=plain)
-    return accelerator
-
-
-def computes_in_bfloat16() -> bool:
-    """Whether the hardware has bfloat16 arithmetic; where it is only emulated, float32 is faster."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.backends.cpu.get_cpu_capability() if torch.backends.cpu else ""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return capabilities.startswith("AVX512") and ("avx512_bf16" in flags or "amx_bf16" in flags)
-
-
-def cpu_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def use_cpu_well(threads: int) -> None:
-    """All threads that there are (`accelerate launch` leaves one), and freed memory kept.
-
-    A training step frees and takes the same large blocks again and again; glibc gives each back to the system, which
-    then hands out zeroed pages one by one. Kept, the same step ran about twice as fast where this was measured.
-    """
-    torch.set_num_threads(threads)
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_max, largest = -1, -4, 2**31 - 1  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
-        libc.mallopt(trim_threshold, largest)
-        libc.mallopt(mmap_max, 0)
-
-
-def load_data(arguments: TrainingArguments) -> tuple:
-    """The rows to train on (None for shards) and to evaluate on (None for no evaluation)."""
-    load = dict(
-        image_column=arguments.image_column, image_root=arguments.image_root, config=arguments.dataset_config_name
-    )
-    rows = eval_rows = None
-    if not is_shards(arguments.dataset_name):
-        rows = load_rows(arguments.dataset_name, arguments.train_split, **load)
-        require_column(rows, arguments.caption_column, arguments.dataset_name)
-        if arguments.tag_share:
-            require_column(rows, arguments.tag_column, arguments.dataset_name)
-    elif arguments.shard_size is None and not (arguments.max_train_steps or arguments.max_train_minutes):
-        raise ArgumentError("Shards have no known length: give --max_train_steps, --max_train_minutes or --shard_size.")
-    if arguments.hold_out:
-        column, value = arguments.hold_out.split("=", 1)
-        if rows is None:
-            raise ArgumentError("--hold_out needs data whose rows are known beforehand, not shards.")
-        require_column(rows, column, arguments.dataset_name)
-        held = [str(entry) == value for entry in rows[column]]
-        if not any(held) or all(held):
-            raise ArgumentError(
-                f"--hold_out {arguments.hold_out}: {sum(held)} of {len(held)} rows; expected some, not all."
-            )
-        eval_rows = rows.select([number for number, out in enumerate(held) if out])
-        rows = rows.select([number for number, out in enumerate(held) if not out])
-    elif arguments.eval_split:
-        name = arguments.eval_dataset_name or arguments.dataset_name
-        if is_shards(name):
-            raise ArgumentError("Evaluation needs data whose rows are known: --eval_dataset_name cannot be shards.")
-        eval_rows = load_rows(name, arguments.eval_split, **load)
-        require_column(eval_rows, arguments.caption_column, name)
-    if eval_rows is not None and arguments.class_column:
-        require_column(eval_rows, arguments.class_column, arguments.eval_dataset_name or arguments.dataset_name)
-    return rows, eval_rows
-
-
-def make_chooser(arguments: TrainingArguments) -> CaptionChooser:
-    for name in (arguments.templates, arguments.eval_templates):
-        if name not in TEMPLATES:
-            raise ArgumentError(f"No templates are named {name!r}; there are {', '.join(TEMPLATES)}.")
-    return CaptionChooser(
-        caption_column=arguments.caption_column,
-        tag_column=arguments.tag_column,
-        tag_share=arguments.tag_share,
-        templates=arguments.templates,
-        template_share=arguments.template_share,
-    )
-
-
-def make_processor(arguments: TrainingArguments, rows, chooser: CaptionChooser) -> VlpClipProcessor:
-    """The processor of the model gone on from, else one of the image size asked for, its tokenizer named or trained."""
-    if arguments.model_name_or_path:
-        return AutoProcessor.from_pretrained(arguments.model_name_or_path)
-    side = arguments.image_size
-    images = VlpClipImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    name, length = arguments.tokenizer_name, arguments.max_length
-    if name and name.endswith(".gz"):
-        tokenizer = VlpClipTokenizer.from_openai_merges(name, length)
-    elif name:
-        tokenizer = AutoTokenizer.from_pretrained(name, model_max_length=length)
-    elif rows is None:
-        raise ArgumentError("Training on shards needs --tokenizer_name: captions are not known beforehand.")
-    else:
-        texts = caption_texts(rows, chooser)
-        tokenizer = VlpClipTokenizer.train(texts, arguments.vocab_size, length, arguments.clean_text)
-    return VlpClipProcessor(images, tokenizer)
-
-
-def make_model(arguments: TrainingArguments, processor: VlpClipProcessor) -> VlpClipModel:
-    if arguments.model_name_or_path:
-        kind = AutoConfig.from_pretrained(arguments.model_name_or_path).model_type
-        if kind != VlpClipConfig.model_type:
-            raise ArgumentError(f"{arguments.model_name_or_path} is a {kind}, not a {VlpClipConfig.model_type}.")
-        model = AutoModel.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
-    else:
-        tokenizer, fields = processor.tokenizer, json.loads(json.dumps(arguments.model))
-        fields.setdefault("vision_config", {}).setdefault("image_size", arguments.image_size)
-        fields.setdefault("text_config", {}).update(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=arguments.max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        if arguments.loss == "sigmoid":  # SigLIP, section 3.2
-            fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0} | fields
-        try:
-            model = VlpClipModel(VlpClipConfig(**fields))
-        except (ValueError, TypeError) as error:
-            raise ArgumentError(f"--model: {error}") from error
-    if (arguments.loss == "sigmoid") != (model.logit_bias is not None):
-        has = "has a" if model.logit_bias is not None else "has no"
-        raise ArgumentError(f"--loss {arguments.loss} does not fit the model, which {has} logit_bias (SigLIP).")
-    for tower, source in (("vision_model", arguments.image_tower), ("text_model", arguments.text_tower)):
-        if source:
-            load_tower(model, tower, source)
-    if arguments.patch_dropout is not None:
-        if not hasattr(model.config.vision_config, "patch_dropout"):
-            raise ArgumentError("--patch_dropout needs a vision transformer; a ResNet has no patches.")
-        model.config.vision_config.patch_dropout = arguments.patch_dropout
-    if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
-def load_tower(model: VlpClipModel, tower: str, source: str) -> None:
-    """Start a tower, and its projection where it fits, from a vlp or transformers CLIP (their names are the same)."""
-    tensors = load_file(cached_file(source, "model.safetensors"))
-    projection = {"vision_model": "visual_projection.weight", "text_model": "text_projection.weight"}[tower]
-    wanted = {name: value for name, value in model.state_dict().items() if name.startswith(f"{tower}.")}
-    missing = sorted(wanted.keys() - tensors.keys())
-    wrong = [f"{name} is {tuple(tensors[name].shape)} there and {tuple(value.shape)} here"
-             for name, value in wanted.items() if name in tensors and tensors[name].shape != value.shape]  # fmt: skip
-    if missing or wrong:
-        raise ArgumentError(
-            f"{source} has another {tower}: {'; '.join(wrong[:3] + [f'{n} is missing' for n in missing[:3]])}."
-        )
-    state = {name: tensors[name] for name in wanted}
-    if projection in tensors and projection in model.state_dict():
-        if tensors[projection].shape == model.state_dict()[projection].shape:
-            state[projection] = tensors[projection]
-    model.load_state_dict(state, strict=False)
 
 
 def make_run(arguments, accelerator, rows, processor, model) -> Run:
@@ -349,13 +173,7 @@ def total_steps(arguments: TrainingArguments, size: int | None, processes: int) 
 def make_evaluator(arguments: TrainingArguments, chooser: CaptionChooser, rows) -> Evaluator | None:
     if rows is None:
         return None
-    names = None
-    if arguments.class_names:
-        if arguments.class_names not in CLASS_NAMES:
-            raise ArgumentError(
-                f"No class names are called {arguments.class_names!r}; there are {', '.join(CLASS_NAMES)}."
-            )
-        names = list(CLASS_NAMES[arguments.class_names])
+    names = list(CLASS_NAMES[arguments.class_names]) if arguments.class_names else None
     return Evaluator(rows, chooser, arguments.image_column, arguments.max_image_pixels, arguments.class_column, names,
                      arguments.eval_templates, arguments.eval_batch_size)  # fmt: skip
 
