@@ -22,11 +22,11 @@ from pathlib import Path
 import open_clip
 import torch
 from torch import Tensor
-
-import vlp
 from vlp.training.hardware import cpu_cores, use_cpu_well
 from vlp.training.objectives import ClipObjective
 from vlp.training.optim import make_optimizer, parameter_groups
+
+import vlp
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from test_parity import to_open_clip  # noqa: E402  the key map that the parity tests use
@@ -76,7 +76,7 @@ def open_clip_step(size: int):
 
 
 def work(contender: str, size: int, threads: int, folder: Path) -> None:
-    """A contender: store the first loss and gradients, then make a step for each line that comes in and tell its time."""
+    """A contender: store the first loss and gradients, then make a step for each line that comes in."""
     torch.set_num_threads(threads)
     if contender != "open_clip":
         use_cpu_well(threads)
@@ -151,9 +151,7 @@ def main() -> None:
     for name, values in times.items():
         spread = f"{min(values):.2f} to {max(values):.2f}"
         print(f"| {name} | {medians[name]:.2f} | {spread} | {options.batch / medians[name]:.2f} |")
-    print(
-        f"\nvlp does {ratios['open_clip']:.2f} times open_clip's samples/s; gradients differ by {difference:.1e} (relative)."
-    )
+    print(f"\nvlp does {ratios['open_clip']:.2f} times open_clip's samples/s; gradients differ by {difference:.1e}.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The model card, rendered from the stored facts of a run; a fact that is missing drops its section."""
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -10,6 +11,8 @@ from .plots import plot_examples, plot_history
 
 TEMPLATE = Path(__file__).with_name("template.md")
 RESULTS = "results.json"
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.csv)(?<!\.tsv)(?<!\.json)(?<!\.jsonl)(?<!\.tar)")
 
 METRIC_NAMES = {
     "zero_shot_top1": "Zero-shot top-1 accuracy",
@@ -54,12 +57,12 @@ def render_card(folder: Path) -> ModelCard:
     results = json.loads((folder / RESULTS).read_text())
     config, arguments = VlpClipConfig.from_pretrained(folder), results["arguments"]
     data = KNOWN_DATA.get(arguments["dataset_name"], {})
-    title = data.get("title", arguments["dataset_name"])
+    title = data.get("title") or data_name(arguments["dataset_name"])
     metrics = [
         EvalResult(
             task_type="zero-shot-image-classification",
             task_name="Zero-shot image classification" if name.startswith("zero_shot") else "Image-text retrieval",
-            dataset_type=arguments["eval_dataset_name"] or arguments["dataset_name"],
+            dataset_type=data_name(arguments["eval_dataset_name"] or arguments["dataset_name"]),
             dataset_name=title,
             dataset_split=arguments["hold_out"] or arguments["eval_split"],
             metric_type="accuracy" if name.startswith("zero_shot") else "recall",
@@ -74,7 +77,7 @@ def render_card(folder: Path) -> ModelCard:
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=["vlp", "clip"],
-        datasets=[arguments["dataset_name"]] if "/" in arguments["dataset_name"] else None,
+        datasets=[arguments["dataset_name"]] if data_name(arguments["dataset_name"]).count("/") else None,
         model_name=name_of(arguments),
         eval_results=metrics or None,
     )
@@ -102,6 +105,11 @@ SHOWN_OPTIONS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "layer_decay", "warmup_steps", "max_train_steps", "max_train_minutes",
     "max_grad_norm", "ema_decay", "lock_image_tower", "lock_text_tower", "patch_dropout", "seed",
 )  # fmt: skip
+
+
+def data_name(name: str) -> str:
+    """A data set's name as it may be published: a hub name, or the last part of a path."""
+    return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else Path(name).name
 
 
 def name_of(arguments: dict) -> str:

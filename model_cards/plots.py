@@ -44,12 +44,12 @@ def plot_examples(examples: list[dict], path: Path, columns: int = 4) -> None:
         axis.axis("off")
     for axis, example in zip(axes.flat, examples, strict=False):
         axis.imshow(example["image"])
-        axis.set_title(example["label"], fontsize=9, fontweight="bold", wrap=True)
+        axis.set_title(example["label"], fontsize=9, fontweight="bold", wrap=True, parse_math=False)
         for line, (name, probability) in enumerate(example["predictions"]):
             colour = RIGHT if name == example["label"] else WRONG
             short = name if len(name) <= 26 else name[:25] + "…"
             axis.text(0.5, -0.06 - 0.11 * line, f"{short}  {100 * probability:.0f} %", color=colour, fontsize=8,
-                      ha="center", va="top", transform=axis.transAxes)  # fmt: skip
+                      ha="center", va="top", transform=axis.transAxes, parse_math=False)  # fmt: skip
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -53,7 +53,7 @@ class VlpClipImageProcessor(PilBackend):
     do_rescale = True
     rescale_factor = 1 / 255
     do_normalize = True
-    do_convert_rgb = True
+    do_convert_rgb = True  # always: a model has three channels; the name is there for those who read it
 
     def process_image(self, image, do_rescale: bool | None = None, **kwargs) -> Image.Image:
         """Any image-like thing as a PIL image, its mode kept: the conversion to RGB comes after the crop."""

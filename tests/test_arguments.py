@@ -55,9 +55,9 @@ def test_help_tells_every_option_with_its_default(capsys):
 
 def test_a_file_of_options(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("learning_rate: 1\nmax_train_steps: 7\n")
+    path.write_text("learning_rate: 1\nadam_epsilon: 1e-7\nmax_train_steps: 7\n")
     arguments = parse(["--config", str(path)])
-    assert arguments.max_train_steps == 7 and arguments.learning_rate == 1.0
+    assert arguments.max_train_steps == 7 and arguments.learning_rate == 1.0 and arguments.adam_epsilon == 1e-7
     assert arguments.output_dir == "runs/mine"
 
 
@@ -87,6 +87,10 @@ def test_mistakes_in_a_file_are_named(tmp_path, content, message):
         (["--warmup_steps", "-1"], "must not be negative, got -1"),
         (["--tag_share", "1.5"], "between 0 and 1, got 1.5"),
         (["--loss", "triplet"], "one of softmax, sigmoid, got 'triplet'"),
+        (["--lock_image_tower", "--lock_text_tower"], "Nothing is left to train"),
+        (["--text_tower", "x"], "needs --tokenizer_name"),
+        (["--eval_split", "train"], "is what is trained on"),
+        (["--adam_beta2", "1"], "must be below 1"),
         (["--push_to_hub"], "needs --hub_model_id"),
         (["--hub_model_id", "me/x"], "does nothing without --push_to_hub"),
         (["--augmentation", "crop"], "--cache_images needs"),

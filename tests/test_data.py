@@ -12,6 +12,7 @@ from conftest import tiny_processor
 from PIL import Image
 from vlp.processing.augmentation import PerImage
 from vlp.training.arguments import ArgumentError, TrainingArguments
+from vlp.training.build import load_data
 from vlp.training.data import (
     BadDataError,
     BadRow,
@@ -85,6 +86,30 @@ def test_tables(folder, name):
     assert samples[0].text == "a red card"
 
 
+def test_what_spreadsheets_write_and_rows_that_differ(folder):
+    (folder / "excel.csv").write_text("\ufeff" + (folder / "table.csv").read_text(), encoding="utf-8")
+    check(load_rows(str(folder / "excel.csv"), "train", "image"))
+    rows = [
+        {"image": "red.png", "caption": "one"},
+        {"image": "blue.png", "caption": ["two", "three"]},
+        {"image": "green.png"},
+    ]
+    (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_rows(str(folder / "mixed.jsonl"), "train", "image")["caption"] == [["one"], ["two", "three"], None]
+
+
+def test_a_table_without_splits_is_not_evaluated_on_what_it_trains_on(folder):
+    for name in ("table.csv", "rows.json", "rows.jsonl", "coco.json"):
+        with pytest.raises(ArgumentError, match="no column split.*--hold_out"):
+            load_rows(str(folder / name), "test", "image")
+
+
+def test_a_column_that_is_no_text(folder):
+    (folder / "numbers.jsonl").write_text('{"image": "red.png", "caption": 5}')
+    with pytest.raises(ArgumentError, match="--caption_column caption of .* must hold text"):
+        load_data(arguments(str(folder / "numbers.jsonl")))
+
+
 def test_image_root(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "table.csv"
     elsewhere.write_text((folder / "table.csv").read_text())
@@ -136,11 +161,17 @@ def test_embedded_data():
         ("nothing.csv", "image", "there is no such file"),
         ("empty.csv", "image", "holds no rows"),
         ("broken.json", "image", "a list `images`"),
+        ("garbled.json", "image", "cannot be read as json"),
+        ("latin.csv", "image", "cannot be read as csv"),
+        ("instances.json", "image", "cannot be read as json.*caption"),
     ],
 )
 def test_wrong_data_is_refused_with_what_is_there(folder, name, column, message):
     (folder / "empty.csv").write_text("image,caption\n")
     (folder / "broken.json").write_text("{}")
+    (folder / "garbled.json").write_text("{")
+    (folder / "latin.csv").write_bytes("image,caption\nred.png,caf\xe9".encode("latin-1"))
+    (folder / "instances.json").write_text('{"images": [{"id": 1}], "annotations": [{"image_id": 1, "bbox": []}]}')
     with pytest.raises(ArgumentError, match=message):
         load_rows(str(folder / name), "train", column)
 

@@ -9,6 +9,7 @@ from conftest import tiny_config, tiny_pair, tiny_processor
 from PIL import Image
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from vlp.training.arguments import ArgumentError
 from vlp.training.data import CaptionChooser
 from vlp.training.evaluation import Evaluator, embed_classes, embed_images, embed_texts, ranks, retrieval, zero_shot
 
@@ -125,6 +126,23 @@ def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch():
     classes = embed_classes(model, processor, ["cat", "dog"], ("a {}", "the {}"))
     mean = embed_texts(model, processor, ["a cat", "the cat"]).mean(0)
     torch.testing.assert_close(classes[0], F.normalize(mean, dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_labels_that_have_no_name():
+    rows = coloured_rows().cast_column("label", datasets.Value("int64"))
+    with pytest.raises(ArgumentError, match="numbers without names: give --class_names"):
+        Evaluator(rows, CaptionChooser(), "image", 10**6, "label")
+    with pytest.raises(ArgumentError, match="labels go from 0 to 5, of 2 names"):
+        Evaluator(rows, CaptionChooser(), "image", 10**6, "label", ["a", "b"])
+    with pytest.raises(ArgumentError, match="must hold names or labels"):
+        Evaluator(rows, CaptionChooser(), "image", 10**6, "caption")
+    named = rows.add_column("name", list(COLOURS))
+    with pytest.raises(ArgumentError, match="holds 'blue', which --class_names does not"):
+        Evaluator(named, CaptionChooser(), "image", 10**6, "name", [n for n in COLOURS if n != "blue"])
+    unlabelled = Evaluator(
+        rows.map(lambda r: {"label": r["label"] - 1}), CaptionChooser(), "image", 10**6, "label", ["a"] * 6
+    )
+    assert unlabelled.skipped == 1
 
 
 def test_no_row_that_can_be_used():

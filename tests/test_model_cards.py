@@ -47,7 +47,7 @@ def facts(**changes) -> dict:
 def test_every_fact_is_told(tmp_path, tower):
     tiny_config(tower).save_pretrained(tmp_path)
     history = [{"step": step, "samples": step, "contrastive": 5 / step} for step in range(1, 20)]
-    example = {"image": Image.new("RGB", (8, 8)), "label": "cat", "predictions": [("cat", 0.7), ("dog", 0.3)]}
+    example = {"image": Image.new("RGB", (8, 8)), "label": "a $ sign", "predictions": [("cat", 0.7), ("$x^{$", 0.3)]}
     write_card(tmp_path, facts(history=history), [example] * 3)
     card = ModelCard.load(tmp_path / "README.md")
     for text in ("1,234,567", "1,234 optimiser steps", "5,678 samples", "25.00 %", "empty caption: 2", "CC BY 4.0",

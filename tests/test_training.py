@@ -1,14 +1,17 @@
 """Whole small runs: train, publish, load, resume, and what goes wrong. Run: pytest tests/test_training.py"""
 
+import io
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -16,6 +19,7 @@ from accelerate.state import AcceleratorState
 from conftest import tiny_batch, tiny_model
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
+from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 from transformers import (
     AutoConfig,
@@ -26,6 +30,8 @@ from transformers import (
     AutoTokenizer,
     CLIPConfig,
     CLIPModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
     pipeline,
 )
 from vlp.training import checkpoint, hub
@@ -157,8 +163,115 @@ def test_a_state_of_another_architecture_is_refused(pairs, tmp_path):
         train(arguments(pairs, tmp_path / "new", resume_from_checkpoint=str(tmp_path)))
 
 
+def test_a_second_run_in_a_folder_puts_the_states_of_the_first_aside(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", max_train_steps=4))
+    train(arguments(pairs, tmp_path / "run", max_train_steps=2))
+    assert [path.name for path in states(tmp_path / "run.resume")] == ["step-0000002"]
+    assert [path.name for path in states(tmp_path / "run.resume.previous")] == ["step-0000004"]
+
+
+def test_a_folder_with_other_things_in_it_is_not_replaced(pairs, tmp_path, monkeypatch):
+    precious = tmp_path / "mine"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    for name in (str(precious), ".", str(pairs), str(precious / "thesis.txt")):
+        monkeypatch.chdir(precious)
+        with pytest.raises(ArgumentError, match="is replaced as a whole"):
+            train(arguments(pairs, name))
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+def test_resuming_takes_new_learning_rates_and_refuses_other_data(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", max_train_steps=2))
+    with pytest.raises(ResumeError, match="of another data: seed is 0 there and 1 here"):
+        train(arguments(pairs, tmp_path / "run", seed=1, resume_from_checkpoint="latest"))
+    train(arguments(pairs, tmp_path / "run", learning_rate=5e-4, warmup_steps=0, resume_from_checkpoint="latest"))
+    history = json.loads((tmp_path / "run" / "results.json").read_text())["history"]
+    assert history[-1]["step"] == 6 and history[2]["learning_rate"] < 5e-4 < history[1]["learning_rate"]
+
+
+def test_a_locked_tower_stays_as_it_is_through_evaluations(pairs, tmp_path):
+    options = dict(image_size=32, model=RESNET, augmentation="none")
+    train(arguments(pairs, tmp_path / "a", max_train_steps=1, **options))
+    first = AutoModel.from_pretrained(tmp_path / "a").vision_model.state_dict()
+    tower = dict(image_tower=str(tmp_path / "a"), lock_image_tower=True)
+    train(arguments(pairs, tmp_path / "b", eval_steps=2, **tower, **options))
+    assert_close(AutoModel.from_pretrained(tmp_path / "b").vision_model.state_dict(), first, rtol=0, atol=0)
+
+
+def test_tokenizers_from_elsewhere(pairs, trained, tmp_path):
+    clip = pytest.importorskip("clip")
+    merges = Path(clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    train(arguments(pairs, tmp_path / "openai", tokenizer_name=str(merges), max_train_steps=1))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "openai")) == 49408
+    options = dict(tokenizer_name=str(trained), text_tower=str(trained), lock_text_tower=True)
+    train(arguments(pairs, tmp_path / "text", **options))
+    a, b = AutoModel.from_pretrained(trained), AutoModel.from_pretrained(tmp_path / "text")
+    assert_close(a.text_model.state_dict(), b.text_model.state_dict(), rtol=0, atol=0)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "openai")
+    theirs.save_pretrained(tmp_path / "theirs")
+    train(arguments(pairs, tmp_path / "theirs-run", tokenizer_name=str(tmp_path / "theirs"), max_train_steps=1))
+    loaded = AutoProcessor.from_pretrained(tmp_path / "theirs-run").tokenizer
+    assert loaded("a red card")["input_ids"] == theirs("a red card")["input_ids"]
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(pairs, tmp_path):
+    backend = Tokenizer(models.WordLevel({"a": 0, "<s>": 1, "</s>": 2, "<pad>": 3}, unk_token="a"))
+    special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "none")
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path / "unused")
+    with pytest.raises(ArgumentError, match="lacks a start, end or pad token"):
+        train(arguments(pairs, tmp_path / "run", tokenizer_name=str(tmp_path / "none")))
+    with pytest.raises(ArgumentError, match="does not put its end token, once, at the end"):
+        train(arguments(pairs, tmp_path / "run", tokenizer_name=str(tmp_path / "unused")))
+
+
+def test_hold_out_evaluates_on_what_it_keeps_out_of_training(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", hold_out="caption=red card", eval_split=None, max_train_steps=1))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["training_pairs"], results["evaluation_pairs"]) == (28, 4)
+    assert "caption=red card" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_shards_end_to_end(tmp_path, trained):
+    pytest.importorskip("webdataset")
+    shard = tmp_path / "cards-000.tar"
+    with tarfile.open(shard, "w") as tar:
+        for number, colour in enumerate(COLOURS * 3):
+            file = io.BytesIO()
+            Image.new("RGB", (16, 16), colour).save(file, "PNG")
+            for kind, data in (("png", file.getvalue()), ("json", json.dumps({"caption": f"{colour} card"}).encode())):
+                info = tarfile.TarInfo(f"{number:03d}.{kind}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    options = dict(eval_split=None, class_column=None, cache_images=False, tokenizer_name=str(trained))
+    train(arguments(shard, tmp_path / "run", **options))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["samples"] == 96
+    for wrong, message in (
+        ({"cache_images": True}, "keep all shards in memory"),
+        ({"shard_weights": "1::2"}, "must be 1 numbers joined by ::"),
+        ({"max_train_steps": None}, "no known length"),
+        ({"tokenizer_name": None}, "needs --tokenizer_name"),
+        ({"dataset_name": str(tmp_path / "cards-{000..001}.tar")}, "there is no shard .*cards-001.tar"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            train(arguments(shard, tmp_path / "other", **options | wrong))
+
+
+def test_zero_shot_on_another_data_set_of_classes(pairs, tmp_path):
+    rows = datasets.Dataset.from_dict(
+        {"img": [Image.new("RGB", (16, 16), c) for c in ("red", "blue")], "label": [0, 1]},
+        features=datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["red", "blue"])}),
+    )
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "classes")
+    options = dict(eval_dataset_name=str(tmp_path / "classes"), eval_image_column="img", class_column="label")
+    train(arguments(pairs, tmp_path / "run", max_train_steps=1, **options))
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]) == {"zero_shot_top1"}
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(pairs, tmp_path, capsys):
     """The system itself refuses to write: files may not grow past 20 KB."""
+    resume = dict(resume_from_checkpoint="latest", max_train_steps=2)
     train(arguments(pairs, tmp_path / "run", max_train_steps=1))
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     state = {path: path.read_bytes() for path in states(tmp_path / "run.resume")[0].iterdir()}
@@ -166,7 +279,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(pairs, tmp_path, capsys):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(OSError, match="Could not save .*run .*is as it was. Is the disk full?"):
-            train(arguments(pairs, tmp_path / "run", max_train_steps=2))
+            train(arguments(pairs, tmp_path / "run", **resume))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "warning: Could not save" in capsys.readouterr().out  # the state; the folder to publish then failed too
@@ -250,7 +363,7 @@ def test_go_on_from_a_folder_and_from_towers(trained, pairs, tmp_path):
     assert not torch.equal(a.text_projection.weight, c.text_projection.weight)
 
 
-def test_a_tower_of_transformers_own_clip(pairs, tmp_path):
+def test_a_tower_of_transformers_own_clip(pairs, trained, tmp_path):
     config = CLIPConfig(
         vision_config=MODEL["vision_config"] | {"image_size": 16}, text_config=MODEL["text_config"], projection_dim=16
     )
@@ -260,7 +373,7 @@ def test_a_tower_of_transformers_own_clip(pairs, tmp_path):
     ours = AutoModel.from_pretrained(tmp_path / "run")
     assert_close(ours.vision_model.state_dict(), theirs.vision_model.state_dict(), rtol=0, atol=0)
     with pytest.raises(ArgumentError, match="has another text_model: .*token_embedding.weight is"):
-        train(arguments(pairs, tmp_path / "run", text_tower=str(tmp_path / "theirs")))
+        train(arguments(pairs, tmp_path / "run", text_tower=str(tmp_path / "theirs"), tokenizer_name=str(trained)))
 
 
 @pytest.mark.parametrize(

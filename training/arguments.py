@@ -99,6 +99,7 @@ class TrainingArguments:
     # Evaluation
     eval_dataset_name: str | None = option(None, "pairs to evaluate on; the training data's other split if not given")
     eval_split: str | None = option(None, "split to evaluate on; none: no evaluation")
+    eval_image_column: str | None = option(None, "column with the images to evaluate on, where it is another")
     eval_steps: int | None = option(None, "evaluate every so many optimiser steps; at the end in any case")
     eval_batch_size: int = option(256, "images or captions in a step of the evaluation")
     class_column: str | None = option(None, "column with the class name (or label) for zero-shot evaluation")
@@ -143,6 +144,10 @@ class TrainingArguments:
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "num_workers"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
+        if self.adam_beta1 == 1 or self.adam_beta2 == 1 or self.ema_decay == 1:
+            raise ArgumentError(
+                "--adam_beta1, --adam_beta2 and --ema_decay must be below 1: at 1 nothing is ever learnt."
+            )
         for name in ("tag_share", "template_share", "max_bad_share", "ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
@@ -162,6 +167,14 @@ class TrainingArguments:
                 "--cache_images needs --augmentation strong or none (crop draws another crop each time) and "
                 f"--num_workers 0, got {self.augmentation} and {self.num_workers}."
             )
+        if self.lock_image_tower and self.lock_text_tower:
+            raise ArgumentError("Nothing is left to train: --lock_image_tower and --lock_text_tower lock both towers.")
+        if self.text_tower and not self.tokenizer_name:
+            raise ArgumentError("--text_tower needs --tokenizer_name: the tokenizer that the tower was trained with.")
+        if self.eval_dataset_name and not self.eval_split:
+            raise ArgumentError("--eval_dataset_name needs --eval_split, the split of it to evaluate on.")
+        if self.eval_split and self.eval_split == self.train_split and not self.eval_dataset_name and not self.hold_out:
+            raise ArgumentError(f"--eval_split {self.eval_split} is what is trained on: name another, or --hold_out.")
         if self.push_to_hub and not self.hub_model_id:
             raise ArgumentError("--push_to_hub needs --hub_model_id, the name to push to, such as me/my-clip.")
         if self.hub_model_id and not self.push_to_hub:
@@ -212,11 +225,19 @@ def read_recipe(name: str) -> dict:
         if key not in types:
             raise ArgumentError(f"{path}: {key!r} is no option; `accelerate launch training clip --help` lists them.")
         expected = typing.get_args(types[key]) or (types[key],)
-        if float in expected and type(value) is int:
-            values[key] = float(value)
+        if float in expected and isinstance(value, (int, str)) and is_number(value):
+            values[key] = float(value)  # YAML reads 5e-4, without a dot, as text
         elif type(value) not in expected and not (value is None and type(None) in expected):
             raise ArgumentError(f"{path}: {key} must be of type {types[key]}, got {value!r}.")
     return values
+
+
+def is_number(value: int | str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return not isinstance(value, bool)
 
 
 def build_parser() -> argparse.ArgumentParser:

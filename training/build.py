@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import math
+import os
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -19,45 +20,78 @@ from ..processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from ..processing.tokenizer import VlpClipTokenizer
 from .arguments import ArgumentError, TrainingArguments
 from .data import CaptionChooser, caption_texts
-from .sources import is_shards, load_rows, require_column
+from .sources import is_shards, load_rows, require_column, require_text
 
 
 def load_data(arguments: TrainingArguments) -> tuple:
     """The rows to train on (None for shards) and to evaluate on (None for no evaluation)."""
-    load = dict(
-        image_column=arguments.image_column, image_root=arguments.image_root, config=arguments.dataset_config_name
-    )
-    rows = eval_rows = None
-    if is_shards(arguments.dataset_name) and not importlib.util.find_spec("webdataset"):
-        raise ArgumentError('Shards need webdataset: pip install "vlp[webdataset]".')
-    if not is_shards(arguments.dataset_name):
-        rows = load_rows(arguments.dataset_name, arguments.train_split, **load)
-        require_column(rows, arguments.caption_column, arguments.dataset_name)
+    name, rows, eval_rows = arguments.dataset_name, None, None
+    if is_shards(name):
+        check_shards(arguments)
+    else:
+        rows = load_rows(
+            name, arguments.train_split, arguments.image_column, arguments.image_root, arguments.dataset_config_name
+        )
+        require_text(rows, arguments.caption_column, name, "--caption_column")
         if arguments.tag_share:
-            require_column(rows, arguments.tag_column, arguments.dataset_name)
-    elif arguments.shard_size is None and not (arguments.max_train_steps or arguments.max_train_minutes):
-        raise ArgumentError("Shards have no known length: give --max_train_steps, --max_train_minutes or --shard_size.")
+            require_text(rows, arguments.tag_column, name, "--tag_column")
     if arguments.hold_out:
-        column, value = arguments.hold_out.split("=", 1)
-        if rows is None:
-            raise ArgumentError("--hold_out needs data whose rows are known beforehand, not shards.")
-        require_column(rows, column, arguments.dataset_name)
-        held = [str(entry) == value for entry in rows[column]]
-        if not any(held) or all(held):
-            raise ArgumentError(
-                f"--hold_out {arguments.hold_out}: {sum(held)} of {len(held)} rows; expected some, not all."
-            )
-        eval_rows = rows.select([number for number, out in enumerate(held) if out])
-        rows = rows.select([number for number, out in enumerate(held) if not out])
+        rows, eval_rows = hold_out(rows, arguments)
     elif arguments.eval_split:
-        name = arguments.eval_dataset_name or arguments.dataset_name
-        if is_shards(name):
+        other = arguments.eval_dataset_name or name
+        if is_shards(other):
             raise ArgumentError("Evaluation needs data whose rows are known: --eval_dataset_name cannot be shards.")
-        eval_rows = load_rows(name, arguments.eval_split, **load)
-        require_column(eval_rows, arguments.caption_column, name)
+        image_column = arguments.eval_image_column or arguments.image_column
+        config = None if arguments.eval_dataset_name else arguments.dataset_config_name
+        eval_rows = load_rows(other, arguments.eval_split, image_column, arguments.image_root, config)
+        if image_column != arguments.image_column:
+            eval_rows = eval_rows.rename_column(image_column, arguments.image_column)
+        if not arguments.class_column:
+            require_text(eval_rows, arguments.caption_column, other, "--caption_column")
     if eval_rows is not None and arguments.class_column:
-        require_column(eval_rows, arguments.class_column, arguments.eval_dataset_name or arguments.dataset_name)
+        require_column(eval_rows, arguments.class_column, arguments.eval_dataset_name or name, "--class_column")
     return rows, eval_rows
+
+
+def check_shards(arguments: TrainingArguments) -> None:
+    """Raise ArgumentError where shards cannot be streamed as the options say."""
+    if not importlib.util.find_spec("webdataset"):
+        raise ArgumentError('Shards need webdataset: pip install "vlp[webdataset]".')
+    import webdataset
+
+    sources = arguments.dataset_name.split("::")
+    for path in (path for source in sources for path in webdataset.shardlists.expand_urls(source)):
+        if "://" not in path and not path.startswith("pipe:") and not os.path.isfile(path):
+            raise ArgumentError(f"--dataset_name {arguments.dataset_name}: there is no shard {path}.")
+    if arguments.shard_weights:
+        try:
+            weights = [float(weight) for weight in arguments.shard_weights.split("::")]
+        except ValueError:
+            weights = []
+        if len(weights) != len(sources) or min(weights) < 0 or not sum(weights):
+            raise ArgumentError(
+                f"--shard_weights must be {len(sources)} numbers joined by ::, one for each source, not "
+                f"{arguments.shard_weights!r}."
+            )
+    if arguments.shard_size is None and not (arguments.max_train_steps or arguments.max_train_minutes):
+        raise ArgumentError("Shards have no known length: give --max_train_steps, --max_train_minutes or --shard_size.")
+    if arguments.cache_images:
+        raise ArgumentError("--cache_images would keep all shards in memory: use --no-cache_images.")
+
+
+def hold_out(rows, arguments: TrainingArguments) -> tuple:
+    """Part the rows in those to train on and those that `--hold_out` names, to evaluate on."""
+    column, value = arguments.hold_out.split("=", 1)
+    if rows is None:
+        raise ArgumentError("--hold_out needs data whose rows are known beforehand, not shards.")
+    require_column(rows, column, arguments.dataset_name, "--hold_out")
+    held = [str(entry) == value for entry in rows[column]]
+    if not any(held) or all(held):
+        raise ArgumentError(
+            f"--hold_out {arguments.hold_out}: {sum(held)} of {len(held)} rows; expected some, not all."
+        )
+    kept = rows.select([number for number, out in enumerate(held) if not out])
+    return kept, rows.select([number for number, out in enumerate(held) if out])
 
 
 def make_chooser(arguments: TrainingArguments) -> CaptionChooser:
@@ -86,7 +120,18 @@ def make_processor(arguments: TrainingArguments, rows, chooser: CaptionChooser) 
     else:
         texts = caption_texts(rows, chooser)
         tokenizer = VlpClipTokenizer.train(texts, arguments.vocab_size, length, arguments.clean_text)
+    check_tokenizer(tokenizer, name)
     return VlpClipProcessor(images, tokenizer)
+
+
+def check_tokenizer(tokenizer, name: str | None) -> None:
+    """Raise ArgumentError for a tokenizer that CLIP's text tower cannot pool: captions must end in one end token."""
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None or tokenizer.bos_token_id is None:
+        raise ArgumentError(f"--tokenizer_name {name} lacks a start, end or pad token, which CLIP needs.")
+    ids = tokenizer("a")["input_ids"]
+    if ids[-1] != tokenizer.eos_token_id or tokenizer.eos_token_id in ids[:-1]:
+        raise ArgumentError(f"--tokenizer_name {name} does not put its end token, once, at the end of a caption.")
 
 
 def new_config(arguments: TrainingArguments, tokenizer=None) -> VlpClipConfig:
@@ -142,6 +187,14 @@ def make_model(arguments: TrainingArguments, processor: VlpClipProcessor) -> Vlp
 def load_tower(model: VlpClipModel, tower: str, source: str) -> None:
     """Start a tower, and its projection where it fits, from a vlp or transformers CLIP (their names are the same)."""
     tensors = load_file(cached_file(source, "model.safetensors"))
+    theirs = getattr(AutoConfig.from_pretrained(source), tower.replace("_model", "_config"))
+    ours = getattr(model.config, tower.replace("_model", "_config"))
+    for field in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # what shapes do not show
+        if getattr(theirs, field, None) != getattr(ours, field, None):
+            raise ArgumentError(
+                f"{source} has another {tower}: {field} is {getattr(theirs, field, None)} there and "
+                f"{getattr(ours, field, None)} here."
+            )
     projection = {"vision_model": "visual_projection.weight", "text_model": "text_projection.weight"}[tower]
     wanted = {name: value for name, value in model.state_dict().items() if name.startswith(f"{tower}.")}
     missing = sorted(wanted.keys() - tensors.keys())

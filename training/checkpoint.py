@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from .arguments import ArgumentError
 
 STATE_FILE = "trainer_state.json"
 
@@ -42,24 +45,60 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_output(output_dir: str) -> None:
+    """Raise ArgumentError unless `output_dir` can be written whole: it is new, empty, or holds an earlier model."""
+    path = Path(output_dir)
+    if path.resolve() == Path.cwd() or not path.name or os.path.ismount(path) or path.is_file():
+        raise ArgumentError(
+            f"--output_dir {output_dir} is replaced as a whole: name a folder of its own, such as runs/x."
+        )
+    if path.is_dir() and any(path.iterdir()):
+        config = path / "config.json"
+        if not config.is_file() or not json.loads(config.read_text()).get("model_type", "").startswith("vlp_"):
+            raise ArgumentError(
+                f"--output_dir {output_dir} holds other files, and is replaced as a whole: name another."
+            )
+
+
+def start_anew(folder: Path) -> None:
+    """Put the states of an earlier run aside, in FOLDER.previous, not to mistake them for those of this one."""
+    if states(folder):
+        previous = folder.with_name(f"{folder.name}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(folder, previous)
+
+
 def save_state(accelerator: Accelerator, folder: Path, step: int, facts: dict, keep: int) -> Path:
-    """Save weights, optimiser, random states and `facts` as folder/step-N; all but the last `keep` are removed."""
+    """Save weights, optimiser, random states and `facts` as folder/step-N, whole or not at all; keep the last `keep`.
+
+    Raises OSError, on every process, where any of them fails.
+    """
     target = folder / f"step-{step:07d}"
-
-    def write(fresh: Path) -> None:
-        accelerator.save_state(str(fresh))
-        (fresh / STATE_FILE).write_text(json.dumps(facts, indent=1))
-
-    if accelerator.num_processes == 1:
-        write_whole(target, write)
-    else:  # every process writes its part; the main one's file comes last and makes the state valid
-        accelerator.save_state(str(target))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (target / STATE_FILE).write_text(json.dumps(facts, indent=1))
+    fresh = target.with_name(f".{target.name}.writing")
+    error = None
     if accelerator.is_main_process:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(fresh))
+        if accelerator.is_main_process:
+            (fresh / STATE_FILE).write_text(json.dumps(facts, indent=1))
+    except Exception as problem:
+        error = str(problem)
+    errors = [text for text in gather_object([error]) if text]
+    if accelerator.is_main_process and not errors:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(fresh, target)
         for old in states(folder)[:-keep]:
             shutil.rmtree(old)
+    elif accelerator.is_main_process:
+        shutil.rmtree(fresh, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    if errors:
+        raise OSError(
+            f"Could not save {target} ({errors[0]}); the states before it are as they were. Is the disk full?"
+        )
     return target
 
 
@@ -81,14 +120,25 @@ def find_state(name: str, output_dir: str) -> Path:
     return path
 
 
-def load_state(accelerator: Accelerator, path: Path, model_config: dict) -> dict:
-    """Load a state and return its facts. Raises ResumeError where it belongs to a model of another shape."""
-    facts = json.loads((path / STATE_FILE).read_text())
-    differences = compare(facts["model_config"], json.loads(json.dumps(model_config)))
-    if differences:
-        raise ResumeError(f"{path} is of another model: {'; '.join(differences)}.")
+def load_state(accelerator: Accelerator, path: Path, facts: dict) -> dict:
+    """Load a state and return its facts; the states after it are removed.
+
+    Args:
+        facts: those of this run: "model_config" and "data", which must be the state's.
+
+    Raises ResumeError, with what differs, where the state belongs to another model or other data.
+    """
+    saved = json.loads((path / STATE_FILE).read_text())
+    for name in ("model_config", "data"):
+        differences = compare(saved[name], json.loads(json.dumps(facts[name])))
+        if differences:
+            raise ResumeError(f"{path} is of another {name.split('_')[0]}: {'; '.join(differences)}.")
     accelerator.load_state(str(path))
-    return facts
+    if accelerator.is_main_process:
+        for later in states(path.parent):
+            if later.name > path.name:
+                shutil.rmtree(later)
+    return saved
 
 
 def compare(saved: dict, current: dict, prefix: str = "") -> list[str]:

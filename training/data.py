@@ -1,7 +1,9 @@
 """From rows to batches: bad rows are skipped and counted, one caption is drawn, images become uint8 squares."""
 
 import io
+import json
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from ..processing.prompts import TEMPLATES, prompts_for
 from .sources import is_shards
 
 TRIES = 1000  # rows in a row that may be bad before the data is given up
+MAX_ASPECT = 1000
 
 
 class BadRow(ValueError):
@@ -30,28 +33,28 @@ class BadDataError(RuntimeError):
 
 
 def decode_image(source: Any, max_pixels: int) -> Image.Image:
-    """A picture from bytes, a path, {"bytes", "path"} or PIL. Raises BadRow with the cause."""
+    """A picture from bytes, a path, or {"bytes", "path"}. Raises BadRow with the cause."""
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
-    if isinstance(source, Image.Image):
-        return source
     if not source:
         raise BadRow("no image")
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         if image.width * image.height > max_pixels:
             raise BadRow("decompression bomb")
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise BadRow(f"longer than {MAX_ASPECT} times its width")  # scaled to its shorter side, it would be huge
         image.load()
         return image
+    except BadRow:
+        raise
     except FileNotFoundError:
         raise BadRow("missing image file") from None
     except Image.DecompressionBombError:
         raise BadRow("decompression bomb") from None
     except UnidentifiedImageError:
         raise BadRow("not an image") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, BadRow):
-            raise
+    except Exception:  # Pillow's readers raise whatever a broken file makes of their arithmetic
         raise BadRow("truncated or broken image") from None
 
 
@@ -78,8 +81,8 @@ class CaptionChooser:
         """The text to read, and the caption that it stands for."""
         caption = text = rng.choice(self.captions(row))
         tags = row.get(self.tag_column) if self.tag_share else None
-        if isinstance(tags, str):
-            tags = [tag.strip() for tag in tags.split(",") if tag.strip()]
+        tags = tags.split(",") if isinstance(tags, str) else tags or []
+        tags = [tag.strip() for tag in tags if tag and tag.strip()]
         if tags and rng.random() < self.tag_share:
             some = ", ".join(rng.sample(tags, rng.randint(1, min(4, len(tags)))))
             text = some if rng.random() < 0.5 else f"{caption}, {some}"
@@ -218,7 +221,9 @@ class ShardDataset(IterableDataset):
         broken: list[tuple[Any, str]] = []
 
         def note_and_go_on(error: Exception) -> bool:
-            broken.append((f"shard-{len(broken)}-{error}", "truncated or broken shard"))
+            broken.append((f"shard {error}", "truncated or broken shard"))
+            if len(broken) >= TRIES:
+                raise BadDataError(f"{TRIES} shards in a row cannot be read, the last: {error}")
             return True
 
         def stream(source: str):
@@ -249,12 +254,13 @@ class ShardDataset(IterableDataset):
 
     def to_row(self, member: dict) -> dict:
         """A shard's member as a row: its picture, and its caption from .json (the caption column) or .txt."""
-        import json
-
-        chooser = self.maker.chooser
-        row = json.loads(member["json"]) if "json" in member else {}
-        if "txt" in member:
-            row.setdefault(chooser.caption_column, member["txt"].decode("utf-8", "replace"))
+        column = self.maker.chooser.caption_column
+        try:
+            row = dict(json.loads(member["json"])) if "json" in member else {}
+        except (ValueError, TypeError):
+            raise BadRow("broken JSON") from None
+        if "txt" in member and not row.get(column):
+            row[column] = member["txt"].decode("utf-8", "replace")
         row[self.maker.image_column] = next((member[kind] for kind in self.IMAGES if kind in member), None)
         return row
 
@@ -347,7 +353,7 @@ def train_loader(arguments, rows, maker: SampleMaker, collator: Collator, rank: 
         groups = None
         if arguments.group_captions > 1:
             column = rows[arguments.caption_column]
-            groups = [stable_id(value[0] if isinstance(value, list) else value) for value in column]
+            groups = [stable_id(value) for value in column]
         sampler = DrawSampler(len(rows), arguments.seed, rank, processes, start, groups, arguments.group_captions)
     return DataLoader(
         dataset,
@@ -356,10 +362,16 @@ def train_loader(arguments, rows, maker: SampleMaker, collator: Collator, rank: 
         collate_fn=collator,
         num_workers=arguments.num_workers,
         persistent_workers=arguments.num_workers > 0,
+        worker_init_fn=leave_interruptions_to_the_main_process,
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
         generator=torch.Generator(),  # its own: the global one is what augmentation draws from, and is resumed
     )
+
+
+def leave_interruptions_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; a loader's must live on until the main one has saved the state."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def caption_texts(rows, chooser: CaptionChooser) -> Iterator[str]:
@@ -372,6 +384,7 @@ def caption_texts(rows, chooser: CaptionChooser) -> Iterator[str]:
             continue
         yield from captions
         if chooser.tag_share:
-            yield ", ".join(row[chooser.tag_column] or [])
+            tags = row[chooser.tag_column] or []
+            yield tags if isinstance(tags, str) else ", ".join(tag for tag in tags if tag)
         if chooser.template_share:
             yield from prompts_for(captions[:1], chooser.templates)[0]

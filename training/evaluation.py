@@ -68,7 +68,7 @@ def ranks(queries: Tensor, targets: Tensor, right: Tensor, chunk: int = 1024) ->
         scores = queries[start : start + chunk] @ targets.T  # (chunk, N)
         correct = right[start : start + chunk]
         if correct.ndim == 1:
-            correct = F.one_hot(correct, len(targets)).bool()
+            correct = correct[:, None] == torch.arange(len(targets))
         best = scores.masked_fill(~correct, float("-inf")).amax(dim=1, keepdim=True)
         result.append(((scores >= best) & ~correct).sum(dim=1))
     return torch.cat(result)
@@ -102,40 +102,59 @@ def retrieval(image_embeds: Tensor, text_embeds: Tensor, owner: Tensor) -> dict[
 
 
 class Evaluator:
-    """Zero-shot classification and retrieval on one data set; its images are decoded once and kept as bytes they were.
+    """Zero-shot classification, where there are classes, and retrieval, where there are captions, on one data set.
 
     Args:
-        class_column: column of class names, or of labels whose names are `class_names`; None for retrieval alone.
+        rows: a `datasets.Dataset` whose images are not decoded yet; rows that cannot be used are left out.
+        class_column: column of class names, or of labels whose names are `class_names` or the column's own.
+
+    Raises ArgumentError where no row can be used, or a label has no name.
     """
 
     def __init__(
         self, rows, chooser: CaptionChooser, image_column: str, max_pixels: int, class_column: str | None = None,
         class_names: list[str] | None = None, templates="name", batch_size: int = 256,
     ):  # fmt: skip
-        self.chooser, self.image_column, self.max_pixels = chooser, image_column, max_pixels
+        self.source, self.image_column, self.max_pixels = rows, image_column, max_pixels
         self.templates, self.batch_size = templates, batch_size
         self.rows, self.captions, self.owner, labels = [], [], [], []
         for number, row in enumerate(rows):
             try:
-                captions = chooser.captions(row)
+                captions = chooser.captions(row) if chooser.caption_column in row else []
                 decode_image(row[image_column], max_pixels)
+                if class_column and row[class_column] in (None, -1, ""):
+                    raise BadRow("no label")
             except BadRow:
                 continue
             self.owner += [len(self.rows)] * len(captions)
             self.captions += captions
             self.rows.append(number)
             labels.append(row[class_column] if class_column else None)
-        self.source, self.skipped = rows, len(rows) - len(self.rows)
+        self.skipped = len(rows) - len(self.rows)
         if not self.rows:
             raise ArgumentError("The evaluation data holds no row that can be used.")
         self.names: list[str] | None = None
         if class_column:
-            feature = rows.features[class_column]
-            if not isinstance(labels[0], (int, str)):
-                raise ArgumentError(f"--class_column {class_column} must hold names or labels, not {labels[0]!r}.")
-            self.names = class_names or getattr(feature, "names", None) or sorted(set(labels))
-            numbers = {name: number for number, name in enumerate(self.names)}
-            self.labels = torch.tensor([label if isinstance(label, int) else numbers[label] for label in labels])
+            self.names = class_names or getattr(rows.features[class_column], "names", None)
+            self.labels = self.number_labels(labels, class_column)
+
+    def number_labels(self, labels: list, column: str) -> Tensor:
+        """(I,) the number of each image's class; the names are those of the column where none are given."""
+        if not isinstance(labels[0], (int, str)):
+            raise ArgumentError(f"--class_column {column} must hold names or labels, not {labels[0]!r}.")
+        if isinstance(labels[0], int):
+            if self.names is None:
+                raise ArgumentError(f"--class_column {column} holds numbers without names: give --class_names.")
+            if not 0 <= min(labels) <= max(labels) < len(self.names):
+                raise ArgumentError(
+                    f"--class_column {column}: labels go from {min(labels)} to {max(labels)}, of {len(self.names)} names."
+                )
+            return torch.tensor(labels)
+        self.names = self.names or sorted(set(labels))
+        numbers = {name: number for number, name in enumerate(self.names)}
+        if unknown := sorted(set(labels) - numbers.keys()):
+            raise ArgumentError(f"--class_column {column} holds {unknown[0]!r}, which --class_names does not.")
+        return torch.tensor([numbers[label] for label in labels])
 
     def images(self) -> Iterator:
         for number in self.rows:
@@ -145,12 +164,13 @@ class Evaluator:
         """All metrics of a model, in evaluation mode; its mode is put back."""
         training = model.training
         model.eval()
-        images = embed_images(model, processor, self.images(), self.batch_size)
-        texts = embed_texts(model, processor, self.captions, self.batch_size)
-        result = retrieval(images, texts, torch.tensor(self.owner))
+        images, result = embed_images(model, processor, self.images(), self.batch_size), {}
         if self.names:
             classes = embed_classes(model, processor, self.names, self.templates, self.batch_size)
-            result = zero_shot(images, classes, self.labels) | result
+            result = zero_shot(images, classes, self.labels)
+        if self.captions:
+            texts = embed_texts(model, processor, self.captions, self.batch_size)
+            result |= retrieval(images, texts, torch.tensor(self.owner))
         model.train(training)
         return result
 

@@ -10,26 +10,31 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from .arguments import TrainingArguments
+from .arguments import ArgumentError, TrainingArguments
 from .checkpoint import state_folder
 
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:
+    """Raises ArgumentError where the machine cannot do what is asked for."""
     precision = arguments.mixed_precision
     if precision == "auto":
         precision = "bf16" if computes_in_bfloat16() else "no"
-    trackers = None if arguments.report_to == "none" else arguments.report_to
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        log_with=trackers,
-        project_dir=str(state_folder(arguments.output_dir)),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    if trackers:
+    try:
+        return Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+            log_with=None if arguments.report_to == "none" else arguments.report_to,
+            project_dir=str(state_folder(arguments.output_dir)),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ValueError as error:
+        raise ArgumentError(f"--mixed_precision {precision}, --report_to {arguments.report_to}: {error}") from error
+
+
+def start_trackers(arguments: TrainingArguments, accelerator: Accelerator) -> None:
+    if arguments.report_to != "none":
         plain = {k: v for k, v in dataclasses.asdict(arguments).items() if isinstance(v, (bool, int, float, str))}
         accelerator.init_trackers("logs", config=plain)
-    return accelerator
 
 
 def computes_in_bfloat16() -> bool:

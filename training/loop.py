@@ -47,14 +47,17 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     interrupted: bool = False
 
+    def agree(self) -> None:
+        """Let every process have the main one's clock and know of an interruption; called once a step."""
+        if self.accelerator.num_processes > 1:
+            self.progress.seconds, self.interrupted = broadcast_object_list([self.progress.seconds, self.interrupted])
+
     def share_done(self) -> float:
-        """How much of the schedule is behind us, from 0 to 1; the same on every process."""
+        """How much of the schedule is behind us, from 0 to 1."""
         done = self.progress.step / self.total_steps if self.total_steps else 0.0
         if self.arguments.max_train_minutes:
             done = max(done, self.progress.seconds / (60 * self.arguments.max_train_minutes))
-        if self.accelerator.num_processes > 1:
-            done, self.interrupted = broadcast_object_list([done, self.interrupted])
-        return done
+        return min(done, 1.0)
 
 
 def train_step(run: Run, share_done: float) -> dict[str, Tensor]:
@@ -88,44 +91,49 @@ def train_step(run: Run, share_done: float) -> dict[str, Tensor]:
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def fit(run: Run, evaluate: Callable[[], dict], save: Callable[[], None]) -> None:
+def fit(run: Run, evaluate: Callable[[], dict], save: Callable[[], object]) -> None:
     """Train until the schedule ends or someone interrupts; evaluate, save and log on the way."""
     arguments, progress = run.arguments, run.progress
     saved_at = progress.seconds
     bar = tqdm(total=1.0, unit="", disable=not run.accelerator.is_main_process, mininterval=1.0,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")  # fmt: skip
-    bar.update(run.share_done())
-    while (share := run.share_done()) < 1 and not run.interrupted:
+    while True:
+        run.agree()
+        share = run.share_done()
+        bar.update(share - bar.n)
+        if share >= 1 or run.interrupted:
+            break
+        if arguments.save_minutes and progress.seconds - saved_at > 60 * arguments.save_minutes:
+            saved_at = progress.seconds
+            save()
         started = time.perf_counter()
         losses = train_step(run, share)
+        logged = progress.step % arguments.logging_steps == 0 or progress.step == 1
+        values = {name: loss.item() for name, loss in losses.items()} if logged else {}
         progress.seconds += time.perf_counter() - started
-        if progress.step % arguments.logging_steps == 0 or progress.step == 1:
-            log(run, losses, bar)
-        bar.update(min(run.share_done(), 1.0) - bar.n)
-        if arguments.eval_steps and progress.step % arguments.eval_steps == 0:
-            progress.evaluations.append({"step": progress.step} | evaluate())
-        if (arguments.save_steps and progress.step % arguments.save_steps == 0) or (
-            arguments.save_minutes and progress.seconds - saved_at > 60 * arguments.save_minutes
-        ):
-            saved_at = progress.seconds
+        if logged:
+            log(run, values, bar)
+        if arguments.eval_steps and progress.step % arguments.eval_steps == 0 and run.share_done() < 1:
+            evaluate()
+        if arguments.save_steps and progress.step % arguments.save_steps == 0 and run.share_done() < 1:
             save()
     bar.close()
 
 
-def log(run: Run, losses: dict[str, Tensor], bar: tqdm) -> None:
+def log(run: Run, losses: dict[str, float], bar: tqdm) -> None:
     """Note the losses in the history, the trackers and the progress bar; stop at one that is not finite."""
-    progress, values = run.progress, {name: loss.item() for name, loss in losses.items()}
-    for name, value in values.items():
+    progress = run.progress
+    for name, value in losses.items():
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"The {name} loss is {value} at step {progress.step}: lower --learning_rate, or raise precision."
             )
-    values |= {
+    values = losses | {
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "logit_scale": run.model.logit_scale.exp().item(),
         "samples_per_second": progress.samples / max(progress.seconds, 1e-9),
     }
     progress.history.append({"step": progress.step, "samples": progress.samples} | values)
     run.accelerator.log(values, step=progress.step)
-    shown = {name: f"{value:.3f}" for name, value in values.items() if name in losses}
+    shown = {name: f"{value:.3f}" for name, value in losses.items()}
     bar.set_postfix(shown | {"step": progress.step, "samples/s": f"{values['samples_per_second']:.0f}"}, refresh=False)

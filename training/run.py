@@ -21,10 +21,19 @@ from ..processing.clip import VlpClipProcessor
 from ..processing.prompts import CLASS_NAMES
 from .arguments import ArgumentError, TrainingArguments, parse_command_line
 from .build import load_data, make_chooser, make_model, make_processor, new_config
-from .checkpoint import ResumeError, find_state, load_state, save_state, state_folder, write_whole
+from .checkpoint import (
+    ResumeError,
+    check_output,
+    find_state,
+    load_state,
+    save_state,
+    start_anew,
+    state_folder,
+    write_whole,
+)
 from .data import BadDataError, BadRows, CaptionChooser, Collator, SampleMaker, train_loader
 from .evaluation import Evaluator
-from .hardware import cpu_cores, make_accelerator, use_cpu_well
+from .hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
 from .hub import check_access, push
 from .loop import Progress, Run, fit
 from .objectives import ClipObjective
@@ -42,6 +51,7 @@ def main() -> None:
 
 def train(arguments: TrainingArguments) -> None:
     """Do a whole run; see the module's docstring."""
+    check_output(arguments.output_dir)
     if arguments.push_to_hub:
         check_access()
     if not arguments.model_name_or_path:
@@ -58,36 +68,54 @@ def train(arguments: TrainingArguments) -> None:
     model = make_model(arguments, processor)
     run = make_run(arguments, accelerator, rows, processor, model)
     evaluator = make_evaluator(arguments, chooser, eval_rows)
+    state = (
+        find_state(arguments.resume_from_checkpoint, arguments.output_dir) if arguments.resume_from_checkpoint else None
+    )
     if accelerator.is_main_process:
         describe_run(run, rows, evaluator)
+        if state is None:
+            start_anew(state_folder(arguments.output_dir))
+    accelerator.wait_for_everyone()
+    start_trackers(arguments, accelerator)
 
     def published_model() -> VlpClipModel:
         return run.average.module if run.average is not None else run.model
 
     def evaluate() -> dict:
-        return evaluator(published_model(), processor) if evaluator else {}
+        if evaluator is None:
+            return {}
+        metrics = evaluator(published_model(), processor)
+        run.objective.train()  # locked towers stay in evaluation mode, which only the objective knows
+        run.progress.evaluations.append({"step": run.progress.step} | metrics)
+        accelerator.log(metrics, step=run.progress.step)
+        shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in list(metrics.items())[:3])
+        accelerator.print(f"Step {run.progress.step}: {shown}.")
+        return metrics
 
-    def save() -> None:
-        facts = {"model_config": model.config.to_dict(), "progress": dataclasses.asdict(run.progress)}
+    def save() -> bool:
+        folder, step = state_folder(arguments.output_dir), run.progress.step
         try:
-            path = save_state(
-                accelerator, state_folder(arguments.output_dir), run.progress.step, facts, arguments.save_total_limit
-            )
-            accelerator.print(f"State saved in {path}.")
+            path = save_state(accelerator, folder, step, state_facts(run), arguments.save_total_limit)
         except OSError as error:
-            accelerator.print(f"warning: {error} Training goes on.")
+            accelerator.print(f"warning: {error}")
+            return False
+        accelerator.print(f"State saved in {path}.")
+        return True
 
-    if arguments.resume_from_checkpoint:
-        resume(run)
+    if state is not None:
+        resume(run, state)
     start_batches(run, rows, chooser, processor)
     with interruptible(run):
         fit(run, evaluate, save)
-    save()
-    accelerator.end_training()
+    saved = save()
     if run.interrupted:
+        accelerator.end_training()
+        if not saved:
+            raise OSError(f"Interrupted at step {run.progress.step}, and the state could not be saved.")
         accelerator.print(f"Interrupted at step {run.progress.step}. Go on with --resume_from_checkpoint latest.")
         return
     metrics = evaluate()
+    accelerator.end_training()
     if accelerator.is_main_process:
         publish(run, rows, processor, published_model().eval(), evaluator, metrics)
 
@@ -103,10 +131,9 @@ def make_run(arguments, accelerator, rows, processor, model) -> Run:
         lock_text_tower=arguments.lock_text_tower,
     )
     groups = parameter_groups(model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay)
-    if not groups:
-        raise ArgumentError("Nothing is left to train: both towers are locked.")
     optimizer = make_optimizer(groups, arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon)
     average = None
+    model.to(accelerator.device)
     if arguments.ema_decay:
         average = AveragedModel(model, multi_avg_fn=growing_average(arguments.ema_decay), use_buffers=True)
         accelerator.register_for_checkpointing(average)
@@ -178,9 +205,25 @@ def make_evaluator(arguments: TrainingArguments, chooser: CaptionChooser, rows) 
                      arguments.eval_templates, arguments.eval_batch_size)  # fmt: skip
 
 
-def resume(run: Run) -> None:
-    path = find_state(run.arguments.resume_from_checkpoint, run.arguments.output_dir)
-    run.progress = Progress(**load_state(run.accelerator, path, run.model.config.to_dict())["progress"])
+def state_facts(run: Run) -> dict:
+    """What a state says beside its tensors: where the run is, and what it must fit."""
+    names = ("dataset_name", "train_split", "hold_out", "seed", "per_device_train_batch_size")
+    return {
+        "model_config": run.model.config.to_dict(),
+        "data": {name: getattr(run.arguments, name) for name in names},
+        "progress": dataclasses.asdict(run.progress),
+        "bad_rows": list(run.bad_rows.causes.items()),
+    }
+
+
+def resume(run: Run, path: Path) -> None:
+    """Go on from a state. Learning rates, decay and the like are those of this run's options, not the state's."""
+    options = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
+    facts = load_state(run.accelerator, path, state_facts(run))
+    for group, values in zip(run.optimizer.param_groups, options, strict=True):
+        group.update(values)
+    run.progress = Progress(**facts["progress"])
+    run.bad_rows.causes = {key: cause for key, cause in facts["bad_rows"]}
     run.accelerator.print(f"Going on from {path}, step {run.progress.step}.")
 
 

@@ -41,9 +41,19 @@ def load_rows(name: str, split: str, image_column: str, image_root: str | None =
     return rows.cast_column(image_column, datasets.Image(decode=False))
 
 
-def require_column(rows, column: str, name: str) -> None:
+def require_column(rows, column: str, name: str, option: str = "--image_column") -> None:
     if column not in rows.column_names:
-        raise ArgumentError(f"{name} has no column {column!r}; its columns are {', '.join(rows.column_names)}.")
+        columns = ", ".join(rows.column_names)
+        raise ArgumentError(f"{name} has no column {column!r}; its columns are {columns}. Name one with {option}.")
+
+
+def require_text(rows, column: str, name: str, option: str) -> None:
+    """Raise ArgumentError unless a column holds text, or lists of it."""
+    require_column(rows, column, name, option)
+    feature = rows.features[column]
+    inner = getattr(feature, "feature", feature)
+    if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string", "null"):
+        raise ArgumentError(f"{option} {column} of {name} must hold text or lists of text, not {feature}.")
 
 
 def load_with_datasets(name: str | Path, config: str | None, split: str) -> datasets.Dataset:
@@ -52,36 +62,72 @@ def load_with_datasets(name: str | Path, config: str | None, split: str) -> data
             f"--dataset_name {name}: there is no such file or folder, and a hub name looks like owner/name."
         )
     try:
+        if isinstance(name, Path) and ((name / "dataset_dict.json").is_file() or (name / "state.json").is_file()):
+            saved = datasets.load_from_disk(str(name))
+            if isinstance(saved, datasets.DatasetDict) and split not in saved:
+                raise ArgumentError(f"{name} has no split {split!r}; its splits are {', '.join(saved)}.")
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(str(name), config, split=split)
-    except ValueError as error:
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ArgumentError(f"{name}, split {split!r}: {error}") from error
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ConnectionError) as error:
         raise ArgumentError(f"--dataset_name {name}: {error}") from error
 
 
 def load_table(path: Path, split: str, image_column: str, image_root: Path) -> datasets.Dataset:
-    """A CSV, TSV, JSON or JSONL file; COCO's and Karpathy's JSON forms give the columns image, caption and image_id."""
+    """A CSV, TSV, JSON or JSONL file; COCO's and Karpathy's JSON forms give the columns image, caption and image_id.
+
+    A column `split` parts the rows; a table without one is all to train on.
+    """
     if not path.is_file():
         raise ArgumentError(f"--dataset_name {path}: there is no such file.")
-    if path.suffix in (".csv", ".tsv"):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    elif path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rows = content if isinstance(content, list) else list(read_coco_or_karpathy(content, split, path))
+    try:
+        rows = read_table(path, split)
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, KeyError, TypeError) as error:
+        raise ArgumentError(f"{path} cannot be read as {path.suffix[1:]} of pairs: {error!r}.") from error
     if not rows:
         raise ArgumentError(f"{path}, split {split!r}, holds no rows.")
-    if image_column not in rows[0]:
-        raise ArgumentError(f"{path} has no column {image_column!r}; its columns are {', '.join(map(str, rows[0]))}.")
-    if any("split" in row for row in rows):
+    columns = list(dict.fromkeys(str(key) for row in rows for key in row if key is not None))
+    if image_column not in columns:
+        raise ArgumentError(
+            f"{path} has no column {image_column!r}; its columns are {', '.join(columns)}. Name one: --image_column."
+        )
+    if "split" in columns:
         rows = [row for row in rows if row.get("split", split) == split]
         if not rows:
             raise ArgumentError(f"{path} has a column split, and no row whose split is {split!r}.")
-    for row in rows:
-        row[image_column] = str(image_root / str(row[image_column]))
-    return datasets.Dataset.from_list(rows)
+    table = {column: [row.get(column) for row in rows] for column in columns}
+    table[image_column] = [name and str(image_root / str(name)) for name in table[image_column]]
+    for column, values in table.items():
+        if any(isinstance(value, list) for value in values):  # some rows with one caption, others with several
+            table[column] = [value if isinstance(value, list) or value is None else [value] for value in values]
+    return datasets.Dataset.from_dict(table)
+
+
+def read_table(path: Path, split: str) -> list[dict]:
+    if path.suffix in (".csv", ".tsv"):
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a mark before the first column
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    elif path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    else:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        if isinstance(content, dict):
+            karpathy = any("split" in image for image in content.get("images", [])[:1])
+            if split != "train" and not karpathy:
+                return refuse_split(path, split)
+            return list(read_coco_or_karpathy(content, split, path))
+        rows = content
+    if rows and split != "train" and not any("split" in row for row in rows):
+        return refuse_split(path, split)
+    return rows
+
+
+def refuse_split(path: Path, split: str) -> list[dict]:
+    raise ArgumentError(
+        f"{path} has no column split, so it is all of split 'train' and there is no {split!r}: use --hold_out "
+        "COLUMN=VALUE, or another file with --eval_dataset_name and --eval_split train."
+    )
 
 
 def read_coco_or_karpathy(content: dict, split: str, path: Path) -> Iterator[dict]:
