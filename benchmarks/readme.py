@@ -20,8 +20,9 @@ WORDS = {
             "text_to_image_recall_at_10": "text to image, R@10",
         },
         "step": "A whole training step of ViT-B/32 (forward, backward, AdamW; batch {batch}, {threads} CPU threads, "
-        "captions of 8 to 18 tokens), each set up as its own trainer does it: vlp {ours:.2f} s, open_clip {theirs:.2f} "
-        "s, medians of {rounds} interleaved steps each: **{ratio:.2f} times** open_clip's samples/s with the same gradients, and "
+        "captions of 8 to 18 tokens), each set up as its own trainer does it: vlp {ours:.2f} s, open_clip "
+        "{theirs:.2f} s, medians of {rounds} interleaved steps each: **{ratio:.2f} times** open_clip's samples/s with "
+        "the same gradients, and "
         "{kept:.2f} times where open_clip is given vlp's memory setting too (`make bench`).",
     },
     "README.vi.md": {

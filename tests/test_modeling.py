@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_batch, tiny_config, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from transformers import AutoModel
 
@@ -183,6 +184,18 @@ def test_compiles_without_graph_breaks(tower):
     assert_close(compiled(**batch).logits_per_image, expected.logits_per_image, rtol=1e-4, atol=1e-4)
     model.train()
     compiled(**batch, return_loss=True, pooled_only=True).loss.backward()
+
+
+@both_towers
+def test_forward_never_waits_for_the_device(tower):
+    """Fake tensors have shapes and no values: a value that the host would have to wait for raises an error."""
+    model = tiny_model(tower).train()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        batch = {name: fake.from_tensor(tensor) for name, tensor in tiny_batch(model).items()}
+        output = model(**batch, return_loss=True, pooled_only=True)
+        assert output.loss.shape == ()
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            output.loss.item()
 
 
 def test_patch_dropout_drops_in_training_alone():

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -313,6 +314,52 @@ def test_ctrl_c_saves_the_state_and_the_run_goes_on_from_it(pairs, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and f"step {step}." in output, output
     assert (folder / "model.safetensors").exists()
+
+
+def test_accelerate_launches_the_folder_as_the_readme_says(pairs, tmp_path):
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(vars(arguments(pairs, tmp_path / "run", max_train_steps=2))))
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [accelerate, "launch", "training", "clip", "--config", tmp_path / "options.yaml"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f'model="{tmp_path / "run"}"' in done.stdout.splitlines()[-3]
+    wrong = subprocess.run(
+        [*command, "--learning_rate", "-1"], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert wrong.returncode == 1 and "error: --learning_rate must be positive, got -1.0." in wrong.stderr
+
+
+def test_two_processes_train_as_one_with_the_joined_batch(pairs, tmp_path):
+    options = dict(augmentation="none", max_train_steps=5, save_steps=2)
+    train(arguments(pairs, tmp_path / "one", **options))
+    config = tmp_path / "two.yaml"
+    two = arguments(pairs, tmp_path / "two", per_device_train_batch_size=8, **options)
+    config.write_text(yaml.safe_dump(vars(two)))
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "vlp.training", "clip", "--config", str(config)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert two["processes"] == 2 and two["samples"] == one["samples"] == 80
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["contrastive"] == pytest.approx(b["contrastive"], rel=1e-4)
+    state = states(tmp_path / "two.resume")[-1]
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in state.iterdir()}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,8 @@ class Evaluator:
                 raise ArgumentError(f"--class_column {column} holds numbers without names: give --class_names.")
             if not 0 <= min(labels) <= max(labels) < len(self.names):
                 raise ArgumentError(
-                    f"--class_column {column}: labels go from {min(labels)} to {max(labels)}, of {len(self.names)} names."
+                    f"--class_column {column}: labels go from {min(labels)} to {max(labels)}, of "
+                    f"{len(self.names)} names."
                 )
             return torch.tensor(labels)
         self.names = self.names or sorted(set(labels))
