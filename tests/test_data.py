@@ -110,6 +110,13 @@ def test_a_column_that_is_no_text(folder):
         load_data(arguments(str(folder / "numbers.jsonl")))
 
 
+def test_rows_of_one_file_are_one_image(folder):
+    (folder / "flickr.csv").write_text("image,caption\nred.png,one\nred.png,two\nblue.png,three")
+    dataset = PairDataset(load_rows(str(folder / "flickr.csv"), "train", "image"), maker())
+    ids = [dataset[i, 0].image_id for i in range(3)]
+    assert ids[0] == ids[1] != ids[2]
+
+
 def test_image_root(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "table.csv"
     elsewhere.write_text((folder / "table.csv").read_text())

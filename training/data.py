@@ -6,7 +6,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -129,8 +129,15 @@ class SampleMaker:
             pixels = tv.pil_to_tensor(self.per_image(image, rng))
             if self.cache is not None:
                 self.cache[key] = pixels
-        image_id = row.get("image_id")
-        return Sample(pixels, text, stable_id(caption), stable_id(f"row {key}" if image_id is None else image_id))
+        return Sample(pixels, text, stable_id(caption), stable_id(self.image_id(row, key)))
+
+    def image_id(self, row: dict, key: Any) -> Any:
+        """What tells images apart: their id, the file where one caption a row points to it, else the row."""
+        if row.get("image_id") is not None:
+            return row["image_id"]
+        source = row[self.image_column]
+        in_a_file = isinstance(source, dict) and source.get("path") and not source.get("bytes")
+        return source["path"] if in_a_file else f"row {key}"
 
 
 class PairDataset(Dataset):
@@ -278,6 +285,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def pin_memory(self) -> "Batch":
+        """What a DataLoader with `pin_memory` calls, for copies to the device that nobody waits for."""
+        names = ("pixels", "input_ids", "text_index", "caption_ids", "image_ids")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 class Collator:

@@ -12,6 +12,8 @@ from .distributed import gather_with_gradient
 class ClipObjective(nn.Module):
     """Tell the pairs of the joined batch of all processes apart.
 
+    A ResNet's batch statistics are those of each process' own images; all else is as if one process had the whole batch.
+
     Args:
         exclude_duplicates: rows that share a caption or an image are not each other's negatives.
         lock_image_tower, lock_text_tower: leave a tower and its projection as they are (LiT, arXiv:2111.07991), its

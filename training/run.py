@@ -66,6 +66,10 @@ def train(arguments: TrainingArguments) -> None:
     chooser = make_chooser(arguments)
     processor = make_processor(arguments, rows, chooser)
     model = make_model(arguments, processor)
+    if arguments.model_name_or_path:  # the options then tell what the model is, not what a recipe would make
+        arguments.image_size = model.config.vision_config.image_size
+        arguments.max_length = model.config.text_config.max_position_embeddings
+        arguments.vocab_size = model.config.text_config.vocab_size
     run = make_run(arguments, accelerator, rows, processor, model)
     evaluator = make_evaluator(arguments, chooser, eval_rows)
     state = (
