@@ -12,7 +12,7 @@ from .distributed import gather_with_gradient
 class ClipObjective(nn.Module):
     """Tell the pairs of the joined batch of all processes apart.
 
-    A ResNet's batch statistics are those of each process' own images; all else is as if one process had the whole batch.
+    A ResNet's batch statistics are those of each process' own images; all else is as if one process had all of it.
 
     Args:
         exclude_duplicates: rows that share a caption or an image are not each other's negatives.
