@@ -91,7 +91,9 @@ def render_card(folder: Path) -> ModelCard:
         data_title=title,
         data_license=arguments["data_license"] or data.get("license"),
         limits=data.get("limits"),
-        unseen=arguments["hold_out"] or arguments["eval_split"],
+        unseen=f"the rows {arguments['hold_out']}"
+        if arguments["hold_out"]
+        else f"the split `{arguments['eval_split']}`",
         options={k: v for k, v in arguments.items() if k in SHOWN_OPTIONS and v not in (None, {}, False)},
         has_loss=(folder / "loss.png").exists(),
         has_examples=(folder / "examples.png").exists(),
