@@ -68,6 +68,9 @@ class VlpClipTokenizer(PreTrainedTokenizerFast):
         learner = _byte_pair_tokenizer([], [])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 3,
+            # Bytes that end a word would else be numbered as they are met, in another order in each process, and the
+            # order settles which of two equally frequent pairs is merged first.
+            special_tokens=[byte + END_OF_WORD for byte in _openai_alphabet()],
             end_of_word_suffix=END_OF_WORD,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,

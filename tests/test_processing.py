@@ -1,6 +1,8 @@
 """Images and captions as OpenAI's reference package prepares them. Run: pytest tests/test_processing.py"""
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +211,15 @@ def test_prompts():
         prompts_for(["cat"], "nothing")
     with pytest.raises(ValueError, match="a cat"):
         prompts_for(["cat"], ("a cat",))
+
+
+@pytest.mark.parametrize("module", ["tokenizer import VlpClipTokenizer; train = VlpClipTokenizer.train"])
+def test_a_tokenizer_is_the_same_in_every_process(module):
+    """Runs that go on in a new process, and the processes of one run, each train it anew."""
+    code = f"from vlp.processing.{module}\n" + (
+        "words = [f'{a}{b} {b}{c}{a}' for a in 'abcdefg' for b in 'hijklmn' for c in 'opqrs']\n"
+        "print(sorted(train(words, 700).get_vocab().items()))"
+    )
+    vocabularies = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+                    for _ in range(3)}  # fmt: skip
+    assert len(vocabularies) == 1 and "'a'" in vocabularies.pop()
