@@ -99,6 +99,9 @@ def test_open_clip_gives_the_same_outputs_and_gradients(tower, activation):
     report = theirs.load_state_dict(to_open_clip(ours.state_dict(), tower == "resnet"), strict=False)
     assert not report.unexpected_keys and set(report.missing_keys) <= {"attn_mask"}
     pixels, ids = batch(vision["image_size"])
+    if tower == "resnet":  # batch norm makes the rounding of float32 larger than what is to be seen
+        ours, theirs, pixels = ours.double(), theirs.double(), pixels.double()
+        theirs.attn_mask = theirs.attn_mask.double()
     for mode in (True, False):
         ours.train(mode), theirs.train(mode)
         output = ours(ids, pixels, return_loss=True)
