@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev readme train test test-all check bench clean
+.PHONY: help venv venv-dev readme train train-blip test test-all check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ readme: ## write the measured figures into the READMEs
 train: venv ## set up, pre-train CLIP on the embedded data, evaluate, save (options: make train ARGS="--seed 1")
 	$(BIN)/accelerate launch training clip $(ARGS)
 
+train-blip: venv ## the same with BLIP: compare, match and write captions
+	$(BIN)/accelerate launch training blip $(ARGS)
+
 test: venv-dev ## set up and run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
@@ -41,6 +44,9 @@ check: venv-dev ## lint and formatting
 
 bench: venv-dev ## vlp and its peers side by side
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/clip_step.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/blip_generate.py
+	@test -x .venv-lavis/bin/python || echo "LAVIS needs .venv-lavis: see benchmarks/blip_step.py"
+	test ! -x .venv-lavis/bin/python || HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/blip_step.py
 
 clean: ## remove the virtual environment and what was trained
 	rm -rf $(VENV) runs *.egg-info build

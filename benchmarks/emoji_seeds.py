@@ -23,12 +23,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--config", default="clip-emoji")
+    parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further options of training")
     options = parser.parse_args()
     runs = {}
     for seed in options.seeds:
         folder = Path("runs") / f"{options.config}-seed-{seed}"
-        launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "-m", "vlp.training", "clip"]
-        words = ["--config", options.config, "--seed", str(seed), "--output_dir", str(folder)]
+        launch = [
+            str(Path(sys.executable).with_name("accelerate")),
+            "launch",
+            "-m",
+            "vlp.training",
+            options.config.split("-")[0],
+        ]
+        words = ["--config", options.config, "--seed", str(seed), "--output_dir", str(folder), *options.more]
         subprocess.run(launch + words, check=True)
         results = json.loads((folder / "results.json").read_text())
         runs[str(seed)] = {key: results[key] for key in KEPT}

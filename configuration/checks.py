@@ -27,6 +27,16 @@ def require_divisible(config, name: str, divisor_name: str) -> None:
         )
 
 
+def require_token_ids(config, *names: str) -> None:
+    """Raise ValueError unless every named token is in the vocabulary."""
+    for name in names:
+        if not 0 <= getattr(config, name) < config.vocab_size:
+            raise ValueError(
+                f"{type(config).__name__}: {name} ({getattr(config, name)}) must be below vocab_size "
+                f"({config.vocab_size})."
+            )
+
+
 def require_activation(config, name: str = "hidden_act") -> None:
     """Raise ValueError unless the named field is an activation that transformers knows."""
     from transformers.activations import ACT2FN

@@ -6,9 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .checks import require_positive
 from .text import VlpClipTextConfig
-from .vision import VlpModifiedResNetConfig, VlpViTConfig
-
-VISION_CONFIGS = {config.model_type: config for config in (VlpViTConfig, VlpModifiedResNetConfig)}
+from .vision import VlpModifiedResNetConfig, VlpViTConfig, vision_config_from
 
 
 class VlpClipConfig(PreTrainedConfig):
@@ -37,21 +35,9 @@ class VlpClipConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         require_positive(self, "projection_dim")
-        if not isinstance(self.vision_config, PreTrainedConfig):
-            fields = dict(self.vision_config or {})
-            kind = fields.pop("model_type", VlpViTConfig.model_type)
-            if kind not in VISION_CONFIGS:
-                raise ValueError(
-                    f"VlpClipConfig: vision_config has model_type {kind!r}; expected one of {sorted(VISION_CONFIGS)}."
-                )
-            if kind == VlpModifiedResNetConfig.model_type:
-                fields["projection_dim"] = self.projection_dim
-            self.vision_config = VISION_CONFIGS[kind](**fields)
+        self.vision_config = vision_config_from(
+            self.vision_config, (VlpViTConfig, VlpModifiedResNetConfig), self.projection_dim, self
+        )
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = VlpClipTextConfig(**(self.text_config or {}))
-        if getattr(self.vision_config, "projection_dim", self.projection_dim) != self.projection_dim:
-            raise ValueError(
-                f"VlpClipConfig: the ResNet projects to {self.vision_config.projection_dim} dimensions, "
-                f"projection_dim is {self.projection_dim}; they must be equal."
-            )
         super().__post_init__(**kwargs)

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from .checks import require_activation, require_divisible, require_fraction, require_positive
+from .checks import require_activation, require_divisible, require_fraction, require_positive, require_token_ids
 
 
 class VlpClipTextConfig(PreTrainedConfig):
@@ -51,8 +51,59 @@ class VlpClipTextConfig(PreTrainedConfig):
             self.eos_token_id = self.vocab_size - 1
         if self.pad_token_id is None:
             self.pad_token_id = self.eos_token_id
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ValueError(
-                    f"VlpClipTextConfig: {name} ({getattr(self, name)}) must be below vocab_size ({self.vocab_size})."
-                )
+        require_token_ids(self, "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class VlpBlipTextConfig(PreTrainedConfig):
+    """BLIP's multimodal mixture of encoder and decoder (MED; arXiv:2201.12086, section 3.1): BERT with cross-attention.
+
+    Args:
+        vocab_size: of BERT's 30,522 entries and the two that BLIP adds, [DEC] and [ENC].
+        encoder_hidden_size: width of what cross-attention reads: of the image tower.
+        bos_token_id, enc_token_id: [DEC], which begins what is decoded, and [ENC], which begins what is matched.
+        eos_token_id: [SEP], which ends every text.
+        hidden_dropout_prob, attention_probs_dropout_prob: shares left out in training.
+        label_smoothing: of the language modelling loss (section 3.2).
+    """
+
+    model_type = "vlp_blip_text"
+    base_config_key = "text_config"
+    attribute_map = {"attention_dropout": "attention_probs_dropout_prob"}
+
+    vocab_size: int = 30524
+    hidden_size: int = 768
+    encoder_hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 512
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    label_smoothing: float = 0.1
+    pad_token_id: int = 0
+    eos_token_id: int = 102
+    bos_token_id: int = 30522
+    enc_token_id: int = 30523
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        require_positive(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "encoder_hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "layer_norm_eps",
+            "initializer_range",
+        )
+        require_divisible(self, "hidden_size", "num_attention_heads")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "label_smoothing"):
+            require_fraction(self, name)
+        require_activation(self)
+        require_token_ids(self, "pad_token_id", "eos_token_id", "bos_token_id", "enc_token_id")

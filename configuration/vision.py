@@ -51,6 +51,21 @@ class VlpViTConfig(PreTrainedConfig):
         require_activation(self)
 
 
+class VlpBlipViTConfig(VlpViTConfig):
+    """The vision transformer of BLIP (timm's ViT-B/16): no LayerNorm before the blocks, one after them on every token.
+
+    Args: as `VlpViTConfig`;
+        initializer_range: standard deviation of the truncated normal that weights start from.
+    """
+
+    model_type = "vlp_blip_vit"
+
+    patch_size: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+
 class VlpModifiedResNetConfig(PreTrainedConfig):
     """OpenAI's ModifiedResNet (CLIP paper 2.4): a stem of three convolutions, anti-aliased strides, attention pooling.
 
@@ -92,3 +107,33 @@ class VlpModifiedResNetConfig(PreTrainedConfig):
     def stride(self) -> int:
         """Pixels of the image, along one side, for each cell of the last stage."""
         return 4 * 2 ** (len(self.depths) - 1)
+
+
+def vision_config_from(
+    given: dict | PreTrainedConfig | None, kinds: tuple[type, ...], projection_dim: int, owner: PreTrainedConfig
+) -> PreTrainedConfig:
+    """The image tower's configuration from what `owner` was given for it.
+
+    Args:
+        kinds: the configurations that `owner` can hold; "model_type" tells which, the first where it is missing.
+        projection_dim: width of the owner's shared space, to which a ResNet projects by itself.
+
+    Raises ValueError for another kind, or a ResNet that projects to another width.
+    """
+    config = given
+    if not isinstance(given, PreTrainedConfig):
+        fields, known = dict(given or {}), {kind.model_type: kind for kind in kinds}
+        name = fields.pop("model_type", kinds[0].model_type)
+        if name not in known:
+            raise ValueError(
+                f"{type(owner).__name__}: vision_config has model_type {name!r}; expected one of {sorted(known)}."
+            )
+        if name == VlpModifiedResNetConfig.model_type:
+            fields["projection_dim"] = projection_dim
+        config = known[name](**fields)
+    if getattr(config, "projection_dim", projection_dim) != projection_dim:
+        raise ValueError(
+            f"{type(owner).__name__}: the ResNet projects to {config.projection_dim} dimensions, the shared space has "
+            f"{projection_dim}; they must be equal."
+        )
+    return config

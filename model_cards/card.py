@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoConfig, PreTrainedConfig
 
-from ..configuration import VlpClipConfig, VlpModifiedResNetConfig
+from ..configuration import VlpBlipConfig, VlpClipConfig, VlpModifiedResNetConfig
 from .plots import plot_examples, plot_history
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -23,7 +25,93 @@ METRIC_NAMES = {
     "image_to_text_recall_at_1": "Image to text, R@1",
     "image_to_text_recall_at_5": "Image to text, R@5",
     "image_to_text_recall_at_10": "Image to text, R@10",
+    "reranked_text_to_image_recall_at_1": "Text to image, R@1, re-ranked by ITM",
+    "reranked_text_to_image_recall_at_5": "Text to image, R@5, re-ranked by ITM",
+    "reranked_text_to_image_recall_at_10": "Text to image, R@10, re-ranked by ITM",
+    "reranked_image_to_text_recall_at_1": "Image to text, R@1, re-ranked by ITM",
+    "reranked_image_to_text_recall_at_5": "Image to text, R@5, re-ranked by ITM",
+    "reranked_image_to_text_recall_at_10": "Image to text, R@10, re-ranked by ITM",
+    "itm_accuracy": "ITM accuracy on pairs and their hardest wrong captions",
+    "vqa_accuracy_ranked": "VQA accuracy, answers ranked",
+    "vqa_accuracy_generated": "VQA accuracy, answers written",
+    "nlvr_accuracy": "NLVR accuracy",
+    "caption_exact": "Captions that are exactly the name",
+    "bleu_4": "Captions, BLEU-4",
+    "cider": "Captions, CIDEr",
 }
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a card says of every model of a kind.
+
+    Attributes:
+        text: what it is. usage: how to use it, {folder} to be filled in. examples: what the picture of examples shows.
+        pipeline_tag, tag: for the Hub.
+    """
+
+    text: str
+    usage: str
+    examples: str
+    pipeline_tag: str
+    tag: str
+
+
+FAMILIES = {
+    VlpClipConfig.model_type: Family(
+        text="A CLIP model (image tower and text tower in one embedding space)",
+        usage="""\
+import vlp
+from transformers import pipeline
+
+classify = pipeline("zero-shot-image-classification", model="{folder}")
+classify("picture.png", candidate_labels=["a cat", "a dog", "a rocket"])
+""",
+        examples="with the model's three best names; green where the first is right",
+        pipeline_tag="zero-shot-image-classification",
+        tag="clip",
+    ),
+    VlpBlipConfig.model_type: Family(
+        text="A BLIP model (it compares images and texts, matches them, and writes captions)",
+        usage="""\
+from PIL import Image
+from vlp import VlpBlipForConditionalGeneration, VlpBlipProcessor
+
+processor = VlpBlipProcessor.from_pretrained("{folder}")
+model = VlpBlipForConditionalGeneration.from_pretrained("{folder}")
+inputs = processor(images=Image.open("picture.png"), return_tensors="pt")
+print(processor.write(model.generate(**inputs, num_beams=3)))
+""",
+        examples="with their names, and below them the captions that the model writes; green where they are the same",
+        pipeline_tag="image-to-text",
+        tag="blip",
+    ),
+}
+
+
+def usage(model_type: str, folder: str) -> str:
+    """A few lines of Python that use a model in a folder."""
+    return FAMILIES[model_type].usage.format(folder=folder)
+
+
+def task_of(metric: str) -> tuple[str, str, str]:
+    """A metric's task on the Hub, that task's name, and the kind of the metric."""
+    if metric.startswith("zero_shot"):
+        return "zero-shot-image-classification", "Zero-shot image classification", "accuracy"
+    if metric in ("caption_exact", "bleu_4", "cider"):
+        kind = {"caption_exact": "exact_match", "bleu_4": "bleu", "cider": "cider"}[metric]
+        return "image-to-text", "Image captioning", kind
+    if metric.startswith(("vqa", "nlvr")):
+        return "visual-question-answering", "Visual question answering and reasoning", "accuracy"
+    return ("zero-shot-image-classification", "Image-text retrieval",
+            "accuracy" if metric == "itm_accuracy" else "recall")  # fmt: skip
+
+
+def shown(metric: str, value: float) -> str:
+    """A metric as papers give it: in per cent, CIDEr as 100 times its value."""
+    return f"{100 * value:.2f}" if metric == "cider" else f"{100 * value:.2f} %"
+
+
 # Facts about the data that the package embeds; other data brings them through its options.
 KNOWN_DATA = {
     "emoji": {
@@ -46,7 +134,7 @@ def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
     results = results | {"examples": [{k: v for k, v in example.items() if k != "image"} for example in examples]}
     (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     if results["history"]:
-        plot_history(results["history"], folder / "loss.png")
+        plot_history(results["history"], results["losses"], folder / "loss.png")
     if examples:
         plot_examples(examples, folder / "examples.png")
     render_card(folder).save(folder / "README.md")
@@ -55,17 +143,18 @@ def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
 def render_card(folder: Path) -> ModelCard:
     """The card of a folder, from its results.json and config.json alone."""
     results = json.loads((folder / RESULTS).read_text())
-    config, arguments = VlpClipConfig.from_pretrained(folder), results["arguments"]
+    config, arguments = AutoConfig.from_pretrained(folder), results["arguments"]
+    family = FAMILIES[config.model_type]
     data = KNOWN_DATA.get(arguments["dataset_name"], {})
     title = data.get("title") or data_name(arguments["dataset_name"])
     metrics = [
         EvalResult(
-            task_type="zero-shot-image-classification",
-            task_name="Zero-shot image classification" if name.startswith("zero_shot") else "Image-text retrieval",
+            task_type=task_of(name)[0],
+            task_name=task_of(name)[1],
             dataset_type=data_name(arguments["eval_dataset_name"] or arguments["dataset_name"]),
             dataset_name=title,
             dataset_split=arguments["hold_out"] or arguments["eval_split"],
-            metric_type="accuracy" if name.startswith("zero_shot") else "recall",
+            metric_type=task_of(name)[2],
             metric_name=METRIC_NAMES[name],
             metric_value=round(value, 4),
         )
@@ -75,8 +164,8 @@ def render_card(folder: Path) -> ModelCard:
         language=arguments["language"],
         license="apache-2.0",
         library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
-        tags=["vlp", "clip"],
+        pipeline_tag=family.pipeline_tag,
+        tags=["vlp", family.tag],
         datasets=[arguments["dataset_name"]] if data_name(arguments["dataset_name"]).count("/") else None,
         model_name=name_of(arguments),
         eval_results=metrics or None,
@@ -85,9 +174,10 @@ def render_card(folder: Path) -> ModelCard:
         card_data,
         template_path=str(TEMPLATE),
         name=name_of(arguments),
-        folder=arguments["hub_model_id"] or arguments["output_dir"],
+        family=family,
+        usage=usage(config.model_type, arguments["hub_model_id"] or arguments["output_dir"]),
         architecture=describe_architecture(config),
-        metric_rows=[(METRIC_NAMES[name], f"{100 * value:.2f} %") for name, value in results["metrics"].items()],
+        metric_rows=[(METRIC_NAMES[name], shown(name, value)) for name, value in results["metrics"].items()],
         data_title=title,
         data_license=arguments["data_license"] or data.get("license"),
         limits=data.get("limits"),
@@ -105,7 +195,8 @@ SHOWN_OPTIONS = (
     "augmentation", "templates", "template_share", "tag_share", "group_captions", "per_device_train_batch_size",
     "gradient_accumulation_steps", "loss", "exclude_duplicates", "learning_rate", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "layer_decay", "warmup_steps", "max_train_steps", "max_train_minutes",
-    "max_grad_norm", "ema_decay", "lock_image_tower", "lock_text_tower", "patch_dropout", "seed",
+    "max_grad_norm", "ema_decay", "momentum", "queue_size", "alpha", "alpha_epochs", "global_negatives",
+    "lock_image_tower", "lock_text_tower", "patch_dropout", "seed",
 )  # fmt: skip
 
 
@@ -118,7 +209,7 @@ def name_of(arguments: dict) -> str:
     return (arguments["hub_model_id"] or arguments["output_dir"]).rstrip("/").split("/")[-1]
 
 
-def describe_architecture(config: VlpClipConfig) -> list[tuple[str, str]]:
+def describe_architecture(config: PreTrainedConfig) -> list[tuple[str, str]]:
     vision, text = config.vision_config, config.text_config
     if isinstance(vision, VlpModifiedResNetConfig):
         tower = f"ModifiedResNet, {'-'.join(map(str, vision.depths))} blocks, stem {vision.embedding_size}, "
@@ -126,10 +217,14 @@ def describe_architecture(config: VlpClipConfig) -> list[tuple[str, str]]:
     else:
         tower = f"ViT, {vision.num_hidden_layers} layers of {vision.hidden_size}, {vision.num_attention_heads} heads, "
         tower += f"patches of {vision.patch_size} px, {vision.hidden_act}"
+    size = f"{text.num_hidden_layers} layers of {text.hidden_size}, {text.num_attention_heads} heads, "
+    size += f"{text.hidden_act}, {text.vocab_size} tokens, at most {text.max_position_embeddings} in a caption"
+    if isinstance(config, VlpBlipConfig):
+        kind, width = "Mixture of encoder and decoder (MED)", config.image_text_hidden_size
+    else:
+        kind, width = "causal Transformer", config.projection_dim
     return [
         ("Image tower", f"{tower}, images of {vision.image_size} x {vision.image_size} px"),
-        ("Text tower", f"causal Transformer, {text.num_hidden_layers} layers of {text.hidden_size}, "
-         f"{text.num_attention_heads} heads, {text.hidden_act}, {text.vocab_size} tokens, "
-         f"at most {text.max_position_embeddings} in a caption"),
-        ("Shared space", f"{config.projection_dim} dimensions"),
-    ]  # fmt: skip
+        ("Text tower", f"{kind}, {size}"),
+        ("Shared space", f"{width} dimensions"),
+    ]

@@ -14,13 +14,12 @@ def _pyplot():
     return plt
 
 
-def plot_history(history: list[dict], path: Path) -> None:
-    """Every loss over the optimiser steps, and the mean of the last tenth of the entries around each."""
+def plot_history(history: list[dict], losses: list[str], path: Path) -> None:
+    """Each of the `losses` in the history over the optimiser steps, and the mean of the last tenth of its entries."""
     plt = _pyplot()
-    known = {"step", "samples", "learning_rate", "logit_scale", "samples_per_second"}
     figure, axis = plt.subplots(figsize=(7, 3.2), dpi=110)
     steps = [entry["step"] for entry in history]
-    for name in history[0].keys() - known:
+    for name in losses:
         values = [entry[name] for entry in history]
         window = max(1, len(values) // 10)
         smooth = [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
@@ -36,7 +35,7 @@ def plot_history(history: list[dict], path: Path) -> None:
 
 
 def plot_examples(examples: list[dict], path: Path, columns: int = 4) -> None:
-    """A gallery: each picture, its name, and the three best guesses with their probabilities."""
+    """A gallery: each picture, its name, and the guesses below it, with their probabilities where there are any."""
     plt = _pyplot()
     rows = -(-len(examples) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.7 * rows), dpi=90, squeeze=False)
@@ -48,7 +47,8 @@ def plot_examples(examples: list[dict], path: Path, columns: int = 4) -> None:
         for line, (name, probability) in enumerate(example["predictions"]):
             colour = RIGHT if name == example["label"] else WRONG
             short = name if len(name) <= 26 else name[:25] + "…"
-            axis.text(0.5, -0.06 - 0.11 * line, f"{short}  {100 * probability:.0f} %", color=colour, fontsize=8,
+            share = "" if probability is None else f"  {100 * probability:.0f} %"
+            axis.text(0.5, -0.06 - 0.11 * line, short + share, color=colour, fontsize=8,
                       ha="center", va="top", transform=axis.transAxes, parse_math=False)  # fmt: skip
     figure.tight_layout()
     figure.savefig(path)

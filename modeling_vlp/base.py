@@ -19,6 +19,10 @@ class VlpPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # attention.py dispatches for all; transformers looks for that in each model's own file
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside transformers it passes over modules that own no parameter themselves, to protect loaded
         # weights from plain `torch.nn.init`. Ours all go through `transformers.initialization`, which does so too.

@@ -108,6 +108,11 @@ def interpolate_grid(table: Tensor, height: int, width: int) -> Tensor:
     return torch.cat([table[:1], grid[0].flatten(1).T.to(table.dtype)])
 
 
+def resample_table(table: Tensor, side: int) -> nn.Parameter:
+    """A position table for a grid of `side` cells each way, from one for another grid."""
+    return nn.Parameter(interpolate_grid(table.detach(), side, side).clone())
+
+
 def require_image_size(pixel_values: Tensor, image_size: int, multiple: int, interpolate: bool) -> None:
     """Raise ValueError where the images are not of the size that the position table was made for."""
     height, width = pixel_values.shape[-2:]

@@ -1,10 +1,10 @@
-"""Contrastive losses: pure functions, tensors in, scalar out."""
+"""Losses: pure functions, tensors in, scalar out."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Shapes: B pairs, E embedding
+# Shapes: B pairs, K keys, E embedding, V vocabulary
 
 
 def clip_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, not_negative: Tensor | None = None) -> Tensor:
@@ -44,3 +44,59 @@ def same_pairs(*ids: Tensor) -> Tensor:
     for column in ids[1:]:
         same = same | (column[:, None] == column)
     return same
+
+
+def soft_targets(teacher_logits: Tensor, positives: Tensor, alpha: Tensor | float) -> Tensor:
+    """What ITC learns towards: partly what is known to match, partly what the teacher finds similar.
+
+    Source: ALBEF (arXiv:2107.07651), equation 6; salesforce/BLIP, models/blip_pretrain.py.
+
+    Args:
+        teacher_logits: (B, K) the teacher's similarities over the temperature; positives: (B, K) bool, one at least in
+            each row, which share their part of the target evenly (models/blip_retrieval.py).
+        alpha: the teacher's part, from 0 to 1.
+    """
+    known = positives / positives.sum(dim=1, keepdim=True)
+    return alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * known
+
+
+def soft_contrastive_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of (B, K) logits to targets that are distributions over the keys."""
+    return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def draw_hard_negatives(logits: Tensor, excluded: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One hard negative for each row, drawn from the softmax of its similarities, all rows at once.
+
+    Source: salesforce/BLIP, models/blip_pretrain.py, which draws row by row and adds 1e-4 to every probability.
+
+    Args:
+        logits: (B, K) similarities over the temperature; excluded: (B, K) bool, what is no negative.
+        uniform: (B,) from 0 to below 1, which the draw is made by.
+
+    Returns the number of the key drawn for each row, and whether there was one to draw (else the number is 0).
+    """
+    weights = (logits.double().softmax(dim=1) + 1e-4).masked_fill(excluded, 0.0)
+    cumulated = weights.cumsum(dim=1)
+    total = cumulated[:, -1:]
+    drawn = (cumulated <= uniform.double()[:, None] * total).sum(dim=1)
+    found = total[:, 0] > 0
+    return torch.where(found, drawn, 0), found
+
+
+def matching_loss(logits: Tensor, matches: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Binary cross entropy of ITM: (N, 2) logits, whose second is for "matches"; `counted` (N,) leaves rows out."""
+    labels = matches.long()
+    if counted is not None:
+        labels = labels.masked_fill(~counted, -100)
+    return F.cross_entropy(logits, labels)
+
+
+def weighted_answer_loss(losses: Tensor, weights: Tensor, questions: int) -> Tensor:
+    """VQA's loss: (A,) losses of answers, each by its weight, over the number of questions (blip_vqa.py)."""
+    return (losses * weights).sum() / questions
+
+
+def language_modelling_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy of (N, V) logits to the token that comes next, the mean over the tokens."""
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)

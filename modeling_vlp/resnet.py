@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..configuration.vision import VlpModifiedResNetConfig
 from .base import VlpPreTrainedModel
-from .layers import interpolate_grid, require_image_size
+from .layers import interpolate_grid, require_image_size, resample_table
+from .outputs import ResNetOutput
 
 # Shapes: B batch, C channels, S image side, G cells along a side of the last stage, D last width, E embedding
 
@@ -87,7 +87,10 @@ class AttentionPool2d(nn.Module):
             for part in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))
         )
         out = nn.functional.scaled_dot_product_attention(query, key, value)
-        return self.c_proj(out.transpose(1, 2).flatten(1))  # (B, E)
+        return out.transpose(1, 2).flatten(1)  # (B, D)
+
+    def project(self, attended: Tensor) -> Tensor:
+        return self.c_proj(attended)  # (B, D) -> (B, E)
 
 
 class ModifiedResNet(VlpPreTrainedModel):
@@ -132,7 +135,7 @@ class ModifiedResNet(VlpPreTrainedModel):
         pooled_only: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-    ) -> BaseModelOutputWithPooling:
+    ) -> ResNetOutput:
         """Images (B, C, S, S) -> `last_hidden_state` (B, D, G, G), `pooler_output` (B, E); no attention maps."""
         require_image_size(pixel_values, self.config.image_size, self.config.stride, interpolate_pos_encoding)
         x = pixel_values.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
@@ -140,8 +143,16 @@ class ModifiedResNet(VlpPreTrainedModel):
         for stage in range(len(self.config.depths)):
             x = getattr(self, f"layer{stage + 1}")(x)
             hidden_states += (x,)
-        return BaseModelOutputWithPooling(
+        attended = self.attnpool(x)
+        return ResNetOutput(
             last_hidden_state=None if pooled_only else x,
-            pooler_output=self.attnpool(x),
+            pooler_output=self.attnpool.project(attended),
+            attended=attended,
             hidden_states=hidden_states if output_hidden_states else None,
         )
+
+    def resize_images(self, image_size: int) -> None:
+        """Let the model take images of another size: its positions are resampled."""
+        pool = self.attnpool
+        pool.positional_embedding = resample_table(pool.positional_embedding, image_size // self.config.stride)
+        self.config.image_size = image_size

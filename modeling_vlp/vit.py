@@ -1,13 +1,16 @@
-"""The vision transformer of CLIP. Source: openai/CLIP, clip/model.py, VisionTransformer."""
+"""The vision transformers of CLIP and of BLIP.
+
+Sources: openai/CLIP, clip/model.py, VisionTransformer; salesforce/BLIP, models/vit.py, VisionTransformer.
+"""
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..configuration.vision import VlpViTConfig
+from ..configuration.vision import VlpBlipViTConfig, VlpViTConfig
 from .base import VlpPreTrainedModel
-from .layers import Encoder, interpolate_grid, require_image_size
+from .layers import Encoder, interpolate_grid, require_image_size, resample_table
 
 # Shapes: B batch, C channels, G patches along a side, N tokens, D width
 
@@ -15,12 +18,12 @@ from .layers import Encoder, interpolate_grid, require_image_size
 class PatchEmbeddings(nn.Module):
     """Patches, a class token before them, and positions."""
 
-    def __init__(self, config: VlpViTConfig):
+    def __init__(self, config: VlpViTConfig, bias: bool = False):
         super().__init__()
         self.config = config
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
         self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
+            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=bias
         )
         grid = config.image_size // config.patch_size
         self.position_embedding = nn.Embedding(grid * grid + 1, config.hidden_size)
@@ -75,3 +78,51 @@ class ViT(VlpPreTrainedModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+
+class BlipViT(VlpPreTrainedModel):
+    """BLIP's vision transformer: its last LayerNorm is on every token, for texts attend to all of them."""
+
+    config_class = VlpBlipViTConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["PatchEmbeddings", "Block"]
+
+    def __init__(self, config: VlpBlipViTConfig):
+        super().__init__(config)
+        self.embeddings = PatchEmbeddings(config, bias=True)
+        self.encoder = Encoder(config, is_causal=False)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def initialize(self) -> None:
+        """As timm's: the patch embedding starts as PyTorch's convolution does, all else from a truncated normal."""
+        std = self.config.initializer_range
+        for table in (self.embeddings.class_embedding, self.embeddings.position_embedding.weight):
+            init.trunc_normal_(table, std=std)
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Linear):
+                init.trunc_normal_(module.weight, std=std)
+                init.zeros_(module.bias)
+
+    def forward(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, pooled_only: bool = False, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Images (B, C, S, S) -> `last_hidden_state` (B, N, D) and `pooler_output` (B, D), its class token."""
+        x = self.embeddings(pixel_values, interpolate_pos_encoding)
+        class_row = x.new_zeros(len(x), dtype=torch.long) if pooled_only else None
+        encoded = self.encoder(x, pool_at=class_row, **kwargs)
+        last = self.post_layernorm(encoded.last_hidden_state)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=None if pooled_only else last,
+            pooler_output=last[:, 0],
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def resize_images(self, image_size: int) -> None:
+        """Let the model take images of another size: its positions are resampled."""
+        table = self.embeddings.position_embedding
+        table.weight = resample_table(table.weight, image_size // self.config.patch_size)
+        table.num_embeddings = len(table.weight)
+        self.config.image_size = image_size

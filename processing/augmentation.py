@@ -18,21 +18,61 @@ class PerImage:
     """A PIL image of any size and mode -> an RGB square of S pixels.
 
     Args:
-        crop: "random" (CLIP's and open_clip's: 90 to 100 % of the area, ratio 3/4 to 4/3, bicubic) or "middle" (as in
-            evaluation).
+        crop: "random" (a part of the image; bicubic), or what is done in evaluation: "middle" (CLIP's crop) or
+            "squeeze" (BLIP's whole image).
+        scale: least share of the area that a random crop keeps: 0.9 for CLIP and open_clip, 0.2 for BLIP.
+        flip: mirror half of the random crops. random_augment: apply BLIP's RandomAugment to them.
     """
 
-    def __init__(self, side: int, crop: str):
-        self.side, self.crop = side, crop
+    def __init__(self, side: int, crop: str, scale: float = 0.9, flip: bool = False, random_augment: bool = False):
+        self.side, self.crop, self.scale, self.flip = side, crop, scale, flip
+        self.random_augment = random_augment
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
         if self.crop == "middle":
             return resize_and_crop(image, self.side)
-        left, top, width, height = random_box(image.width, image.height, rng)
+        if self.crop == "squeeze":
+            return image.convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC)
+        left, top, width, height = random_box(image.width, image.height, rng, (self.scale, 1.0))
         image = image.convert("RGB")
-        return tv.resized_crop(
+        image = tv.resized_crop(
             image, top, left, height, width, [self.side, self.side], tv.InterpolationMode.BICUBIC, antialias=True
         )
+        if self.flip and rng.random() < 0.5:
+            image = tv.horizontal_flip(image)
+        return random_augment(image, rng) if self.random_augment else image
+
+
+def random_augment(image: Image.Image, rng: random.Random, count: int = 2) -> Image.Image:
+    """BLIP's RandomAugment(2, 5): two of ten operations, each left out half of the time.
+
+    Source: salesforce/BLIP, transform/randaugment.py (with OpenCV). At magnitude 5 its brightness and sharpness have
+    the factor 1: like its identity they change nothing.
+    """
+    for operation in rng.choices(OPERATIONS, k=count):
+        if rng.random() < 0.5 and operation is not None:
+            image = operation(image, rng.choice((-1, 1)))
+    return image
+
+
+def affine(image: Image.Image, angle=0.0, shift=(0, 0), shear=(0.0, 0.0)) -> Image.Image:
+    center = [0, 0] if any(shear) else None
+    return tv.affine(image, angle, list(shift), 1.0, list(shear), tv.InterpolationMode.BILINEAR, 128, center)
+
+
+SHEAR = math.degrees(math.atan(0.15))
+OPERATIONS = (
+    None,  # identity
+    None,  # brightness
+    None,  # sharpness
+    lambda image, sign: tv.autocontrast(image),
+    lambda image, sign: tv.equalize(image),
+    lambda image, sign: affine(image, shear=(sign * SHEAR, 0.0)),
+    lambda image, sign: affine(image, shear=(0.0, sign * SHEAR)),
+    lambda image, sign: affine(image, shift=(5 * sign, 0)),
+    lambda image, sign: affine(image, shift=(0, 5 * sign)),
+    lambda image, sign: affine(image, angle=15.0 * sign),
+)
 
 
 def random_box(

@@ -102,3 +102,7 @@ class VlpClipProcessor(ProcessorMixin):
         kwargs.setdefault("padding", True)
         kwargs.setdefault("truncation", True)
         return super().__call__(images=images, text=text, **kwargs)
+
+    def read_texts(self, texts: list[str], max_length: int):
+        """Texts as a batch of token ids, cut to `max_length` and padded to the longest."""
+        return self.tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")

@@ -29,6 +29,20 @@ TEXT = {
     "max_position_embeddings": 20,
 }
 TOWERS = {"vit": VIT, "resnet": RESNET}
+BLIP_TEXT = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "eos_token_id": 3,
+    "bos_token_id": 118,
+    "enc_token_id": 119,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 CAPTIONS = ["a red square", "a green circle, small", "blue", "two yellow triangles and a dog"]
 
 
@@ -69,6 +83,39 @@ def tiny_pair() -> tuple[vlp.VlpClipModel, vlp.VlpClipProcessor]:
     return vlp.VlpClipModel(config).eval(), processor
 
 
+def tiny_blip(tower: str = "vit") -> vlp.VlpBlipForPreTraining:
+    """A BLIP whose weights are larger than at its start, so that what is computed depends on all of them."""
+    torch.manual_seed(0)
+    vision = dict(TOWERS[tower])
+    config = vlp.VlpBlipConfig(vision_config=vision, text_config=dict(BLIP_TEXT), image_text_hidden_size=24)
+    model = vlp.VlpBlipForPreTraining(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.startswith("vision_model"):
+                parameter.normal_(std=0.2)
+    return model
+
+
+def tiny_blip_batch(tower: str = "vit", size: int = 4) -> dict[str, torch.Tensor]:
+    """Random images, and captions of different lengths padded on the right."""
+    generator = torch.Generator().manual_seed(1)
+    side = TOWERS[tower]["image_size"]
+    input_ids = torch.zeros(size, 10, dtype=torch.long)
+    for row in range(size):
+        length = 4 + 2 * row % 7
+        input_ids[row, :length] = torch.randint(5, 110, (length,), generator=generator)
+        input_ids[row, 0], input_ids[row, length - 1] = 2, 3
+    return {"input_ids": input_ids, "pixel_values": torch.randn(size, 3, side, side, generator=generator)}
+
+
 @pytest.fixture
 def images() -> list[Image.Image]:
     return [Image.new("RGB", (40, 30 + 10 * index), colour) for index, colour in enumerate(("red", "green", "blue"))]
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_alone():
+    """A run sets the CPU threads of its process; the next test has those that it would have by itself."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 from vlp.processing.prompts import TEMPLATES
-from vlp.training.arguments import RECIPES, ArgumentError, TrainingArguments, build_parser, parse
+from vlp.training.arguments import RECIPES, TASKS, ArgumentError, build_parser, parse
+from vlp.training.blip import new_config
 
 import vlp
 
@@ -13,7 +14,9 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def test_the_recipes_are_there():
-    assert NAMES == ["clip-emoji", "clip-emoji-vit", "rn101", "rn50", "rn50x4", "vit-b-16", "vit-b-32", "vit-l-14"]
+    assert NAMES == ["blip-captioning", "blip-emoji", "blip-nlvr", "blip-retrieval", "blip-vit-b-16", "blip-vit-l-16",
+                     "blip-vqa", "capfilt", "clip-emoji", "clip-emoji-vit", "rn101", "rn50", "rn50x4", "vit-b-16",
+                     "vit-b-32", "vit-l-14"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -43,14 +46,50 @@ def test_the_embedded_recipe_is_the_default_and_the_command_line_wins():
     assert changed.learning_rate == 1e-5 and not changed.cache_images and changed.model == {"projection_dim": 8}
 
 
-def test_help_tells_every_option_with_its_default(capsys):
+@pytest.mark.parametrize("task", TASKS)
+def test_help_tells_every_option_with_its_default(task, capsys):
     with pytest.raises(SystemExit) as stop:
-        build_parser().parse_args(["--help"])
+        build_parser(task).parse_args(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for item in dataclasses.fields(TrainingArguments):
+    fields = dataclasses.fields(TASKS[task].arguments)
+    for item in fields:
         assert f"--{item.name}" in text and item.metadata["help"].strip(), item.name
-    assert text.count("(default: ") >= len(dataclasses.fields(TrainingArguments))
+    assert text.count("(default: ") >= len(fields) and f"accelerate launch training {task}" in text
+
+
+def test_blip_starts_from_the_hyperparameters_of_its_authors():
+    arguments = parse(["--config", "blip-vit-b-16"], "blip")
+    assert (arguments.learning_rate, arguments.weight_decay, arguments.adam_beta2) == (3e-4, 0.05, 0.999)
+    assert (arguments.momentum, arguments.queue_size, arguments.alpha, arguments.alpha_epochs) == (0.995, 57600, 0.4, 2)
+    assert (arguments.crop_scale, arguments.horizontal_flip, arguments.random_augment) == (0.2, True, True)
+    config = new_config(arguments)
+    assert config.vision_config.hidden_size == config.text_config.encoder_hidden_size == 768
+    assert config.text_config.label_smoothing == 0.1 and config.image_text_hidden_size == 256
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--momentum", "1.5"], "--momentum must be between 0 and 1, got 1.5"),
+        (["--queue_size", "0"], "--queue_size must be at least 1, got 0"),
+        (["--alpha_epochs", "-1"], "--alpha_epochs must not be negative, got -1.0"),
+        (["--crop_scale", "0"], "--crop_scale must be positive, got 0.0"),
+    ],
+)
+def test_wrong_options_of_blip_are_refused(words, message):
+    with pytest.raises(ArgumentError, match=message):
+        parse(words, "blip")
+
+
+def test_models_that_cannot_be_are_refused():
+    for fields, message in (
+        ('{"text_config": {"hidden_siz": 8}}', "has no field 'hidden_siz'; hidden_size?"),
+        ('{"text_config": {"max_position_embeddings": 4}}', "--max_length 24 is above max_position_embeddings, 4"),
+        ('{"vision_config": {"patch_size": 7}}', "must be divisible by patch_size"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            new_config(parse(["--model", fields], "blip"))
 
 
 def test_a_file_of_options(tmp_path):
@@ -80,7 +119,7 @@ def test_mistakes_in_a_file_are_named(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config", "vit-h"], "recipes are clip-emoji, "),
+        (["--config", "vit-h"], "recipes are blip-captioning, .*clip-emoji, "),
         (["--per_device_train_batch_size", "0"], "at least 1, got 0"),
         (["--per_device_train_batch_size", "1"], "no negatives"),
         (["--learning_rate", "-1"], "must be positive, got -1.0"),

@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_processor
 from PIL import Image
 from vlp.processing.augmentation import PerImage
-from vlp.training.arguments import ArgumentError, TrainingArguments
+from vlp.training.arguments import ArgumentError, ClipArguments
 from vlp.training.build import load_data
 from vlp.training.data import (
     BadDataError,
@@ -204,7 +204,7 @@ def bad_rows() -> datasets.Dataset:
 
 def test_bad_rows_are_skipped_and_counted_by_cause():
     dataset = PairDataset(bad_rows(), maker())
-    collator = Collator(tiny_processor().tokenizer, 20)
+    collator = Collator(tiny_processor(), 20)
     counter = BadRows(max_share=1.0)
     for _ in range(2):  # an epoch later, the same rows are not counted again
         batch = collator([dataset[i, 0] for i in range(8)])
@@ -229,7 +229,7 @@ def test_too_large_an_image_is_refused_before_it_is_decoded():
 
 def test_too_many_bad_rows_stop_the_run():
     dataset = PairDataset(bad_rows(), maker())
-    batch = Collator(tiny_processor().tokenizer, 20)([dataset[i % 8, 0] for i in range(120)])
+    batch = Collator(tiny_processor(), 20)([dataset[i % 8, 0] for i in range(120)])
     with pytest.raises(BadDataError, match="6 of the first 126 rows.*--max_bad_share 0.01"):
         BadRows(max_share=0.01).update(batch)
 
@@ -283,15 +283,15 @@ def test_images_with_the_same_caption_come_together():
     assert all(len(set(run)) == 1 for run in runs)
 
 
-def arguments(name: str, **options) -> TrainingArguments:
+def arguments(name: str, **options) -> ClipArguments:
     defaults = dict(dataset_name=name, output_dir="unused", augmentation="none", max_train_steps=1)
-    return TrainingArguments(**defaults, per_device_train_batch_size=4, **options)
+    return ClipArguments(**defaults, per_device_train_batch_size=4, **options)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_same_whatever_the_workers(folder, workers):
     rows = load_rows(str(folder / "coco.json"), "train", "image")
-    collator = Collator(tiny_processor().tokenizer, 20)
+    collator = Collator(tiny_processor(), 20)
 
     def take(num_workers):
         loader = iter(train_loader(arguments("x", num_workers=num_workers), rows, maker(), collator, 0, 1, start=0))
@@ -313,9 +313,9 @@ def test_a_text_that_stands_twice_is_read_once():
     )
     chooser = CaptionChooser(tag_column="tags", tag_share=1.0, templates="emoji", template_share=0.5)
     dataset = PairDataset(rows, SampleMaker(chooser=chooser, per_image=PerImage(16, "middle")))
-    tokenizer = tiny_processor().tokenizer
+    collator = Collator(tiny_processor(), 20)
     for epoch in range(5):
-        batch = Collator(tokenizer, 20)([dataset[i, epoch] for i in range(6)])
+        batch = collator([dataset[i, epoch] for i in range(6)])
         assert batch.text_index.tolist() == [0, 1, 0, 2, 1, 0] and len(batch.input_ids) == 3
         assert batch.caption_ids[0] == batch.caption_ids[2] != batch.caption_ids[1]
 

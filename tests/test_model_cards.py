@@ -26,6 +26,7 @@ def facts(**changes) -> dict:
     results = dict(
         metrics={"zero_shot_top1": 0.25, "text_to_image_recall_at_10": 0.5},
         history=[],
+        losses=["contrastive"],
         steps=1234,
         samples=5678,
         training_seconds=9.5,

@@ -213,7 +213,10 @@ def test_prompts():
         prompts_for(["cat"], ("a cat",))
 
 
-@pytest.mark.parametrize("module", ["tokenizer import VlpClipTokenizer; train = VlpClipTokenizer.train"])
+@pytest.mark.parametrize(
+    "module",
+    ["tokenizer import VlpClipTokenizer; train = VlpClipTokenizer.train", "blip import train_tokenizer as train"],
+)
 def test_a_tokenizer_is_the_same_in_every_process(module):
     """Runs that go on in a new process, and the processes of one run, each train it anew."""
     code = f"from vlp.processing.{module}\n" + (

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_pair
-from vlp.training.arguments import parse
+from conftest import BLIP_TEXT, VIT, tiny_pair
+from vlp.processing.blip import token_ids, train_tokenizer
+from vlp.training.arguments import TASKS, parse
+
+import vlp
 
 ROOT = Path(__file__).parents[1]
 READMES = ["README.md", "README.vi.md"]
@@ -20,8 +23,13 @@ def blocks(name: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A place where runs/clip-emoji is a small model."""
+    """A place where runs/clip-emoji and runs/blip-emoji are small models."""
     base = tmp_path_factory.mktemp("readme")
+    tokenizer = train_tokenizer(["a red square", "a blue circle and a dog"], 100, 20)
+    config = vlp.VlpBlipConfig(vision_config=dict(VIT), text_config=BLIP_TEXT | token_ids(tokenizer))
+    vlp.VlpBlipForPreTraining(config).save_pretrained(base / "runs/blip-emoji")
+    images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
+    vlp.VlpBlipProcessor(images, tokenizer).save_pretrained(base / "runs/blip-emoji")
     model, processor = tiny_pair()
     model.save_pretrained(base / "runs/clip-emoji")
     processor.save_pretrained(base / "runs/clip-emoji")
@@ -32,10 +40,11 @@ def folder(tmp_path_factory) -> Path:
 def test_python_snippets_run(name, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     snippets = blocks(name, "python")
-    assert len(snippets) == 2
+    assert len(snippets) == 4
     for snippet in snippets:
         exec(compile(snippet, name, "exec"), {})
-    assert "score" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "score" in shown and "caption: ['" in shown and "best image for each text: [" in shown
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -48,14 +57,15 @@ def test_commands_are_commands(name):
         if words[:1] == ["make"]:
             assert words[1] in targets
         elif words[:2] == ["accelerate", "launch"] and "--help" not in words:
-            parse(words[words.index("clip") + 1 :])
+            task = next(word for word in words if word in TASKS)
+            parse(words[words.index(task) + 1 :], task)
             seen += 1
-    assert seen == 3
+    assert seen == 9
     for options in re.findall(r"`(--[^`]*)`", (ROOT / name).read_text()):
         words = shlex.split(options)
         for word in (word for word in words if word.startswith("--")):
             if word != "--config":
-                assert word[2:] in vars(parse([])), word
+                assert word[2:] in vars(parse([])) | vars(parse([], "blip")), word
 
 
 def test_both_languages_have_the_same_parts():

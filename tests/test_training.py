@@ -36,7 +36,7 @@ from transformers import (
     pipeline,
 )
 from vlp.training import checkpoint, hub
-from vlp.training.arguments import ArgumentError, TrainingArguments
+from vlp.training.arguments import ArgumentError, ClipArguments
 from vlp.training.checkpoint import ResumeError, state_folder, states
 from vlp.training.data import BadDataError
 from vlp.training.objectives import ClipObjective
@@ -76,14 +76,14 @@ def pairs(tmp_path_factory) -> Path:
     return folder / "pairs.csv"
 
 
-def arguments(pairs, output_dir, **options) -> TrainingArguments:
+def arguments(pairs, output_dir, **options) -> ClipArguments:
     defaults = dict(
         dataset_name=str(pairs), output_dir=str(output_dir), eval_split="test", class_column="caption", image_size=16,
         max_length=8, vocab_size=560, augmentation="strong", cache_images=True, model=json.loads(json.dumps(MODEL)),
         per_device_train_batch_size=16, learning_rate=3e-3, warmup_steps=2, max_train_steps=6, report_to="none",
         mixed_precision="no", logging_steps=1, num_threads=1,
     )  # fmt: skip
-    return TrainingArguments(**defaults | options)
+    return ClipArguments(**defaults | options)
 
 
 @pytest.fixture(scope="module")

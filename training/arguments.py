@@ -53,30 +53,26 @@ class TrainingArguments:
     max_bad_share: float = option(0.1, "the run stops when more than this share of rows (0 to 1) cannot be used")
     max_image_pixels: int = option(89_478_485, "images of more pixels are skipped as decompression bombs, in pixels")
     augmentation: str = option("crop", "crop (the paper's), strong (for small data) or none")
+    crop_scale: float = option(0.9, "least share (0 to 1) of an image's area that augmentation crop keeps")
+    horizontal_flip: bool = option(False, "augmentation crop also mirrors half of the images")
+    random_augment: bool = option(False, "augmentation crop also applies BLIP's RandomAugment(2, 5)")
     group_captions: int = option(1, "images with the same caption to put into one batch together, where there are")
     cache_images: bool = option(False, "keep decoded images in memory; for small data with augmentation strong or none")
     num_workers: int = option(0, "processes that load data, for each training process")
 
     # Model
-    model: dict = option({}, "fields of VlpClipConfig, as JSON; vocab_size and image_size follow from elsewhere")
+    model: dict = option({}, "fields of the configuration, as JSON; vocab_size and image_size follow from elsewhere")
     image_size: int = option(224, "side of the images, in pixels")
     max_length: int = option(77, "most tokens in a caption, start and end included")
     tokenizer_name: str | None = option(
         None, "hub name or folder of a tokenizer, or OpenAI's bpe_simple_vocab_16e6.txt.gz"
     )
     vocab_size: int = option(49408, "entries of the tokenizer trained on the captions, where no tokenizer is named")
-    clean_text: bool = option(False, "mend Unicode and HTML in captions as OpenAI's tokenizer does")
     model_name_or_path: str | None = option(None, "folder or hub name of a vlp model to go on from, processor included")
-    image_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose image tower to start from")
-    text_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose text tower to start from")
-    lock_image_tower: bool = option(False, "leave the image tower as it is (LiT)")
-    lock_text_tower: bool = option(False, "leave the text tower as it is")
-    patch_dropout: float | None = option(None, "share of patches (0 to 1) that a vision transformer drops in training")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
     torch_compile: bool = option(False, "compile the model; slower to start, faster steps")
 
     # Objective and optimisation
-    loss: str = option("softmax", "softmax (CLIP) or sigmoid (SigLIP)")
     exclude_duplicates: bool = option(True, "rows of a batch with the same caption or image are not negatives")
     per_device_train_batch_size: int = option(256, "pairs in a step of each process")
     gradient_accumulation_steps: int = option(1, "backward passes for each optimiser step; adds no negatives")
@@ -102,9 +98,6 @@ class TrainingArguments:
     eval_image_column: str | None = option(None, "column with the images to evaluate on, where it is another")
     eval_steps: int | None = option(None, "evaluate every so many optimiser steps; at the end in any case")
     eval_batch_size: int = option(256, "images or captions in a step of the evaluation")
-    class_column: str | None = option(None, "column with the class name (or label) for zero-shot evaluation")
-    class_names: str | None = option(None, "names behind integer labels: a key of vlp.processing.prompts.CLASS_NAMES")
-    eval_templates: str = option("name", "templates whose prompts are averaged for a class; see vlp.processing.prompts")
 
     # Output
     output_dir: str | None = option(None, "folder to publish; runs/RECIPE where not given, its resume state beside it")
@@ -138,7 +131,7 @@ class TrainingArguments:
         ):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ArgumentError(f"--{name} must be positive, got {getattr(self, name)}.")
-        for name in ("learning_rate", "num_train_epochs", "adam_epsilon", "layer_decay"):
+        for name in ("learning_rate", "num_train_epochs", "adam_epsilon", "layer_decay", "crop_scale"):
             if getattr(self, name) <= 0:
                 raise ArgumentError(f"--{name} must be positive, got {getattr(self, name)}.")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "num_workers"):
@@ -148,16 +141,13 @@ class TrainingArguments:
             raise ArgumentError(
                 "--adam_beta1, --adam_beta2 and --ema_decay must be below 1: at 1 nothing is ever learnt."
             )
-        for name in ("tag_share", "template_share", "max_bad_share", "ema_decay", "adam_beta1", "adam_beta2"):
+        for name in ("tag_share", "template_share", "max_bad_share", "ema_decay", "adam_beta1", "adam_beta2",
+                     "crop_scale"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
         require_one_of("augmentation", self.augmentation, ("crop", "strong", "none"))
-        require_one_of("loss", self.loss, ("softmax", "sigmoid"))
         require_one_of("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
         require_one_of("templates", self.templates, tuple(TEMPLATES))
-        require_one_of("eval_templates", self.eval_templates, tuple(TEMPLATES))
-        if self.class_names:
-            require_one_of("class_names", self.class_names, tuple(CLASS_NAMES))
         if self.tag_share and not self.tag_column:
             raise ArgumentError(f"--tag_share {self.tag_share} needs --tag_column, the column with the keywords.")
         if self.per_device_train_batch_size == 1:
@@ -167,10 +157,6 @@ class TrainingArguments:
                 "--cache_images needs --augmentation strong or none (crop draws another crop each time) and "
                 f"--num_workers 0, got {self.augmentation} and {self.num_workers}."
             )
-        if self.lock_image_tower and self.lock_text_tower:
-            raise ArgumentError("Nothing is left to train: --lock_image_tower and --lock_text_tower lock both towers.")
-        if self.text_tower and not self.tokenizer_name:
-            raise ArgumentError("--text_tower needs --tokenizer_name: the tokenizer that the tower was trained with.")
         if self.eval_dataset_name and not self.eval_split:
             raise ArgumentError("--eval_dataset_name needs --eval_split, the split of it to evaluate on.")
         if self.eval_split and self.eval_split == self.train_split and not self.eval_dataset_name and not self.hold_out:
@@ -181,8 +167,150 @@ class TrainingArguments:
             raise ArgumentError(f"--hub_model_id {self.hub_model_id} does nothing without --push_to_hub.")
         if self.hold_out and "=" not in self.hold_out:
             raise ArgumentError(f"--hold_out must be COLUMN=VALUE, got {self.hold_out!r}.")
+
+
+@dataclass(kw_only=True)
+class ClipArguments(TrainingArguments):
+    """CLIP: two towers, told to find the pairs of a batch."""
+
+    # CLIP
+    clean_text: bool = option(False, "mend Unicode and HTML in captions as OpenAI's tokenizer does")
+    image_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose image tower to start from")
+    text_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose text tower to start from")
+    lock_image_tower: bool = option(False, "leave the image tower as it is (LiT)")
+    lock_text_tower: bool = option(False, "leave the text tower as it is")
+    patch_dropout: float | None = option(None, "share of patches (0 to 1) that a vision transformer drops in training")
+    loss: str = option("softmax", "softmax (CLIP) or sigmoid (SigLIP)")
+    class_column: str | None = option(None, "column with the class name (or label) for zero-shot evaluation")
+    class_names: str | None = option(None, "names behind integer labels: a key of vlp.processing.prompts.CLASS_NAMES")
+    eval_templates: str = option("name", "templates whose prompts are averaged for a class; see vlp.processing.prompts")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_one_of("loss", self.loss, ("softmax", "sigmoid"))
+        require_one_of("eval_templates", self.eval_templates, tuple(TEMPLATES))
+        if self.class_names:
+            require_one_of("class_names", self.class_names, tuple(CLASS_NAMES))
+        if self.lock_image_tower and self.lock_text_tower:
+            raise ArgumentError("Nothing is left to train: --lock_image_tower and --lock_text_tower lock both towers.")
+        if self.text_tower and not self.tokenizer_name:
+            raise ArgumentError("--text_tower needs --tokenizer_name: the tokenizer that the tower was trained with.")
         if self.model_name_or_path and (self.image_tower or self.text_tower):
             raise ArgumentError("--model_name_or_path brings both towers: leave out --image_tower, --text_tower.")
+
+
+@dataclass(kw_only=True)
+class BlipArguments(TrainingArguments):
+    """BLIP: compare, match and write. The defaults are those of salesforce/BLIP, configs/pretrain.yaml."""
+
+    max_length: int = option(30, "most tokens in a caption, start and end included")
+    vocab_size: int = option(30524, "entries of the tokenizer trained on the captions, where no tokenizer is named")
+    crop_scale: float = option(0.2, "least share (0 to 1) of an image's area that augmentation crop keeps")
+    horizontal_flip: bool = option(True, "augmentation crop also mirrors half of the images")
+    random_augment: bool = option(True, "augmentation crop also applies BLIP's RandomAugment(2, 5)")
+    per_device_train_batch_size: int = option(75, "pairs in a step of each process")
+    learning_rate: float = option(3e-4, "peak learning rate")
+    weight_decay: float = option(0.05, "decay of weight matrices; gains, biases, temperature and positions have none")
+    adam_beta2: float = option(0.999, "second moment's decay")
+    adam_epsilon: float = option(1e-8, "what AdamW adds to its denominator")
+    max_grad_norm: float = option(0.0, "gradient norm to clip at; 0 for none")
+    warmup_steps: int = option(3000, "optimiser steps of linear warm-up")
+    num_train_epochs: float = option(20.0, "passes over the data, where neither steps nor minutes are given")
+
+    # BLIP
+    task: str = option(
+        "pretrain", "pretrain (all three losses), captioning, retrieval, vqa (questions) or nlvr (two images)"
+    )
+    fine_tune_image_size: int | None = option(
+        None, "side of the images to go on with, in pixels; positions are resampled; the model's own where not given"
+    )
+    answer_column: str = option("answers", "vqa: column with the answers, each as often as given; the caption asks")
+    second_image_column: str = option("second_image", "nlvr: column with the image on the right")
+    label_column: str = option("label", "nlvr: column with whether the caption is true of both images (or 1, 0)")
+    prompt: str = option("", 'what captions begin with where the task is captioning; the paper: "a picture of "')
+    momentum: float = option(0.995, "how much of itself the momentum teacher keeps at each step (0 to 1)")
+    queue_size: int = option(57600, "pairs whose features the teacher remembers")
+    alpha: float = option(0.4, "the teacher's part (0 to 1) in the targets of the contrastive loss")
+    alpha_epochs: float = option(2.0, "passes over the data in which alpha grows from 0")
+    global_negatives: bool = option(False, "draw hard negatives from the batches of all processes, not of each one")
+    rerank_top_k: int = option(128, "candidates of each query that evaluation has matched (ITM) again")
+    eval_num_beams: int = option(3, "beams of the captions written in evaluation")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_one_of("task", self.task, ("pretrain", "captioning", "retrieval", "vqa", "nlvr"))
+        if self.fine_tune_image_size and not self.model_name_or_path:
+            raise ArgumentError("--fine_tune_image_size needs --model_name_or_path, the model to go on from.")
+        if self.prompt and self.task != "captioning":
+            raise ArgumentError(f"--prompt {self.prompt!r} is for --task captioning, not for {self.task}.")
+        for name in ("momentum", "alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
+        for name in ("queue_size", "rerank_top_k", "eval_num_beams"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.alpha_epochs < 0:
+            raise ArgumentError(f"--alpha_epochs must not be negative, got {self.alpha_epochs}.")
+
+
+@dataclass(kw_only=True)
+class CapFiltArguments:
+    """CapFilt: caption images and filter captions. The defaults are those of the paper (BLIP, sections 3.3 and 4.3)."""
+
+    dataset_name: str = option(EMOJI, "pairs to caption and to filter, as for training; not shards")
+    train_split: str = option("train", "split to read")
+    image_column: str = option("image", "column with the images, or with their paths")
+    caption_column: str = option("caption", "column with one web caption or a list of them")
+    image_root: str | None = option(None, "folder that image paths start from; that of the file where not given")
+    max_image_pixels: int = option(89_478_485, "images of more pixels are skipped as decompression bombs, in pixels")
+    captioner: str | None = option(None, "folder or hub name of a BLIP that was fine-tuned with --task captioning")
+    filter: str | None = option(None, "folder or hub name of a BLIP that was fine-tuned with --task retrieval")
+    prompt: str = option("", "what the captioner was trained to begin with")
+    top_p: float = option(0.9, "share of probability (0 to 1) that nucleus sampling draws from")
+    min_length: int = option(5, "fewest tokens of a new caption, start and prompt included")
+    max_length: int = option(20, "most tokens of a new caption, start and prompt included")
+    threshold: float = option(0.5, "captions that match with a probability up to this are dropped (0 to 1)")
+    batch_size: int = option(32, "images at a time")
+    shard_size: int = option(1000, "rows in a file of the new data set; what is written when all is stopped, stays")
+    seed: int = option(0, "seed of the sampling")
+    output_dir: str | None = option(None, "folder of the new data set; runs/capfilt where not given")
+
+    def __post_init__(self):
+        for name in ("captioner", "filter"):
+            if not getattr(self, name):
+                raise ArgumentError(f"CapFilt needs --{name}, the folder of a fine-tuned BLIP.")
+        for name in ("batch_size", "shard_size", "min_length", "max_length", "max_image_pixels"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("top_p", "threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to train: its options, its recipe where none is named, and what it is in a few words."""
+
+    arguments: type
+    recipe: str
+    text: str
+
+
+TASKS = {
+    "clip": Task(
+        ClipArguments,
+        "clip-emoji",
+        "Pre-train CLIP on pairs of images and captions, evaluate it, and write a folder to publish",
+    ),
+    "blip": Task(
+        BlipArguments,
+        "blip-emoji",
+        "Pre-train or fine-tune BLIP on pairs of images and captions, evaluate it, and write a folder to publish",
+    ),
+    "capfilt": Task(
+        CapFiltArguments, "capfilt", "Caption web images and filter captions with fine-tuned BLIPs (CapFilt)"
+    ),
+}
 
 
 def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -190,23 +318,23 @@ def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ArgumentError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
-def parse(arguments: list[str]) -> TrainingArguments:
-    """Options from the recipe (`--config`, "clip-emoji" where not given), then those of the command line over them.
+def parse(arguments: list[str], task: str = "clip"):
+    """Options from the recipe (`--config`, the task's where not given), then those of the command line over them.
 
     Raises ArgumentError where a value is wrong; exits, as argparse does, where an option is not known.
     """
-    parser = build_parser()
+    parser = build_parser(task)
     recipe = parser.parse_known_args(arguments)[0].config
-    values = read_recipe(recipe)
+    values = read_recipe(recipe, TASKS[task].arguments)
     parser.set_defaults(**values)
     parsed = vars(parser.parse_args(arguments))
     del parsed["config"]
     if parsed["output_dir"] is None:
         parsed["output_dir"] = f"runs/{Path(recipe).stem}"
-    return TrainingArguments(**parsed)
+    return TASKS[task].arguments(**parsed)
 
 
-def read_recipe(name: str) -> dict:
+def read_recipe(name: str, kind: type[TrainingArguments] = ClipArguments) -> dict:
     """The options in a recipe of the package (by name) or in a YAML file (by path)."""
     path = Path(name)
     if not path.suffix:
@@ -220,10 +348,13 @@ def read_recipe(name: str) -> dict:
         raise ArgumentError(f"{path} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise ArgumentError(f"{path} must hold options, one `name: value` a line; got a {type(values).__name__}.")
-    types = {item.name: item.type for item in dataclasses.fields(TrainingArguments)}
+    types = {item.name: item.type for item in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in types:
-            raise ArgumentError(f"{path}: {key!r} is no option; `accelerate launch training clip --help` lists them.")
+            task = next(name for name, task in TASKS.items() if task.arguments is kind)
+            raise ArgumentError(
+                f"{path}: {key!r} is no option of {task}; `accelerate launch training {task} --help` lists them."
+            )
         expected = typing.get_args(types[key]) or (types[key],)
         if float in expected and isinstance(value, (int, str)) and is_number(value):
             values[key] = float(value)  # YAML reads 5e-4, without a dot, as text
@@ -240,19 +371,23 @@ def is_number(value: int | str) -> bool:
     return not isinstance(value, bool)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(task: str = "clip") -> argparse.ArgumentParser:
+    recipe = TASKS[task].recipe
     parser = argparse.ArgumentParser(
-        prog="accelerate launch training clip",
-        description="Pre-train CLIP on pairs of images and captions, evaluate it, and write a folder to publish.",
+        prog=f"accelerate launch training {task}",
+        description=f"{TASKS[task].text}.",
     )
-    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+    families = ("blip", "capfilt")  # CLIP's recipes have the names of its architectures
+    family = next((name for name in families if name == task), None)
+    stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    names = ", ".join(s for s in stems if next((n for n in families if s.startswith(n)), None) == family)
     parser.add_argument(
         "--config",
-        default="clip-emoji",
+        default=recipe,
         metavar="FILE",
-        help=f"YAML file of options, or a recipe: {names} (default: clip-emoji)",
+        help=f"YAML file of options, or a recipe: {names} (default: {recipe})",
     )
-    for item in dataclasses.fields(TrainingArguments):
+    for item in dataclasses.fields(TASKS[task].arguments):
         default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
         kinds = [kind for kind in (typing.get_args(item.type) or (item.type,)) if kind is not type(None)]
         text = (
@@ -278,12 +413,12 @@ def none_or(convert: Callable) -> Callable:
 
 
 def parse_command_line() -> TrainingArguments:
-    """`sys.argv`, its first word (`clip`, may be left out) naming what to train; wrong options end the program."""
+    """`sys.argv`, its first word (`clip` where it is left out) naming what to train; wrong options end the program."""
     words = sys.argv[1:]
     task = words.pop(0) if words and not words[0].startswith("-") else "clip"
-    if task != "clip":
-        sys.exit(f"There is nothing called {task!r} to train; expected clip.")
+    if task not in TASKS:
+        sys.exit(f"There is nothing called {task!r} to train; expected one of {', '.join(TASKS)}.")
     try:
-        return parse(words)
+        return parse(words, task)
     except ArgumentError as error:
         sys.exit(f"error: {error}")

@@ -105,6 +105,8 @@ class Sample:
     caption_id: int
     image_id: int
     skipped: list[tuple[Any, str]] = field(default_factory=list)
+    answers: list[tuple[str, float]] | None = None  # of a question, with their weights
+    label: int | None = None  # whether the text is true of two images; pixels are then (2, 3, S, S)
 
 
 @dataclass(kw_only=True)
@@ -123,13 +125,18 @@ class SampleMaker:
         caption_rng = random.Random(f"{self.seed}-{epoch}-{self.chooser.captions(row)}")
         text, caption = self.chooser.choose(row, caption_rng)
         rng = random.Random(f"{self.seed}-{epoch}-{key}")
-        pixels = None if self.cache is None else self.cache.get(key)
+        pixels = self.pixels(row, self.image_column, key, rng)
+        return Sample(pixels, text, stable_id(caption), stable_id(self.image_id(row, key)))
+
+    def pixels(self, row: dict, column: str, key: Any, rng: random.Random) -> Tensor:
+        """(3, S, S) uint8 of the image in a column. Raises BadRow where it cannot be used."""
+        pixels = None if self.cache is None else self.cache.get((key, column))
         if pixels is None:
-            image = decode_image(row[self.image_column], self.max_image_pixels)
+            image = decode_image(row[column], self.max_image_pixels)
             pixels = tv.pil_to_tensor(self.per_image(image, rng))
             if self.cache is not None:
-                self.cache[key] = pixels
-        return Sample(pixels, text, stable_id(caption), stable_id(self.image_id(row, key)))
+                self.cache[key, column] = pixels
+        return pixels
 
     def image_id(self, row: dict, key: Any) -> Any:
         """What tells images apart: their id, the file where one caption a row points to it, else the row."""
@@ -138,6 +145,51 @@ class SampleMaker:
         source = row[self.image_column]
         in_a_file = isinstance(source, dict) and source.get("path") and not source.get("bytes")
         return source["path"] if in_a_file else f"row {key}"
+
+
+@dataclass(kw_only=True)
+class QuestionMaker(SampleMaker):
+    """Row -> Sample of a question (VQA): its caption asks, and each answer weighs as often as it was given."""
+
+    answer_column: str = "answers"
+
+    def __call__(self, row: dict, key: Any, epoch: int) -> Sample:
+        sample = super().__call__(row, key, epoch)
+        answers = answers_of(row, self.answer_column)
+        sample.answers = [(answer, count / len(answers)) for answer, count in Counter(answers).items()]
+        return sample
+
+
+def answers_of(row: dict, column: str) -> list[str]:
+    """The answers to a row's question. Raises BadRow where there is none."""
+    value = row.get(column)
+    answers = [text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    if not any(answers):
+        raise BadRow("no answer")
+    return [answer for answer in answers if answer]
+
+
+@dataclass(kw_only=True)
+class ReasoningMaker(SampleMaker):
+    """Row -> Sample of two images and whether its caption is true of them (NLVR2)."""
+
+    second_image_column: str = "second_image"
+    label_column: str = "label"
+
+    def __call__(self, row: dict, key: Any, epoch: int) -> Sample:
+        sample = super().__call__(row, key, epoch)
+        rng = random.Random(f"{self.seed}-{epoch}-{key}-second")
+        sample.pixels = torch.stack([sample.pixels, self.pixels(row, self.second_image_column, key, rng)])
+        sample.label = label_of(row, self.label_column)
+        return sample
+
+
+def label_of(row: dict, column: str) -> int:
+    """1 where a row says true, 0 where false. Raises BadRow where it says neither."""
+    value = str(row.get(column)).strip().lower()
+    if value not in ("1", "0", "true", "false"):
+        raise BadRow("no label")
+    return int(value in ("1", "true"))
 
 
 class PairDataset(Dataset):
@@ -276,45 +328,60 @@ class ShardDataset(IterableDataset):
 class Batch:
     """What a step gets, and the bad rows that were met while it was made."""
 
-    pixels: Tensor  # (B, 3, S, S) uint8
+    pixels: Tensor  # (B, 3, S, S) uint8; of two images for each text, (2 B, 3, S, S)
     input_ids: Tensor  # (T, N): the different texts of the batch, N the longest of them
     text_index: Tensor  # (B,): which of the texts belongs to each image
     caption_ids: Tensor  # (B,)
     image_ids: Tensor  # (B,)
     skipped: list[tuple[Any, str]]
+    extra: dict[str, Tensor] = field(default_factory=dict)  # what a fine-tuning task needs beside
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.text_index)
 
     def pin_memory(self) -> "Batch":
         """What a DataLoader with `pin_memory` calls, for copies to the device that nobody waits for."""
         names = ("pixels", "input_ids", "text_index", "caption_ids", "image_ids")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+        extra = {name: value.pin_memory() for name, value in self.extra.items()}
+        return replace(self, extra=extra, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 class Collator:
-    """Samples -> Batch; a text that stands twice is read once, and padding goes to the longest, never further."""
+    """Samples -> Batch; a text that stands twice is read once, and padding goes to the longest, never further.
 
-    def __init__(self, tokenizer, max_length: int):
-        self.tokenizer, self.max_length = tokenizer, max_length
+    Args:
+        prompt: what is put before every text.
+    """
+
+    def __init__(self, processor, max_length: int, prompt: str = ""):
+        self.processor, self.max_length, self.prompt = processor, max_length, prompt
 
     def __call__(self, samples: list[Sample]) -> Batch:
         texts = {text: number for number, text in enumerate(dict.fromkeys(sample.text for sample in samples))}
-        tokens = self.tokenizer(
-            list(texts),
-            padding=True,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
+        tokens = self.processor.read_texts([self.prompt + text for text in texts], self.max_length)
         return Batch(
-            pixels=torch.stack([sample.pixels for sample in samples]),
+            pixels=torch.stack([sample.pixels for sample in samples]).flatten(0, -4),
             input_ids=tokens["input_ids"],
             text_index=torch.tensor([texts[sample.text] for sample in samples]),
             caption_ids=torch.tensor([sample.caption_id for sample in samples]),
             image_ids=torch.tensor([sample.image_id for sample in samples]),
             skipped=[bad for sample in samples for bad in sample.skipped],
+            extra=self.extra(samples),
         )
+
+    def extra(self, samples: list[Sample]) -> dict[str, Tensor]:
+        """The answers of questions, one after the other, or the labels of pairs of images, where there are."""
+        if samples[0].answers is not None:
+            answers = [(place, *answer) for place, sample in enumerate(samples) for answer in sample.answers]
+            tokens = self.processor.read_texts([text for _, text, _ in answers], self.max_length)
+            return {
+                "answer_ids": tokens["input_ids"],
+                "answer_index": torch.tensor([place for place, _, _ in answers]),
+                "answer_weights": torch.tensor([weight for _, _, weight in answers]),
+            }
+        if samples[0].label is not None:
+            return {"labels": torch.tensor([sample.label for sample in samples])}
+        return {}
 
 
 class BadRows:

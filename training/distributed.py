@@ -3,6 +3,35 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def weigh_by_count(mean: Tensor, count: Tensor) -> Tensor:
+    """A mean over `count` items of this process, scaled so that its mean over processes is that over all items."""
+    if processes() == 1:
+        return mean
+    counts = gather_with_gradient(count[None])
+    return mean * (count * processes() / counts.sum())
+
+
+def own_rows(joined: Tensor) -> Tensor:
+    """This process' rows of a tensor that holds those of all, of each the same number."""
+    if processes() == 1:
+        return joined
+    return joined.chunk(processes())[dist.get_rank()]
+
+
+def gather_padded(tokens: Tensor, pad_token_id: int) -> Tensor:
+    """Texts (B, N) of all processes, padded on the right to the longest: (B * processes, longest N)."""
+    if processes() == 1:
+        return tokens
+    longest = torch.tensor(tokens.shape[1], device=tokens.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return gather_with_gradient(F.pad(tokens, (0, int(longest) - tokens.shape[1]), value=pad_token_id))
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
@@ -12,7 +41,7 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     process computes, gives under DDP's mean the gradient of one process with the joined batch (open_clip issue 616;
     `accelerator.gather` carries no gradient).
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if processes() == 1:
         return tensor
     if tensor.requires_grad:
         return torch.cat(torch.distributed.nn.functional.all_gather(tensor.contiguous()))

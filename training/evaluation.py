@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..modeling_vlp.clip import VlpClipModel
 from ..processing.prompts import prompts_for
 from .arguments import ArgumentError
 from .data import BadRow, CaptionChooser, decode_image
@@ -26,7 +25,7 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 
 @torch.inference_mode()
-def embed_images(model: VlpClipModel, processor, images: Iterable, batch_size: int = 256) -> Tensor:
+def embed_images(model, processor, images: Iterable, batch_size: int = 256) -> Tensor:
     """PIL images -> (I, E) of unit length, on the CPU, in the order given."""
     parts = []
     for chunk in batched(images, batch_size):
@@ -38,18 +37,17 @@ def embed_images(model: VlpClipModel, processor, images: Iterable, batch_size: i
 
 
 @torch.inference_mode()
-def embed_texts(model: VlpClipModel, processor, texts: Iterable[str], batch_size: int = 256) -> Tensor:
+def embed_texts(model, processor, texts: Iterable[str], batch_size: int = 256) -> Tensor:
     """Texts -> (T, E) of unit length, on the CPU, in the order given."""
     parts = []
     for chunk in batched(texts, batch_size):
-        length = model.config.text_config.max_position_embeddings
-        ids = processor.tokenizer(chunk, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        ids = processor.read_texts(chunk, model.config.text_config.max_position_embeddings)
         features = model.get_text_features(ids["input_ids"].to(model.device), pooled_only=True).pooler_output
         parts.append(F.normalize(features.float(), dim=-1).cpu())
     return torch.cat(parts)
 
 
-def embed_classes(model: VlpClipModel, processor, names: list[str], templates="name", batch_size: int = 256) -> Tensor:
+def embed_classes(model, processor, names: list[str], templates="name", batch_size: int = 256) -> Tensor:
     """Class names -> (K, E): the mean of a class' prompts, of unit length (openai/CLIP, notebooks)."""
     prompts = prompts_for(names, templates)
     flat = embed_texts(model, processor, [text for row in prompts for text in row], batch_size)
@@ -69,9 +67,14 @@ def ranks(queries: Tensor, targets: Tensor, right: Tensor, chunk: int = 1024) ->
         correct = right[start : start + chunk]
         if correct.ndim == 1:
             correct = correct[:, None] == torch.arange(len(targets))
-        best = scores.masked_fill(~correct, float("-inf")).amax(dim=1, keepdim=True)
-        result.append(((scores >= best) & ~correct).sum(dim=1))
+        result.append(rank_of_best(scores, correct))
     return torch.cat(result)
+
+
+def rank_of_best(scores: Tensor, correct: Tensor) -> Tensor:
+    """How many wrong targets stand before the best right one, in each row of (Q, N) scores; ties count against."""
+    best = scores.masked_fill(~correct, float("-inf")).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~correct).sum(dim=1)
 
 
 def zero_shot(image_embeds: Tensor, class_embeds: Tensor, labels: Tensor) -> dict[str, float]:
@@ -161,7 +164,7 @@ class Evaluator:
         for number in self.rows:
             yield decode_image(self.source[number][self.image_column], self.max_pixels)
 
-    def __call__(self, model: VlpClipModel, processor) -> dict[str, float]:
+    def __call__(self, model, processor) -> dict[str, float]:
         """All metrics of a model, in evaluation mode; its mode is put back."""
         training = model.training
         model.eval()
@@ -175,10 +178,19 @@ class Evaluator:
         model.train(training)
         return result
 
-    def examples(self, model: VlpClipModel, processor, count: int = 12, seed: int = 0) -> list[dict]:
-        """Some images, drawn by `seed`, with their caption and the model's three best names and their probabilities."""
+    def draw(self, count: int, seed: int) -> tuple[list[int], list]:
+        """The numbers of some images, drawn by `seed`, and the images."""
         chosen = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-        pictures = [decode_image(self.source[self.rows[i]][self.image_column], self.max_pixels) for i in chosen]
+        return chosen, [decode_image(self.source[self.rows[i]][self.image_column], self.max_pixels) for i in chosen]
+
+    def examples(self, model, processor, count: int = 12, seed: int = 0) -> list[dict]:
+        """Some images, drawn by `seed`, with their caption and the model's three best names and their probabilities.
+
+        None where there are no classes.
+        """
+        if not self.names:
+            return []
+        chosen, pictures = self.draw(count, seed)
         classes = embed_classes(model, processor, self.names, self.templates, self.batch_size)
         scores = model.logit_scale.exp().item() * embed_images(model, processor, pictures) @ classes.T
         best = scores.softmax(dim=1).topk(min(3, len(self.names)))

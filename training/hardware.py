@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import logging
 import os
 import platform
 from pathlib import Path
@@ -16,6 +17,8 @@ from .checkpoint import state_folder
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     """Raises ArgumentError where the machine cannot do what is asked for."""
+    # Accelerate warns of tied weights at each save; they are stored once, and tied again when loaded.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     precision = arguments.mixed_precision
     if precision == "auto":
         precision = "bf16" if computes_in_bfloat16() else "no"

@@ -11,11 +11,11 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from ..modeling_vlp.clip import VlpClipModel
 from .arguments import TrainingArguments
 from .data import BadRows, Batch
-from .objectives import ClipObjective
+from .objectives import Objective
 from .optim import learning_rate_factor
 
 
@@ -36,8 +36,9 @@ class Run:
 
     arguments: TrainingArguments
     accelerator: Accelerator
-    model: VlpClipModel  # what is trained, not wrapped
-    objective: ClipObjective  # what Accelerate wrapped
+    model: PreTrainedModel  # what is trained
+    objective: Objective
+    wrapped: torch.nn.Module  # the objective, as Accelerate wrapped it
     optimizer: torch.optim.Optimizer
     batches: Iterator[Batch]
     to_pixel_values: Callable[[Tensor], Tensor]
@@ -45,6 +46,7 @@ class Run:
     bad_rows: BadRows
     average: AveragedModel | None = None
     progress: Progress = field(default_factory=Progress)
+    losses: set[str] = field(default_factory=set)  # their names
     interrupted: bool = False
 
     def agree(self) -> None:
@@ -66,25 +68,27 @@ def train_step(run: Run, share_done: float) -> dict[str, Tensor]:
     factor = learning_rate_factor(run.progress.step, arguments.warmup_steps, share_done)
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+    run.objective.before_step(run.progress.step)
     for _ in range(arguments.gradient_accumulation_steps):
         batch = next(run.batches)
         run.bad_rows.update(batch)
         run.progress.samples += len(batch) * accelerator.num_processes
-        with accelerator.accumulate(run.objective):
+        with accelerator.accumulate(run.wrapped):
             device = accelerator.device
-            losses = run.objective(
+            losses = run.wrapped(
                 pixel_values=run.to_pixel_values(batch.pixels.to(device, non_blocking=True)),
                 input_ids=batch.input_ids.to(device, non_blocking=True),
                 text_index=batch.text_index.to(device, non_blocking=True),
                 caption_ids=batch.caption_ids.to(device),
                 image_ids=batch.image_ids.to(device),
+                **{name: value.to(device, non_blocking=True) for name, value in batch.extra.items()},
             )
             accelerator.backward(sum(losses.values()))
             if accelerator.sync_gradients and arguments.max_grad_norm:
-                accelerator.clip_grad_norm_(run.objective.parameters(), arguments.max_grad_norm)
+                accelerator.clip_grad_norm_(run.wrapped.parameters(), arguments.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
-    run.model.clamp_logit_scale()
+    run.objective.after_step()
     if run.average is not None:
         run.average.update_parameters(run.model)
     run.progress.step += 1
@@ -128,11 +132,15 @@ def log(run: Run, losses: dict[str, float], bar: tqdm) -> None:
             raise FloatingPointError(
                 f"The {name} loss is {value} at step {progress.step}: lower --learning_rate, or raise precision."
             )
-    values = losses | {
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "logit_scale": run.model.logit_scale.exp().item(),
-        "samples_per_second": progress.samples / max(progress.seconds, 1e-9),
-    }
+    run.losses.update(losses)
+    values = (
+        losses
+        | run.objective.facts()
+        | {
+            "learning_rate": run.optimizer.param_groups[0]["lr"],
+            "samples_per_second": progress.samples / max(progress.seconds, 1e-9),
+        }
+    )
     progress.history.append({"step": progress.step, "samples": progress.samples} | values)
     run.accelerator.log(values, step=progress.step)
     shown = {name: f"{value:.3f}" for name, value in losses.items()}

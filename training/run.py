@@ -6,21 +6,29 @@ import math
 import platform
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate.utils import set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..model_cards.card import write_card
-from ..modeling_vlp.clip import VlpClipModel
+from ..model_cards.card import shown, usage, write_card
 from ..processing.augmentation import PerImage, StrongAugmentation, ToPixelValues
-from ..processing.clip import VlpClipProcessor
-from ..processing.prompts import CLASS_NAMES
-from .arguments import ArgumentError, TrainingArguments, parse_command_line
-from .build import load_data, make_chooser, make_model, make_processor, new_config
+from . import blip, clip
+from .arguments import (
+    ArgumentError,
+    BlipArguments,
+    CapFiltArguments,
+    ClipArguments,
+    TrainingArguments,
+    parse_command_line,
+)
+from .build import load_data, make_chooser
+from .capfilt import capfilt
 from .checkpoint import (
     ResumeError,
     check_output,
@@ -31,31 +39,34 @@ from .checkpoint import (
     state_folder,
     write_whole,
 )
-from .data import BadDataError, BadRows, CaptionChooser, Collator, SampleMaker, train_loader
+from .data import BadDataError, BadRows, CaptionChooser, Collator, train_loader
 from .evaluation import Evaluator
 from .hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
 from .hub import check_access, push
 from .loop import Progress, Run, fit
-from .objectives import ClipObjective
 from .optim import make_optimizer, parameter_groups
+
+# The module that makes the parts of a run, for each kind of options.
+FAMILIES = {ClipArguments: clip, BlipArguments: blip}
 
 
 def main() -> None:
     """Train as the command line says. Errors that a user can mend end the program with one line."""
     arguments = parse_command_line()
     try:
-        train(arguments)
+        (capfilt if isinstance(arguments, CapFiltArguments) else train)(arguments)
     except (ArgumentError, BadDataError, ResumeError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 def train(arguments: TrainingArguments) -> None:
     """Do a whole run; see the module's docstring."""
+    family = FAMILIES[type(arguments)]
     check_output(arguments.output_dir)
     if arguments.push_to_hub:
         check_access()
     if not arguments.model_name_or_path:
-        new_config(arguments)  # what cannot be is refused before anything is loaded
+        family.new_config(arguments)  # what cannot be is refused before anything is loaded
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
     accelerator = make_accelerator(arguments)
@@ -64,14 +75,12 @@ def train(arguments: TrainingArguments) -> None:
     set_seed(arguments.seed)
     rows, eval_rows = load_data(arguments)
     chooser = make_chooser(arguments)
-    processor = make_processor(arguments, rows, chooser)
-    model = make_model(arguments, processor)
-    if arguments.model_name_or_path:  # the options then tell what the model is, not what a recipe would make
-        arguments.image_size = model.config.vision_config.image_size
-        arguments.max_length = model.config.text_config.max_position_embeddings
-        arguments.vocab_size = model.config.text_config.vocab_size
-    run = make_run(arguments, accelerator, rows, processor, model)
-    evaluator = make_evaluator(arguments, chooser, eval_rows)
+    processor = family.make_processor(arguments, rows, chooser)
+    model = family.make_model(arguments, processor)
+    if arguments.model_name_or_path:
+        family.adopt_sizes(arguments, model)
+    run = make_run(arguments, accelerator, rows, processor, model, family)
+    evaluator = family.make_evaluator(arguments, chooser, eval_rows, rows) if eval_rows is not None else None
     state = (
         find_state(arguments.resume_from_checkpoint, arguments.output_dir) if arguments.resume_from_checkpoint else None
     )
@@ -82,14 +91,14 @@ def train(arguments: TrainingArguments) -> None:
     accelerator.wait_for_everyone()
     start_trackers(arguments, accelerator)
 
-    def published_model() -> VlpClipModel:
+    def published_model() -> PreTrainedModel:
         return run.average.module if run.average is not None else run.model
 
     def evaluate() -> dict:
         if evaluator is None:
             return {}
         metrics = evaluator(published_model(), processor)
-        run.objective.train()  # locked towers stay in evaluation mode, which only the objective knows
+        run.wrapped.train()  # locked towers stay in evaluation mode, which only the objective knows
         run.progress.evaluations.append({"step": run.progress.step} | metrics)
         accelerator.log(metrics, step=run.progress.step)
         shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in list(metrics.items())[:3])
@@ -127,17 +136,14 @@ def train(arguments: TrainingArguments) -> None:
 # --- set up -----------------------------------------------------------------------------------------------------------
 
 
-def make_run(arguments, accelerator, rows, processor, model) -> Run:
-    objective = ClipObjective(
-        model,
-        exclude_duplicates=arguments.exclude_duplicates,
-        lock_image_tower=arguments.lock_image_tower,
-        lock_text_tower=arguments.lock_text_tower,
-    )
+def make_run(arguments, accelerator, rows, processor, model, family) -> Run:
+    size = len(rows) if rows is not None else arguments.shard_size
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+    objective = family.make_objective(arguments, model, processor, size / batch if size else None)
     groups = parameter_groups(model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay)
     optimizer = make_optimizer(groups, arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon)
     average = None
-    model.to(accelerator.device)
+    objective.to(accelerator.device)
     if arguments.ema_decay:
         average = AveragedModel(model, multi_avg_fn=growing_average(arguments.ema_decay), use_buffers=True)
         accelerator.register_for_checkpointing(average)
@@ -152,11 +158,12 @@ def make_run(arguments, accelerator, rows, processor, model) -> Run:
         arguments=arguments,
         accelerator=accelerator,
         model=model,
-        objective=wrapped,
+        objective=objective,
+        wrapped=wrapped,
         optimizer=optimizer,
         batches=iter(()),
         to_pixel_values=ToPixelValues(image_processor.image_mean, image_processor.image_std, augment),
-        total_steps=total_steps(arguments, len(rows) if rows is not None else None, accelerator.num_processes),
+        total_steps=total_steps(arguments, size, batch),
         bad_rows=BadRows(arguments.max_bad_share, len(rows) if rows is not None else None),
         average=average,
     )
@@ -173,40 +180,39 @@ def growing_average(decay: float):
     return update
 
 
-def start_batches(run: Run, rows, chooser: CaptionChooser, processor: VlpClipProcessor) -> None:
+def start_batches(run: Run, rows, chooser: CaptionChooser, processor) -> None:
     """Let the batches begin where the run is."""
     arguments = run.arguments
-    maker = SampleMaker(
+    maker = FAMILIES[type(arguments)].make_maker(
+        arguments,
+        rows,
         chooser=chooser,
-        per_image=PerImage(
-            run.model.config.vision_config.image_size, "random" if arguments.augmentation == "crop" else "middle"
-        ),
+        per_image=per_image(arguments, processor),
         image_column=arguments.image_column,
         max_image_pixels=arguments.max_image_pixels,
         seed=arguments.seed,
         cache={} if arguments.cache_images else None,
     )
-    collator = Collator(processor.tokenizer, run.model.config.text_config.max_position_embeddings)
+    collator = Collator(processor, arguments.max_length, getattr(arguments, "prompt", ""))
     accelerator = run.accelerator
     loader = train_loader(arguments, rows, maker, collator, accelerator.process_index, accelerator.num_processes,
                           start=run.progress.samples)  # fmt: skip
     run.batches = iter(loader)
 
 
-def total_steps(arguments: TrainingArguments, size: int | None, processes: int) -> int | None:
+def per_image(arguments: TrainingArguments, processor) -> PerImage:
+    """What is done to each image where it is decoded: a random crop, or what the image processor does."""
+    if arguments.augmentation == "crop":
+        return PerImage(arguments.image_size, "random", arguments.crop_scale, arguments.horizontal_flip,
+                        arguments.random_augment)  # fmt: skip
+    return PerImage(arguments.image_size, "middle" if processor.image_processor.do_center_crop else "squeeze")
+
+
+def total_steps(arguments: TrainingArguments, size: int | None, batch: int) -> int | None:
     """Optimiser steps of the whole schedule; None where minutes alone end it."""
     if arguments.max_train_steps or arguments.max_train_minutes:
         return arguments.max_train_steps
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
-    return max(1, math.ceil((size or arguments.shard_size) * arguments.num_train_epochs / batch))
-
-
-def make_evaluator(arguments: TrainingArguments, chooser: CaptionChooser, rows) -> Evaluator | None:
-    if rows is None:
-        return None
-    names = list(CLASS_NAMES[arguments.class_names]) if arguments.class_names else None
-    return Evaluator(rows, chooser, arguments.image_column, arguments.max_image_pixels, arguments.class_column, names,
-                     arguments.eval_templates, arguments.eval_batch_size)  # fmt: skip
+    return max(1, math.ceil(size * arguments.num_train_epochs / batch))
 
 
 def state_facts(run: Run) -> dict:
@@ -263,7 +269,7 @@ def describe_run(run: Run, rows, evaluator: Evaluator | None) -> None:
     print(f"Data: {arguments.dataset_name}, {pairs} to train on, {evaluated}.")
 
 
-def publish(run: Run, rows, processor, model: VlpClipModel, evaluator: Evaluator | None, metrics: dict) -> None:
+def publish(run: Run, rows, processor, model: PreTrainedModel, evaluator: Evaluator | None, metrics: dict) -> None:
     """Write the folder to publish, whole, and push it where asked; tell how to use it."""
     arguments, progress = run.arguments, run.progress
     folder = Path(arguments.output_dir)
@@ -277,6 +283,7 @@ def publish(run: Run, rows, processor, model: VlpClipModel, evaluator: Evaluator
         "training_pairs": len(rows) if rows is not None else None,
         "evaluation_pairs": len(evaluator.rows) if evaluator else None,
         "classes": len(evaluator.names) if evaluator and evaluator.names else None,
+        "losses": sorted(run.losses),
         "bad_rows": run.bad_rows.describe(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "precision": run.accelerator.mixed_precision,
@@ -292,7 +299,7 @@ def publish(run: Run, rows, processor, model: VlpClipModel, evaluator: Evaluator
         model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
         (fresh / "training_arguments.yaml").write_text(yaml.safe_dump(results["arguments"], sort_keys=False))
-        examples = evaluator.examples(model, processor) if evaluator and evaluator.names else []
+        examples = evaluator.examples(model, processor) if evaluator else []
         write_card(fresh, results, examples)
 
     write_whole(folder, write)
@@ -303,15 +310,11 @@ def publish(run: Run, rows, processor, model: VlpClipModel, evaluator: Evaluator
 The model, its processor and its card are in {folder}, the state to resume from in {state_folder(folder)}.
 Use it:
 
-    import vlp
-    from transformers import pipeline
-    classify = pipeline("zero-shot-image-classification", model="{folder}")
-    classify("picture.png", candidate_labels=["a cat", "a dog", "a rocket"])
-""")
+{textwrap.indent(usage(model.config.model_type, str(folder)), "    ")}""")
 
 
 def print_results(metrics: dict, run: Run) -> None:
     print(f"{run.progress.samples:,} samples in {run.progress.step:,} steps, {run.progress.seconds:.0f} s of training.")
     print(f"Bad rows: {run.bad_rows.describe()}.")
     for name, value in metrics.items():
-        print(f"  {name:28s} {100 * value:6.2f} %")
+        print(f"  {name:36s} {shown(name, value):>8s}")

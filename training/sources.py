@@ -67,6 +67,9 @@ def load_with_datasets(name: str | Path, config: str | None, split: str) -> data
             if isinstance(saved, datasets.DatasetDict) and split not in saved:
                 raise ArgumentError(f"{name} has no split {split!r}; its splits are {', '.join(saved)}.")
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        if isinstance(name, Path) and (files := sorted(name.glob(f"data/{split}-*.parquet"))):
+            # Named one by one: for a folder, `datasets` may give what it kept of an earlier one of the same name.
+            return datasets.load_dataset("parquet", data_files={split: [str(path) for path in files]}, split=split)
         return datasets.load_dataset(str(name), config, split=split)
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ArgumentError(f"{name}, split {split!r}: {error}") from error

@@ -1,0 +1,253 @@
+"""BLIP (Li et al., 2022, arXiv:2201.12086)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from ..configuration.blip import VlpBlipConfig
+from ..configuration.vision import VlpModifiedResNetConfig
+from .base import VlpPreTrainedModel
+from .losses import (
+    draw_hard_negatives,
+    matching_loss,
+    same_pairs,
+    soft_contrastive_loss,
+)
+from .med import LMHead, MedModel, Memory, begin_with, next_token_loss
+from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput
+from .resnet import ModifiedResNet
+from .vit import BlipViT
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
+
+# Shapes: B images, T texts, N tokens of a text, M tokens of an image, C channels, S image side, E embedding
+
+
+class VlpBlipPreTrainedModel(VlpPreTrainedModel):
+    """What the models of the family share: the image tower, and the way from an image to what texts read of it."""
+
+    config_class = VlpBlipConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    _no_split_modules = ["PatchEmbeddings", "Block", "Bottleneck", "AttentionPool2d", "MedEmbeddings", "MedLayer"]
+
+    def __init__(self, config: VlpBlipConfig, encoder: bool = True, decoder: bool = True, cross: bool = True):
+        super().__init__(config)
+        self.is_resnet = isinstance(config.vision_config, VlpModifiedResNetConfig)
+        self.vision_model = (ModifiedResNet if self.is_resnet else BlipViT)._from_config(config.vision_config)
+        self.text_model = MedModel._from_config(config.text_config, encoder=encoder, decoder=decoder, cross=cross)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def encode_image(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Images (B, C, S, S) -> `last_hidden_state` (B, M, D), which texts read, and `pooler_output` (B, D or E)."""
+        output = self.vision_model(pixel_values, **kwargs)
+        if self.is_resnet and output.last_hidden_state is not None:  # as a ViT's: a summary, then the cells
+            cells = output.last_hidden_state.flatten(2).transpose(1, 2)  # (B, D, G, G) -> (B, G * G, D)
+            output.last_hidden_state = torch.cat([output.attended[:, None], cells], dim=1)
+        return output
+
+    def padding_mask(self, input_ids: Tensor) -> Tensor:
+        return (input_ids != self.config.text_config.pad_token_id).long()
+
+
+class VlpBlipDualEncoder(VlpBlipPreTrainedModel):
+    """The image tower and the unimodal text encoder, which meet in one space: what ITC trains, and its teacher is."""
+
+    def __init__(self, config: VlpBlipConfig, encoder: bool = True, decoder: bool = False, cross: bool = False):
+        super().__init__(config, encoder, decoder, cross)
+        self.vision_proj = nn.Identity()  # the ResNet's attention pooling projects already
+        if not self.is_resnet:
+            self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.image_text_hidden_size)
+        self.text_proj = nn.Linear(config.text_config.hidden_size, config.image_text_hidden_size)
+        if type(self) is VlpBlipDualEncoder:
+            self.post_init()
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Images (B, C, S, S) -> `pooler_output` (B, E), projected, not normalised, and `last_hidden_state` (B, M, D).
+
+        Args:
+            interpolate_pos_encoding, pooled_only, output_hidden_states, output_attentions: as `VlpClipModel`'s.
+        """
+        output = self.encode_image(pixel_values, **kwargs)
+        output.pooler_output = self.vision_proj(output.pooler_output)
+        return output
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pooled_only: bool = False
+    ) -> BaseModelOutputWithPooling:
+        """Texts (T, N) that begin with [CLS] -> `pooler_output` (T, E), projected, not normalised.
+
+        Args:
+            attention_mask: (T, N), 0 where there is padding; from the padding token where not given.
+            pooled_only: the last layer computes the first token alone; `last_hidden_state` is then None.
+        """
+        mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
+        last = self.text_model(input_ids, mask, pooled_only=pooled_only, pack=pooled_only).last_hidden_state
+        return BaseModelOutputWithPooling(
+            last_hidden_state=None if pooled_only else last, pooler_output=self.text_proj(last[:, 0])
+        )
+
+
+class VlpBlipMatcher(VlpBlipDualEncoder):
+    """A dual encoder that also tells, by cross-attention, whether a text and an image belong together (ITM)."""
+
+    def __init__(self, config: VlpBlipConfig, decoder: bool):
+        super().__init__(config, encoder=True, decoder=decoder, cross=True)
+        self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
+        self.temp = nn.Parameter(torch.tensor(config.temperature_init_value))
+
+    def initialize(self) -> None:
+        init.constant_(self.temp, self.config.temperature_init_value)
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep the temperature where salesforce/BLIP does, before each step (models/blip_pretrain.py)."""
+        self.temp.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
+
+    def match(self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory) -> Tensor:
+        """ITM logits (T, 2) of texts with the images that they are grouped under (see `MedModel.forward`)."""
+        mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
+        ids = begin_with(input_ids, self.config.text_config.enc_token_id)
+        return self.itm_head(self.text_model(ids, mask, memory, pooled_only=True, pack=True).last_hidden_state[:, 0])
+
+    def itm_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, memory: Memory, image_negatives: Tensor,
+        text_negatives: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """ITM logits (3 B, 2): of the pairs, of texts with their negative image, of images with their negative text.
+
+        Args:
+            image_negatives, text_negatives: (B,) numbers of the image drawn for each text, and of the text drawn for
+                each image.
+        """
+        own = torch.arange(len(input_ids), device=input_ids.device)
+        texts = torch.cat([own, own, text_negatives])
+        images = torch.cat([own, image_negatives, own])
+        return self.match(input_ids[texts], attention_mask[texts], memory.select(images))
+
+
+class VlpBlipForPreTraining(VlpBlipMatcher):
+    """BLIP as it is pre-trained: compare (ITC), match (ITM), write (LM).
+
+    The momentum teacher and its queue are training state, not part of the model: `vlp.training` has them. Called with
+    pairs alone, as `Trainer` does, the model gives the three losses within the batch.
+    """
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: VlpBlipConfig):
+        super().__init__(config, decoder=True)
+        self.lm_head = LMHead(config.text_config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head.decoder = value
+
+    def lm_loss(self, input_ids: Tensor, memory: Memory, labels: Tensor | None = None) -> Tensor:
+        """Loss of writing texts (T, N) that begin with [CLS], padded on the right; see `next_token_loss`."""
+        return next_token_loss(self.text_model, self.lm_head, input_ids, None, memory, labels)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        caption_ids: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        return_loss: bool = True,
+    ) -> VlpBlipPreTrainingOutput:
+        """The three losses of B pairs, without a teacher: what does not match is looked for in the batch.
+
+        Args:
+            input_ids: (B, N) captions that begin with [CLS], padded on the right; pixel_values: (B, C, S, S).
+            caption_ids, image_ids: (B,) equal where captions or images are; such rows are not each other's negatives.
+                Where not given, captions with the same tokens are the same.
+        """
+        mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
+        vision = self.get_image_features(pixel_values)
+        image = F.normalize(vision.pooler_output, dim=-1)
+        text = F.normalize(self.get_text_features(input_ids, mask, pooled_only=True).pooler_output, dim=-1)
+        logits = image @ text.T / self.temp  # (B, B)
+        if not return_loss:
+            return VlpBlipPreTrainingOutput(logits_per_image=logits, image_embeds=image, text_embeds=text)
+        if caption_ids is None:
+            caption_ids = (input_ids[:, None] == input_ids).all(dim=-1).int().argmax(dim=1)  # the first that is equal
+        same = same_pairs(caption_ids) if image_ids is None else same_pairs(caption_ids, image_ids)
+        known = same / same.sum(dim=1, keepdim=True)
+        loss_itc = (soft_contrastive_loss(logits, known) + soft_contrastive_loss(logits.T, known)) / 2
+        with torch.no_grad():
+            uniform = torch.rand(2, len(logits), device=logits.device)
+            image_negatives, found = draw_hard_negatives(logits.T.float(), same, uniform[0])
+            text_negatives, _ = draw_hard_negatives(logits.float(), same, uniform[1])
+        memory = self.text_model.read(vision.last_hidden_state)
+        itm_logits = self.itm_logits(input_ids, mask, memory, image_negatives, text_negatives)
+        loss_itm = matching_loss(itm_logits.float(), *matching_labels(found, found))
+        loss_lm = self.lm_loss(input_ids, memory)
+        return VlpBlipPreTrainingOutput(
+            loss=loss_itc + loss_itm + loss_lm,
+            loss_itc=loss_itc,
+            loss_itm=loss_itm,
+            loss_lm=loss_lm,
+            logits_per_image=logits,
+            itm_logits=itm_logits,
+            image_embeds=image,
+            text_embeds=text,
+        )
+
+
+def matching_labels(image_found: Tensor, text_found: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the 3 B rows of `itm_logits` match, and which count: those whose negative was found."""
+    pairs = torch.ones_like(image_found)
+    return torch.cat([pairs, ~pairs, ~pairs]), torch.cat([pairs, image_found, text_found])
+
+
+class VlpBlipForImageTextRetrieval(VlpBlipMatcher):
+    """ITC and ITM scores of images and texts."""
+
+    _keys_to_ignore_on_load_unexpected = [r"decoder_attention\.", r"^lm_head\."]
+
+    def __init__(self, config: VlpBlipConfig):
+        super().__init__(config, decoder=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> VlpBlipRetrievalOutput:
+        """Compare every image with every text, and match each text with its image.
+
+        Args:
+            input_ids: (T, N) texts; the first T / B are matched with the first image, and so on: text i with image i
+                where there are as many of both.
+            pixel_values: (B, C, S, S).
+        """
+        vision = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        text = self.get_text_features(input_ids, attention_mask, pooled_only=True).pooler_output
+        image_embeds, text_embeds = F.normalize(vision.pooler_output, dim=-1), F.normalize(text, dim=-1)
+        logits = image_embeds @ text_embeds.T / self.temp  # (B, T)
+        return VlpBlipRetrievalOutput(
+            itm_logits=self.match(input_ids, attention_mask, self.text_model.read(vision.last_hidden_state)),
+            logits_per_image=logits,
+            logits_per_text=logits.T,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+        )

@@ -1,0 +1,327 @@
+"""BLIP's multimodal mixture of encoder and decoder (MED). Source: salesforce/BLIP, models/med.py; paper, section 3.1.
+
+One stack of layers works in three modes, told apart by what a text begins with and what it attends to:
+
+    text        [CLS]  bidirectional self-attention                     -> FFN     unimodal encoder
+    multimodal  [ENC]  bidirectional self-attention -> cross-attention -> FFN     image-grounded encoder
+    decoder     [DEC]  causal self-attention        -> cross-attention -> FFN     image-grounded decoder
+
+All is shared between encoder and decoder but self-attention, of which each has its own (the paper's Table 3).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
+
+from ..configuration.text import VlpBlipTextConfig
+from .attention import Attention, Packing
+from .base import VlpPreTrainedModel
+from .layers import MLP
+from .losses import language_modelling_loss
+
+# Shapes: B images, M tokens of an image, T texts (a multiple of B), N tokens of a text, D width, H heads, V vocabulary
+
+FEW_ROWS = 16
+
+
+@dataclass
+class Memory:
+    """What texts attend to: keys and values of images, computed once for each layer and read by any number of texts.
+
+    Attributes:
+        key_values: for each layer, keys and values (B, H, M, D / H).
+        states: (B, M, width of the image tower) what they were computed from.
+        mask: (B, M), 1 where there is something to attend to; None where that is everywhere.
+    """
+
+    key_values: list[tuple[Tensor, Tensor]]
+    states: Tensor
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def select(self, index: Tensor) -> "Memory":
+        """The memory of some images, each as often as `index` (T,) names it."""
+        mask = None if self.mask is None else self.mask[index]
+        return Memory([(key[index], value[index]) for key, value in self.key_values], self.states[index], mask)
+
+    @staticmethod
+    def join(parts: list["Memory"]) -> "Memory":
+        """The memories of several groups of images, none of them masked, as one."""
+        layers = zip(*(part.key_values for part in parts), strict=True)
+        key_values = [tuple(torch.cat(tensors) for tensors in zip(*layer, strict=True)) for layer in layers]
+        return Memory(key_values, torch.cat([part.states for part in parts]))
+
+
+class MedEmbeddings(nn.Module):
+    def __init__(self, config: VlpBlipTextConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+        return self.dropout(self.layer_norm(inputs_embeds + self.position_embeddings(position_ids)))  # (T, N, D)
+
+
+class ResidualAttention(nn.Module):
+    """Attention with BERT's surroundings: dropout, the residual, and the LayerNorm after them."""
+
+    def __init__(self, config: VlpBlipTextConfig, layer_index: int, is_causal=False, key_value_size=None):
+        super().__init__()
+        self.attention = Attention(config, is_causal, key_value_size, layer_index)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def read(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what is to be attended to."""
+        return self.attention.keys_values(states)
+
+    def forward(self, x: Tensor, mask=None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.attention(x, mask, **kwargs)
+        return self.layer_norm(x + self.dropout(attended)), weights
+
+
+class MedLayer(GradientCheckpointingLayer):
+    def __init__(self, config: VlpBlipTextConfig, layer_index: int, encoder: bool, decoder: bool, cross: bool):
+        super().__init__()
+        self.encoder_attention = ResidualAttention(config, layer_index) if encoder else None
+        self.decoder_attention = ResidualAttention(config, layer_index, is_causal=True) if decoder else None
+        self.cross_attention = None
+        if cross:
+            self.cross_attention = ResidualAttention(config, layer_index, key_value_size=config.encoder_hidden_size)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self, x: Tensor, self_mask, image_key_values, image_mask, decode: bool, pooled_only: bool, cache=None,
+        packing: Packing | None = None,
+    ):  # fmt: skip
+        """(T, N, D), or packed (P, D) -> the same, and the weights of both attentions.
+
+        Where `pooled_only`, the first token of each text alone comes out, as (T, 1, D).
+        """
+        self_attention = self.decoder_attention if decode else self.encoder_attention
+        if pooled_only:
+            key_values = self_attention.attention.keys_values(x, packing)
+            x, packing = x[:, :1] if packing is None else x[packing.first, None], None
+            x, self_weights = self_attention(x, self_mask, key_values=key_values)
+        else:
+            x, self_weights = self_attention(x, self_mask, past_key_values=cache, packing=packing)
+        cross_weights = None
+        if image_key_values is not None:
+            x, cross_weights = self.cross_attention(x, image_mask, key_values=image_key_values, packing=packing)
+        return self.layer_norm(x + self.dropout(self.mlp(x))), self_weights, cross_weights
+
+
+class MedModel(VlpPreTrainedModel):
+    """The stack, with the parts that its modes need.
+
+    Args:
+        encoder, decoder: bidirectional and causal self-attention.
+        cross: cross-attention, for the modes multimodal and decoder.
+    """
+
+    config_class = VlpBlipTextConfig
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _no_split_modules = ["MedEmbeddings", "MedLayer"]
+
+    def __init__(self, config: VlpBlipTextConfig, encoder: bool = True, decoder: bool = True, cross: bool = True):
+        super().__init__(config)
+        self.embeddings = MedEmbeddings(config)
+        self.layers = nn.ModuleList(
+            MedLayer(config, index, encoder, decoder, cross) for index in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+    def initialize(self) -> None:
+        initialize_as_bert(self, self.config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    def read(self, states: Tensor, mask: Tensor | None = None) -> Memory:
+        """Keys and values of images (or of a question) for every layer.
+
+        Args:
+            states: (B, M, encoder_hidden_size). mask: (B, M), 0 where there is padding.
+        """
+        return Memory([layer.cross_attention.read(states) for layer in self.layers], states, mask)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        memory: Memory | None = None,
+        decode: bool = False,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values=None,
+        pooled_only: bool = False,
+        pack: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Token ids (T, N) -> `last_hidden_state` (T, N, D).
+
+        Args:
+            attention_mask: (T, N), 0 where there is padding (with a cache: of what it holds, too). Where it is not
+                given, there is none; a decoder needs none for padding on the right, which nothing before it sees.
+            memory: what cross-attention reads, of B images; texts b * T / B to (b + 1) * T / B are image b's. Where it
+                is not given, there is no cross-attention.
+            decode: causal self-attention, the decoder's; else bidirectional, the encoder's.
+            position_ids: (T, N), from 0 after the cache where not given.
+            past_key_values: a `Cache` of the decoder's self-attention.
+            pooled_only: the last layer computes the first token alone; `last_hidden_state` is (T, 1, D).
+            pack: compute nothing for padding, which then stands on the right: the same values, less work; what comes
+                out for padding is zero.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings.word_embeddings(input_ids)
+        texts, length = inputs_embeds.shape[:2]
+        if position_ids is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(length, device=inputs_embeds.device)[None] + start
+        most = self.config.max_position_embeddings
+        if length > most:
+            raise ValueError(f"The texts are {length} tokens long, the model reads at most {most}: truncate them.")
+        if memory is not None and texts % len(memory):
+            raise ValueError(f"{texts} texts cannot be shared out evenly to {len(memory)} images.")
+        # Padding on the right is seen by nothing that a decoder keeps.
+        mask = None if pack and decode else attention_mask
+        masks = first_masks = self.masks(inputs_embeds, mask, memory, decode, past_key_values, position_ids)
+        if pooled_only:
+            first_masks = self.masks(inputs_embeds[:, :1], attention_mask, memory, states=inputs_embeds)
+        packing = None
+        if pack and attention_mask is not None:
+            packing = Packing(attention_mask)
+            inputs_embeds = packing.pack(inputs_embeds)
+            position_ids = packing.pack(position_ids.expand(texts, length))
+        x = self.embeddings(inputs_embeds, position_ids)
+        hidden_states, attentions, cross_attentions = (x,), (), ()
+        for index, layer in enumerate(self.layers):
+            first = pooled_only and index == len(self.layers) - 1
+            self_mask, image_mask = first_masks if first else masks
+            key_values = memory.key_values[index] if memory is not None else None
+            x, weights, cross_weights = layer(
+                x, self_mask, key_values, image_mask, decode, first, past_key_values, packing
+            )
+            hidden_states += (x,)
+            attentions += (weights,)
+            cross_attentions += (cross_weights,)
+        if packing is not None and not pooled_only:
+            x = packing.unpack(x)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+            cross_attentions=cross_attentions if output_attentions and memory is not None else None,
+        )
+
+    def masks(self, x, attention_mask, memory, decode=False, past_key_values=None, position_ids=None, states=None):
+        """The masks of self-attention, from `x` to `states` (itself where not given), and of cross-attention."""
+        self_mask = image_mask = None
+        if decode:
+            self_mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
+        elif attention_mask is not None:
+            self_mask = create_bidirectional_mask(self.config, x, attention_mask, encoder_hidden_states=states)
+        if memory is not None and memory.mask is not None:
+            grouped = x.reshape(len(memory), -1, x.shape[-1])
+            image_mask = create_bidirectional_mask(
+                self.config, grouped, memory.mask, encoder_hidden_states=memory.states
+            )
+        return self_mask, image_mask
+
+
+class LMHead(nn.Module):
+    """Hidden states -> logits over the vocabulary, as BERT's: a dense layer before the (tied) word embeddings."""
+
+    def __init__(self, config: VlpBlipTextConfig):
+        super().__init__()
+        self.config = config
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def initialize(self) -> None:
+        initialize_as_bert(self, self.config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., V)"""
+        x = self.layer_norm(self.activation_fn(self.dense(x)))
+        rows = x.flatten(0, -2)
+        if x.device.type == "cpu" and len(rows) <= FEW_ROWS and not torch.is_grad_enabled():
+            # The same product the other way round: for the few rows of a step of `generate`, twice as fast.
+            logits = torch.mm(self.decoder.weight, rows.T).T + self.decoder.bias
+            return logits.view(*x.shape[:-1], -1)
+        return self.decoder(x)
+
+
+def next_token_loss(text_model: MedModel, lm_head: LMHead, input_ids, attention_mask, memory, labels=None) -> Tensor:
+    """The decoder's loss on texts (T, N), computed at the positions that have a label alone.
+
+    Args:
+        attention_mask: (T, N), needed for padding on the left alone.
+        labels: (T, N) as `input_ids`, -100 where there is nothing to learn; where not given, all but the padding.
+    """
+    config = text_model.config
+    pack = attention_mask is None
+    if pack:  # the last token has nothing to predict: it is left out, with the padding
+        input_ids, attention_mask = begin_with(input_ids, config.bos_token_id), input_ids != config.pad_token_id
+        attention_mask = attention_mask[:, 1:]
+    else:
+        attention_mask = attention_mask[:, :-1]
+    if labels is None:
+        labels = input_ids.masked_fill(input_ids == config.pad_token_id, -100)
+    labels = labels[:, 1:]
+    states = text_model(input_ids[:, :-1], attention_mask, memory, decode=True, pack=pack).last_hidden_state
+    kept = labels != -100
+    logits = lm_head(states[kept])
+    with torch.autocast(states.device.type, enabled=False):
+        return language_modelling_loss(logits.float(), labels[kept], config.label_smoothing)
+
+
+def decode(
+    writer, input_ids, attention_mask, memory: Memory, logits_to_keep: int = 0, **kwargs
+) -> CausalLMOutputWithCrossAttentions:
+    """Logits of the token after each of the texts (T, N), by a `writer` with a text_model and an lm_head."""
+    output = writer.text_model(input_ids, attention_mask, memory, decode=True, **kwargs)
+    return CausalLMOutputWithCrossAttentions(
+        logits=writer.lm_head(output.last_hidden_state[:, -logits_to_keep:]),
+        past_key_values=output.past_key_values,
+        hidden_states=output.hidden_states,
+        attentions=output.attentions,
+        cross_attentions=output.cross_attentions,
+    )
+
+
+def initialize_as_bert(parent: nn.Module, config: VlpBlipTextConfig) -> None:
+    """Weights from a normal distribution, biases and the padding's embedding zero."""
+    for module in parent.modules():
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=config.initializer_range)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
+
+
+def begin_with(input_ids: Tensor, token_id: int) -> Tensor:
+    """Texts (T, N) whose first token, [CLS], is replaced by the one that a mode begins with."""
+    return torch.cat([torch.full_like(input_ids[:, :1], token_id), input_ids[:, 1:]], dim=1)
