@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from .clip import VlpClipImageProcessor, VlpClipProcessor
+from .tokenizer import clean_nested
 
 DECODE, ENCODE = "[DEC]", "[ENC]"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # BERT's
@@ -38,21 +39,15 @@ class VlpBlipProcessor(VlpClipProcessor):
     """
 
     def __call__(self, images=None, text=None, **kwargs):
-        return super().__call__(images=images, text=clean_nested(text), **kwargs)
+        return super().__call__(images=images, text=clean_nested(text, clean_caption), **kwargs)
 
     def read_texts(self, texts: list[str], max_length: int):
-        return super().read_texts(clean_nested(texts), max_length)
+        return super().read_texts(clean_nested(texts, clean_caption), max_length)
 
     def write(self, token_ids, prompt: str = "") -> list[str]:
         """Generated token ids -> texts, without special tokens and the prompt that they began with."""
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [text.removeprefix(clean_caption(prompt)).strip() for text in texts]
-
-
-def clean_nested(text):
-    if isinstance(text, str):
-        return clean_caption(text)
-    return text if text is None else [clean_nested(part) for part in text]
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int = 512) -> PreTrainedTokenizerFast:

@@ -4,7 +4,7 @@ import gzip
 import html
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ftfy
@@ -82,11 +82,11 @@ class VlpClipTokenizer(PreTrainedTokenizerFast):
         return _wrap(cls, _byte_pair_tokenizer(merges, [PAD, START, END]), max_length, clean_text, pad_token=PAD)
 
 
-def clean_nested(text):
-    """`clean_caption` on a string or on (lists of) strings; None stays None."""
+def clean_nested(text, clean: Callable[[str], str] = clean_caption):
+    """`clean` applied to a string or to (lists of) strings; None stays None."""
     if isinstance(text, str):
-        return clean_caption(text)
-    return text if text is None else [clean_nested(part) for part in text]
+        return clean(text)
+    return text if text is None else [clean_nested(part, clean) for part in text]
 
 
 def _byte_pair_tokenizer(merges: list[tuple[str, str]], special: list[str]) -> Tokenizer:

@@ -136,6 +136,8 @@ def test_resume_gives_the_run_that_was_never_stopped(pairs, tmp_path):
     first = states(state_folder(stopped))[0]
     train(arguments(pairs, stopped, max_train_steps=8, resume_from_checkpoint=str(first)))
     assert_same_states(whole, stopped)
+    train(arguments(pairs, stopped, max_train_steps=8, resume_from_checkpoint="latest"))  # nothing is left to do
+    assert json.loads((stopped / "results.json").read_text())["losses"] == ["itc", "itm", "lm"]
 
 
 def assert_same_states(a: Path, b: Path) -> None:

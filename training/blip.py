@@ -14,7 +14,7 @@ from ..processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, load_toke
 from .arguments import ArgumentError, BlipArguments
 from .blip_evaluation import BlipEvaluator
 from .build import check_fields, require_model_type
-from .data import CaptionChooser, QuestionMaker, ReasoningMaker, SampleMaker, caption_texts
+from .data import CaptionChooser, QuestionMaker, ReasoningMaker, SampleMaker, caption_texts, texts_of
 from .evaluation import Evaluator
 from .momentum import Teacher
 from .objectives import AnsweringObjective, BlipObjective, CaptioningObjective, ReasoningObjective
@@ -140,17 +140,12 @@ def make_evaluator(arguments: BlipArguments, chooser: CaptionChooser, eval_rows,
                  max_length=arguments.max_length, top_k=arguments.rerank_top_k)  # fmt: skip
     if arguments.task == "vqa":
         require_text(eval_rows, arguments.answer_column, "the evaluation data", "--answer_column")
-        answers = sorted({answer for row in rows[arguments.answer_column] for answer in listed(row)})
+        answers = sorted({answer for row in rows[arguments.answer_column] for answer in texts_of(row)})
         return QuestionEvaluator(*common, answer_column=arguments.answer_column, answers=answers, **beams)
     if arguments.task == "nlvr":
         columns = dict(second_image_column=arguments.second_image_column, label_column=arguments.label_column)
         return ReasoningEvaluator(*common, batch_size=arguments.eval_batch_size, **columns)
     return BlipEvaluator(*common, task=arguments.task, prompt=arguments.prompt, **beams)
-
-
-def listed(value) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
 
 
 def make_maker(arguments: BlipArguments, rows, **parts) -> SampleMaker:

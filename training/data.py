@@ -58,6 +58,12 @@ def decode_image(source: Any, max_pixels: int) -> Image.Image:
         raise BadRow("truncated or broken image") from None
 
 
+def texts_of(value: Any) -> list[str]:
+    """What a cell holds that is more than white space: a text, or a list of them."""
+    values = value if isinstance(value, list) else [value]
+    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
+
+
 @dataclass(kw_only=True)
 class CaptionChooser:
     """What is read to the model for an image: one of its captions, at times keywords, at times in a template."""
@@ -70,9 +76,7 @@ class CaptionChooser:
 
     def captions(self, row: dict) -> list[str]:
         """All captions of a row that are more than white space. Raises BadRow where there is none."""
-        value = row.get(self.caption_column)
-        values = value if isinstance(value, list) else [value]
-        captions = [text.strip() for text in values if isinstance(text, str) and text.strip()]
+        captions = texts_of(row.get(self.caption_column))
         if not captions:
             raise BadRow("empty caption")
         return captions
@@ -162,11 +166,10 @@ class QuestionMaker(SampleMaker):
 
 def answers_of(row: dict, column: str) -> list[str]:
     """The answers to a row's question. Raises BadRow where there is none."""
-    value = row.get(column)
-    answers = [text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-    if not any(answers):
+    answers = texts_of(row.get(column))
+    if not answers:
         raise BadRow("no answer")
-    return [answer for answer in answers if answer]
+    return answers
 
 
 @dataclass(kw_only=True)

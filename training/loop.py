@@ -26,6 +26,7 @@ class Progress:
     step: int = 0  # optimiser steps done
     samples: int = 0  # by all processes together
     seconds: float = 0.0  # of training, without evaluating and saving
+    losses: list[str] = field(default_factory=list)  # their names
     history: list[dict] = field(default_factory=list)  # logged losses
     evaluations: list[dict] = field(default_factory=list)
 
@@ -46,7 +47,6 @@ class Run:
     bad_rows: BadRows
     average: AveragedModel | None = None
     progress: Progress = field(default_factory=Progress)
-    losses: set[str] = field(default_factory=set)  # their names
     interrupted: bool = False
 
     def agree(self) -> None:
@@ -132,7 +132,7 @@ def log(run: Run, losses: dict[str, float], bar: tqdm) -> None:
             raise FloatingPointError(
                 f"The {name} loss is {value} at step {progress.step}: lower --learning_rate, or raise precision."
             )
-    run.losses.update(losses)
+    progress.losses = sorted(losses)
     values = (
         losses
         | run.objective.facts()

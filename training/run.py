@@ -283,7 +283,7 @@ def publish(run: Run, rows, processor, model: PreTrainedModel, evaluator: Evalua
         "training_pairs": len(rows) if rows is not None else None,
         "evaluation_pairs": len(evaluator.rows) if evaluator else None,
         "classes": len(evaluator.names) if evaluator and evaluator.names else None,
-        "losses": sorted(run.losses),
+        "losses": progress.losses,
         "bad_rows": run.bad_rows.describe(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "precision": run.accelerator.mixed_precision,
