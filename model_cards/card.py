@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..configuration import VlpBlipConfig, VlpClipConfig, VlpModifiedResNetConfig
+from ..configuration import VlpBlipConfig, VlpModifiedResNetConfig
 from .plots import plot_examples, plot_history
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -42,23 +42,43 @@ METRIC_NAMES = {
 
 
 @dataclass(frozen=True)
-class Family:
-    """What a card says of every model of a kind.
+class Kind:
+    """What a card says of every model of an architecture.
 
     Attributes:
         text: what it is. usage: how to use it, {folder} to be filled in. examples: what the picture of examples shows.
-        pipeline_tag, tag: for the Hub.
+        pipeline_tag: the Hub's task. tag: the family, for the Hub.
     """
 
     text: str
     usage: str
-    examples: str
     pipeline_tag: str
     tag: str
+    examples: str = ""
 
 
-FAMILIES = {
-    VlpClipConfig.model_type: Family(
+def load_and_prepare(architecture: str, prepare: str, use: str) -> str:
+    """Lines that load a BLIP with its processor, prepare a picture and use the model."""
+    return f"""\
+from PIL import Image
+from vlp import {architecture}, VlpBlipProcessor
+
+processor = VlpBlipProcessor.from_pretrained("{{folder}}")
+model = {architecture}.from_pretrained("{{folder}}")
+inputs = processor({prepare}, return_tensors="pt")
+{use}
+"""
+
+
+WRITES = load_and_prepare(
+    "VlpBlipForConditionalGeneration",
+    'images=Image.open("picture.png")',
+    "print(processor.write(model.generate(**inputs, num_beams=3)))",
+)
+CAPTIONS = "with their names, and below them the captions that the model writes; green where they are the same"
+
+KINDS = {
+    "VlpClipModel": Kind(
         text="A CLIP model (image tower and text tower in one embedding space)",
         usage="""\
 import vlp
@@ -71,27 +91,59 @@ classify("picture.png", candidate_labels=["a cat", "a dog", "a rocket"])
         pipeline_tag="zero-shot-image-classification",
         tag="clip",
     ),
-    VlpBlipConfig.model_type: Family(
+    "VlpBlipForPreTraining": Kind(
         text="A BLIP model (it compares images and texts, matches them, and writes captions)",
-        usage="""\
-from PIL import Image
-from vlp import VlpBlipForConditionalGeneration, VlpBlipProcessor
-
-processor = VlpBlipProcessor.from_pretrained("{folder}")
-model = VlpBlipForConditionalGeneration.from_pretrained("{folder}")
-inputs = processor(images=Image.open("picture.png"), return_tensors="pt")
-print(processor.write(model.generate(**inputs, num_beams=3)))
-""",
-        examples="with their names, and below them the captions that the model writes; green where they are the same",
+        usage=WRITES,
+        examples=CAPTIONS,
         pipeline_tag="image-to-text",
+        tag="blip",
+    ),
+    "VlpBlipForConditionalGeneration": Kind(
+        text="A BLIP model that writes captions of images",
+        usage=WRITES,
+        examples=CAPTIONS,
+        pipeline_tag="image-to-text",
+        tag="blip",
+    ),
+    "VlpBlipForImageTextRetrieval": Kind(
+        text="A BLIP model that finds images for texts and texts for images, by comparing (ITC) and matching (ITM)",
+        usage=load_and_prepare(
+            "VlpBlipForImageTextRetrieval",
+            'images=[Image.open("picture.png")], text=["a cat", "a dog", "a rocket"]',
+            "print(model(**inputs).itm_logits.softmax(dim=-1)[:, 1])  # how likely each text is the picture's",
+        ),
+        pipeline_tag="zero-shot-image-classification",
+        tag="blip",
+    ),
+    "VlpBlipForQuestionAnswering": Kind(
+        text="A BLIP model that answers questions about images",
+        usage=load_and_prepare(
+            "VlpBlipForQuestionAnswering",
+            'images=Image.open("picture.png"), text="what colour is it?"',
+            "print(processor.write(model.generate(**inputs, num_beams=3)))",
+        ),
+        examples="with a given answer, and below it the one that the model writes; green where they are the same",
+        pipeline_tag="visual-question-answering",
+        tag="blip",
+    ),
+    "VlpBlipForVisualReasoning": Kind(
+        text="A BLIP model that tells whether a sentence is true of two images",
+        usage=load_and_prepare(
+            "VlpBlipForVisualReasoning",
+            'images=[Image.open("left.png"), Image.open("right.png")], text=["both are red"]',
+            """\
+pair = inputs["pixel_values"][None]  # one sentence, its two images
+print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # how likely it is true""",
+        ),
+        pipeline_tag="visual-question-answering",
         tag="blip",
     ),
 }
 
 
-def usage(model_type: str, folder: str) -> str:
+def usage(architecture: str, folder: str) -> str:
     """A few lines of Python that use a model in a folder."""
-    return FAMILIES[model_type].usage.format(folder=folder)
+    return KINDS[architecture].usage.format(folder=folder)
 
 
 def task_of(metric: str) -> tuple[str, str, str]:
@@ -144,7 +196,8 @@ def render_card(folder: Path) -> ModelCard:
     """The card of a folder, from its results.json and config.json alone."""
     results = json.loads((folder / RESULTS).read_text())
     config, arguments = AutoConfig.from_pretrained(folder), results["arguments"]
-    family = FAMILIES[config.model_type]
+    architecture = config.architectures[0]
+    kind = KINDS[architecture]
     data = KNOWN_DATA.get(arguments["dataset_name"], {})
     title = data.get("title") or data_name(arguments["dataset_name"])
     metrics = [
@@ -164,8 +217,8 @@ def render_card(folder: Path) -> ModelCard:
         language=arguments["language"],
         license="apache-2.0",
         library_name="transformers",
-        pipeline_tag=family.pipeline_tag,
-        tags=["vlp", family.tag],
+        pipeline_tag=kind.pipeline_tag,
+        tags=["vlp", kind.tag],
         datasets=[arguments["dataset_name"]] if data_name(arguments["dataset_name"]).count("/") else None,
         model_name=name_of(arguments),
         eval_results=metrics or None,
@@ -174,8 +227,8 @@ def render_card(folder: Path) -> ModelCard:
         card_data,
         template_path=str(TEMPLATE),
         name=name_of(arguments),
-        family=family,
-        usage=usage(config.model_type, arguments["hub_model_id"] or arguments["output_dir"]),
+        kind=kind,
+        usage=usage(architecture, arguments["hub_model_id"] or arguments["output_dir"]),
         architecture=describe_architecture(config),
         metric_rows=[(METRIC_NAMES[name], shown(name, value)) for name, value in results["metrics"].items()],
         data_title=title,

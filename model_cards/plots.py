@@ -18,9 +18,9 @@ def plot_history(history: list[dict], losses: list[str], path: Path) -> None:
     """Each of the `losses` in the history over the optimiser steps, and the mean of the last tenth of its entries."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.2), dpi=110)
-    steps = [entry["step"] for entry in history]
     for name in losses:
-        values = [entry[name] for entry in history]
+        entries = [entry for entry in history if name in entry]  # a loss may begin later than others
+        steps, values = [entry["step"] for entry in entries], [entry[name] for entry in entries]
         window = max(1, len(values) // 10)
         smooth = [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
                   for i in range(len(values))]  # fmt: skip

@@ -1,6 +1,10 @@
 """Ranking images and texts by BLIP: by similarity, the best candidates of each query then by matching.
 
-Source: salesforce/BLIP, train_retrieval.py, evaluation.
+Source: salesforce/BLIP, train_retrieval.py, evaluation: a candidate's score is its cosine plus ITM's logit of "match".
+
+The alternative is `posterior`. ITM learns to tell pairs from negatives that are drawn from ITC's softmax, so its odds
+are what is true over what ITC holds to be true (noise-contrastive estimation; Deng et al., 2020, arXiv:2004.11714).
+ITC's probability times those odds, as logarithms cosine / temperature + log-odds, is then the best to rank by.
 """
 
 from collections.abc import Callable
@@ -13,7 +17,7 @@ from torch.nn import functional as F
 from .blip import VlpBlipMatcher
 from .med import Memory
 
-NOT_MATCHED = -100.0  # what is not among a query's candidates stands behind all that is
+NOT_MATCHED = -100.0  # added to the cosine: what is not among a query's candidates stands behind all that is
 
 # Shapes: B images, T texts, Q queries, N targets, K candidates of a query
 
@@ -30,30 +34,37 @@ class Ranking:
     text_to_image: Tensor
 
 
-def rerank(similarity: Tensor, top_k: int, match: Callable[[Tensor, Tensor], Tensor], batch_size: int) -> Tensor:
-    """Add to the similarity of each query's best candidates how well they match; put all others behind them.
+def rerank(
+    similarity: Tensor, top_k: int, match: Callable[[Tensor, Tensor], Tensor], batch_size: int,
+    temperature: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Score each query's best candidates by how well they match; put all others behind them.
 
     Args:
         similarity: (Q, N) cosines.
         match: numbers of queries (q,) and of their candidates (q, K) -> ITM logits (q * K, 2).
         batch_size: pairs to match at a time.
+        temperature: ITC's, for scores that are log posteriors but for a constant.
 
-    Returns (Q, N) scores: cosine and ITM's logit of "match" for the candidates, cosine - 100 for the others.
+    Returns (Q, N) scores, of the candidates: cosine + logit of "match", or cosine / temperature + log-odds of "match"
+    where the temperature is given; of the others: cosine - 100, over the temperature where it is given.
     """
     similarity = similarity.float().cpu()
-    scores, best = similarity + NOT_MATCHED, similarity.topk(min(top_k, similarity.shape[1]), dim=1).indices
+    best = similarity.topk(min(top_k, similarity.shape[1]), dim=1).indices
+    scores = (similarity + NOT_MATCHED) / (temperature or 1.0)
     rows = max(1, batch_size // best.shape[1])
     for queries in torch.arange(len(similarity)).split(rows):
         candidates = best[queries]
-        logits = match(queries, candidates)[:, 1].float().cpu().view_as(candidates)
-        scores[queries[:, None], candidates] = similarity[queries[:, None], candidates] + logits
+        no, yes = match(queries, candidates).float().cpu().view(*candidates.shape, 2).unbind(-1)
+        cosine = similarity[queries[:, None], candidates]
+        scores[queries[:, None], candidates] = cosine + yes if temperature is None else cosine / temperature + yes - no
     return scores
 
 
 @torch.inference_mode()
 def rank_by_matching(
     model: VlpBlipMatcher, memory_of: Callable[[Tensor], Memory], texts: Tensor, similarity: Tensor, top_k: int = 128,
-    batch_size: int = 256,
+    batch_size: int = 256, posterior: bool = False,
 ) -> Ranking:  # fmt: skip
     """Rank both ways.
 
@@ -61,8 +72,10 @@ def rank_by_matching(
         memory_of: numbers of images -> what texts read of them (`model.text_model.read`).
         texts: (T, N) token ids; similarity: (B, T) cosines of their embeddings.
         top_k: candidates of each query that are matched; batch_size: pairs to match at a time.
+        posterior: rank by ITC's and ITM's product (see the module's docstring), not as the original does.
     """
     device = model.device
+    temperature = model.temp.item() if posterior else None
 
     def match_texts(images: Tensor, candidates: Tensor) -> Tensor:
         return model.match(texts[candidates.flatten()].to(device), None, memory_of(images))
@@ -72,14 +85,19 @@ def rank_by_matching(
         return model.match(repeated.to(device), None, memory_of(candidates.flatten()))
 
     return Ranking(
-        image_to_text=rerank(similarity, top_k, match_texts, batch_size),
-        text_to_image=rerank(similarity.T, top_k, match_images, batch_size),
+        image_to_text=rerank(similarity, top_k, match_texts, batch_size, temperature),
+        text_to_image=rerank(similarity.T, top_k, match_images, batch_size, temperature),
     )
 
 
 @torch.inference_mode()
-def rank(model: VlpBlipMatcher, pixel_values: Tensor, input_ids: Tensor, top_k: int = 128) -> Ranking:
+def rank(
+    model: VlpBlipMatcher, pixel_values: Tensor, input_ids: Tensor, top_k: int = 128, posterior: bool = False
+) -> Ranking:
     """Rank images (B, C, S, S) and texts (T, N), of any numbers, for each other; `top_k` of each are matched.
+
+    Args:
+        posterior: rank by ITC's and ITM's product (see the module's docstring), not as the original does.
 
     Example:
         >>> inputs = processor(images=images, text=texts, return_tensors="pt")
@@ -93,4 +111,4 @@ def rank(model: VlpBlipMatcher, pixel_values: Tensor, input_ids: Tensor, top_k: 
     def memory_of(numbers: Tensor) -> Memory:
         return model.text_model.read(states[numbers.to(states.device)])
 
-    return rank_by_matching(model, memory_of, input_ids, image @ text.T, top_k)
+    return rank_by_matching(model, memory_of, input_ids, image @ text.T, top_k, posterior=posterior)

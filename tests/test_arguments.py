@@ -72,6 +72,7 @@ def test_blip_starts_from_the_hyperparameters_of_its_authors():
     ("words", "message"),
     [
         (["--momentum", "1.5"], "--momentum must be between 0 and 1, got 1.5"),
+        (["--contrastive_share", "2"], "--contrastive_share must be between 0 and 1, got 2.0"),
         (["--queue_size", "0"], "--queue_size must be at least 1, got 0"),
         (["--alpha_epochs", "-1"], "--alpha_epochs must not be negative, got -1.0"),
         (["--crop_scale", "0"], "--crop_scale must be positive, got 0.0"),

@@ -15,6 +15,7 @@ from conftest import tiny_blip, tiny_blip_batch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from vlp.modeling_vlp.losses import clip_loss, same_pairs
 from vlp.training.momentum import Teacher
 from vlp.training.objectives import BlipObjective
 
@@ -168,6 +169,26 @@ def test_nothing_changes_in_forward_alone():
     assert int(objective.teacher.filled) == 10  # both batches, as much as the queue holds
 
 
+def test_the_first_share_of_a_run_compares_alone():
+    batch = batch_of(slice(0, 8))
+    objective = objective_of(contrastive_share=0.5)
+    objective.before_step(0, share_done=0.49)
+    losses = objective(**batch)
+    objective.after_step()
+    model = objective.model
+    image = F.normalize(model.get_image_features(batch["pixel_values"]).pooler_output.float(), dim=-1)
+    text = F.normalize(model.get_text_features(batch["input_ids"]).pooler_output.float(), dim=-1)
+    same = same_pairs(batch["caption_ids"], batch["image_ids"])
+    assert list(losses) == ["itc"]
+    assert_close(losses["itc"], clip_loss(image, text, 1 / model.temp.float(), same))
+    losses["itc"].backward()
+    untouched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
+    assert untouched == {"itm_head", "lm_head", "text_model"}  # of the last, what reads images and what writes
+    assert int(objective.teacher.filled) == 0
+    objective.before_step(1, share_done=0.5)
+    assert list(objective(**batch)) == ["itc", "itm", "lm"]
+
+
 def test_texts_that_stand_twice_are_read_once_with_the_same_result():
     batch = batch_of(slice(0, 8))
     batch["input_ids"][3] = batch["input_ids"][1]
@@ -181,30 +202,29 @@ def test_texts_that_stand_twice_are_read_once_with_the_same_result():
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 
-def two_steps(objective, plain: BlipObjective, rows: slice) -> dict:
-    """Two steps, so that the second one reads the queue; the losses and gradients of the second."""
-    for number in (0, 1):
+def three_steps(objective, plain: BlipObjective, rows: slice) -> dict:
+    """One that compares alone, then two, of which the last reads the queue; losses and gradients of each."""
+    result = {"losses": [], "gradients": []}
+    for number, share in enumerate((0.2, 0.5, 0.8)):
         plain.model.zero_grad()
-        plain.before_step(number)
+        plain.before_step(number, share)
         losses = objective(**batch_of(rows))
         sum(losses.values()).backward()
         plain.after_step()
-    return {
-        "losses": {name: loss.detach() for name, loss in losses.items()},
-        "gradients": {name: p.grad for name, p in plain.model.named_parameters()},
-        "teacher": plain.teacher.state_dict(),
-    }
+        result["losses"].append({name: loss.detach() for name, loss in losses.items()})
+        gradients = {name: p.grad for name, p in plain.model.named_parameters() if p.grad is not None}
+        result["gradients"].append(gradients)
+    return result | {"teacher": plain.teacher.state_dict()}
 
 
 def work(rank: int, processes: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=processes)
-    plain = objective_of(global_negatives=True)
+    plain = objective_of(global_negatives=True, contrastive_share=0.5)
     size = 8 // processes
-    result = two_steps(
-        DistributedDataParallel(plain, broadcast_buffers=False), plain, slice(rank * size, (rank + 1) * size)
-    )
+    wrapped = DistributedDataParallel(plain, broadcast_buffers=False, find_unused_parameters=True)
+    result = three_steps(wrapped, plain, slice(rank * size, (rank + 1) * size))
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -215,17 +235,21 @@ def test_two_processes_equal_one_with_the_joined_batch(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.start_processes(work, args=(2, port, str(tmp_path)), nprocs=2, start_method="spawn")
-    plain = objective_of(global_negatives=True)
-    whole = two_steps(plain, plain, slice(0, 8))
+    plain = objective_of(global_negatives=True, contrastive_share=0.5)
+    whole = three_steps(plain, plain, slice(0, 8))
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for name in ("itc", "itm", "lm"):
-        mean = sum(part["losses"][name] for part in parts) / 2
-        assert_close(mean, whole["losses"][name], msg=name)
+    assert [list(losses) for losses in whole["losses"]] == [["itc"], *2 * [["itc", "itm", "lm"]]]
+    for number, losses in enumerate(whole["losses"]):
+        for name, value in losses.items():
+            mean = sum(part["losses"][number][name] for part in parts) / 2
+            assert_close(mean, value, msg=f"{name} of step {number}")
     for part in parts:
-        for name, value in whole["gradients"].items():
-            # Losses are computed in float32, and the gradient of a key's bias is zero but for rounding.
-            size = max(value.abs().max().item(), 1e-3)
-            assert_close(part["gradients"][name], value, rtol=1e-5, atol=1e-6 * size, msg=name)
+        for theirs, gradients in zip(part["gradients"], whole["gradients"], strict=True):
+            assert theirs.keys() == gradients.keys()
+            for name, value in gradients.items():
+                # Losses are computed in float32, and the gradient of a key's bias is zero but for rounding.
+                size = max(value.abs().max().item(), 1e-3)
+                assert_close(theirs[name], value, rtol=1e-5, atol=1e-6 * size, msg=name)
         for name, value in whole["teacher"].items():
             assert_close(part["teacher"][name], value, msg=name)
     tokens = [(batch_of(slice(4 * rank, 4 * rank + 4))["input_ids"] != 0).sum() for rank in range(2)]

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import tiny_blip, tiny_blip_batch
+from conftest import tiny_blip, tiny_blip_batch, what_the_card_says
 from PIL import Image
 from test_blip_training import COLOURS, arguments, pairs, trained  # noqa: F401  fixtures
 from torch.nn import functional as F
@@ -136,6 +136,8 @@ def test_a_run_learns_to_answer(trained, tmp_path):  # noqa: F811
     processor = AutoProcessor.from_pretrained(tmp_path / "vqa")
     inputs = processor(images=Image.new("RGB", (20, 20), "blue"), text="Which colour?", return_tensors="pt")
     assert processor.write(model.generate(**inputs, max_new_tokens=4)) == ["blue"]
+    assert "answers questions" in (tmp_path / "vqa" / "README.md").read_text()
+    assert "red" in what_the_card_says(tmp_path / "vqa")
     with pytest.raises(ArgumentError, match="has no column 'answer'; .* Name one with --answer_column"):
         train(arguments(tmp_path / "questions", tmp_path / "x", answer_column="answer", **options))
 
@@ -196,6 +198,7 @@ def test_a_run_learns_to_compare_two_images(trained, tmp_path):  # noqa: F811
     results = json.loads((tmp_path / "nlvr" / "results.json").read_text())
     losses = [entry["nlvr"] for entry in results["history"]]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5]) and 0 <= results["metrics"]["nlvr_accuracy"] <= 1
+    assert "tensor([" in what_the_card_says(tmp_path / "nlvr")
     loaded = vlp.VlpBlipForVisualReasoning.from_pretrained(tmp_path / "nlvr")
     assert loaded.text_model.layers[-1].cross_attention.merge is not None
 

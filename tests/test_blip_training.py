@@ -14,11 +14,13 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import what_the_card_says
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import AutoProcessor, pipeline
-from vlp.modeling_vlp.ranking import rank, rank_by_matching
+from vlp.modeling_vlp.ranking import rank, rank_by_matching, rerank
 from vlp.training.arguments import ArgumentError, BlipArguments, CapFiltArguments
 from vlp.training.blip_evaluation import caption_metrics
 from vlp.training.capfilt import capfilt
@@ -127,6 +129,7 @@ def test_the_card_tells_the_captions(trained):
     assert {"Captions, CIDEr", "Text to image, R@1, re-ranked by ITM"} <= names
     for text in ("Mixture of encoder and decoder", "examples.png", "num_beams=3", "captions that the model writes"):
         assert text in card.content, text
+    assert what_the_card_says(trained) == "['a red card']\n"
 
 
 def test_resume_gives_the_run_that_was_never_stopped(pairs, tmp_path):
@@ -206,6 +209,7 @@ def test_fine_tuning_to_write_and_to_match(pairs, tuned, tmp_path):
     inputs = processor(images=Image.new("RGB", (20, 20), "red"), text="a picture of", return_tensors="pt")
     begun = inputs["input_ids"].shape[1] - 1  # the prompt's words are new to this small vocabulary
     assert processor.write(writer.generate(**inputs)[:, begun:]) == ["a red card"]
+    assert "tensor([" in what_the_card_says(match) and "writes captions" in (write / "README.md").read_text()
     results = json.loads((match / "results.json").read_text())
     assert results["losses"] == ["itc", "itm"] and "cider" not in results["metrics"]
     assert results["metrics"]["itm_accuracy"] >= 0.8
@@ -300,17 +304,21 @@ class Oracle:
     """Matches a text (its first token a number) with the image of that number."""
 
     device = torch.device("cpu")
+    temp = torch.tensor(0.05)
 
     def match(self, ids, mask, images):
         right = (ids[:, 0].view(len(images), -1) == images[:, None]).flatten().float()
         return torch.stack([-right, 5 * right], dim=1)
 
 
-def test_reranking_puts_what_matches_first_and_the_rest_last():
+@pytest.mark.parametrize("posterior", [False, True])
+def test_reranking_puts_what_matches_first_and_the_rest_last(posterior):
     similarity = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
     similarity[range(5), range(5)] = 0.9 * similarity.max()  # right ones among the best, but not the best
     texts = torch.arange(5)[:, None]
-    ranking = rank_by_matching(Oracle(), lambda numbers: numbers, texts, similarity, top_k=3, batch_size=6)
+    ranking = rank_by_matching(
+        Oracle(), lambda numbers: numbers, texts, similarity, top_k=3, batch_size=6, posterior=posterior
+    )
     for scores, cosine in ((ranking.image_to_text, similarity), (ranking.text_to_image, similarity.T)):
         best = cosine.topk(3, dim=1).indices
         for row in range(5):
@@ -319,3 +327,18 @@ def test_reranking_puts_what_matches_first_and_the_rest_last():
             matched = torch.zeros(5, dtype=torch.bool)
             matched[best[row]] = True
             assert scores[row][matched].min() > scores[row][~matched].max()
+
+
+def test_scores_are_those_of_the_original_or_log_posteriors():
+    """Where ITM gives the odds of the truth to ITC's belief, the posterior is the truth, but for a constant."""
+    generator = torch.Generator().manual_seed(0)
+    similarity, truth = torch.rand(4, 6, generator=generator), torch.rand(4, 6, generator=generator).softmax(1)
+    odds = (truth / (similarity / 0.1).softmax(1)).log()
+    logits = torch.stack([1.0 - odds / 3, 1.0 + 2 * odds / 3], dim=-1)
+
+    def match(queries, candidates):
+        return logits[queries[:, None], candidates].flatten(0, 1)
+
+    assert_close(rerank(similarity, 6, match, 8), similarity + logits[..., 1])
+    posterior = rerank(similarity, 6, match, 8, temperature=0.1)
+    assert_close(posterior.softmax(dim=1), truth)

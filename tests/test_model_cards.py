@@ -46,10 +46,11 @@ def facts(**changes) -> dict:
 
 @pytest.mark.parametrize("tower", ["vit", "resnet"])
 def test_every_fact_is_told(tmp_path, tower):
-    tiny_config(tower).save_pretrained(tmp_path)
+    tiny_config(tower, architectures=["VlpClipModel"]).save_pretrained(tmp_path)
     history = [{"step": step, "samples": step, "contrastive": 5 / step} for step in range(1, 20)]
+    history[-1]["matching"] = 0.5  # a loss that begins late
     example = {"image": Image.new("RGB", (8, 8)), "label": "a $ sign", "predictions": [("cat", 0.7), ("$x^{$", 0.3)]}
-    write_card(tmp_path, facts(history=history), [example] * 3)
+    write_card(tmp_path, facts(history=history, losses=["contrastive", "matching"]), [example] * 3)
     card = ModelCard.load(tmp_path / "README.md")
     for text in ("1,234,567", "1,234 optimiser steps", "5,678 samples", "25.00 %", "empty caption: 2", "CC BY 4.0",
                  "learning_rate | 0.001", "seed | 3", "over 10 names", "50 pairs of the split `test`", "loss.png",
@@ -64,7 +65,7 @@ def test_every_fact_is_told(tmp_path, tower):
 
 
 def test_what_is_not_known_is_left_out(tmp_path):
-    tiny_config().save_pretrained(tmp_path)
+    tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
     write_card(tmp_path, facts(metrics={}, classes=None, evaluation_pairs=None, training_pairs=None), [])
     text = (tmp_path / "README.md").read_text()
     for absent in ("## Results", "examples.png", "loss.png", "pairs;", "None"):
@@ -73,7 +74,7 @@ def test_what_is_not_known_is_left_out(tmp_path):
 
 
 def test_a_card_is_rendered_again_from_its_folder_alone(tmp_path):
-    tiny_config().save_pretrained(tmp_path)
+    tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
     write_card(tmp_path, facts(), [])
     written = (tmp_path / "README.md").read_text()
     assert str(render_card(tmp_path)) == written.rstrip("\n") or str(render_card(tmp_path)) == written

@@ -233,7 +233,13 @@ class BlipArguments(TrainingArguments):
     alpha: float = option(0.4, "the teacher's part (0 to 1) in the targets of the contrastive loss")
     alpha_epochs: float = option(2.0, "passes over the data in which alpha grows from 0")
     global_negatives: bool = option(False, "draw hard negatives from the batches of all processes, not of each one")
+    contrastive_share: float = option(
+        0.0, "share of the run (0 to 1), at its start, that compares alone: for towers that begin from nothing"
+    )
     rerank_top_k: int = option(128, "candidates of each query that evaluation has matched (ITM) again")
+    rerank_posterior: bool = option(
+        False, "re-rank by ITC's probability times ITM's odds; else by the original's cosine plus ITM's logit"
+    )
     eval_num_beams: int = option(3, "beams of the captions written in evaluation")
 
     def __post_init__(self):
@@ -243,7 +249,7 @@ class BlipArguments(TrainingArguments):
             raise ArgumentError("--fine_tune_image_size needs --model_name_or_path, the model to go on from.")
         if self.prompt and self.task != "captioning":
             raise ArgumentError(f"--prompt {self.prompt!r} is for --task captioning, not for {self.task}.")
-        for name in ("momentum", "alpha"):
+        for name in ("momentum", "alpha", "contrastive_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
         for name in ("queue_size", "rerank_top_k", "eval_num_beams"):

@@ -130,6 +130,7 @@ def make_objective(arguments: BlipArguments, model, processor: VlpBlipProcessor,
         alpha_steps=round(arguments.alpha_epochs * (steps_per_epoch or arguments.warmup_steps)),
         exclude_duplicates=arguments.exclude_duplicates,
         global_negatives=arguments.global_negatives,
+        contrastive_share=arguments.contrastive_share,
         seed=arguments.seed,
     )
 
@@ -145,7 +146,9 @@ def make_evaluator(arguments: BlipArguments, chooser: CaptionChooser, eval_rows,
     if arguments.task == "nlvr":
         columns = dict(second_image_column=arguments.second_image_column, label_column=arguments.label_column)
         return ReasoningEvaluator(*common, batch_size=arguments.eval_batch_size, **columns)
-    return BlipEvaluator(*common, task=arguments.task, prompt=arguments.prompt, **beams)
+    return BlipEvaluator(
+        *common, task=arguments.task, prompt=arguments.prompt, rerank_posterior=arguments.rerank_posterior, **beams
+    )
 
 
 def make_maker(arguments: BlipArguments, rows, **parts) -> SampleMaker:

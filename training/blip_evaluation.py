@@ -36,7 +36,7 @@ class BlipEvaluator(Evaluator):
     """Retrieval by ITC and re-ranked by ITM, ITM's accuracy on hard pairs, and captions, on one data set.
 
     Args: as `Evaluator`;
-        top_k: candidates that are matched for each query.
+        top_k: candidates that are matched for each query. rerank_posterior: see `modeling_vlp.ranking`.
         num_beams, max_length: of the captions written, start and end included.
         task: "captioning" or "retrieval", all that is then measured; "pretrain" for both.
         prompt: what captions are begun with; it is taken off again.
@@ -44,9 +44,10 @@ class BlipEvaluator(Evaluator):
 
     def __init__(
         self, *args, top_k: int = 128, num_beams: int = 3, max_length: int = 30, task: str = "pretrain",
-        prompt: str = "", **kwargs,
+        prompt: str = "", rerank_posterior: bool = False, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
+        self.rerank_posterior = rerank_posterior
         self.top_k, self.num_beams, self.max_length = top_k, num_beams, max_length
         self.task, self.prompt = task, prompt
 
@@ -85,7 +86,9 @@ class BlipEvaluator(Evaluator):
         def memory_of(numbers: Tensor) -> Memory:
             return model.text_model.read(states[numbers].to(model.device))
 
-        ranking = rank_by_matching(model, memory_of, ids, similarity, self.top_k, self.batch_size)
+        ranking = rank_by_matching(
+            model, memory_of, ids, similarity, self.top_k, self.batch_size, self.rerank_posterior
+        )
         right = owner == torch.arange(len(states))[:, None]  # (I, T)
         result = {}
         for name, scores, correct in (

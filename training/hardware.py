@@ -22,13 +22,15 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     precision = arguments.mixed_precision
     if precision == "auto":
         precision = "bf16" if computes_in_bfloat16() else "no"
+    # Where only a part of the model is trained at first, a process must not wait for the gradients of the rest.
+    partly = getattr(arguments, "contrastive_share", 0.0) > 0
     try:
         return Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
             log_with=None if arguments.report_to == "none" else arguments.report_to,
             project_dir=str(state_folder(arguments.output_dir)),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=partly)],
         )
     except ValueError as error:
         raise ArgumentError(f"--mixed_precision {precision}, --report_to {arguments.report_to}: {error}") from error

@@ -25,8 +25,8 @@ from .momentum import Teacher
 class Objective(nn.Module):
     """What the loop calls around the steps; by itself it does nothing."""
 
-    def before_step(self, step: int) -> None:
-        """Called before the first backward pass of an optimiser step."""
+    def before_step(self, step: int, share_done: float = 1.0) -> None:
+        """Called before the first backward pass of an optimiser step, `share_done` of the run (0 to 1) behind it."""
 
     def after_step(self) -> None:
         """Called after an optimiser step."""
@@ -168,23 +168,27 @@ class BlipObjective(Objective):
         alpha: the teacher's part in ITC's targets, reached after `alpha_steps` optimiser steps.
         exclude_duplicates: pairs that share a caption or an image belong together: no negatives to each other.
         global_negatives: draw ITM's hard negatives from the batches of all processes, not of each one.
+        contrastive_share: share of the run (0 to 1), at its start, that compares alone, within the batch, as CLIP does:
+            the paper begins with towers that can see and read, and what cannot yet has nothing to match and to write.
         seed: of the draws, which depend on it and on the step alone.
     """
 
     def __init__(
         self, model: VlpBlipMatcher, teacher: Teacher, alpha: float = 0.4, alpha_steps: int = 0,
-        exclude_duplicates: bool = True, global_negatives: bool = False, seed: int = 0,
+        exclude_duplicates: bool = True, global_negatives: bool = False, contrastive_share: float = 0.0, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.model, self.teacher = model, teacher
         self.alpha, self.alpha_steps = alpha, alpha_steps
+        self.contrastive_share, self.contrastive_alone = contrastive_share, False
         self.exclude_duplicates, self.global_negatives, self.seed = exclude_duplicates, global_negatives, seed
         self.register_buffer("alpha_now", torch.zeros(()), persistent=False)
         self.draws = torch.Generator()
         self.pending: list[tuple[Tensor, ...]] = []
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int, share_done: float = 1.0) -> None:
         """Let the teacher follow, and the targets soften; called once for each optimiser step, not for each batch."""
+        self.contrastive_alone = share_done < self.contrastive_share
         self.model.clamp_temperature()
         self.teacher.follow(self.model)
         self.alpha_now.fill_(self.alpha * min(1.0, step / self.alpha_steps if self.alpha_steps else 1.0))
@@ -210,17 +214,20 @@ class BlipObjective(Objective):
         image_ids: Tensor,
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The three losses of a batch.
+        """The three losses of a batch; ITC alone where the run is not past `contrastive_share`.
 
         Args: as `ClipObjective`;
             negatives: (B,) numbers, in the joined batch, of each text's negative image and of each image's negative
                 text; drawn where not given.
         """
         model = self.model
-        vision = model.get_image_features(pixel_values)
+        vision = model.get_image_features(pixel_values, pooled_only=self.contrastive_alone)
         image = F.normalize(vision.pooler_output.float(), dim=-1)
         text = model.get_text_features(input_ids, pooled_only=True).pooler_output[text_index]
         text = F.normalize(text.float(), dim=-1)
+        if self.contrastive_alone:
+            with torch.autocast(image.device.type, enabled=False):
+                return {"itc": self.compare_within_batch(image, text, caption_ids, image_ids)}
         input_ids = input_ids[text_index]
         with torch.autocast(image.device.type, enabled=False):
             image_logits, text_logits, same, loss_itc = self.compare(
@@ -240,6 +247,14 @@ class BlipObjective(Objective):
             tokens = (input_ids[:, 1:] != model.config.text_config.pad_token_id).sum()
             losses["lm"] = weigh_by_count(model.lm_loss(input_ids, memory), tokens)
         return losses
+
+    def compare_within_batch(self, image, text, caption_ids, image_ids) -> Tensor:
+        """CLIP's loss of the joined batch: without teacher and queue, which follow a student that learns fast badly."""
+        image, text = gather_with_gradient(image), gather_with_gradient(text)
+        not_negative = None
+        if self.exclude_duplicates:
+            not_negative = same_pairs(gather_with_gradient(caption_ids), gather_with_gradient(image_ids))
+        return clip_loss(image, text, 1 / self.model.temp.float(), not_negative)
 
     def compare(self, image, text, teacher_image, teacher_text, caption_ids, image_ids):
         """ITC: similarities (B, joined batch) over the temperature, which of those pairs are the same, and the loss."""

@@ -310,7 +310,7 @@ def publish(run: Run, rows, processor, model: PreTrainedModel, evaluator: Evalua
 The model, its processor and its card are in {folder}, the state to resume from in {state_folder(folder)}.
 Use it:
 
-{textwrap.indent(usage(model.config.model_type, str(folder)), "    ")}""")
+{textwrap.indent(usage(type(model).__name__, str(folder)), "    ")}""")
 
 
 def print_results(metrics: dict, run: Run) -> None:
