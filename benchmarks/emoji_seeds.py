@@ -19,6 +19,18 @@ DOCS = Path(__file__).parents[1] / "docs"
 KEPT = ("metrics", "samples", "steps", "training_seconds", "parameters", "precision", "hardware", "versions", "classes")
 
 
+def store(config: str, runs: dict[str, dict]) -> dict:
+    """Write the figures of some runs, and give their means and ranges."""
+    summary = {}
+    for name in next(iter(runs.values()))["metrics"]:
+        values = [run["metrics"][name] for run in runs.values()]
+        summary[name] = {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known[config] = {"summary": summary, "seeds": runs}
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+    return summary
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -43,13 +55,7 @@ def main() -> None:
             DOCS.mkdir(exist_ok=True)
             for name in ("examples.png", "loss.png"):
                 shutil.copy(folder / name, DOCS / f"{options.config}-{name}")
-    summary = {}
-    for name in next(iter(runs.values()))["metrics"]:
-        values = [run["metrics"][name] for run in runs.values()]
-        summary[name] = {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    known[options.config] = {"summary": summary, "seeds": runs}
-    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        summary = store(options.config, runs)  # after each run: what is there when it is interrupted is kept
     for name, values in summary.items():
         print(f"{name:28s} {100 * values['mean']:6.2f} % ({100 * values['min']:.2f} to {100 * values['max']:.2f})")
 

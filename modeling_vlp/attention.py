@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .linear import Linear
+
 # Shapes: B batch, N tokens, M tokens of another sequence, D width, H heads
 
 
@@ -60,10 +62,10 @@ class Attention(nn.Module):
         self.is_causal = is_causal
         self.layer_index = layer_index
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(key_value_size or config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(key_value_size or config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(key_value_size or config.hidden_size, config.hidden_size)
+        self.v_proj = Linear(key_value_size or config.hidden_size, config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def initialize(self) -> None:
         """As OpenAI's: normal in the causal text tower; in the image tower, what nn.MultiheadAttention starts with."""
@@ -111,7 +113,8 @@ class Attention(nn.Module):
             query = packing.unpack(query)
         shape = query.shape
         # Sequences that attend to the same do it as one longer sequence, so that nothing is repeated for them.
-        query = query.reshape(len(key), -1, shape[-1])
+        if query.shape[0] != key.shape[0]:
+            query = query.reshape(key.shape[0], -1, shape[-1])
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attend(
             self,

@@ -23,11 +23,10 @@ from ..configuration.text import VlpBlipTextConfig
 from .attention import Attention, Packing
 from .base import VlpPreTrainedModel
 from .layers import MLP
+from .linear import Linear
 from .losses import language_modelling_loss
 
 # Shapes: B images, M tokens of an image, T texts (a multiple of B), N tokens of a text, D width, H heads, V vocabulary
-
-FEW_ROWS = 16
 
 
 @dataclass
@@ -198,7 +197,7 @@ class MedModel(VlpPreTrainedModel):
         most = self.config.max_position_embeddings
         if length > most:
             raise ValueError(f"The texts are {length} tokens long, the model reads at most {most}: truncate them.")
-        if memory is not None and texts % len(memory):
+        if memory is not None and texts % memory.states.shape[0]:
             raise ValueError(f"{texts} texts cannot be shared out evenly to {len(memory)} images.")
         # Padding on the right is seen by nothing that a decoder keeps.
         mask = None if pack and decode else attention_mask
@@ -240,7 +239,7 @@ class MedModel(VlpPreTrainedModel):
         elif attention_mask is not None:
             self_mask = create_bidirectional_mask(self.config, x, attention_mask, encoder_hidden_states=states)
         if memory is not None and memory.mask is not None:
-            grouped = x.reshape(len(memory), -1, x.shape[-1])
+            grouped = x.reshape(memory.states.shape[0], -1, x.shape[-1])
             image_mask = create_bidirectional_mask(
                 self.config, grouped, memory.mask, encoder_hidden_states=memory.states
             )
@@ -253,23 +252,17 @@ class LMHead(nn.Module):
     def __init__(self, config: VlpBlipTextConfig):
         super().__init__()
         self.config = config
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.activation_fn = ACT2FN[config.hidden_act]
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = Linear(config.hidden_size, config.vocab_size)
 
     def initialize(self) -> None:
         initialize_as_bert(self, self.config)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
-        x = self.layer_norm(self.activation_fn(self.dense(x)))
-        rows = x.flatten(0, -2)
-        if x.device.type == "cpu" and len(rows) <= FEW_ROWS and not torch.is_grad_enabled():
-            # The same product the other way round: for the few rows of a step of `generate`, twice as fast.
-            logits = torch.mm(self.decoder.weight, rows.T).T + self.decoder.bias
-            return logits.view(*x.shape[:-1], -1)
-        return self.decoder(x)
+        return self.decoder(self.layer_norm(self.activation_fn(self.dense(x))))
 
 
 def next_token_loss(text_model: MedModel, lm_head: LMHead, input_ids, attention_mask, memory, labels=None) -> Tensor:

@@ -19,6 +19,8 @@ from vlp.modeling_vlp.losses import clip_loss, same_pairs
 from vlp.training.momentum import Teacher
 from vlp.training.objectives import BlipObjective
 
+import vlp
+
 
 def objective_of(queue_size: int = 10, **options) -> BlipObjective:
     model = tiny_blip().double()
@@ -187,6 +189,28 @@ def test_the_first_share_of_a_run_compares_alone():
     assert int(objective.teacher.filled) == 0
     objective.before_step(1, share_done=0.5)
     assert list(objective(**batch)) == ["itc", "itm", "lm"]
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_negatives_are_drawn_by_the_similarities_of_the_original(writes, monkeypatch):
+    """In pre-training those of the student to the teacher (blip_pretrain.py), in retrieval the student's own."""
+    model = tiny_blip().double()
+    if not writes:
+        model = vlp.VlpBlipForImageTextRetrieval(model.config).double()
+    teacher = Teacher(model, momentum=0.9, queue_size=10)
+    with torch.no_grad():
+        teacher.model.text_proj.weight.normal_()
+    objective = BlipObjective(model, teacher).eval()
+    seen, draw = [], objective.draw
+    monkeypatch.setattr(objective, "draw", lambda *args: seen.append(args) or draw(*args))
+    batch = batch_of(slice(0, 8))
+    objective.before_step(0)
+    losses = objective(**batch)
+    assert ("lm" in losses) == writes
+    image = F.normalize(model.get_image_features(batch["pixel_values"]).pooler_output.float(), dim=-1)
+    text = F.normalize(model.get_text_features(batch["input_ids"]).pooler_output.float(), dim=-1)
+    keys = teacher(batch["pixel_values"], batch["input_ids"])[1] if writes else text
+    assert_close(seen[0][0], (image @ keys.T / model.temp.float()).detach(), check_dtype=False)
 
 
 def test_texts_that_stand_twice_are_read_once_with_the_same_result():

@@ -8,6 +8,7 @@ from conftest import tiny_batch, tiny_config, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from transformers import AutoModel
+from vlp.modeling_vlp.linear import Linear
 
 import vlp
 
@@ -252,3 +253,29 @@ def test_siglip_model_has_a_bias_and_uses_the_sigmoid_loss():
     assert output.logits_per_image.mean() < 0
     output.loss.backward()
     assert model.logit_bias.grad.abs() > 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_give_what_many_give(bias):
+    """However they are laid out; with gradients, autocast or many rows, it is PyTorch's own product."""
+    torch.manual_seed(0)
+    linear = Linear(48, 80, bias=bias)
+    x = torch.randn(4, 3, 48)
+    wanted = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    with torch.no_grad():
+        for rows in (x, x[:, :1], x[0, 0], x.transpose(0, 1), x[..., ::2].repeat_interleave(2, dim=-1), x[:0]):
+            expected = torch.nn.functional.linear(rows, linear.weight, linear.bias)
+            assert_close(linear(rows), expected, rtol=1e-5, atol=1e-6)
+            assert linear(rows).shape == expected.shape
+        assert_close(linear(x.repeat(9, 1, 1)), wanted.repeat(9, 1, 1))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x).dtype == torch.bfloat16
+        assert linear.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert linear.float()(x).requires_grad
+
+
+def test_an_exported_program_has_no_private_operators():
+    linear = Linear(8, 8)
+    with torch.no_grad():
+        program = torch.export.export(linear, (torch.randn(2, 8),))
+    assert "mkldnn" not in str(program.graph)

@@ -181,6 +181,7 @@ class BlipObjective(Objective):
         self.model, self.teacher = model, teacher
         self.alpha, self.alpha_steps = alpha, alpha_steps
         self.contrastive_share, self.contrastive_alone = contrastive_share, False
+        self.writes = hasattr(model, "lm_head")
         self.exclude_duplicates, self.global_negatives, self.seed = exclude_duplicates, global_negatives, seed
         self.register_buffer("alpha_now", torch.zeros(()), persistent=False)
         self.draws = torch.Generator()
@@ -236,6 +237,9 @@ class BlipObjective(Objective):
         with torch.no_grad():
             found = torch.ones_like(caption_ids, dtype=torch.bool), torch.ones_like(caption_ids, dtype=torch.bool)
             if negatives is None:
+                if not self.writes:  # blip_retrieval.py draws by what the student alone finds similar
+                    image_logits = image @ gather_with_gradient(text).T / model.temp
+                    text_logits = text @ gather_with_gradient(image).T / model.temp
                 negatives, found = self.draw(image_logits, text_logits, same)
         memory = model.text_model.read(vision.last_hidden_state)
         itm_logits = self.match(input_ids, vision.last_hidden_state, memory, *negatives)
@@ -243,7 +247,7 @@ class BlipObjective(Objective):
         with torch.autocast(image.device.type, enabled=False):
             loss_itm = weigh_by_count(matching_loss(itm_logits.float(), matches, counted), counted.sum())
         losses = {"itc": loss_itc, "itm": loss_itm}
-        if hasattr(model, "lm_head"):
+        if self.writes:
             tokens = (input_ids[:, 1:] != model.config.text_config.pad_token_id).sum()
             losses["lm"] = weigh_by_count(model.lm_loss(input_ids, memory), tokens)
         return losses
