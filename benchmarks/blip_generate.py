@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
+from vlp.modeling_vlp.exchange import transformers
+from vlp.modeling_vlp.exchange.places import read
 from vlp.training.hardware import cpu_cores, use_cpu_well
 
 import vlp
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from test_blip_generation import from_transformers  # noqa: E402  the key map that the parity tests use
 
 RESULTS = Path(__file__).with_suffix(".json")
 
@@ -36,9 +35,8 @@ def make_pair(image_size: int) -> tuple:
         for parameter in theirs.parameters():
             parameter.normal_(std=0.02)
     ours = vlp.VlpBlipForConditionalGeneration(vlp.VlpBlipConfig(vision_config={"image_size": image_size})).eval()
-    state = from_transformers(theirs.state_dict())
-    state["lm_head.decoder.bias"] = theirs.text_decoder.cls.predictions.bias
-    ours.load_state_dict(state, strict=True)
+    rules = transformers.RULES["VlpBlipForConditionalGeneration"]
+    ours.load_state_dict(read(theirs.state_dict(), ours.state_dict(), rules, transformers.IGNORED))
     return ours, theirs
 
 

@@ -22,14 +22,13 @@ from pathlib import Path
 import open_clip
 import torch
 from torch import Tensor
+from vlp.modeling_vlp.exchange.open_clip import RULES
+from vlp.modeling_vlp.exchange.places import write
 from vlp.training.hardware import cpu_cores, use_cpu_well
 from vlp.training.objectives import ClipObjective
 from vlp.training.optim import make_optimizer, parameter_groups
 
 import vlp
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from test_parity import to_open_clip  # noqa: E402  the key map that the parity tests use
 
 RESULTS = Path(__file__).with_suffix(".json")
 CONTENDERS = ("vlp", "open_clip", "open_clip, memory kept")
@@ -64,7 +63,7 @@ def vlp_step(size: int):
 def open_clip_step(size: int):
     """open_clip's model with the same weights, its loss, and the optimiser that its trainer makes."""
     model = open_clip.create_model("ViT-B-32-quickgelu").train()
-    model.load_state_dict(to_open_clip(new_model().state_dict(), resnet=False), strict=False)
+    model.load_state_dict(write(new_model().state_dict(), RULES)[0], strict=False)
     pixels, _, ids = make_batch(size)
     loss = open_clip.ClipLoss()
     groups = [
@@ -85,7 +84,7 @@ def work(contender: str, size: int, threads: int, folder: Path) -> None:
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     if contender == "vlp":
-        gradients = to_open_clip(gradients, resnet=False)
+        gradients = write(gradients, RULES)[0]
     torch.save({"loss": loss.detach(), "gradients": gradients}, folder / f"{contender}.pt")
     print("ready", flush=True)
     for _ in sys.stdin:

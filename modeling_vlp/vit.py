@@ -40,6 +40,12 @@ class PatchEmbeddings(nn.Module):
         first = (self.class_embedding + position[0]).expand(len(patches), 1, -1)
         return torch.cat([first, self.drop_patches(patches)], dim=1)  # (B, N, D)
 
+    def resize_images(self, image_size: int) -> None:
+        table = self.position_embedding
+        table.weight = resample_table(table.weight, image_size // self.config.patch_size)
+        table.num_embeddings = len(table.weight)
+        self.config.image_size = image_size
+
     def drop_patches(self, patches: Tensor) -> Tensor:
         """Keep a random share of each training image's patches (FLIP, arXiv:2212.00794)."""
         if not self.training or not self.config.patch_dropout:
@@ -78,6 +84,10 @@ class ViT(VlpPreTrainedModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+    def resize_images(self, image_size: int) -> None:
+        """Let the model take images of another size: its positions are resampled."""
+        self.embeddings.resize_images(image_size)
 
 
 class BlipViT(VlpPreTrainedModel):
@@ -122,7 +132,4 @@ class BlipViT(VlpPreTrainedModel):
 
     def resize_images(self, image_size: int) -> None:
         """Let the model take images of another size: its positions are resampled."""
-        table = self.embeddings.position_embedding
-        table.weight = resample_table(table.weight, image_size // self.config.patch_size)
-        table.num_embeddings = len(table.weight)
-        self.config.image_size = image_size
+        self.embeddings.resize_images(image_size)

@@ -1,12 +1,13 @@
 """Writing captions: what transformers' BLIP writes, token for token, and what its `generate` offers."""
 
-import re
-
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 from transformers import BlipConfig, BlipForConditionalGeneration, TextStreamer
+from vlp.modeling_vlp.exchange.places import read
+from vlp.modeling_vlp.exchange.transformers import IGNORED
+from vlp.modeling_vlp.exchange.transformers import RULES as ALL_RULES
 from vlp.processing.blip import train_tokenizer
 
 import vlp
@@ -16,43 +17,11 @@ VISION = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "intermediate_si
 TEXT = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 4, "max_position_embeddings": 40}  # fmt: skip
 TOKENS = {"pad_token_id": 0, "bos_token_id": 118}
-
-# transformers' names -> ours; the joint projection of the image tower is parted.
-RENAMED = (
-    (r"^vision_model\.embeddings\.position_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"\.self_attn\.projection\.", ".self_attn.out_proj."),
-    (r"^text_decoder\.bert\.embeddings\.LayerNorm\.", "text_model.embeddings.layer_norm."),
-    (r"^text_decoder\.bert\.embeddings\.", "text_model.embeddings."),
-    (r"^text_decoder\.bert\.encoder\.layer\.", "text_model.layers."),
-    (r"\.crossattention\.", ".cross_attention."),
-    (r"\.attention\.(?=self|output)", ".decoder_attention."),
-    (r"_attention\.self\.(query|key|value)\.", lambda m: f"_attention.attention.{m[1][0]}_proj."),
-    (r"_attention\.output\.dense\.", "_attention.attention.out_proj."),
-    (r"_attention\.output\.LayerNorm\.", "_attention.layer_norm."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.output\.LayerNorm\.", ".layer_norm."),
-    (r"^text_decoder\.cls\.predictions\.transform\.LayerNorm\.", "lm_head.layer_norm."),
-    (r"^text_decoder\.cls\.predictions\.transform\.", "lm_head."),
-    (r"^text_decoder\.cls\.predictions\.decoder\.", "lm_head.decoder."),
-)
+RULES = ALL_RULES["VlpBlipForConditionalGeneration"]
 
 
-def from_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    result = {}
-    for name, value in state.items():
-        if name.endswith(("position_ids", "predictions.bias")):
-            continue
-        for pattern, replacement in RENAMED:
-            name = re.sub(pattern, replacement, name)
-        if name.endswith(("class_embedding", "position_embedding.weight")):
-            value = value.flatten(0, -2) if name.endswith("weight") else value.flatten()
-        if match := re.search(r"self_attn\.qkv\.(weight|bias)$", name):
-            for part, tensor in zip("qkv", value.chunk(3), strict=True):
-                result[f"{name[: match.start()]}self_attn.{part}_proj.{match[1]}"] = tensor
-            continue
-        result[name] = value
-    return result
+def load_from_transformers(ours: vlp.VlpBlipForConditionalGeneration, theirs: BlipForConditionalGeneration) -> None:
+    ours.load_state_dict(read(theirs.state_dict(), ours.state_dict(), RULES, IGNORED))
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +38,7 @@ def pair() -> tuple[vlp.VlpBlipForConditionalGeneration, BlipForConditionalGener
     ours = vlp.VlpBlipForConditionalGeneration(
         vlp.VlpBlipConfig(vision_config=VISION, text_config=TEXT | TOKENS | {"eos_token_id": 3, "enc_token_id": 119})
     ).eval()
-    state = from_transformers(theirs.state_dict())
-    state["lm_head.decoder.bias"] = theirs.text_decoder.cls.predictions.bias
-    ours.load_state_dict(state, strict=True)
+    load_from_transformers(ours, theirs)
     return ours, theirs
 
 

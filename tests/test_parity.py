@@ -6,6 +6,8 @@ Run: pytest tests/test_parity.py
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
+from vlp.modeling_vlp.exchange.open_clip import RULES
+from vlp.modeling_vlp.exchange.places import write
 
 import vlp
 
@@ -38,44 +40,6 @@ def relative(actual: torch.Tensor, expected: torch.Tensor, name: str = "") -> No
     assert difference <= 1e-5, f"{name}: {difference:.2e}"
 
 
-def open_clip_names(name: str, resnet: bool) -> str:
-    """vlp's parameter name -> open_clip's; q, k and v become one in_proj."""
-    for old, new in (
-        ("text_model.embeddings.token_embedding", "token_embedding"),
-        ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-        ("text_model.final_layer_norm", "ln_final"),
-        ("text_model.encoder.layers", "transformer.resblocks"),
-        ("text_projection.weight", "text_projection"),
-        ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-        ("vision_model.embeddings.patch_embedding", "visual.conv1"),
-        ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-        ("vision_model.pre_layrnorm", "visual.ln_pre"),
-        ("vision_model.post_layernorm", "visual.ln_post"),
-        ("vision_model.encoder.layers", "visual.transformer.resblocks"),
-        ("visual_projection.weight", "visual.proj"),
-        ("self_attn.out_proj", "attn.out_proj"),
-        ("layer_norm1", "ln_1"),
-        ("layer_norm2", "ln_2"),
-        ("mlp.fc1", "mlp.c_fc"),
-        ("mlp.fc2", "mlp.c_proj"),
-    ):
-        name = name.replace(old, new)
-    return name.replace("vision_model.", "visual.") if resnet else name
-
-
-def to_open_clip(tensors: dict[str, torch.Tensor], resnet: bool) -> dict[str, torch.Tensor]:
-    result = {}
-    for name, tensor in tensors.items():
-        new = open_clip_names(name, resnet)
-        if ".self_attn.k_proj." in new or ".self_attn.v_proj." in new:
-            continue
-        if ".self_attn.q_proj." in new:
-            tensor = torch.cat([tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
-            new = new.replace("self_attn.q_proj.", "attn.in_proj_")
-        result[new] = tensor.T if new in ("text_projection", "visual.proj") else tensor
-    return result
-
-
 @pytest.mark.parametrize(("tower", "activation"), [("vit", "quick_gelu"), ("vit", "gelu"), ("resnet", "gelu")])
 def test_open_clip_gives_the_same_outputs_and_gradients(tower, activation):
     text = TEXT | {"hidden_act": activation}
@@ -96,7 +60,7 @@ def test_open_clip_gives_the_same_outputs_and_gradients(tower, activation):
         text_cfg={"context_length": 77, "vocab_size": 300, "width": 32, "heads": 4, "layers": 3},
         quick_gelu=activation == "quick_gelu",
     )
-    report = theirs.load_state_dict(to_open_clip(ours.state_dict(), tower == "resnet"), strict=False)
+    report = theirs.load_state_dict(write(ours.state_dict(), RULES)[0], strict=False)
     assert not report.unexpected_keys and set(report.missing_keys) <= {"attn_mask"}
     pixels, ids = batch(vision["image_size"])
     if tower == "resnet":  # batch norm makes the rounding of float32 larger than what is to be seen
@@ -115,7 +79,7 @@ def test_open_clip_gives_the_same_outputs_and_gradients(tower, activation):
     ours.zero_grad(), theirs.zero_grad()
     output.loss.backward()
     expected.backward()
-    gradients = to_open_clip({name: p.grad for name, p in ours.named_parameters()}, tower == "resnet")
+    gradients = write({name: p.grad for name, p in ours.named_parameters()}, RULES)[0]
     largest = max(p.grad.abs().max() for p in theirs.parameters())
     for name, parameter in theirs.named_parameters():
         # Key biases have no gradient but rounding: they are measured against the largest of all gradients.

@@ -4,6 +4,7 @@ import json
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor
 
 from ..configuration import VlpBlipConfig, VlpBlipTextConfig, VlpBlipViTConfig, VlpModifiedResNetConfig
@@ -14,6 +15,7 @@ from ..processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, load_toke
 from .arguments import ArgumentError, BlipArguments
 from .blip_evaluation import BlipEvaluator
 from .build import check_fields, require_model_type
+from .checkpoint import TEACHER_FILE, state_folder
 from .data import CaptionChooser, QuestionMaker, ReasoningMaker, SampleMaker, caption_texts, texts_of
 from .evaluation import Evaluator
 from .momentum import Teacher
@@ -125,7 +127,7 @@ def make_objective(arguments: BlipArguments, model, processor: VlpBlipProcessor,
         return OBJECTIVES[arguments.task](model)
     return BlipObjective(
         model,
-        Teacher(model, arguments.momentum, arguments.queue_size),
+        make_teacher(arguments, model),
         alpha=arguments.alpha,
         alpha_steps=round(arguments.alpha_epochs * (steps_per_epoch or arguments.warmup_steps)),
         exclude_duplicates=arguments.exclude_duplicates,
@@ -133,6 +135,21 @@ def make_objective(arguments: BlipArguments, model, processor: VlpBlipProcessor,
         contrastive_share=arguments.contrastive_share,
         seed=arguments.seed,
     )
+
+
+def make_teacher(arguments: BlipArguments, model) -> Teacher:
+    """A copy of the model, or the teacher of a pre-training that was begun elsewhere (see `vlp.convert`)."""
+    teacher = Teacher(model, arguments.momentum, arguments.queue_size)
+    saved = state_folder(arguments.model_name_or_path or "") / TEACHER_FILE
+    if arguments.model_name_or_path and saved.is_file():
+        try:
+            teacher.load_state_dict(load_file(saved))
+        except RuntimeError as error:
+            raise ArgumentError(
+                f"{saved} does not fit, as where --queue_size is not {arguments.queue_size} there: {error}. "
+                "Choose the options that it was made with, or remove it to begin with a teacher that is the model."
+            ) from error
+    return teacher
 
 
 def make_evaluator(arguments: BlipArguments, chooser: CaptionChooser, eval_rows, rows) -> Evaluator:

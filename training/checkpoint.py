@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from .arguments import ArgumentError
 
 STATE_FILE = "trainer_state.json"
+TEACHER_FILE = "teacher.safetensors"  # of a pre-training that was begun elsewhere, as vlp-convert writes it
 
 
 class ResumeError(ValueError):
@@ -52,7 +53,7 @@ def check_output(output_dir: str) -> None:
         raise ArgumentError(
             f"--output_dir {output_dir} is replaced as a whole: name a folder of its own, such as runs/x."
         )
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(path.iterdir()) and not (path / "adapter_config.json").is_file():
         config = path / "config.json"
         if not config.is_file() or not json.loads(config.read_text()).get("model_type", "").startswith("vlp_"):
             raise ArgumentError(

@@ -1,0 +1,129 @@
+"""Tensors out of files, without running what else may be in them."""
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .places import ExchangeError, State
+
+NESTED = ("state_dict", "model", "module")  # under which training scripts store the weights
+
+
+def read_tensors(path: Path) -> State:
+    """All tensors of a .safetensors file, a PyTorch file (its weights alone), or a TorchScript archive.
+
+    Raises ExchangeError, naming the file, where it is damaged or holds anything else than tensors and plain values.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if is_torchscript(path):
+            return read_torchscript(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ExchangeError(f"{path}: no such file.") from None
+    except SafetensorError as error:
+        raise ExchangeError(f"{path} is damaged: {error}.") from error
+    except pickle.UnpicklingError as error:
+        raise ExchangeError(
+            f"{path} holds more than tensors, and was not loaded, since that could run its code: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        raise ExchangeError(f"{path} is damaged, or no checkpoint: {str(error).splitlines()[0]}") from error
+    return weights_in(content, path)
+
+
+def weights_in(content, path: Path) -> State:
+    """The state dict in what a training script saved."""
+    for name in NESTED:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            return weights_in(content[name], path)
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise ExchangeError(f"{path} holds no state dict.")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a zip archive with code in it, as `torch.jit.save` writes."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
+
+
+class Module:
+    """Stands for any object of a TorchScript archive: its attributes, and nothing that they could do."""
+
+    def __setstate__(self, state) -> None:
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError("an object whose state is no dictionary")
+        self.attributes = state
+
+
+STORAGES = {
+    "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8, "CharStorage": torch.int8, "ShortStorage": torch.int16,
+}  # fmt: skip
+
+
+def rebuild(storage: Tensor, offset: int, size: tuple, stride: tuple, *ignored) -> Tensor:
+    """What torch._utils._rebuild_tensor_v2 does; out of the storage's bounds is an error."""
+    return storage.as_strided(size, stride, offset).clone()
+
+
+class ArchiveUnpickler(pickle.Unpickler):
+    """Reads data.pkl of a TorchScript archive: tensors, plain values, and modules as `Module`. All else is refused."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self.archive, self.root = archive, root
+
+    def find_class(self, module: str, name: str):
+        if module.startswith("__torch__"):
+            return Module
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+            return rebuild if name == "_rebuild_tensor_v2" else lambda tensor, *ignored: tensor
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if module == "torch.jit._pickle" and name.startswith("build_"):  # lists of numbers and of tensors
+            return lambda values: values
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        raise pickle.UnpicklingError(f"{module}.{name} is not among what a checkpoint needs")
+
+    def persistent_load(self, identity) -> Tensor:
+        _, dtype, key, _, count = identity
+        if not str(key).isdigit():
+            raise pickle.UnpicklingError(f"a storage called {key!r}")
+        content = self.archive.read(f"{self.root}/data/{key}")
+        storage = torch.frombuffer(bytearray(content), dtype=dtype)
+        if storage.numel() < count:
+            raise pickle.UnpicklingError(f"storage {key} is cut short")
+        return storage
+
+
+def read_torchscript(path: Path) -> State:
+    """The parameters and buffers in a TorchScript archive; its code is not run."""
+    with zipfile.ZipFile(path) as archive:
+        root = next(name.split("/")[0] for name in archive.namelist() if name.endswith("/data.pkl"))
+        module = ArchiveUnpickler(archive, root).load()
+    if not isinstance(module, Module):
+        raise ExchangeError(f"{path} is a TorchScript archive without a module.")
+    return dict(tensors_of(module))
+
+
+def tensors_of(module: Module, prefix: str = ""):
+    for name, value in module.attributes.items():
+        if isinstance(value, Module):
+            yield from tensors_of(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            yield prefix + name, value

@@ -1,0 +1,361 @@
+"""`vlp-convert SOURCE TARGET`: checkpoints of other libraries into folders of vlp, and back.
+
+    vlp-convert ViT-B-32.pt runs/clip                       # OpenAI's, read without running its code
+    vlp-convert open_clip_folder runs/clip                  # open_clip, transformers, salesforce/BLIP
+    vlp-convert model.pt runs/clip --hidden_act gelu        # a bare file does not tell its activation
+    vlp-convert runs/clip exported --to transformers        # also open_clip, openai, salesforce
+
+What a source is, is seen from its files. The architecture follows from the shapes of the tensors; preprocessing and
+tokenizer go along where the source has them.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    BlipImageProcessor,
+    BlipProcessor,
+    CLIPImageProcessor,
+    CLIPProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+import vlp
+
+from .configuration import VlpBlipConfig
+from .modeling_vlp.exchange import open_clip, openai, salesforce
+from .modeling_vlp.exchange import transformers as peer
+from .modeling_vlp.exchange.files import read_tensors
+from .modeling_vlp.exchange.places import ExchangeError, Rule, State, read, write
+from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, load_tokenizer
+from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
+from .processing.tokenizer import VlpClipTokenizer
+from .training.checkpoint import TEACHER_FILE, state_folder, write_whole
+
+TARGETS = ("vlp", "transformers", "open_clip", "openai", "salesforce")
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+
+
+@dataclass
+class Checkpoint:
+    """A model on its way from one format to another.
+
+    Attributes:
+        architecture: name of our model class. tensors: under our names.
+        images: preprocessing, the usual one where the source has none. tokenizer: where the source has one.
+        teacher: the momentum towers and the queue, where the source has them, as `training.momentum.Teacher` is saved.
+        notes: what a reader should know: what was left behind, and why.
+    """
+
+    architecture: str
+    config: PreTrainedConfig
+    tensors: State
+    images: VlpClipImageProcessor
+    tokenizer: PreTrainedTokenizerFast | None = None
+    teacher: State = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_clip(self) -> bool:
+        return self.architecture == "VlpClipModel"
+
+    def model(self):
+        """Our model, with these tensors."""
+        model = getattr(vlp, self.architecture)(self.config)
+        model.load_state_dict(self.tensors)
+        return model
+
+
+# --- from ---------------------------------------------------------------------------------------------------------
+
+
+def read_source(source: Path, options) -> Checkpoint:
+    """Raises ExchangeError where it is nothing that vlp reads, or does not fit."""
+    if source.is_file():
+        return from_file(source, options)
+    if not source.is_dir():
+        raise ExchangeError(f"{source}: no such file or folder.")
+    if (source / "open_clip_config.json").is_file():
+        return from_open_clip(source)
+    if not (source / "config.json").is_file():
+        raise ExchangeError(f"{source} holds neither config.json nor open_clip_config.json: name a file of weights.")
+    config = AutoConfig.from_pretrained(source)
+    return from_vlp(source, config) if config.model_type.startswith("vlp_") else from_transformers(source, config)
+
+
+def from_vlp(folder: Path, config: PreTrainedConfig) -> Checkpoint:
+    architecture = config.architectures[0]
+    model = getattr(vlp, architecture).from_pretrained(folder)
+    found = Checkpoint(architecture, model.config, model.state_dict(), usual_images(config))
+    if (folder / "tokenizer_config.json").is_file():
+        processor = AutoProcessor.from_pretrained(folder)
+        found.images, found.tokenizer = processor.image_processor, processor.tokenizer
+    elif (folder / "preprocessor_config.json").is_file():
+        found.images = AutoImageProcessor.from_pretrained(folder)
+    return found
+
+
+def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
+    architecture = peer.architecture_of(config)
+    ours, state = peer.config_from(config), weights_of(folder)
+    words = "text_decoder.bert.embeddings.word_embeddings.weight"
+    if words in state:  # what is read and what is written have the same, which is stored once
+        state.setdefault("text_decoder.cls.predictions.decoder.weight", state[words])
+    found = assemble(architecture, ours, state, peer.RULES[architecture], peer.IGNORED)
+    if list(folder.glob("*processor_config.json")):
+        theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        names = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std")
+        fields = {name: getattr(theirs, name, None) for name in names}
+        plain = {k: dict(v) if hasattr(v, "items") else v for k, v in fields.items() if v is not None}
+        found.images = (VlpClipImageProcessor if found.is_clip else VlpBlipImageProcessor)(**plain)
+    if (folder / "tokenizer_config.json").is_file():
+        length = ours.text_config.max_position_embeddings
+        if found.is_clip:
+            found.tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=length)
+        else:
+            found.tokenizer = load_tokenizer(str(folder), length)
+    return found
+
+
+def from_open_clip(folder: Path) -> Checkpoint:
+    facts = json.loads((folder / "open_clip_config.json").read_text())
+    state = openai.as_native(weights_of(folder))
+    config = open_clip.config_from(state, facts["model_cfg"])
+    found = assemble("VlpClipModel", config, state, open_clip.RULES, open_clip.IGNORED)
+    images = open_clip.image_options(facts.get("preprocess_cfg", {}), config.vision_config.image_size)
+    found.images = VlpClipImageProcessor(**images)
+    if (folder / "tokenizer_config.json").is_file():
+        length = config.text_config.max_position_embeddings
+        found.tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=length)
+    return found
+
+
+def from_file(path: Path, options) -> Checkpoint:
+    state = openai.as_native(read_tensors(path))
+    heads = dict(vision_heads=options.vision_heads, text_heads=options.text_heads)
+    if any(name.startswith("visual_encoder.") for name in state):
+        architecture = salesforce.architecture_of(state)
+        config = salesforce.config_from(state, **heads)
+        ignored = f"{salesforce.IGNORED}|{salesforce.TEACHER}"
+        found = assemble(architecture, config, state, salesforce.RULES[architecture], ignored)
+        found.teacher = salesforce.teacher_from(state, config)
+    elif any(name.startswith("visual.") for name in state):
+        act = options.hidden_act or ("quick_gelu" if openai.is_openai(state) else None)
+        if act is None:
+            raise ExchangeError(
+                f"{path} does not tell its activation, and a wrong one spoils the results in silence: pass "
+                "--hidden_act quick_gelu (OpenAI's weights, and what was trained with --force-quick-gelu) or gelu."
+            )
+        config = openai.config_from(state, act, **heads)
+        found = assemble("VlpClipModel", config, state, openai.RULES, openai.IGNORED)
+    else:
+        raise ExchangeError(f"{path} holds neither a CLIP (visual.*) nor a BLIP (visual_encoder.*): name its folder.")
+    return found
+
+
+def assemble(
+    architecture: str, config: PreTrainedConfig, state: State, rules: tuple[Rule, ...], ignored: str
+) -> Checkpoint:
+    """Our tensors from theirs; a temperature that they do not have is that of a new model."""
+    with torch.device("meta"):
+        wanted = getattr(vlp, architecture)(config).state_dict()
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    without = {"temp"} - state.keys() if "temp" in wanted else set()
+    tensors = read(state, {name: value for name, value in wanted.items() if name not in without}, rules, ignored)
+    notes = []
+    if without:
+        tensors["temp"] = torch.tensor(config.temperature_init_value)
+        notes.append(f"the source has no temperature: it is {config.temperature_init_value}, that of a new model")
+    config.architectures = [architecture]
+    return Checkpoint(architecture, config, tensors, usual_images(config), notes=notes)
+
+
+def usual_images(config: PreTrainedConfig) -> VlpClipImageProcessor:
+    """The preprocessing of OpenAI and of BLIP, for a model's image size."""
+    side = config.vision_config.image_size
+    square = {"height": side, "width": side}
+    if config.model_type == VlpBlipConfig.model_type:
+        return VlpBlipImageProcessor(size=square)
+    return VlpClipImageProcessor(size={"shortest_edge": side}, crop_size=square)
+
+
+def weights_of(folder: Path) -> State:
+    """All tensors of a folder, in one file or several."""
+    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise ExchangeError(f"{index} points out of its folder.")
+            return {key: value for name in names for key, value in read_tensors(folder / name).items()}
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+    raise ExchangeError(f"{folder} holds no weights: none of {', '.join(WEIGHTS)}.")
+
+
+# --- to -----------------------------------------------------------------------------------------------------------
+
+
+def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
+    """Write a checkpoint, whole or not at all; returns the names of our tensors that the format cannot hold."""
+    if to == "vlp":
+        write_whole(target, lambda fresh: save_vlp(found, fresh))
+        if found.teacher:  # training state: beside the folder to publish, where training looks for it
+            write_whole(state_folder(target), lambda fresh: save_file(found.teacher, fresh / TEACHER_FILE))
+        return []
+    if to == "transformers":
+        config = peer.config_to(found.config, found.architecture)
+        state, left_out = write(found.tensors, peer.RULES[found.architecture])
+        write_whole(target, lambda fresh: save_transformers(found, config, state, fresh))
+        return left_out
+    rules = salesforce.RULES.get(found.architecture) if to == "salesforce" else openai.RULES if found.is_clip else None
+    if rules is None:
+        raise ExchangeError(f"{to} has no {found.architecture}.")
+    state, left_out = write(found.tensors, rules)
+    if to == "open_clip":
+        facts = {"model_cfg": open_clip.config_to(found.config), "preprocess_cfg": preprocess_cfg(found)}
+        write_whole(target, lambda fresh: save_open_clip(found, facts, state, fresh))
+    elif to == "openai":
+        save_pickle(state | openai.facts_beside(found.config), target)
+    else:
+        save_pickle({"model": state}, target)
+    return left_out
+
+
+def save_vlp(found: Checkpoint, folder: Path) -> None:
+    found.model().save_pretrained(folder)
+    if found.tokenizer is None:
+        found.images.save_pretrained(folder)
+    else:
+        kind = VlpClipProcessor if found.is_clip else VlpBlipProcessor
+        kind(found.images, found.tokenizer).save_pretrained(folder)
+
+
+def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State, folder: Path) -> None:
+    config.save_pretrained(folder)
+    save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    kinds = (CLIPImageProcessor, CLIPProcessor) if found.is_clip else (BlipImageProcessor, BlipProcessor)
+    names = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std")
+    fields = {name: getattr(found.images, name) for name in names}
+    images = kinds[0](**{k: dict(v) if hasattr(v, "items") else v for k, v in fields.items() if v is not None})
+    if found.tokenizer is None:
+        images.save_pretrained(folder)
+    else:
+        kinds[1](images, plain_tokenizer(found.tokenizer)).save_pretrained(folder)
+
+
+def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer as a class that transformers has."""
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, model_max_length=tokenizer.model_max_length, **special
+    )
+
+
+def save_open_clip(found: Checkpoint, facts: dict, state: State, folder: Path) -> None:
+    (folder / "open_clip_config.json").write_text(json.dumps(facts, indent=1) + "\n")
+    save_file({name: value.clone() for name, value in state.items()}, folder / "open_clip_model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    if found.tokenizer is not None:
+        plain_tokenizer(found.tokenizer).save_pretrained(folder)
+
+
+def preprocess_cfg(found: Checkpoint) -> dict:
+    """open_clip's words for our preprocessing."""
+    names = {number: name for name, number in open_clip.RESAMPLE.items()}
+    return {
+        "mean": list(found.images.image_mean), "std": list(found.images.image_std),
+        "interpolation": names[int(found.images.resample)],
+        "resize_mode": "shortest" if found.images.do_center_crop else "squash",
+    }  # fmt: skip
+
+
+def save_pickle(content: dict, target: Path) -> None:
+    """Write a PyTorch file, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.writing")
+    torch.save(content, fresh)
+    fresh.replace(target)
+
+
+# --- command line -------------------------------------------------------------------------------------------------
+
+
+def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) -> list[str]:
+    """What the command line does; returns what should be told.
+
+    Args:
+        to: one of TARGETS. options: those of the command line, by name.
+
+    Raises ExchangeError where the source cannot be read, or the target cannot hold it.
+    """
+    given = argparse.Namespace(**{"hidden_act": None, "vision_heads": None, "text_heads": None, "tokenizer": None,
+                                  "image_size": None} | options)  # fmt: skip
+    found = read_source(Path(source), given)
+    if given.tokenizer:
+        length = found.config.text_config.max_position_embeddings
+        if given.tokenizer.endswith(".gz"):
+            found.tokenizer = VlpClipTokenizer.from_openai_merges(given.tokenizer, length)
+        elif found.is_clip:
+            found.tokenizer = AutoTokenizer.from_pretrained(given.tokenizer, model_max_length=length)
+        else:
+            found.tokenizer = load_tokenizer(given.tokenizer, length)
+    if given.image_size:
+        resize(found, given.image_size)
+    if found.tokenizer is None and to in ("vlp", "transformers"):
+        found.notes.append("the source has no tokenizer: name one with --tokenizer, or the folder has none")
+    left_out = write_target(found, Path(target), to)
+    return found.notes + [f"{to} has no place for: {', '.join(left_out)}"] * bool(left_out)
+
+
+def resize(found: Checkpoint, side: int) -> None:
+    """Resample the positions of the image tower, and let the preprocessing give images of that size."""
+    model = found.model()
+    try:
+        model.vision_model.resize_images(side)
+        type(model.config.vision_config)(**model.config.vision_config.to_dict())  # its checks
+    except ValueError as error:
+        raise ExchangeError(f"--image_size: {error}") from error
+    found.config, found.tensors = model.config, model.state_dict()
+    square = {"height": side, "width": side}
+    found.images.size = {"shortest_edge": side} if found.images.do_center_crop else square
+    found.images.crop_size = square if found.images.do_center_crop else found.images.crop_size
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vlp-convert", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("source", help="a file of weights, or a folder")
+    parser.add_argument("target", help="a folder; for openai and salesforce a file")
+    parser.add_argument("--to", choices=TARGETS, default="vlp", help="the format to write (default: vlp)")
+    parser.add_argument("--hidden_act", choices=("gelu", "quick_gelu"), help="activation, where a file does not tell")
+    parser.add_argument("--vision_heads", type=int, help="attention heads of the image tower, where not 64 wide")
+    parser.add_argument("--text_heads", type=int, help="attention heads of the text tower, where not 64 wide")
+    parser.add_argument("--tokenizer", help="hub name or folder of the tokenizer, or bpe_simple_vocab_16e6.txt.gz")
+    parser.add_argument("--image_size", type=int, help="side of the images, in pixels; positions are resampled")
+    return parser
+
+
+def main() -> None:
+    options = vars(build_parser().parse_args())
+    try:
+        notes = convert(**options)
+    except (ExchangeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for note in notes:
+        print(note)
+    print(f"Written: {options['target']}")
+
+
+if __name__ == "__main__":
+    main()
