@@ -195,7 +195,7 @@ def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
 def render_card(folder: Path) -> ModelCard:
     """The card of a folder, from its results.json and config.json alone."""
     results = json.loads((folder / RESULTS).read_text())
-    config, arguments = AutoConfig.from_pretrained(folder), results["arguments"]
+    config, arguments = config_of(folder), results["arguments"]
     architecture = config.architectures[0]
     kind = KINDS[architecture]
     data = KNOWN_DATA.get(arguments["dataset_name"], {})
@@ -244,11 +244,19 @@ def render_card(folder: Path) -> ModelCard:
     )
 
 
+def config_of(folder: Path) -> PreTrainedConfig:
+    """The configuration of the model in a folder, or of the base of the adapters in it."""
+    adapters = folder / "adapter_config.json"
+    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else folder
+    return AutoConfig.from_pretrained(base)
+
+
 SHOWN_OPTIONS = (
     "augmentation", "templates", "template_share", "tag_share", "group_captions", "per_device_train_batch_size",
     "gradient_accumulation_steps", "loss", "exclude_duplicates", "learning_rate", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "layer_decay", "warmup_steps", "max_train_steps", "max_train_minutes",
     "max_grad_norm", "ema_decay", "momentum", "queue_size", "alpha", "alpha_epochs", "global_negatives",
+    "contrastive_share", "lora_rank",
     "lock_image_tower", "lock_text_tower", "patch_dropout", "seed",
 )  # fmt: skip
 

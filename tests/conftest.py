@@ -126,12 +126,15 @@ def as_many_threads_as_alone():
 
 
 def what_the_card_says(folder: Path) -> str:
-    """What the lines of use in a folder's card print, run where there are the pictures that they name."""
+    """What the lines of use in a folder's card print, run beside the folder, where there are the pictures they name."""
     snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
-    pictures = {name: folder.parent / f"{name}.png" for name in ("picture", "left", "right")}
-    for name, path in pictures.items():
-        Image.new("RGB", (20, 20), "red").save(path)
-        snippet = snippet.replace(f'"{name}.png"', repr(str(path)))
-    with contextlib.redirect_stdout(io.StringIO()) as told:
-        exec(compile(snippet, str(folder / "README.md"), "exec"), {})
+    for name in ("picture", "left", "right"):
+        Image.new("RGB", (20, 20), "red").save(folder.parent / f"{name}.png")
+    here = os.getcwd()
+    os.chdir(folder.parent)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            exec(compile(snippet, str(folder / "README.md"), "exec"), {})
+    finally:
+        os.chdir(here)
     return told.getvalue()

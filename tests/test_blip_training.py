@@ -217,6 +217,18 @@ def test_fine_tuning_to_write_and_to_match(pairs, tuned, tmp_path):
         train(arguments(pairs, tmp_path / "x", task="retrieval", model_name_or_path=str(write)))
 
 
+def test_a_captioner_by_adapters(pairs, trained, tmp_path):
+    options = dict(task="captioning", model_name_or_path=str(trained), lora_rank=2, max_train_steps=2)
+    train(arguments(pairs, tmp_path / "write", **options))
+    writer = vlp.VlpBlipForConditionalGeneration.from_pretrained(tmp_path / "write")
+    assert [name for name in writer.state_dict() if "lora_A" in name]
+    processor = AutoProcessor.from_pretrained(tmp_path / "write")
+    inputs = processor(images=Image.new("RGB", (20, 20), "red"), return_tensors="pt")
+    assert processor.write(writer.generate(**inputs, max_new_tokens=5)) == ["a red card"]
+    with pytest.raises(ArgumentError, match="--lora_rank is for CLIP and for --task captioning"):
+        train(arguments(pairs, tmp_path / "x", **options | {"task": "retrieval"}))
+
+
 @pytest.fixture
 def web(tmp_path) -> Path:
     """Web pairs: right captions, wrong ones, none, and an image that is broken."""

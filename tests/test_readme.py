@@ -12,6 +12,7 @@ from vlp.processing.blip import token_ids, train_tokenizer
 from vlp.training.arguments import TASKS, parse
 
 import vlp
+from vlp.convert import build_parser
 
 ROOT = Path(__file__).parents[1]
 READMES = ["README.md", "README.vi.md"]
@@ -51,7 +52,7 @@ def test_python_snippets_run(name, folder, monkeypatch, capsys):
 def test_commands_are_commands(name):
     """Every training command parses; every make target is there."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    seen = 0
+    seen = converted = 0
     for line in "\n".join(blocks(name, "bash")).splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
@@ -60,12 +61,16 @@ def test_commands_are_commands(name):
             task = next(word for word in words if word in TASKS)
             parse(words[words.index(task) + 1 :], task)
             seen += 1
-    assert seen == 9
+        elif words[:1] == ["vlp-convert"]:
+            options = vars(build_parser().parse_args(words[1:]))
+            converted += 1
+    assert seen == 9 and converted == 5
+    convert_options = options
     for options in re.findall(r"`(--[^`]*)`", (ROOT / name).read_text()):
         words = shlex.split(options)
         for word in (word for word in words if word.startswith("--")):
             if word != "--config":
-                assert word[2:] in vars(parse([])) | vars(parse([], "blip")), word
+                assert word[2:] in vars(parse([])) | vars(parse([], "blip")) | convert_options, word
 
 
 def test_both_languages_have_the_same_parts():

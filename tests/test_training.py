@@ -19,7 +19,9 @@ import yaml
 from accelerate.state import AcceleratorState
 from conftest import tiny_batch, tiny_model
 from huggingface_hub import HfApi, ModelCard
+from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 from transformers import (
@@ -130,7 +132,7 @@ def test_the_card_is_rendered_from_the_facts(trained):
     assert card.data.pipeline_tag == "zero-shot-image-classification" and card.data.license == "apache-2.0"
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert values["Zero-shot top-1 accuracy"] == 1.0 and len(values) == 8
-    for text in ("ViT, 2 layers of 32", "examples.png", "loss.png", "120 optimiser steps", f'model="{trained}"'):
+    for text in ("ViT, 2 layers of 32", "examples.png", "loss.png", "120 optimiser steps", f'model="{trained.name}"'):
         assert text in card.content, text
 
 
@@ -538,3 +540,42 @@ def test_one_batch_can_be_learnt_by_heart():
             loss.backward()
             optimizer.step()
         assert loss.item() < 0.01, tower
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_trained_saved_loaded_and_merged(pairs, trained, tmp_path):
+    """The folder holds them and the name of their base, and loads by its own name; merged, they give the same."""
+    base = load_file(trained / "model.safetensors")
+    options = dict(model_name_or_path=str(trained), lora_rank=4, max_train_steps=6, learning_rate=1e-2)
+    train(arguments(pairs, tmp_path / "run", **options))
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "results.json"} <= files
+    assert not {"model.safetensors", "config.json"} & files
+    tuned = AutoModel.from_pretrained(tmp_path / "run").eval()
+    first = "text_model.encoder.layers.0.self_attn.q_proj"
+    assert tuned.get_submodule(first).lora_A["default"].weight.shape[0] == 4
+    assert torch.equal(tuned.get_submodule(first).base_layer.weight, base[f"{first}.weight"])
+    assert tuned.get_submodule(first).lora_B["default"].weight.abs().max() > 0
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        wanted = tuned.get_image_features(pixels).pooler_output
+        before = AutoModel.from_pretrained(trained).eval().get_image_features(pixels).pooler_output
+        merged = PeftModel.from_pretrained(AutoModel.from_pretrained(trained), str(tmp_path / "run"))
+        merged = merged.merge_and_unload().eval()
+        assert torch.allclose(merged.get_image_features(pixels).pooler_output, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, wanted, rtol=1e-3)
+    assert "lora" not in " ".join(merged.state_dict())
+
+
+def test_what_adapters_cannot_be_added_to_is_refused(pairs, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "get_token", lambda: "token")
+    for options, message in (
+        (dict(lora_rank=4), "--lora_rank needs --model_name_or_path"),
+        (dict(lora_rank=4, model_name_or_path=str(trained), push_to_hub=True, hub_model_id="me/x"), "push it first"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            train(arguments(pairs, tmp_path / "run", **options))
+    with pytest.raises(ArgumentError, match="--lora_rank must not be negative"):
+        arguments(pairs, tmp_path / "run", lora_rank=-1)

@@ -69,6 +69,7 @@ class TrainingArguments:
     )
     vocab_size: int = option(49408, "entries of the tokenizer trained on the captions, where no tokenizer is named")
     model_name_or_path: str | None = option(None, "folder or hub name of a vlp model to go on from, processor included")
+    lora_rank: int = option(0, "train LoRA adapters of this rank beside every attention's projections; 0: all weights")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
     torch_compile: bool = option(False, "compile the model; slower to start, faster steps")
 
@@ -110,6 +111,7 @@ class TrainingArguments:
     push_to_hub: bool = option(False, "push model, processor and card to the hub at the end, in one commit")
     hub_model_id: str | None = option(None, "name to push to, such as me/my-clip")
     hub_private: bool = option(False, "make the hub repository private")
+    hub_bundle: bool = option(False, "publish the model's code too, for those without vlp (trust_remote_code=True)")
     hub_revision: str | None = option(None, "branch to push to, made where there is none")
     language: str = option("en", "language of the captions, for the card")
     data_license: str | None = option(None, "licence of the data, for the card")
@@ -134,7 +136,7 @@ class TrainingArguments:
         for name in ("learning_rate", "num_train_epochs", "adam_epsilon", "layer_decay", "crop_scale"):
             if getattr(self, name) <= 0:
                 raise ArgumentError(f"--{name} must be positive, got {getattr(self, name)}.")
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "num_workers"):
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "num_workers", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
         if self.adam_beta1 == 1 or self.adam_beta2 == 1 or self.ema_decay == 1:

@@ -16,9 +16,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..model_cards.bundle import add_code
 from ..model_cards.card import shown, usage, write_card
 from ..processing.augmentation import PerImage, StrongAugmentation, ToPixelValues
 from . import blip, clip
+from .adapters import add_lora, check_lora
 from .arguments import (
     ArgumentError,
     BlipArguments,
@@ -65,6 +67,8 @@ def train(arguments: TrainingArguments) -> None:
     check_output(arguments.output_dir)
     if arguments.push_to_hub:
         check_access()
+    if arguments.lora_rank:
+        check_lora(arguments)
     if not arguments.model_name_or_path:
         family.new_config(arguments)  # what cannot be is refused before anything is loaded
     transformers_logging.set_verbosity_warning()
@@ -79,6 +83,8 @@ def train(arguments: TrainingArguments) -> None:
     model = family.make_model(arguments, processor)
     if arguments.model_name_or_path:
         family.adopt_sizes(arguments, model)
+    if arguments.lora_rank:
+        add_lora(model, arguments.lora_rank, arguments.model_name_or_path)
     run = make_run(arguments, accelerator, rows, processor, model, family)
     evaluator = family.make_evaluator(arguments, chooser, eval_rows, rows) if eval_rows is not None else None
     state = (
@@ -292,7 +298,7 @@ def publish(run: Run, rows, processor, model: PreTrainedModel, evaluator: Evalua
         if torch.cuda.is_available()
         else f"{torch.get_num_threads()} CPU cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "arguments": dataclasses.asdict(arguments),
+        "arguments": publishable(dataclasses.asdict(arguments)),
     }
 
     def write(fresh: Path) -> None:
@@ -301,6 +307,8 @@ def publish(run: Run, rows, processor, model: PreTrainedModel, evaluator: Evalua
         (fresh / "training_arguments.yaml").write_text(yaml.safe_dump(results["arguments"], sort_keys=False))
         examples = evaluator.examples(model, processor) if evaluator else []
         write_card(fresh, results, examples)
+        if arguments.hub_bundle:
+            add_code(fresh, model.config)
 
     write_whole(folder, write)
     print_results(metrics, run)
@@ -311,6 +319,17 @@ The model, its processor and its card are in {folder}, the state to resume from 
 Use it:
 
 {textwrap.indent(usage(type(model).__name__, str(folder)), "    ")}""")
+
+
+def publishable(options: dict) -> dict:
+    """Options as anyone may read them: of a path on this machine, its last part alone."""
+
+    def name(value):
+        if isinstance(value, str) and value.startswith("/"):
+            return "::".join(Path(path).name for path in value.split("::"))
+        return value
+
+    return {key: name(value) for key, value in options.items()}
 
 
 def print_results(metrics: dict, run: Run) -> None:

@@ -1,0 +1,106 @@
+"""A published folder with its code loads where vlp is not installed. Run: pytest tests/test_bundle.py"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BLIP_TEXT, VIT, tiny_pair
+from PIL import Image
+from torch.testing import assert_close
+from vlp.model_cards.bundle import add_code
+from vlp.processing.blip import token_ids, train_tokenizer
+
+import vlp
+
+ALONE = """
+import json, sys
+sys.modules["vlp"] = None  # as where it is not installed
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+folder, told = sys.argv[1:]
+trusted = dict(trust_remote_code=True)
+try:
+    AutoModel.from_pretrained(folder, trust_remote_code=False)
+    sys.exit("it was loaded without trust")
+except ValueError:
+    pass
+processor = AutoProcessor.from_pretrained(folder, **trusted)
+image, texts = Image.new("RGB", (40, 32), "red"), ["a red square", "two dogs"]
+inputs = processor(images=image, text=texts, return_tensors="pt")
+model = AutoModel.from_pretrained(folder, **trusted).eval()
+result = {"classes": [type(model).__name__, type(processor).__name__]}
+with torch.no_grad():
+    result["image"] = model.get_image_features(inputs["pixel_values"]).pooler_output
+    result["text"] = model.get_text_features(inputs["input_ids"]).pooler_output
+if result["classes"][0] == "VlpClipModel":
+    classify = pipeline("zero-shot-image-classification", model=folder, **trusted)
+    result["best"] = classify(image, candidate_labels=texts, hypothesis_template="{}")[0]["label"]
+else:
+    writer = AutoModelForImageTextToText.from_pretrained(folder, **trusted)
+    result["written"] = writer.generate(inputs["pixel_values"], max_new_tokens=5)
+torch.save(result, told)
+"""
+
+
+def alone(folder: Path, tmp_path: Path) -> dict:
+    command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "told.pt")]
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(tmp_path / "told.pt", weights_only=True)
+
+
+def expected(model, processor) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = processor(images=Image.new("RGB", (40, 32), "red"), text=["a red square", "two dogs"], return_tensors="pt")
+    with torch.no_grad():
+        image = model.eval().get_image_features(inputs["pixel_values"]).pooler_output
+        return image, model.get_text_features(inputs["input_ids"]).pooler_output
+
+
+def test_clip_loads_without_vlp(tmp_path):
+    model, processor = tiny_pair()
+    folder = tmp_path / "clip"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    files = add_code(folder, model.config)
+    assert "modeling_vlp_clip.py" in files and not any("med" in name or "blip" in name for name in files)
+    told = alone(folder, tmp_path)
+    assert told["classes"] == ["VlpClipModel", "VlpClipProcessor"] and told["best"] in ("a red square", "two dogs")
+    for name, value in zip(("image", "text"), expected(model, processor), strict=True):
+        assert_close(told[name], value, rtol=1e-5, atol=1e-6)
+    again = vlp.VlpClipModel.from_pretrained(folder)  # and with vlp as before
+    assert torch.equal(again.logit_scale, model.logit_scale)
+
+
+def test_blip_loads_without_vlp(tmp_path):
+    tokenizer = train_tokenizer(["a red square", "two dogs"], 120, 20)
+    torch.manual_seed(0)
+    config = vlp.VlpBlipConfig(vision_config=VIT, text_config=BLIP_TEXT | token_ids(tokenizer))
+    model = vlp.VlpBlipForPreTraining(config)
+    processor = vlp.VlpBlipProcessor(vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+    folder = tmp_path / "blip"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    add_code(folder, model.config)
+    told = alone(folder, tmp_path)
+    assert told["classes"] == ["VlpBlipForPreTraining", "VlpBlipProcessor"]
+    for name, value in zip(("image", "text"), expected(model, processor), strict=True):
+        assert_close(told[name], value, rtol=1e-5, atol=1e-6)
+    assert told["written"].shape[0] == 1
+
+
+@pytest.mark.parametrize("architecture", ["VlpBlipForQuestionAnswering", "VlpBlipForVisualReasoning"])
+def test_the_code_of_each_architecture_is_there(tmp_path, architecture):
+    config = vlp.VlpBlipConfig(vision_config=VIT, text_config=BLIP_TEXT, architectures=[architecture])
+    config.save_pretrained(tmp_path)
+    files = add_code(tmp_path, config)
+    place = json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"]
+    assert place == f"modeling_vlp_blip_tasks.{architecture}"
+    for name in files:
+        text = (tmp_path / name).read_text()
+        assert "from .." not in text
+        compile(text, name, "exec")
