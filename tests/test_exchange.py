@@ -267,6 +267,22 @@ def test_another_image_size(tmp_path):
         convert(tmp_path / "theirs", tmp_path / "other", image_size=45)
 
 
+def test_longer_texts(tmp_path):
+    theirs = open_clip_folder(tmp_path / "theirs", "gelu", resnet=False)
+    convert(tmp_path / "theirs", tmp_path / "ours", max_length=20)
+    ours = vlp.VlpClipModel.from_pretrained(tmp_path / "ours")
+    state = dict(theirs.state_dict())
+    longer = open_clip.CLIP(**json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())["model_cfg"] | {
+        "text_cfg": {"context_length": 20, "vocab_size": 99, "width": 32, "heads": 4, "layers": 2}})  # fmt: skip
+    open_clip.model.resize_text_pos_embed(state, longer)
+    table = ours.text_model.embeddings.position_embedding.weight
+    assert torch.allclose(table, state["positional_embedding"]) and len(table) == 20
+    assert ours.config.text_config.max_position_embeddings == 20
+    tiny_blip().save_pretrained(tmp_path / "blip")
+    with pytest.raises(ExchangeError, match="--max_length is for CLIP"):
+        convert(tmp_path / "blip", tmp_path / "longer", max_length=20)
+
+
 # --- BLIP -------------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -300,7 +301,7 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
     Raises ExchangeError where the source cannot be read, or the target cannot hold it.
     """
     given = argparse.Namespace(**{"hidden_act": None, "vision_heads": None, "text_heads": None, "tokenizer": None,
-                                  "image_size": None} | options)  # fmt: skip
+                                  "image_size": None, "max_length": None} | options)  # fmt: skip
     found = read_source(Path(source), given)
     if given.tokenizer:
         length = found.config.text_config.max_position_embeddings
@@ -312,6 +313,8 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
             found.tokenizer = load_tokenizer(given.tokenizer, length)
     if given.image_size:
         resize(found, given.image_size)
+    if given.max_length:
+        resize_texts(found, given.max_length)
     if found.tokenizer is None and to in ("vlp", "transformers"):
         found.notes.append("the source has no tokenizer: name one with --tokenizer, or the folder has none")
     left_out = write_target(found, Path(target), to)
@@ -332,6 +335,18 @@ def resize(found: Checkpoint, side: int) -> None:
     found.images.crop_size = square if found.images.do_center_crop else found.images.crop_size
 
 
+def resize_texts(found: Checkpoint, length: int) -> None:
+    """Let CLIP's text tower read so many tokens: its positions are resampled, as open_clip's resize_text_pos_embed."""
+    if not found.is_clip:
+        raise ExchangeError("--max_length is for CLIP; BLIP's text model has positions for 512 tokens.")
+    name = "text_model.embeddings.position_embedding.weight"
+    table = found.tensors[name].T[None]  # (1, D, N)
+    found.tensors[name] = F.interpolate(table, size=length, mode="linear", align_corners=False)[0].T.contiguous()
+    found.config.text_config.max_position_embeddings = length
+    if found.tokenizer is not None:
+        found.tokenizer.model_max_length = length
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlp-convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -343,6 +358,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text_heads", type=int, help="attention heads of the text tower, where not 64 wide")
     parser.add_argument("--tokenizer", help="hub name or folder of the tokenizer, or bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument("--image_size", type=int, help="side of the images, in pixels; positions are resampled")
+    parser.add_argument("--max_length", type=int, help="most tokens in a text of CLIP; positions are resampled")
     return parser
 
 
