@@ -107,8 +107,8 @@ def train(arguments: TrainingArguments) -> None:
         run.wrapped.train()  # locked towers stay in evaluation mode, which only the objective knows
         run.progress.evaluations.append({"step": run.progress.step} | metrics)
         accelerator.log(metrics, step=run.progress.step)
-        shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in list(metrics.items())[:3])
-        accelerator.print(f"Step {run.progress.step}: {shown}.")
+        first = ", ".join(f"{name} {shown(name, value)}" for name, value in list(metrics.items())[:3])
+        accelerator.print(f"Step {run.progress.step}: {first}.")
         return metrics
 
     def save() -> bool:
