@@ -255,6 +255,13 @@ def test_what_a_target_cannot_be_is_refused(tmp_path, tower, to, message):
     assert not (tmp_path / "theirs").exists()
 
 
+def test_a_blip_with_a_resnet_is_vlps_own(tmp_path):
+    tiny_blip("resnet").save_pretrained(tmp_path / "ours")
+    with pytest.raises(ExchangeError, match="salesforce/BLIP has no ModifiedResNet"):
+        convert(tmp_path / "ours", tmp_path / "theirs.pth", to="salesforce")
+    assert not (tmp_path / "theirs.pth").exists()
+
+
 def test_another_image_size(tmp_path):
     theirs = clip_of_transformers(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours", image_size=48)

@@ -33,11 +33,11 @@ from transformers import (
 
 import vlp
 
-from .configuration import VlpBlipConfig
+from .configuration import VlpBlipConfig, VlpModifiedResNetConfig
 from .modeling_vlp.exchange import open_clip, openai, salesforce
 from .modeling_vlp.exchange import transformers as peer
 from .modeling_vlp.exchange.files import read_tensors
-from .modeling_vlp.exchange.places import ExchangeError, Rule, State, read, write
+from .modeling_vlp.exchange.places import ExchangeError, Rule, State, read, shortened, write
 from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, load_tokenizer
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.tokenizer import VlpClipTokenizer
@@ -222,6 +222,8 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
     rules = salesforce.RULES.get(found.architecture) if to == "salesforce" else openai.RULES if found.is_clip else None
     if rules is None:
         raise ExchangeError(f"{to} has no {found.architecture}.")
+    if to == "salesforce" and isinstance(found.config.vision_config, VlpModifiedResNetConfig):
+        raise ExchangeError("salesforce/BLIP has no ModifiedResNet.")
     state, left_out = write(found.tensors, rules)
     if to == "open_clip":
         facts = {"model_cfg": open_clip.config_to(found.config), "preprocess_cfg": preprocess_cfg(found)}
@@ -318,7 +320,7 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
     if found.tokenizer is None and to in ("vlp", "transformers"):
         found.notes.append("the source has no tokenizer: name one with --tokenizer, or the folder has none")
     left_out = write_target(found, Path(target), to)
-    return found.notes + [f"{to} has no place for: {', '.join(left_out)}"] * bool(left_out)
+    return found.notes + [f"{to} has no place for: {shortened(left_out)}"] * bool(left_out)
 
 
 def resize(found: Checkpoint, side: int) -> None:

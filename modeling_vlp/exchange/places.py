@@ -95,7 +95,7 @@ def read(theirs: State, wanted: State, rules: Iterable[Rule], ignored: str = "")
         result[name] = values[0]
     unexpected = [name for name in theirs if name not in used and not (ignored and re.fullmatch(ignored, name))]
     problems = [
-        f"{what}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
+        f"{what}: {shortened(names)}"
         for what, names in (("missing", sorted(set(missing))), ("unexpected", sorted(unexpected)),
                             ("of the wrong shape", wrong), ("shared in BLIP but not equal here", unequal))
         if names
@@ -103,6 +103,11 @@ def read(theirs: State, wanted: State, rules: Iterable[Rule], ignored: str = "")
     if problems:
         raise ExchangeError("The checkpoint does not fit: " + "; ".join(problems) + ".")
     return result
+
+
+def shortened(names: list[str]) -> str:
+    """Names for a message, not more than a few of them."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def write(ours: State, rules: Iterable[Rule]) -> tuple[State, list[str]]:
