@@ -115,11 +115,11 @@ class VlpBlipMatcher(VlpBlipDualEncoder):
         """Keep the temperature where salesforce/BLIP does, before each step (models/blip_pretrain.py)."""
         self.temp.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
 
-    def match(self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory) -> Tensor:
+    def match(self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory, pack: bool = True) -> Tensor:
         """ITM logits (T, 2) of texts with the images that they are grouped under (see `MedModel.forward`)."""
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         ids = begin_with(input_ids, self.config.text_config.enc_token_id)
-        return self.itm_head(self.text_model(ids, mask, memory, pooled_only=True, pack=True).last_hidden_state[:, 0])
+        return self.itm_head(self.text_model(ids, mask, memory, pooled_only=True, pack=pack).last_hidden_state[:, 0])
 
     def itm_logits(
         self, input_ids: Tensor, attention_mask: Tensor, memory: Memory, image_negatives: Tensor,

@@ -117,11 +117,10 @@ class TrainingArguments:
     data_license: str | None = option(None, "licence of the data, for the card")
 
     def __post_init__(self):
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "image_size",
-                     "max_length", "vocab_size", "logging_steps", "group_captions", "save_total_limit",
-                     "max_image_pixels"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        require_at_least_one(
+            self, "per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "image_size",
+            "max_length", "vocab_size", "logging_steps", "group_captions", "save_total_limit", "max_image_pixels",
+        )  # fmt: skip
         for name in (
             "max_train_steps",
             "max_train_minutes",
@@ -143,10 +142,9 @@ class TrainingArguments:
             raise ArgumentError(
                 "--adam_beta1, --adam_beta2 and --ema_decay must be below 1: at 1 nothing is ever learnt."
             )
-        for name in ("tag_share", "template_share", "max_bad_share", "ema_decay", "adam_beta1", "adam_beta2",
-                     "crop_scale"):  # fmt: skip
-            if not 0 <= getattr(self, name) <= 1:
-                raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
+        require_share(
+            self, "tag_share", "template_share", "max_bad_share", "ema_decay", "adam_beta1", "adam_beta2", "crop_scale"
+        )
         require_one_of("augmentation", self.augmentation, ("crop", "strong", "none"))
         require_one_of("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
         require_one_of("templates", self.templates, tuple(TEMPLATES))
@@ -251,12 +249,8 @@ class BlipArguments(TrainingArguments):
             raise ArgumentError("--fine_tune_image_size needs --model_name_or_path, the model to go on from.")
         if self.prompt and self.task != "captioning":
             raise ArgumentError(f"--prompt {self.prompt!r} is for --task captioning, not for {self.task}.")
-        for name in ("momentum", "alpha", "contrastive_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
-        for name in ("queue_size", "rerank_top_k", "eval_num_beams"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        require_share(self, "momentum", "alpha", "contrastive_share")
+        require_at_least_one(self, "queue_size", "rerank_top_k", "eval_num_beams")
         if self.alpha_epochs < 0:
             raise ArgumentError(f"--alpha_epochs must not be negative, got {self.alpha_epochs}.")
 
@@ -287,12 +281,8 @@ class CapFiltArguments:
         for name in ("captioner", "filter"):
             if not getattr(self, name):
                 raise ArgumentError(f"CapFilt needs --{name}, the folder of a fine-tuned BLIP.")
-        for name in ("batch_size", "shard_size", "min_length", "max_length", "max_image_pixels"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("top_p", "threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(self, name)}.")
+        require_at_least_one(self, "batch_size", "shard_size", "min_length", "max_length", "max_image_pixels")
+        require_share(self, "top_p", "threshold")
 
 
 @dataclass(frozen=True)
@@ -319,6 +309,18 @@ TASKS = {
         CapFiltArguments, "capfilt", "Caption web images and filter captions with fine-tuned BLIPs (CapFilt)"
     ),
 }
+
+
+def require_at_least_one(arguments, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise ArgumentError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
+
+
+def require_share(arguments, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise ArgumentError(f"--{name} must be between 0 and 1, got {getattr(arguments, name)}.")
 
 
 def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

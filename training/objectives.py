@@ -36,6 +36,11 @@ class Objective(nn.Module):
         return {}
 
 
+def same_in_joined_batch(caption_ids: Tensor, image_ids: Tensor) -> Tensor:
+    """(B, B) which pairs of the batch of all processes share a caption or an image."""
+    return same_pairs(gather_with_gradient(caption_ids), gather_with_gradient(image_ids))
+
+
 class ClipObjective(Objective):
     """Tell the pairs of the joined batch of all processes apart.
 
@@ -90,9 +95,7 @@ class ClipObjective(Objective):
         text = self.model.get_text_features(input_ids, pooled_only=True).pooler_output[text_index]
         with torch.autocast(image.device.type, enabled=False):  # the loss is computed in float32
             image, text = (gather_with_gradient(F.normalize(x.float(), dim=-1)) for x in (image, text))
-            not_negative = None
-            if self.exclude_duplicates:
-                not_negative = same_pairs(gather_with_gradient(caption_ids), gather_with_gradient(image_ids))
+            not_negative = same_in_joined_batch(caption_ids, image_ids) if self.exclude_duplicates else None
             scale = self.model.logit_scale.float().exp()
             if self.model.logit_bias is not None:
                 return {"sigmoid": siglip_loss(image, text, scale, self.model.logit_bias.float(), not_negative)}
@@ -255,9 +258,7 @@ class BlipObjective(Objective):
     def compare_within_batch(self, image, text, caption_ids, image_ids) -> Tensor:
         """CLIP's loss of the joined batch: without teacher and queue, which follow a student that learns fast badly."""
         image, text = gather_with_gradient(image), gather_with_gradient(text)
-        not_negative = None
-        if self.exclude_duplicates:
-            not_negative = same_pairs(gather_with_gradient(caption_ids), gather_with_gradient(image_ids))
+        not_negative = same_in_joined_batch(caption_ids, image_ids) if self.exclude_duplicates else None
         return clip_loss(image, text, 1 / self.model.temp.float(), not_negative)
 
     def compare(self, image, text, teacher_image, teacher_text, caption_ids, image_ids):

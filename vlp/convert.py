@@ -115,16 +115,9 @@ def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
     found = assemble(architecture, ours, state, peer.RULES[architecture], peer.IGNORED)
     if list(folder.glob("*processor_config.json")):
         theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        names = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std")
-        fields = {name: getattr(theirs, name, None) for name in names}
-        plain = {k: dict(v) if hasattr(v, "items") else v for k, v in fields.items() if v is not None}
-        found.images = (VlpClipImageProcessor if found.is_clip else VlpBlipImageProcessor)(**plain)
+        found.images = (VlpClipImageProcessor if found.is_clip else VlpBlipImageProcessor)(**image_options(theirs))
     if (folder / "tokenizer_config.json").is_file():
-        length = ours.text_config.max_position_embeddings
-        if found.is_clip:
-            found.tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=length)
-        else:
-            found.tokenizer = load_tokenizer(str(folder), length)
+        found.tokenizer = tokenizer_of(found, str(folder))
     return found
 
 
@@ -136,8 +129,7 @@ def from_open_clip(folder: Path) -> Checkpoint:
     images = open_clip.image_options(facts.get("preprocess_cfg", {}), config.vision_config.image_size)
     found.images = VlpClipImageProcessor(**images)
     if (folder / "tokenizer_config.json").is_file():
-        length = config.text_config.max_position_embeddings
-        found.tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=length)
+        found.tokenizer = tokenizer_of(found, str(folder))
     return found
 
 
@@ -188,6 +180,23 @@ def usual_images(config: PreTrainedConfig) -> VlpClipImageProcessor:
     if config.model_type == VlpBlipConfig.model_type:
         return VlpBlipImageProcessor(size=square)
     return VlpClipImageProcessor(size={"shortest_edge": side}, crop_size=square)
+
+
+def image_options(images) -> dict:
+    """What an image processor, ours or transformers', is made with."""
+    names = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std")
+    options = {name: getattr(images, name, None) for name in names}
+    return {name: dict(v) if hasattr(v, "items") else v for name, v in options.items() if v is not None}
+
+
+def tokenizer_of(found: Checkpoint, name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer by its hub name, its folder, or OpenAI's file, as the model needs it."""
+    length = found.config.text_config.max_position_embeddings
+    if name.endswith(".gz"):
+        return VlpClipTokenizer.from_openai_merges(name, length)
+    return (
+        AutoTokenizer.from_pretrained(name, model_max_length=length) if found.is_clip else load_tokenizer(name, length)
+    )
 
 
 def weights_of(folder: Path) -> State:
@@ -246,11 +255,9 @@ def save_vlp(found: Checkpoint, folder: Path) -> None:
 
 def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State, folder: Path) -> None:
     config.save_pretrained(folder)
-    save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_tensors(state, folder / "model.safetensors")
     kinds = (CLIPImageProcessor, CLIPProcessor) if found.is_clip else (BlipImageProcessor, BlipProcessor)
-    names = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std")
-    fields = {name: getattr(found.images, name) for name in names}
-    images = kinds[0](**{k: dict(v) if hasattr(v, "items") else v for k, v in fields.items() if v is not None})
+    images = kinds[0](**image_options(found.images))
     if found.tokenizer is None:
         images.save_pretrained(folder)
     else:
@@ -267,8 +274,7 @@ def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
 
 def save_open_clip(found: Checkpoint, facts: dict, state: State, folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(facts, indent=1) + "\n")
-    save_file({name: value.clone() for name, value in state.items()}, folder / "open_clip_model.safetensors",
-              {"format": "pt"})  # fmt: skip
+    save_tensors(state, folder / "open_clip_model.safetensors")
     if found.tokenizer is not None:
         plain_tokenizer(found.tokenizer).save_pretrained(folder)
 
@@ -281,6 +287,11 @@ def preprocess_cfg(found: Checkpoint) -> dict:
         "interpolation": names[int(found.images.resample)],
         "resize_mode": "shortest" if found.images.do_center_crop else "squash",
     }  # fmt: skip
+
+
+def save_tensors(state: State, path: Path) -> None:
+    """Write a safetensors file, which does not know of tensors that share their memory."""
+    save_file({name: value.clone() for name, value in state.items()}, path, {"format": "pt"})
 
 
 def save_pickle(content: dict, target: Path) -> None:
@@ -306,13 +317,7 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
                                   "image_size": None, "max_length": None} | options)  # fmt: skip
     found = read_source(Path(source), given)
     if given.tokenizer:
-        length = found.config.text_config.max_position_embeddings
-        if given.tokenizer.endswith(".gz"):
-            found.tokenizer = VlpClipTokenizer.from_openai_merges(given.tokenizer, length)
-        elif found.is_clip:
-            found.tokenizer = AutoTokenizer.from_pretrained(given.tokenizer, model_max_length=length)
-        else:
-            found.tokenizer = load_tokenizer(given.tokenizer, length)
+        found.tokenizer = tokenizer_of(found, given.tokenizer)
     if given.image_size:
         resize(found, given.image_size)
     if given.max_length:

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 import vlp
 
 from .modeling_vlp.blip import VlpBlipDualEncoder
-from .modeling_vlp.med import begin_with, decode
+from .modeling_vlp.med import decode
 from .training.checkpoint import write_whole
 
 
@@ -53,9 +53,7 @@ def read(model, input_ids: Tensor) -> Tensor:
 
 
 def match(model, input_ids: Tensor, states: Tensor) -> Tensor:
-    ids, mask = begin_with(input_ids, model.config.text_config.enc_token_id), model.padding_mask(input_ids)
-    output = model.text_model(ids, mask, model.text_model.read(states), pooled_only=True)
-    return model.itm_head(output.last_hidden_state[:, 0])
+    return model.match(input_ids, None, model.text_model.read(states), pack=False)
 
 
 def write(model, input_ids: Tensor, states: Tensor) -> Tensor:
