@@ -486,6 +486,27 @@ def test_a_path_that_climbs_out_of_its_folder_is_refused(tmp_path):
         convert(tmp_path / "theirs", tmp_path / "ours")
 
 
+@pytest.mark.parametrize("to", ["vlp", "transformers", "open_clip"])
+def test_a_folder_with_other_files_is_left_alone(tmp_path, to):
+    clip_of_transformers(tmp_path / "theirs")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "years of work.txt").write_text("x")
+    with pytest.raises(ArgumentError, match="TARGET .*thesis holds other files"):
+        convert(tmp_path / "theirs", tmp_path / "thesis", to=to)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["years of work.txt"]
+
+
+def test_states_of_an_earlier_run_are_put_aside(tmp_path):
+    pretrained_file(tmp_path / "model_base.pth")
+    state = state_folder(tmp_path / "ours") / "step-0000003"
+    state.mkdir(parents=True)
+    (state / "trainer_state.json").write_text("{}")
+    convert(tmp_path / "model_base.pth", tmp_path / "ours", **heads_of_fixture())
+    assert (tmp_path / "ours.resume.previous" / "step-0000003" / "trainer_state.json").exists()
+    with pytest.raises(ExchangeError, match="is a folder; this format needs the name of a file"):
+        convert(tmp_path / "ours", tmp_path / "ours", to="salesforce")
+
+
 def test_several_files_are_one_model(tmp_path):
     theirs = clip_of_transformers(tmp_path / "theirs")
     (tmp_path / "theirs" / "model.safetensors").unlink()

@@ -569,6 +569,14 @@ def test_adapters_are_trained_saved_loaded_and_merged(pairs, trained, tmp_path):
     assert "lora" not in " ".join(merged.state_dict())
 
 
+def test_a_folder_of_other_adapters_is_left_alone(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArgumentError, match="holds other files"):
+        checkpoint.check_output(str(tmp_path))
+    (tmp_path / "training_arguments.yaml").write_text("")
+    checkpoint.check_output(str(tmp_path))
+
+
 def test_what_adapters_cannot_be_added_to_is_refused(pairs, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "get_token", lambda: "token")
     for options, message in (

@@ -46,19 +46,25 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_output(output_dir: str) -> None:
-    """Raise ArgumentError unless `output_dir` can be written whole: it is new, empty, or holds an earlier model."""
+def check_output(output_dir: str, name: str = "--output_dir") -> None:
+    """Raise ArgumentError unless a folder can be written whole: it is new, empty, or holds an earlier model.
+
+    Args:
+        name: what the user calls it.
+    """
     path = Path(output_dir)
     if path.resolve() == Path.cwd() or not path.name or os.path.ismount(path) or path.is_file():
-        raise ArgumentError(
-            f"--output_dir {output_dir} is replaced as a whole: name a folder of its own, such as runs/x."
-        )
-    if path.is_dir() and any(path.iterdir()) and not (path / "adapter_config.json").is_file():
-        config = path / "config.json"
-        if not config.is_file() or not json.loads(config.read_text()).get("model_type", "").startswith("vlp_"):
-            raise ArgumentError(
-                f"--output_dir {output_dir} holds other files, and is replaced as a whole: name another."
-            )
+        raise ArgumentError(f"{name} {output_dir} is replaced as a whole: name a folder of its own, such as runs/x.")
+    if path.is_dir() and any(path.iterdir()) and not holds_a_model(path):
+        raise ArgumentError(f"{name} {output_dir} holds other files, and is replaced as a whole: name another.")
+
+
+def holds_a_model(path: Path) -> bool:
+    """Whether a folder is one that vlp wrote: with a model's configuration, or with adapters and how they were made."""
+    if all((path / name).is_file() for name in ("adapter_config.json", "training_arguments.yaml")):
+        return True
+    config = path / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("model_type", "").startswith("vlp_")
 
 
 def start_anew(folder: Path) -> None:

@@ -12,6 +12,7 @@ tokenizer go along where the source has them.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +42,8 @@ from .modeling_vlp.exchange.places import ExchangeError, Rule, State, read, shor
 from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, load_tokenizer
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.tokenizer import VlpClipTokenizer
-from .training.checkpoint import TEACHER_FILE, state_folder, write_whole
+from .training.arguments import ArgumentError
+from .training.checkpoint import TEACHER_FILE, check_output, start_anew, state_folder, write_whole
 
 TARGETS = ("vlp", "transformers", "open_clip", "openai", "salesforce")
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
@@ -219,14 +221,15 @@ def weights_of(folder: Path) -> State:
 def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
     """Write a checkpoint, whole or not at all; returns the names of our tensors that the format cannot hold."""
     if to == "vlp":
-        write_whole(target, lambda fresh: save_vlp(found, fresh))
+        write_folder(target, lambda fresh: save_vlp(found, fresh))
         if found.teacher:  # training state: beside the folder to publish, where training looks for it
+            start_anew(state_folder(target))
             write_whole(state_folder(target), lambda fresh: save_file(found.teacher, fresh / TEACHER_FILE))
         return []
     if to == "transformers":
         config = peer.config_to(found.config, found.architecture)
         state, left_out = write(found.tensors, peer.RULES[found.architecture])
-        write_whole(target, lambda fresh: save_transformers(found, config, state, fresh))
+        write_folder(target, lambda fresh: save_transformers(found, config, state, fresh))
         return left_out
     rules = salesforce.RULES.get(found.architecture) if to == "salesforce" else openai.RULES if found.is_clip else None
     if rules is None:
@@ -236,12 +239,18 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
     state, left_out = write(found.tensors, rules)
     if to == "open_clip":
         facts = {"model_cfg": open_clip.config_to(found.config), "preprocess_cfg": preprocess_cfg(found)}
-        write_whole(target, lambda fresh: save_open_clip(found, facts, state, fresh))
+        write_folder(target, lambda fresh: save_open_clip(found, facts, state, fresh))
     elif to == "openai":
         save_pickle(state | openai.facts_beside(found.config), target)
     else:
         save_pickle({"model": state}, target)
     return left_out
+
+
+def write_folder(target: Path, save: Callable[[Path], None]) -> None:
+    """Write a folder, whole or not at all. Raises ArgumentError where that would replace other files."""
+    check_output(str(target), "TARGET")
+    write_whole(target, save)
 
 
 def save_vlp(found: Checkpoint, folder: Path) -> None:
@@ -295,7 +304,9 @@ def save_tensors(state: State, path: Path) -> None:
 
 
 def save_pickle(content: dict, target: Path) -> None:
-    """Write a PyTorch file, whole or not at all."""
+    """Write a PyTorch file, whole or not at all. Raises ExchangeError where its name is a folder's."""
+    if target.is_dir():
+        raise ExchangeError(f"TARGET {target} is a folder; this format needs the name of a file.")
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.writing")
     torch.save(content, fresh)
@@ -311,7 +322,8 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
     Args:
         to: one of TARGETS. options: those of the command line, by name.
 
-    Raises ExchangeError where the source cannot be read, or the target cannot hold it.
+    Raises ExchangeError where the source cannot be read, or the target cannot hold it; ArgumentError where the target
+    is a folder with other files in it.
     """
     given = argparse.Namespace(**{"hidden_act": None, "vision_heads": None, "text_heads": None, "tokenizer": None,
                                   "image_size": None, "max_length": None} | options)  # fmt: skip
@@ -373,7 +385,7 @@ def main() -> None:
     options = vars(build_parser().parse_args())
     try:
         notes = convert(**options)
-    except (ExchangeError, OSError) as error:
+    except (ArgumentError, ExchangeError, OSError) as error:
         sys.exit(f"error: {error}")
     for note in notes:
         print(note)

@@ -21,7 +21,7 @@ import vlp
 
 from .modeling_vlp.blip import VlpBlipDualEncoder
 from .modeling_vlp.med import decode
-from .training.checkpoint import write_whole
+from .training.checkpoint import check_output, write_whole
 
 
 class Part(nn.Module):
@@ -99,6 +99,7 @@ def export(model, target: Path) -> list[str]:
         for name, program in programs.items():
             program.save(fresh / f"{name}.onnx")
 
+    check_output(str(target), "TARGET")
     write_whole(target, save)
     return sorted(f"{name}.onnx" for name in programs)
 
