@@ -1,16 +1,19 @@
 """What a model is: one dataclass-style configuration each."""
 
 from .blip import VlpBlipConfig
+from .blip2 import VlpBlip2Config
 from .clip import VlpClipConfig
-from .text import VlpBlipTextConfig, VlpClipTextConfig
+from .text import VlpBlipTextConfig, VlpClipTextConfig, VlpQFormerConfig
 from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpViTConfig
 
 __all__ = [
+    "VlpBlip2Config",
     "VlpBlipConfig",
     "VlpBlipTextConfig",
     "VlpBlipViTConfig",
     "VlpClipConfig",
     "VlpClipTextConfig",
     "VlpModifiedResNetConfig",
+    "VlpQFormerConfig",
     "VlpViTConfig",
 ]

@@ -107,3 +107,59 @@ class VlpBlipTextConfig(PreTrainedConfig):
             require_fraction(self, name)
         require_activation(self)
         require_token_ids(self, "pad_token_id", "eos_token_id", "bos_token_id", "enc_token_id")
+
+
+class VlpQFormerConfig(PreTrainedConfig):
+    """BLIP-2's querying transformer (arXiv:2301.12597, section 3.1): BERT, in which learned queries read the image.
+
+    Args:
+        vocab_size: of BERT's 30,522 entries and [DEC], which BLIP-2 adds.
+        encoder_hidden_size: width of what cross-attention reads: of the image tower.
+        cross_attention_frequency: every so many layers, the first among them, queries attend to the image.
+        bos_token_id, eos_token_id: [DEC], which begins what is written, and [SEP], which ends every text.
+        hidden_dropout_prob, attention_probs_dropout_prob: shares left out in training.
+        label_smoothing: of the loss of image-grounded text generation (LAVIS, Qformer.py: 0.1).
+    """
+
+    model_type = "vlp_qformer"
+    base_config_key = "qformer_config"
+    attribute_map = {"attention_dropout": "attention_probs_dropout_prob"}
+
+    vocab_size: int = 30523
+    hidden_size: int = 768
+    encoder_hidden_size: int = 1408
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    cross_attention_frequency: int = 2
+    max_position_embeddings: int = 512
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    label_smoothing: float = 0.1
+    pad_token_id: int = 0
+    eos_token_id: int = 102
+    bos_token_id: int = 30522
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        require_positive(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "encoder_hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "cross_attention_frequency",
+            "max_position_embeddings",
+            "layer_norm_eps",
+            "initializer_range",
+        )
+        require_divisible(self, "hidden_size", "num_attention_heads")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "label_smoothing"):
+            require_fraction(self, name)
+        require_activation(self)
+        require_token_ids(self, "pad_token_id", "eos_token_id", "bos_token_id")

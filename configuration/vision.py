@@ -55,6 +55,7 @@ class VlpBlipViTConfig(VlpViTConfig):
     """The vision transformer of BLIP (timm's ViT-B/16): no LayerNorm before the blocks, one after them on every token.
 
     Args: as `VlpViTConfig`;
+        final_norm: whether there is that LayerNorm; BLIP-2's EVA-CLIP has none, for its layers end before the last.
         initializer_range: standard deviation of the truncated normal that weights start from.
     """
 
@@ -63,6 +64,7 @@ class VlpBlipViTConfig(VlpViTConfig):
     patch_size: int = 16
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
+    final_norm: bool = True
     initializer_range: float = 0.02
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..configuration import VlpBlipConfig, VlpModifiedResNetConfig
+from ..configuration import VlpBlip2Config, VlpBlipConfig, VlpModifiedResNetConfig
 from .plots import plot_examples, plot_history
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -141,9 +141,53 @@ print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # how like
 }
 
 
-def usage(architecture: str, folder: str) -> str:
-    """A few lines of Python that use a model in a folder."""
-    return KINDS[architecture].usage.format(folder=folder)
+FINDS = """\
+from PIL import Image
+from vlp import {architecture}, VlpBlipProcessor
+
+processor = VlpBlipProcessor.from_pretrained("{{folder}}")
+model = {architecture}.from_pretrained("{{folder}}")
+inputs = processor(images=[Image.open("picture.png")], text=["a cat", "a dog", "a rocket"], return_tensors="pt")
+print(model(**inputs).itm_logits.softmax(dim=-1)[:, 1])  # how likely each text is the picture's
+"""
+FOUND = "with their names, and below them the three that the model finds for them; green where they are the same"
+
+KINDS |= {
+    "VlpBlip2ForPreTraining": Kind(
+        text="A BLIP-2 model after stage 1 (its Q-Former reads a frozen image tower, and compares and matches texts)",
+        usage=FINDS.format(architecture="VlpBlip2ForImageTextRetrieval"),
+        examples=FOUND,
+        pipeline_tag="zero-shot-image-classification",
+        tag="blip-2",
+    ),
+    "VlpBlip2ForImageTextRetrieval": Kind(
+        text="A BLIP-2 model that finds images for texts and texts for images, by comparing (ITC) and matching (ITM)",
+        usage=FINDS.format(architecture="VlpBlip2ForImageTextRetrieval"),
+        examples=FOUND,
+        pipeline_tag="zero-shot-image-classification",
+        tag="blip-2",
+    ),
+    "VlpBlip2ForConditionalGeneration": Kind(
+        text="A BLIP-2 model (a frozen language model writes about what a Q-Former reads of a frozen image tower)",
+        usage="""\
+from PIL import Image
+from vlp import VlpBlip2ForConditionalGeneration, VlpBlip2Processor
+
+processor = VlpBlip2Processor.from_pretrained("{folder}")
+model = VlpBlip2ForConditionalGeneration.from_pretrained("{folder}")
+inputs = processor(images=Image.open("picture.png"), text="{prompt}", return_tensors="pt")
+print(processor.write(model.generate(**inputs, max_new_tokens=20)))
+""",
+        examples="with their names, and below them what the model writes; green where they are the same",
+        pipeline_tag="image-text-to-text",
+        tag="blip-2",
+    ),
+}
+
+
+def usage(architecture: str, folder: str, prompt: str = "") -> str:
+    """A few lines of Python that use a model in a folder; `prompt` is what a language model's captions begin with."""
+    return KINDS[architecture].usage.format(folder=folder, prompt=prompt or "a picture of")
 
 
 def task_of(metric: str) -> tuple[str, str, str]:
@@ -228,7 +272,7 @@ def render_card(folder: Path) -> ModelCard:
         template_path=str(TEMPLATE),
         name=name_of(arguments),
         kind=kind,
-        usage=usage(architecture, arguments["hub_model_id"] or arguments["output_dir"]),
+        usage=usage(architecture, arguments["hub_model_id"] or arguments["output_dir"], arguments.get("prompt", "")),
         architecture=describe_architecture(config),
         metric_rows=[(METRIC_NAMES[name], shown(name, value)) for name, value in results["metrics"].items()],
         data_title=title,
@@ -256,7 +300,7 @@ SHOWN_OPTIONS = (
     "gradient_accumulation_steps", "loss", "exclude_duplicates", "learning_rate", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "layer_decay", "warmup_steps", "max_train_steps", "max_train_minutes",
     "max_grad_norm", "ema_decay", "momentum", "queue_size", "alpha", "alpha_epochs", "global_negatives",
-    "contrastive_share", "lora_rank",
+    "contrastive_share", "label_smoothing", "stage", "prompt", "lora_rank",
     "lock_image_tower", "lock_text_tower", "patch_dropout", "seed",
 )  # fmt: skip
 
@@ -271,13 +315,17 @@ def name_of(arguments: dict) -> str:
 
 
 def describe_architecture(config: PreTrainedConfig) -> list[tuple[str, str]]:
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
     if isinstance(vision, VlpModifiedResNetConfig):
         tower = f"ModifiedResNet, {'-'.join(map(str, vision.depths))} blocks, stem {vision.embedding_size}, "
         tower += f"last stage {vision.hidden_size}, attention pooling"
     else:
         tower = f"ViT, {vision.num_hidden_layers} layers of {vision.hidden_size}, {vision.num_attention_heads} heads, "
         tower += f"patches of {vision.patch_size} px, {vision.hidden_act}"
+    tower += f", images of {vision.image_size} x {vision.image_size} px"
+    if isinstance(config, VlpBlip2Config):
+        return [("Image tower", f"{tower}{', frozen' if config.freeze_vision else ''}"), *describe_qformer(config)]
+    text = config.text_config
     size = f"{text.num_hidden_layers} layers of {text.hidden_size}, {text.num_attention_heads} heads, "
     size += f"{text.hidden_act}, {text.vocab_size} tokens, at most {text.max_position_embeddings} in a caption"
     if isinstance(config, VlpBlipConfig):
@@ -285,7 +333,18 @@ def describe_architecture(config: PreTrainedConfig) -> list[tuple[str, str]]:
     else:
         kind, width = "causal Transformer", config.projection_dim
     return [
-        ("Image tower", f"{tower}, images of {vision.image_size} x {vision.image_size} px"),
+        ("Image tower", tower),
         ("Text tower", f"{kind}, {size}"),
         ("Shared space", f"{width} dimensions"),
     ]
+
+
+def describe_qformer(config: VlpBlip2Config) -> list[tuple[str, str]]:
+    qformer, text = config.qformer_config, config.text_config
+    size = f"{config.num_query_tokens} queries, {qformer.num_hidden_layers} layers of {qformer.hidden_size}, "
+    size += f"{qformer.num_attention_heads} heads, reading the image in every {qformer.cross_attention_frequency}."
+    if text is None:
+        return [("Q-Former", size), ("Shared space", f"{config.image_text_hidden_size} dimensions")]
+    writer = f"{config.language_model_name_or_path or 'in this checkpoint'} ({text.model_type}, "
+    writer += f"{text.num_hidden_layers} layers of {text.hidden_size}), frozen"
+    return [("Q-Former", size), ("Language model", writer)]

@@ -14,6 +14,7 @@ from .losses import (
     draw_hard_negatives,
     matching_loss,
     same_pairs,
+    smooth_targets,
     soft_contrastive_loss,
 )
 from .med import LMHead, MedModel, Memory, begin_with, next_token_loss
@@ -54,6 +55,10 @@ class VlpBlipPreTrainedModel(VlpPreTrainedModel):
             cells = output.last_hidden_state.flatten(2).transpose(1, 2)  # (B, D, G, G) -> (B, G * G, D)
             output.last_hidden_state = torch.cat([output.attended[:, None], cells], dim=1)
         return output
+
+    def read(self, states: Tensor) -> Memory:
+        """What texts attend to, computed once for each image: from (B, M, D) of `encode_image`."""
+        return self.text_model.read(states)
 
     def padding_mask(self, input_ids: Tensor) -> Tensor:
         return (input_ids != self.config.text_config.pad_token_id).long()
@@ -188,7 +193,7 @@ class VlpBlipForPreTraining(VlpBlipMatcher):
         if caption_ids is None:
             caption_ids = (input_ids[:, None] == input_ids).all(dim=-1).int().argmax(dim=1)  # the first that is equal
         same = same_pairs(caption_ids) if image_ids is None else same_pairs(caption_ids, image_ids)
-        known = same / same.sum(dim=1, keepdim=True)
+        known = smooth_targets(same)
         loss_itc = (soft_contrastive_loss(logits, known) + soft_contrastive_loss(logits.T, known)) / 2
         with torch.no_grad():
             uniform = torch.rand(2, len(logits), device=logits.device)

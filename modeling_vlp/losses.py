@@ -56,8 +56,16 @@ def soft_targets(teacher_logits: Tensor, positives: Tensor, alpha: Tensor | floa
             each row, which share their part of the target evenly (models/blip_retrieval.py).
         alpha: the teacher's part, from 0 to 1.
     """
+    return alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * smooth_targets(positives)
+
+
+def smooth_targets(positives: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Distributions over the keys: rows of (B, K) bool `positives` share evenly, but for what all keys share.
+
+    With one positive in each row, cross entropy with label smoothing as PyTorch has it (LAVIS, blip2_qformer.py).
+    """
     known = positives / positives.sum(dim=1, keepdim=True)
-    return alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * known
+    return (1 - label_smoothing) * known + label_smoothing / positives.shape[1]
 
 
 def soft_contrastive_loss(logits: Tensor, targets: Tensor) -> Tensor:

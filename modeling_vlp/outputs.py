@@ -52,7 +52,7 @@ class VlpBlipPreTrainingOutput(ModelOutput):
         loss_itc, loss_itm, loss_lm: scalars: contrastive, matching, language modelling.
         logits_per_image: (B, B) similarities of images and texts over the temperature.
         itm_logits: (3 B, 2) of the pairs, of texts with a hard negative image, and of images with a hard negative text.
-        image_embeds, text_embeds: (B, E) of unit length.
+        image_embeds, text_embeds: (B, E) of unit length; BLIP-2's images have an embedding for each query, (B, Q, E).
     """
 
     loss: Tensor | None = None
@@ -72,7 +72,7 @@ class VlpBlipRetrievalOutput(ModelOutput):
     Attributes:
         itm_logits: (T, 2) of each text with its image; softmax gives the probabilities of "no match" and "match".
         logits_per_image: (B, T) cosine similarities over the temperature; logits_per_text: their transpose.
-        image_embeds, text_embeds: (B, E) and (T, E) of unit length.
+        image_embeds, text_embeds: (B, E), in BLIP-2 (B, Q, E), and (T, E) of unit length.
     """
 
     itm_logits: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Ranking images and texts by BLIP: by similarity, the best candidates of each query then by matching.
+"""Ranking images and texts by BLIP or BLIP-2: by similarity, the best candidates of each query then by matching.
 
 Source: salesforce/BLIP, train_retrieval.py, evaluation: a candidate's score is its cosine plus ITM's logit of "match".
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .blip import VlpBlipMatcher
+from .blip2 import VlpBlip2Matcher, best_query
 from .med import Memory
 
 NOT_MATCHED = -100.0  # added to the cosine: what is not among a query's candidates stands behind all that is
@@ -63,13 +64,14 @@ def rerank(
 
 @torch.inference_mode()
 def rank_by_matching(
-    model: VlpBlipMatcher, memory_of: Callable[[Tensor], Memory], texts: Tensor, similarity: Tensor, top_k: int = 128,
+    model: VlpBlipMatcher | VlpBlip2Matcher, memory_of: Callable[[Tensor], Memory], texts: Tensor, similarity: Tensor,
+    top_k: int = 128,
     batch_size: int = 256, posterior: bool = False,
 ) -> Ranking:  # fmt: skip
     """Rank both ways.
 
     Args:
-        memory_of: numbers of images -> what texts read of them (`model.text_model.read`).
+        memory_of: numbers of images -> what texts or queries read of them (`model.read`).
         texts: (T, N) token ids; similarity: (B, T) cosines of their embeddings.
         top_k: candidates of each query that are matched; batch_size: pairs to match at a time.
         posterior: rank by ITC's and ITM's product (see the module's docstring), not as the original does.
@@ -92,7 +94,11 @@ def rank_by_matching(
 
 @torch.inference_mode()
 def rank(
-    model: VlpBlipMatcher, pixel_values: Tensor, input_ids: Tensor, top_k: int = 128, posterior: bool = False
+    model: VlpBlipMatcher | VlpBlip2Matcher,
+    pixel_values: Tensor,
+    input_ids: Tensor,
+    top_k: int = 128,
+    posterior: bool = False,
 ) -> Ranking:
     """Rank images (B, C, S, S) and texts (T, N), of any numbers, for each other; `top_k` of each are matched.
 
@@ -107,8 +113,9 @@ def rank(
     image = F.normalize(vision.pooler_output, dim=-1)
     text = F.normalize(model.get_text_features(input_ids, pooled_only=True).pooler_output, dim=-1)
     states = vision.last_hidden_state
+    similarity = image @ text.T if image.ndim == 2 else best_query(image, text)
 
     def memory_of(numbers: Tensor) -> Memory:
-        return model.text_model.read(states[numbers.to(states.device)])
+        return model.read(states[numbers.to(states.device)])
 
-    return rank_by_matching(model, memory_of, input_ids, image @ text.T, top_k, posterior=posterior)
+    return rank_by_matching(model, memory_of, input_ids, similarity, top_k, posterior=posterior)

@@ -102,7 +102,9 @@ class BlipViT(VlpPreTrainedModel):
         super().__init__(config)
         self.embeddings = PatchEmbeddings(config, bias=True)
         self.encoder = Encoder(config, is_causal=False)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = nn.Identity()
+        if config.final_norm:
+            self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     def initialize(self) -> None:

@@ -12,6 +12,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from PIL import Image
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import vlp
 
@@ -110,6 +118,64 @@ def tiny_blip_batch(tower: str = "vit", size: int = 4) -> dict[str, torch.Tensor
         input_ids[row, :length] = torch.randint(5, 110, (length,), generator=generator)
         input_ids[row, 0], input_ids[row, length - 1] = 2, 3
     return {"input_ids": input_ids, "pixel_values": torch.randn(size, 3, side, side, generator=generator)}
+
+
+QFORMER = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "eos_token_id": 3,
+    "bos_token_id": 118,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+BLIP2_TOWERS = {"blip": VIT | {"model_type": "vlp_blip_vit"}, "clip": VIT | {"model_type": "vlp_vit"}, "resnet": RESNET}
+
+
+def tiny_blip2_config(tower: str = "blip", **fields) -> vlp.VlpBlip2Config:
+    vision = dict(BLIP2_TOWERS[tower])
+    return vlp.VlpBlip2Config(
+        vision_config=vision, qformer_config=dict(QFORMER), num_query_tokens=5, image_text_hidden_size=24, **fields
+    )
+
+
+def with_larger_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights larger than at the start, so that what is computed depends on all of them."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.startswith(("vision_model", "language_model")):
+                parameter.normal_(std=0.2)
+    return model
+
+
+def tiny_blip2(tower: str = "blip") -> vlp.VlpBlip2ForPreTraining:
+    torch.manual_seed(0)
+    return with_larger_weights(vlp.VlpBlip2ForPreTraining(tiny_blip2_config(tower))).eval()
+
+
+def tiny_language_model(kind: str = "llama", vocab_size: int = 99) -> torch.nn.Module:
+    """A causal or sequence-to-sequence language model of transformers, with random weights."""
+    torch.manual_seed(1)
+    common = {"vocab_size": vocab_size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if kind == "llama":
+        config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                             num_key_value_heads=2, initializer_range=0.3, **common)  # fmt: skip
+        return LlamaForCausalLM(config).eval()
+    if kind == "opt":
+        config = OPTConfig(hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+                           num_attention_heads=4, max_position_embeddings=64, init_std=0.3, **common)  # fmt: skip
+        return OPTForCausalLM(config).eval()
+    config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, **common)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def tiny_blip2_writer(kind: str = "llama", tower: str = "blip") -> vlp.VlpBlip2ForConditionalGeneration:
+    torch.manual_seed(0)
+    model = vlp.VlpBlip2ForConditionalGeneration(tiny_blip2_config(tower), tiny_language_model(kind))
+    return with_larger_weights(model).eval()
 
 
 @pytest.fixture

@@ -256,6 +256,74 @@ class BlipArguments(TrainingArguments):
 
 
 @dataclass(kw_only=True)
+class Blip2Arguments(TrainingArguments):
+    """BLIP-2: a Q-Former between a frozen image tower and a frozen language model. The defaults are the paper's."""
+
+    max_length: int = option(32, "most tokens in a caption, start and end included")
+    vocab_size: int = option(30524, "entries of the tokenizer trained on the captions, where no tokenizer is named")
+    crop_scale: float = option(0.5, "least share (0 to 1) of an image's area that augmentation crop keeps")
+    horizontal_flip: bool = option(True, "augmentation crop also mirrors half of the images")
+    per_device_train_batch_size: int = option(100, "pairs in a step of each process")
+    learning_rate: float = option(1e-4, "peak learning rate")
+    weight_decay: float = option(0.05, "decay of weight matrices; gains, biases, temperature and positions have none")
+    adam_epsilon: float = option(1e-8, "what AdamW adds to its denominator")
+    max_grad_norm: float = option(0.0, "gradient norm to clip at; 0 for none")
+    num_train_epochs: float = option(10.0, "passes over the data, where neither steps nor minutes are given")
+
+    # BLIP-2
+    stage: int = option(1, "1: the Q-Former learns to read the image tower; 2: to tell a language model what it read")
+    vision_tower: str | None = option(None, "folder or hub name of a vlp CLIP or BLIP whose image tower is to be read")
+    vision_layers_left_out: int = option(0, "last layers of a vision transformer that are not read; 1 in the paper")
+    freeze_vision: bool = option(True, "leave the image tower as it is; the paper fine-tunes it on captions alone")
+    cache_vision_features: bool = option(
+        False, "compute what the frozen tower gives once, and keep it on disk; needs --augmentation none"
+    )
+    bert_name_or_path: str | None = option(None, "hub name or folder of a BERT that the Q-Former starts from")
+    label_smoothing: float = option(0.1, "of the contrastive loss' targets (0 to 1); LAVIS has 0.1, the paper none")
+    contrastive_share: float = option(
+        0.0, "share of the run (0 to 1), at its start, that compares alone: for a Q-Former that begins from nothing"
+    )
+    rerank_top_k: int = option(128, "candidates of each query that evaluation has matched (ITM) again")
+    rerank_posterior: bool = option(
+        False, "re-rank by ITC's probability times ITM's odds; else by the original's cosine plus ITM's logit"
+    )
+    language_model_name_or_path: str | None = option(
+        None, 'hub name or folder of a language model, or "package:NAME" for a folder that a Python package is'
+    )
+    language_model_file: str | None = option(None, "the GGUF file in it, where it is one")
+    prompt: str = option("", "what every caption begins with in stage 2; it is not learnt")
+    example_prompts: str = option("", "prompts, joined by |, that the card shows answers to; --prompt where not given")
+    eval_num_beams: int = option(5, "beams of the captions written in evaluation")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stage not in (1, 2):
+            raise ArgumentError(f"--stage must be 1 or 2, got {self.stage}.")
+        if not self.model_name_or_path and not self.vision_tower:
+            raise ArgumentError(
+                "BLIP-2 needs --vision_tower, a trained CLIP or BLIP (such as runs/clip-emoji, from `make train`), or "
+                "--model_name_or_path, a BLIP-2 to go on from."
+            )
+        if self.model_name_or_path and self.vision_tower:
+            raise ArgumentError("--model_name_or_path brings its image tower: leave out --vision_tower.")
+        if self.stage == 2 and not (self.language_model_name_or_path or self.model_name_or_path):
+            raise ArgumentError("--stage 2 needs --language_model_name_or_path, the language model that is to write.")
+        if self.stage == 1 and self.language_model_name_or_path:
+            raise ArgumentError("--language_model_name_or_path is for --stage 2; stage 1 has no language model.")
+        if self.stage == 1 and (self.prompt or self.example_prompts):
+            raise ArgumentError("--prompt and --example_prompts are for --stage 2; stage 1 has no language model.")
+        if self.cache_vision_features and (self.augmentation != "none" or not self.freeze_vision):
+            raise ArgumentError(
+                "--cache_vision_features needs --augmentation none and a frozen tower: else what it gives is another "
+                "each time."
+            )
+        require_share(self, "label_smoothing", "contrastive_share")
+        require_at_least_one(self, "rerank_top_k", "eval_num_beams")
+        if self.vision_layers_left_out < 0:
+            raise ArgumentError(f"--vision_layers_left_out must not be negative, got {self.vision_layers_left_out}.")
+
+
+@dataclass(kw_only=True)
 class CapFiltArguments:
     """CapFilt: caption images and filter captions. The defaults are those of the paper (BLIP, sections 3.3 and 4.3)."""
 
@@ -304,6 +372,11 @@ TASKS = {
         BlipArguments,
         "blip-emoji",
         "Pre-train or fine-tune BLIP on pairs of images and captions, evaluate it, and write a folder to publish",
+    ),
+    "blip2": Task(
+        Blip2Arguments,
+        "blip2-emoji",
+        "Pre-train BLIP-2, stage 1 or 2, on pairs of images and captions, evaluate it, and write a folder to publish",
     ),
     "capfilt": Task(
         CapFiltArguments, "capfilt", "Caption web images and filter captions with fine-tuned BLIPs (CapFilt)"
@@ -387,7 +460,7 @@ def build_parser(task: str = "clip") -> argparse.ArgumentParser:
         prog=f"accelerate launch training {task}",
         description=f"{TASKS[task].text}.",
     )
-    families = ("blip", "capfilt")  # CLIP's recipes have the names of its architectures
+    families = ("blip2", "blip", "capfilt")  # CLIP's recipes have the names of its architectures
     family = next((name for name in families if name == task), None)
     stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     names = ", ".join(s for s in stems if next((n for n in families if s.startswith(n)), None) == family)

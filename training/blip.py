@@ -168,7 +168,7 @@ def make_evaluator(arguments: BlipArguments, chooser: CaptionChooser, eval_rows,
     )
 
 
-def make_maker(arguments: BlipArguments, rows, **parts) -> SampleMaker:
+def make_maker(arguments: BlipArguments, rows, model, processor, **parts) -> SampleMaker:
     """What makes samples of rows. Raises ArgumentError where a column that the task needs is not there."""
     if arguments.task == "vqa":
         if rows is not None:

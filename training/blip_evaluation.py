@@ -10,7 +10,7 @@ from ..modeling_vlp.blip import VlpBlipForPreTraining
 from ..modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from ..modeling_vlp.med import Memory
 from ..modeling_vlp.ranking import rank_by_matching
-from .evaluation import Evaluator, batched, embed_texts, rank_of_best, retrieval
+from .evaluation import Evaluator, batched, embed_texts, rank_of_best, recall, recalls
 
 # Shapes: I images, T captions, E embedding
 
@@ -59,14 +59,18 @@ class BlipEvaluator(Evaluator):
         states, images = self.see(model, processor)
         result = {}
         if self.task != "captioning":
-            texts = embed_texts(model, processor, self.captions, self.batch_size)
+            similarity = self.similarity(images, embed_texts(model, processor, self.captions, self.batch_size))
             owner = torch.tensor(self.owner)
-            result = retrieval(images, texts, owner)
-            result |= self.matching(model, processor, images @ texts.T, states, owner)
+            result = recall(similarity, owner)
+            result |= self.matching(model, processor, similarity, states, owner)
         if self.task != "retrieval":
             result |= self.captioning(model, processor, states)
         model.train(training)
         return result
+
+    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
+        """(I, T) cosines of embeddings of unit length."""
+        return images @ texts.T
 
     def see(self, model, processor) -> tuple[Tensor, Tensor | None]:
         """What texts read of every image (I, M, D), and its embedding (I, E) where there is one; both on the CPU."""
@@ -84,7 +88,7 @@ class BlipEvaluator(Evaluator):
         ids = processor.read_texts(self.captions, self.max_length)["input_ids"]
 
         def memory_of(numbers: Tensor) -> Memory:
-            return model.text_model.read(states[numbers].to(model.device))
+            return model.read(states[numbers].to(model.device))
 
         ranking = rank_by_matching(
             model, memory_of, ids, similarity, self.top_k, self.batch_size, self.rerank_posterior
@@ -95,9 +99,7 @@ class BlipEvaluator(Evaluator):
             ("text_to_image", ranking.text_to_image, right.T),
             ("image_to_text", ranking.image_to_text, right),
         ):
-            rank = rank_of_best(scores, correct)
-            for k in (1, 5, 10):
-                result[f"reranked_{name}_recall_at_{k}"] = (rank < k).float().mean().item()
+            result |= recalls(f"reranked_{name}", rank_of_best(scores, correct))
         # Each caption with its image, and each image with the wrong caption that ITC finds nearest.
         hardest = similarity.masked_fill(right, -2.0).argmax(dim=1)
         told = []

@@ -145,6 +145,6 @@ def load_tower(model: VlpClipModel, tower: str, source: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def make_maker(arguments: ClipArguments, rows, **parts) -> SampleMaker:
+def make_maker(arguments: ClipArguments, rows, model, processor, **parts) -> SampleMaker:
     """What makes samples of rows."""
     return SampleMaker(**parts)

@@ -104,7 +104,7 @@ def stable_id(value: Any) -> int:
 class Sample:
     """One pair, ready for a batch; `skipped` names the bad rows that were met on the way to it."""
 
-    pixels: Tensor  # (3, S, S) uint8
+    pixels: Tensor  # (3, S, S) uint8, or what an image tower gave before, (M, D)
     text: str
     caption_id: int
     image_id: int
@@ -331,7 +331,7 @@ class ShardDataset(IterableDataset):
 class Batch:
     """What a step gets, and the bad rows that were met while it was made."""
 
-    pixels: Tensor  # (B, 3, S, S) uint8; of two images for each text, (2 B, 3, S, S)
+    pixels: Tensor  # (B, 3, S, S) uint8; of two images for each text (2 B, 3, S, S); cached features (B, M, D)
     input_ids: Tensor  # (T, N): the different texts of the batch, N the longest of them
     text_index: Tensor  # (B,): which of the texts belongs to each image
     caption_ids: Tensor  # (B,)
@@ -362,8 +362,9 @@ class Collator:
     def __call__(self, samples: list[Sample]) -> Batch:
         texts = {text: number for number, text in enumerate(dict.fromkeys(sample.text for sample in samples))}
         tokens = self.processor.read_texts([self.prompt + text for text in texts], self.max_length)
+        pixels = torch.stack([sample.pixels for sample in samples])
         return Batch(
-            pixels=torch.stack([sample.pixels for sample in samples]).flatten(0, -4),
+            pixels=pixels.flatten(0, -4) if pixels.ndim > 3 else pixels,
             input_ids=tokens["input_ids"],
             text_index=torch.tensor([texts[sample.text] for sample in samples]),
             caption_ids=torch.tensor([sample.caption_id for sample in samples]),

@@ -1,5 +1,7 @@
 """What the processes of a run tell each other."""
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -8,6 +10,16 @@ from torch.nn import functional as F
 
 def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """The main process does what is inside first, the others when it is done: they find what it left on the disk."""
+    if processes() > 1 and dist.get_rank():
+        dist.barrier()
+    yield
+    if processes() > 1 and not dist.get_rank():
+        dist.barrier()
 
 
 def weigh_by_count(mean: Tensor, count: Tensor) -> Tensor:

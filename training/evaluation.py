@@ -41,7 +41,8 @@ def embed_texts(model, processor, texts: Iterable[str], batch_size: int = 256) -
     """Texts -> (T, E) of unit length, on the CPU, in the order given."""
     parts = []
     for chunk in batched(texts, batch_size):
-        ids = processor.read_texts(chunk, model.config.text_config.max_position_embeddings)
+        config = getattr(model.config, "qformer_config", None) or model.config.text_config
+        ids = processor.read_texts(chunk, config.max_position_embeddings)
         features = model.get_text_features(ids["input_ids"].to(model.device), pooled_only=True).pooler_output
         parts.append(F.normalize(features.float(), dim=-1).cpu())
     return torch.cat(parts)
@@ -102,6 +103,19 @@ def retrieval(image_embeds: Tensor, text_embeds: Tensor, owner: Tensor) -> dict[
         result[f"text_to_image_recall_at_{k}"] = (text_rank < k).float().mean().item()
         result[f"image_to_text_recall_at_{k}"] = (image_rank < k).float().mean().item()
     return result
+
+
+def recall(similarity: Tensor, owner: Tensor) -> dict[str, float]:
+    """As `retrieval`, from (I, T) similarities of any kind."""
+    right = owner == torch.arange(len(similarity))[:, None]  # (I, T)
+    to_images = recalls("text_to_image", rank_of_best(similarity.T, right.T))
+    to_texts = recalls("image_to_text", rank_of_best(similarity, right))
+    return {name: value for pair in zip(to_images.items(), to_texts.items(), strict=True) for name, value in pair}
+
+
+def recalls(name: str, rank: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 from each query's rank, shares from 0 to 1."""
+    return {f"{name}_recall_at_{k}": (rank < k).float().mean().item() for k in (1, 5, 10)}
 
 
 class Evaluator:

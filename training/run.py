@@ -7,11 +7,13 @@ import platform
 import signal
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate.utils import set_seed
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -19,10 +21,11 @@ from transformers.utils import logging as transformers_logging
 from ..model_cards.bundle import add_code
 from ..model_cards.card import shown, usage, write_card
 from ..processing.augmentation import PerImage, StrongAugmentation, ToPixelValues
-from . import blip, clip
+from . import blip, blip2, clip
 from .adapters import add_lora, check_lora
 from .arguments import (
     ArgumentError,
+    Blip2Arguments,
     BlipArguments,
     CapFiltArguments,
     ClipArguments,
@@ -49,7 +52,7 @@ from .loop import Progress, Run, fit
 from .optim import make_optimizer, parameter_groups
 
 # The module that makes the parts of a run, for each kind of options.
-FAMILIES = {ClipArguments: clip, BlipArguments: blip}
+FAMILIES = {ClipArguments: clip, BlipArguments: blip, Blip2Arguments: blip2}
 
 
 def main() -> None:
@@ -158,8 +161,6 @@ def make_run(arguments, accelerator, rows, processor, model, family) -> Run:
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     wrapped.train()
     set_seed(arguments.seed + accelerator.process_index)  # from here on, each process draws its own augmentation
-    image_processor = processor.image_processor
-    augment = StrongAugmentation() if arguments.augmentation == "strong" else None
     return Run(
         arguments=arguments,
         accelerator=accelerator,
@@ -168,11 +169,19 @@ def make_run(arguments, accelerator, rows, processor, model, family) -> Run:
         wrapped=wrapped,
         optimizer=optimizer,
         batches=iter(()),
-        to_pixel_values=ToPixelValues(image_processor.image_mean, image_processor.image_std, augment),
+        to_pixel_values=to_pixel_values(arguments, processor.image_processor),
         total_steps=total_steps(arguments, size, batch),
         bad_rows=BadRows(arguments.max_bad_share, len(rows) if rows is not None else None),
         average=average,
     )
+
+
+def to_pixel_values(arguments: TrainingArguments, image_processor) -> Callable[[Tensor], Tensor]:
+    """What is done to a batch of images on the device; nothing to what a frozen tower gave for them before."""
+    if getattr(arguments, "cache_vision_features", False):
+        return lambda states: states
+    augment = StrongAugmentation() if arguments.augmentation == "strong" else None
+    return ToPixelValues(image_processor.image_mean, image_processor.image_std, augment)
 
 
 def growing_average(decay: float):
@@ -192,6 +201,8 @@ def start_batches(run: Run, rows, chooser: CaptionChooser, processor) -> None:
     maker = FAMILIES[type(arguments)].make_maker(
         arguments,
         rows,
+        run.model,
+        processor,
         chooser=chooser,
         per_image=per_image(arguments, processor),
         image_column=arguments.image_column,
@@ -318,7 +329,7 @@ def publish(run: Run, rows, processor, model: PreTrainedModel, evaluator: Evalua
 The model, its processor and its card are in {folder}, the state to resume from in {state_folder(folder)}.
 Use it:
 
-{textwrap.indent(usage(type(model).__name__, str(folder)), "    ")}""")
+{textwrap.indent(usage(type(model).__name__, str(folder), getattr(arguments, "prompt", "")), "    ")}""")
 
 
 def publishable(options: dict) -> dict:

@@ -16,24 +16,34 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .configuration import (
+    VlpBlip2Config,
     VlpBlipConfig,
     VlpBlipTextConfig,
     VlpBlipViTConfig,
     VlpClipConfig,
     VlpClipTextConfig,
     VlpModifiedResNetConfig,
+    VlpQFormerConfig,
     VlpViTConfig,
 )
 from .modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTraining
+from .modeling_vlp.blip2 import VlpBlip2ForImageTextRetrieval, VlpBlip2ForPreTraining
+from .modeling_vlp.blip2_writer import VlpBlip2ForConditionalGeneration
 from .modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from .modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
 from .modeling_vlp.clip import VlpClipModel
 from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor
+from .processing.blip2 import VlpBlip2Processor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.tokenizer import VlpClipTokenizer
 
 __version__ = "0.1.0"
 __all__ = [
+    "VlpBlip2Config",
+    "VlpBlip2ForConditionalGeneration",
+    "VlpBlip2ForImageTextRetrieval",
+    "VlpBlip2ForPreTraining",
+    "VlpBlip2Processor",
     "VlpBlipConfig",
     "VlpBlipForConditionalGeneration",
     "VlpBlipForImageTextRetrieval",
@@ -51,29 +61,40 @@ __all__ = [
     "VlpClipTextConfig",
     "VlpClipTokenizer",
     "VlpModifiedResNetConfig",
+    "VlpQFormerConfig",
     "VlpViTConfig",
 ]
 
 for _config in (
+    VlpBlip2Config,
     VlpBlipConfig,
     VlpBlipTextConfig,
     VlpBlipViTConfig,
     VlpClipConfig,
     VlpClipTextConfig,
     VlpModifiedResNetConfig,
+    VlpQFormerConfig,
     VlpViTConfig,
 ):
     AutoConfig.register(_config.model_type, _config)
 AutoModel.register(VlpClipConfig, VlpClipModel)
 AutoModel.register(VlpBlipConfig, VlpBlipForPreTraining)
+AutoModel.register(VlpBlip2Config, VlpBlip2ForPreTraining)
 AutoModelForImageTextToText.register(VlpBlipConfig, VlpBlipForConditionalGeneration)
+AutoModelForImageTextToText.register(VlpBlip2Config, VlpBlip2ForConditionalGeneration)
 AutoModelForZeroShotImageClassification.register(VlpClipConfig, VlpClipModel)
 AutoProcessor.register(VlpBlipConfig, VlpBlipProcessor)
+AutoProcessor.register(VlpBlip2Config, VlpBlip2Processor)
 AutoProcessor.register(VlpClipConfig, VlpClipProcessor)
 # There is one image processor, exact, whatever backend is asked for.
-for _config, _images in ((VlpBlipConfig, VlpBlipImageProcessor), (VlpClipConfig, VlpClipImageProcessor)):
+for _config, _images in (
+    (VlpBlipConfig, VlpBlipImageProcessor),
+    (VlpBlip2Config, VlpBlipImageProcessor),
+    (VlpClipConfig, VlpClipImageProcessor),
+):
     AutoImageProcessor.register(_config, image_processor_classes={"torchvision": _images, "pil": _images})
 AutoTokenizer.register(VlpBlipConfig, tokenizer_class=PreTrainedTokenizerFast)
+AutoTokenizer.register(VlpBlip2Config, tokenizer_class=PreTrainedTokenizerFast)
 AutoTokenizer.register(VlpClipConfig, tokenizer_class=VlpClipTokenizer)
 # The pipeline looks its models up by name in this table and logs an error for a class that is not there.
 MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES[VlpClipConfig.model_type] = VlpClipModel.__name__

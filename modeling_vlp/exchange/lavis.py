@@ -1,0 +1,178 @@
+"""LAVIS' BLIP-2 (models/blip2_models/); its BLIP has the names of salesforce/BLIP (`salesforce.py`).
+
+LAVIS leaves what is frozen out of its files: the image tower, which has a file of its own, and the language model.
+"""
+
+import re
+
+import torch
+
+from ...configuration import VlpBlip2Config, VlpBlipViTConfig, VlpViTConfig
+from . import openai, salesforce
+from .places import ExchangeError, Rule, State, count, heads_of, require
+
+
+def qformer(home: str, self_name: str, embeddings: str, layer_norm: str) -> tuple[Rule, ...]:
+    """The rules of a Q-Former.
+
+    Args:
+        home: where its layers stand; self_name: what projections of an attention stand under; embeddings, layer_norm:
+            where the words and positions stand, and the LayerNorm after them.
+    """
+    layer, theirs = r"qformer\.layers\.(\d+)", rf"{home}.encoder.layer.\1"
+
+    def attention(name: str, place: str) -> tuple[Rule, ...]:
+        projections = zip("qkv", ("query", "key", "value"), strict=True)
+        return (
+            *(
+                Rule(rf"{layer}\.{name}\.attention\.{own}_proj\.(weight|bias)",
+                     rf"{theirs}.{place}.{self_name}.{other}.\2")
+                for own, other in projections
+            ),
+            Rule(rf"{layer}\.{name}\.attention\.out_proj\.(weight|bias)", rf"{theirs}.{place}.output.dense.\2"),
+            Rule(rf"{layer}\.{name}\.layer_norm\.(weight|bias)", rf"{theirs}.{place}.output.LayerNorm.\2"),
+        )  # fmt: skip
+
+    def mlp(name: str, suffix: str) -> tuple[Rule, ...]:
+        return (
+            Rule(rf"{layer}\.{name}\.mlp\.fc1\.(weight|bias)", rf"{theirs}.intermediate{suffix}.dense.\2"),
+            Rule(rf"{layer}\.{name}\.mlp\.fc2\.(weight|bias)", rf"{theirs}.output{suffix}.dense.\2"),
+            Rule(rf"{layer}\.{name}\.layer_norm\.(weight|bias)", rf"{theirs}.output{suffix}.LayerNorm.\2"),
+        )
+
+    return (
+        Rule(r"qformer\.embeddings\.layer_norm\.(weight|bias)", rf"{layer_norm}.\1"),
+        Rule(r"qformer\.embeddings\.(\S+)", rf"{embeddings}.\1"),
+        *attention("self_attention", "attention"),
+        *attention("cross_attention", "crossattention"),
+        *mlp("query_mlp", "_query"),
+        *mlp("text_mlp", ""),
+    )
+
+
+def lm_head() -> tuple[Rule, ...]:
+    there = "Qformer.cls.predictions"
+    return (
+        Rule(r"lm_head\.dense\.(weight|bias)", rf"{there}.transform.dense.\1"),
+        Rule(r"lm_head\.layer_norm\.(weight|bias)", rf"{there}.transform.LayerNorm.\1"),
+        Rule(r"lm_head\.decoder\.weight", f"{there}.decoder.weight"),
+        Rule(r"lm_head\.decoder\.bias", (f"{there}.bias", f"{there}.decoder.bias")),
+    )
+
+
+BERT = "Qformer.bert"
+COMMON = (
+    Rule("query_tokens", "query_tokens"),
+    Rule(r"vision_norm\.(weight|bias)", r"ln_vision.\1"),
+    Rule(r"((?:vision_proj|text_proj|itm_head)\.\S+|temp)", r"\1"),
+    *qformer(BERT, "self", f"{BERT}.embeddings", f"{BERT}.embeddings.LayerNorm"),
+    *lm_head(),
+)
+# A CLIP as the tower: OpenAI's names, under "visual_encoder." in the place of "visual.".
+CLIP_TOWER = tuple(
+    Rule(rule.ours, rule.theirs.replace("visual.", "visual_encoder.", 1), rule.transposed, rule.leading)
+    for rule in openai.VISION
+    if isinstance(rule.theirs, str) and "attnpool" not in rule.ours
+)
+
+
+def rules_of(config: VlpBlip2Config) -> tuple[Rule, ...]:
+    """Where the tensors of a BLIP-2 stand, its image tower as where it is stored. Raises ExchangeError for a ResNet."""
+    if type(config.vision_config) not in (VlpBlipViTConfig, VlpViTConfig):
+        raise ExchangeError("LAVIS' BLIP-2 has no ModifiedResNet.")
+    tower = CLIP_TOWER if type(config.vision_config) is VlpViTConfig else salesforce.VISION
+    projection = "opt_proj"
+    if config.text_config is not None and config.text_config.is_encoder_decoder:
+        projection = "t5_proj"
+    return (*COMMON, Rule(r"language_projection\.(weight|bias)", rf"{projection}.\1"), *tower)
+
+
+IGNORED = r".*\.position_ids|(opt_model|t5_model)\..*"
+
+
+def is_blip2(state: State) -> bool:
+    return "query_tokens" in state and any(name.startswith(f"{BERT}.") for name in state)
+
+
+def architecture_of(state: State) -> str:
+    """Which of our models holds what a file does."""
+    if "opt_proj.weight" in state or "t5_proj.weight" in state:
+        return "VlpBlip2ForConditionalGeneration"
+    return "VlpBlip2ForPreTraining" if "Qformer.cls.predictions.bias" in state else "VlpBlip2ForImageTextRetrieval"
+
+
+def config_from(state: State, vision: dict, text_config=None, text_heads: int | None = None) -> VlpBlip2Config:
+    """The configuration, from the shapes of the tensors.
+
+    Args:
+        vision: of the image tower (`vision_config_from`); text_config: of the language model, in stage 2.
+        text_heads: where the Q-Former's heads are not 64 wide.
+    """
+    layer = f"{BERT}.encoder.layer"
+    require(state, "query_tokens", "ln_vision.weight", f"{layer}.0.crossattention.self.key.weight")
+    crossing = {int(match[1]) for name in state if (match := re.match(rf"{layer}\.(\d+)\.crossattention\.", name))}
+    width = state["query_tokens"].shape[2]
+    fields = {
+        "hidden_size": width,
+        "intermediate_size": state[f"{layer}.0.intermediate_query.dense.weight"].shape[0],
+        "num_hidden_layers": count(state, rf"{layer}\.(\d+)\."),
+        "num_attention_heads": text_heads or heads_of(width),
+        "cross_attention_frequency": min(crossing - {0}, default=count(state, rf"{layer}\.(\d+)\.")),
+    }
+    words = state.get(f"{BERT}.embeddings.word_embeddings.weight")
+    if words is not None:
+        fields |= {"vocab_size": len(words), "bos_token_id": len(words) - 1}  # [DEC] stands at the end
+        fields["max_position_embeddings"] = len(state[f"{BERT}.embeddings.position_embeddings.weight"])
+        fields["eos_token_id"] = min(102, len(words) - 1)
+    shared = {}
+    if "vision_proj.weight" in state:
+        shared["image_text_hidden_size"] = state["vision_proj.weight"].shape[0]
+    return VlpBlip2Config(
+        vision_config=vision, qformer_config=fields, text_config=text_config,
+        num_query_tokens=state["query_tokens"].shape[1], **shared,
+    )  # fmt: skip
+
+
+def vision_config_from(state: State, heads: int | None = None) -> dict:
+    """The configuration of an image tower under "visual_encoder.", EVA-CLIP's or CLIP's.
+
+    Args:
+        heads: where they are not what BLIP-2's towers have: EVA-CLIP ViT-g 16 of 88, CLIP's 64 wide.
+    """
+    if "visual_encoder.conv1.weight" in state:
+        native = {name.replace("visual_encoder.", "visual.", 1): value for name, value in state.items()}
+        native["visual.proj"] = torch.empty(0)  # not among a tower's own
+        return openai.vision_config_from(native, "quick_gelu", heads)
+    require(state, "visual_encoder.pos_embed", "visual_encoder.patch_embed.proj.weight")
+    width, channels, patch, _ = state["visual_encoder.patch_embed.proj.weight"].shape
+    return {
+        "model_type": "vlp_blip_vit",
+        "hidden_size": width,
+        "intermediate_size": state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": count(state, r"visual_encoder\.blocks\.(\d+)\."),
+        "num_attention_heads": heads or (16 if width == 1408 else heads_of(width)),
+        "num_channels": channels,
+        "patch_size": patch,
+        "image_size": patch * round((state["visual_encoder.pos_embed"].shape[1] - 1) ** 0.5),
+        "final_norm": "visual_encoder.norm.weight" in state,
+    }
+
+
+def with_joint_bias(state: State) -> State:
+    """EVA-CLIP has no bias for keys: theirs are zeros between those of queries and values."""
+    result = dict(state)
+    for name in state:
+        if name.endswith(".attn.q_bias"):
+            q, v = result.pop(name), result.pop(name.replace("q_bias", "v_bias"))
+            result[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    return result
+
+
+def with_separate_bias(state: State) -> State:
+    """The way back. A bias of keys changes nothing: it adds the same to all that a query is compared with."""
+    result = dict(state)
+    for name in state:
+        if name.endswith(".attn.qkv.bias"):
+            q, _, v = result.pop(name).chunk(3)
+            result[name.replace("qkv.bias", "q_bias")], result[name.replace("qkv.bias", "v_bias")] = q, v
+    return result
