@@ -14,6 +14,8 @@ class VlpViTConfig(PreTrainedConfig):
         image_size, patch_size: in pixels; the image must be a whole number of patches wide.
         hidden_act: "quick_gelu" (OpenAI's weights) or "gelu".
         patch_dropout: share of patches left out of each training image (FLIP, arXiv:2212.00794), at random.
+        final_norm: whether there is a LayerNorm after the blocks; BLIP-2's towers have none, for they end before the
+            last block.
     """
 
     model_type = "vlp_vit"
@@ -30,6 +32,7 @@ class VlpViTConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     attention_dropout: float = 0.0
     patch_dropout: float = 0.0
+    final_norm: bool = True
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -55,7 +58,6 @@ class VlpBlipViTConfig(VlpViTConfig):
     """The vision transformer of BLIP (timm's ViT-B/16): no LayerNorm before the blocks, one after them on every token.
 
     Args: as `VlpViTConfig`;
-        final_norm: whether there is that LayerNorm; BLIP-2's EVA-CLIP has none, for its layers end before the last.
         initializer_range: standard deviation of the truncated normal that weights start from.
     """
 
@@ -64,7 +66,6 @@ class VlpBlipViTConfig(VlpViTConfig):
     patch_size: int = 16
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
-    final_norm: bool = True
     initializer_range: float = 0.02
 
 

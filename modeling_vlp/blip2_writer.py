@@ -124,8 +124,14 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             raise ValueError(
                 f"The language model is {width} wide, the projection to it {self.language_projection.out_features}."
             )
-        self.language_model = language_model.requires_grad_(False).eval()
+        self.language_model = language_model
         self.generation_config = language_model.generation_config
+        self.freeze()
+
+    def freeze(self) -> None:
+        super().freeze()
+        if getattr(self, "language_model", None) is not None:
+            self.language_model.requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(cls, name, *args, language_model: PreTrainedModel | None = None, **kwargs):

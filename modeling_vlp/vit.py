@@ -55,6 +55,10 @@ class PatchEmbeddings(nn.Module):
         return patches.gather(1, order[..., None].expand(-1, -1, patches.shape[-1]))
 
 
+def final_norm(config: VlpViTConfig) -> nn.Module:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+
+
 class ViT(VlpPreTrainedModel):
     """Vision transformer, pooled at the class token."""
 
@@ -68,7 +72,7 @@ class ViT(VlpPreTrainedModel):
         self.embeddings = PatchEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # the name of transformers
         self.encoder = Encoder(config, is_causal=False)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = final_norm(config)
         self.post_init()
 
     def forward(
@@ -102,9 +106,7 @@ class BlipViT(VlpPreTrainedModel):
         super().__init__(config)
         self.embeddings = PatchEmbeddings(config, bias=True)
         self.encoder = Encoder(config, is_causal=False)
-        self.post_layernorm = nn.Identity()
-        if config.final_norm:
-            self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = final_norm(config)
         self.post_init()
 
     def initialize(self) -> None:

@@ -278,7 +278,9 @@ class Blip2Arguments(TrainingArguments):
     cache_vision_features: bool = option(
         False, "compute what the frozen tower gives once, and keep it on disk; needs --augmentation none"
     )
-    bert_name_or_path: str | None = option(None, "hub name or folder of a BERT that the Q-Former starts from")
+    bert_name_or_path: str | None = option(
+        None, "hub name or folder of a BERT, or of a vlp BLIP, that the Q-Former starts from"
+    )
     label_smoothing: float = option(0.1, "of the contrastive loss' targets (0 to 1); LAVIS has 0.1, the paper none")
     contrastive_share: float = option(
         0.0, "share of the run (0 to 1), at its start, that compares alone: for a Q-Former that begins from nothing"

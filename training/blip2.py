@@ -8,13 +8,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
-from ..configuration import VlpBlip2Config, VlpBlipConfig, VlpClipConfig, VlpQFormerConfig
+from ..configuration import VlpBlip2Config, VlpBlipConfig, VlpClipConfig, VlpQFormerConfig, VlpViTConfig
 from ..modeling_vlp.blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
 from ..modeling_vlp.blip2_writer import (
     VlpBlip2ForConditionalGeneration,
     language_model_source,
     load_language_model,
 )
+from ..modeling_vlp.blip_tasks import adopt
 from ..modeling_vlp.exchange import lavis
 from ..modeling_vlp.exchange.places import ExchangeError, read
 from ..processing.blip import VlpBlipProcessor, load_tokenizer, token_ids, train_tokenizer
@@ -96,6 +97,8 @@ def new_config(arguments: Blip2Arguments, tokenizer=None) -> VlpBlip2Config:
     check_fields(fields, VlpBlip2Config)
     check_fields(qformer, VlpQFormerConfig)
     vision = tower_config(arguments.vision_tower).to_dict()
+    if vision["model_type"] == VlpViTConfig.model_type or arguments.vision_layers_left_out:
+        vision["final_norm"] = False  # CLIP's is on the class token alone, and none is after a layer in the middle
     if arguments.vision_layers_left_out:
         left = vision.get("num_hidden_layers", 0) - arguments.vision_layers_left_out
         if left < 1:
@@ -171,7 +174,14 @@ def load_tower(model: VlpBlip2PreTrainedModel, name: str) -> None:
 
 
 def load_bert(model: VlpBlip2ForPreTraining, name: str) -> None:
-    """Start the Q-Former from a BERT; queries, cross-attention and [DEC] start anew (section 3.1)."""
+    """Start the Q-Former from a BERT; queries, cross-attention and [DEC] start anew (section 3.1).
+
+    Of a vlp BLIP, whose text encoder is BERT's with cross-attention, all is taken that fits.
+    """
+    if AutoConfig.from_pretrained(name).model_type == VlpBlipConfig.model_type:
+        given = load_file(cached_file(name, "model.safetensors"))
+        adopt(model, lambda own: given.get(name_in_blip(own)))
+        return
     tensors = load_file(cached_file(name, "model.safetensors"))
     rules = lavis.qformer("bert", "self", "bert.embeddings", "bert.embeddings.LayerNorm")
     tensors = {key if key.startswith("bert.") else f"bert.{key}": value for key, value in tensors.items()}
@@ -191,6 +201,12 @@ def load_bert(model: VlpBlip2ForPreTraining, name: str) -> None:
     model.load_state_dict(state, strict=False)
     for layer in model.qformer.layers:
         layer.query_mlp.load_state_dict(layer.text_mlp.state_dict())
+
+
+def name_in_blip(own: str) -> str:
+    """What a tensor of a Q-Former is called in a BLIP's text model; both feed-forward layers are its one."""
+    name = own.replace("qformer.", "text_model.", 1).replace(".self_attention.", ".encoder_attention.")
+    return name.replace(".query_mlp.", ".").replace(".text_mlp.", ".")
 
 
 def adopt_sizes(arguments: Blip2Arguments, model: VlpBlip2PreTrainedModel) -> None:

@@ -3,13 +3,15 @@
     vlp-convert ViT-B-32.pt runs/clip                       # OpenAI's, read without running its code
     vlp-convert open_clip_folder runs/clip                  # open_clip, transformers, salesforce/BLIP
     vlp-convert model.pt runs/clip --hidden_act gelu        # a bare file does not tell its activation
-    vlp-convert runs/clip exported --to transformers        # also open_clip, openai, salesforce
+    vlp-convert blip2_pretrained.pth runs/blip2 --image_tower eva_vit_g.pth      # LAVIS
+    vlp-convert runs/clip exported --to transformers        # also open_clip, openai, salesforce, lavis
 
 What a source is, is seen from its files. The architecture follows from the shapes of the tensors; preprocessing and
 tokenizer go along where the source has them.
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
+    Blip2Processor,
     BlipImageProcessor,
     BlipProcessor,
     CLIPImageProcessor,
@@ -34,18 +37,20 @@ from transformers import (
 
 import vlp
 
-from .configuration import VlpBlipConfig, VlpModifiedResNetConfig
-from .modeling_vlp.exchange import open_clip, openai, salesforce
+from .configuration import VlpClipConfig, VlpModifiedResNetConfig
+from .modeling_vlp.blip2_writer import PREFIX
+from .modeling_vlp.exchange import lavis, open_clip, openai, salesforce
 from .modeling_vlp.exchange import transformers as peer
 from .modeling_vlp.exchange.files import read_tensors
 from .modeling_vlp.exchange.places import ExchangeError, Rule, State, read, shortened, write
 from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, load_tokenizer
+from .processing.blip2 import VlpBlip2Processor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.tokenizer import VlpClipTokenizer
 from .training.arguments import ArgumentError
 from .training.checkpoint import TEACHER_FILE, check_output, start_anew, state_folder, write_whole
 
-TARGETS = ("vlp", "transformers", "open_clip", "openai", "salesforce")
+TARGETS = ("vlp", "transformers", "open_clip", "openai", "salesforce", "lavis")
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 
 
@@ -72,10 +77,18 @@ class Checkpoint:
     def is_clip(self) -> bool:
         return self.architecture == "VlpClipModel"
 
+    @property
+    def writes_by_language_model(self) -> bool:
+        return self.architecture == "VlpBlip2ForConditionalGeneration"
+
     def model(self):
-        """Our model, with these tensors."""
-        model = getattr(vlp, self.architecture)(self.config)
+        """Our model, with these tensors, those of its language model among them where they are here."""
+        config = copy.deepcopy(self.config)
+        if any(name.startswith(PREFIX) for name in self.tensors):
+            config.store_language_model = True
+        model = getattr(vlp, self.architecture)(config)
         model.load_state_dict(self.tensors)
+        model.config = self.config
         return model
 
 
@@ -138,7 +151,9 @@ def from_open_clip(folder: Path) -> Checkpoint:
 def from_file(path: Path, options) -> Checkpoint:
     state = openai.as_native(read_tensors(path))
     heads = dict(vision_heads=options.vision_heads, text_heads=options.text_heads)
-    if any(name.startswith("visual_encoder.") for name in state):
+    if lavis.is_blip2(state):
+        found = from_lavis(path, state, options)
+    elif any(name.startswith("visual_encoder.") for name in state):
         architecture = salesforce.architecture_of(state)
         config = salesforce.config_from(state, **heads)
         ignored = f"{salesforce.IGNORED}|{salesforce.TEACHER}"
@@ -158,12 +173,37 @@ def from_file(path: Path, options) -> Checkpoint:
     return found
 
 
+def from_lavis(path: Path, state: State, options) -> Checkpoint:
+    """A BLIP-2 of LAVIS, whose files hold what was trained alone."""
+    if options.image_tower:
+        state = {name: value for name, value in state.items() if not name.startswith("visual_encoder.")}
+        state |= lavis.tower_from(read_tensors(Path(options.image_tower)))
+    elif not any(name.startswith("visual_encoder.") for name in state):
+        raise ExchangeError(
+            f"{path} has no image tower, which LAVIS keeps in a file of its own: pass --image_tower eva_vit_g.pth (or "
+            "clip_vit_L.pth)."
+        )
+    architecture, text = lavis.architecture_of(state), None
+    if architecture == "VlpBlip2ForConditionalGeneration":
+        if not options.language_model:
+            raise ExchangeError(f"{path} is of stage 2, and has no language model: name it with --language_model.")
+        text = AutoConfig.from_pretrained(options.language_model)
+    vision = lavis.vision_config_from(state, options.vision_heads)
+    config = lavis.config_from(state, vision, text, options.text_heads)
+    config.language_model_name_or_path = options.language_model
+    return assemble(architecture, config, lavis.with_joint_bias(state), lavis.rules_of(config), lavis.IGNORED)
+
+
 def assemble(
     architecture: str, config: PreTrainedConfig, state: State, rules: tuple[Rule, ...], ignored: str
 ) -> Checkpoint:
     """Our tensors from theirs; a temperature that they do not have is that of a new model."""
     with torch.device("meta"):
-        wanted = getattr(vlp, architecture)(config).state_dict()
+        model = getattr(vlp, architecture)(config)
+        wanted = model.state_dict()
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name.startswith(PREFIX) and source in state:  # a language model's tied weights are stored once
+            state.setdefault(name, state[source])
     state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     without = {"temp"} - state.keys() if "temp" in wanted else set()
     tensors = read(state, {name: value for name, value in wanted.items() if name not in without}, rules, ignored)
@@ -179,7 +219,7 @@ def usual_images(config: PreTrainedConfig) -> VlpClipImageProcessor:
     """The preprocessing of OpenAI and of BLIP, for a model's image size."""
     side = config.vision_config.image_size
     square = {"height": side, "width": side}
-    if config.model_type == VlpBlipConfig.model_type:
+    if config.model_type != VlpClipConfig.model_type:
         return VlpBlipImageProcessor(size=square)
     return VlpClipImageProcessor(size={"shortest_edge": side}, crop_size=square)
 
@@ -193,7 +233,9 @@ def image_options(images) -> dict:
 
 def tokenizer_of(found: Checkpoint, name: str) -> PreTrainedTokenizerFast:
     """A tokenizer by its hub name, its folder, or OpenAI's file, as the model needs it."""
-    length = found.config.text_config.max_position_embeddings
+    if found.writes_by_language_model:
+        return AutoTokenizer.from_pretrained(name)
+    length = getattr(found.config, "qformer_config", found.config.text_config).max_position_embeddings
     if name.endswith(".gz"):
         return VlpClipTokenizer.from_openai_merges(name, length)
     return (
@@ -227,21 +269,28 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
             write_whole(state_folder(target), lambda fresh: save_file(found.teacher, fresh / TEACHER_FILE))
         return []
     if to == "transformers":
-        config = peer.config_to(found.config, found.architecture)
+        image_token = room_for_image_token(found) if found.writes_by_language_model else None
+        config = peer.config_to(found.config, found.architecture, image_token)
         state, left_out = write(found.tensors, peer.RULES[found.architecture])
         write_folder(target, lambda fresh: save_transformers(found, config, state, fresh))
         return left_out
-    rules = salesforce.RULES.get(found.architecture) if to == "salesforce" else openai.RULES if found.is_clip else None
+    if to in ("salesforce", "lavis"):
+        is_blip2 = found.architecture.startswith("VlpBlip2") and to == "lavis"
+        rules = lavis.rules_of(found.config) if is_blip2 else salesforce.RULES.get(found.architecture)
+    else:
+        rules = openai.RULES if found.is_clip else None
     if rules is None:
         raise ExchangeError(f"{to} has no {found.architecture}.")
-    if to == "salesforce" and isinstance(found.config.vision_config, VlpModifiedResNetConfig):
-        raise ExchangeError("salesforce/BLIP has no ModifiedResNet.")
+    if to in ("salesforce", "lavis") and isinstance(found.config.vision_config, VlpModifiedResNetConfig):
+        raise ExchangeError("salesforce/BLIP and LAVIS have no ModifiedResNet.")
     state, left_out = write(found.tensors, rules)
     if to == "open_clip":
         facts = {"model_cfg": open_clip.config_to(found.config), "preprocess_cfg": preprocess_cfg(found)}
         write_folder(target, lambda fresh: save_open_clip(found, facts, state, fresh))
     elif to == "openai":
         save_pickle(state | openai.facts_beside(found.config), target)
+    elif found.architecture.startswith("VlpBlip2"):
+        save_pickle({"model": lavis.with_separate_bias(state)}, target)
     else:
         save_pickle({"model": state}, target)
     return left_out
@@ -259,6 +308,7 @@ def save_vlp(found: Checkpoint, folder: Path) -> None:
         found.images.save_pretrained(folder)
     else:
         kind = VlpClipProcessor if found.is_clip else VlpBlipProcessor
+        kind = VlpBlip2Processor if found.writes_by_language_model else kind
         kind(found.images, found.tokenizer).save_pretrained(folder)
 
 
@@ -269,8 +319,28 @@ def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State,
     images = kinds[0](**image_options(found.images))
     if found.tokenizer is None:
         images.save_pretrained(folder)
+    elif found.architecture.startswith("VlpBlip2"):
+        tokenizer = found.tokenizer if found.writes_by_language_model else plain_tokenizer(found.tokenizer)
+        queries = found.config.num_query_tokens if found.writes_by_language_model else None
+        Blip2Processor(images, tokenizer, queries).save_pretrained(folder)
     else:
         kinds[1](images, plain_tokenizer(found.tokenizer)).save_pretrained(folder)
+
+
+def room_for_image_token(found: Checkpoint) -> int:
+    """The number of the token that stands for a query in transformers' texts; the language model gets a row for it."""
+    text = found.config.text_config.get_text_config()
+    if found.tokenizer is None:
+        number = text.vocab_size
+    else:
+        known = found.tokenizer.convert_tokens_to_ids("<image>")
+        number = len(found.tokenizer) if known in (None, found.tokenizer.unk_token_id) else known
+    if number >= text.vocab_size:
+        model = found.model().language_model
+        model.resize_token_embeddings(number + 1, mean_resizing=False)
+        found.tensors |= {f"{PREFIX}{name}": value for name, value in model.state_dict().items()}
+        found.config.text_config = model.config
+    return number
 
 
 def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -326,7 +396,8 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
     is a folder with other files in it.
     """
     given = argparse.Namespace(**{"hidden_act": None, "vision_heads": None, "text_heads": None, "tokenizer": None,
-                                  "image_size": None, "max_length": None} | options)  # fmt: skip
+                                  "image_size": None, "max_length": None, "image_tower": None,
+                                  "language_model": None} | options)  # fmt: skip
     found = read_source(Path(source), given)
     if given.tokenizer:
         found.tokenizer = tokenizer_of(found, given.tokenizer)
@@ -370,12 +441,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlp-convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("source", help="a file of weights, or a folder")
-    parser.add_argument("target", help="a folder; for openai and salesforce a file")
+    parser.add_argument("target", help="a folder; for openai, salesforce and lavis a file")
     parser.add_argument("--to", choices=TARGETS, default="vlp", help="the format to write (default: vlp)")
     parser.add_argument("--hidden_act", choices=("gelu", "quick_gelu"), help="activation, where a file does not tell")
     parser.add_argument("--vision_heads", type=int, help="attention heads of the image tower, where not 64 wide")
     parser.add_argument("--text_heads", type=int, help="attention heads of the text tower, where not 64 wide")
     parser.add_argument("--tokenizer", help="hub name or folder of the tokenizer, or bpe_simple_vocab_16e6.txt.gz")
+    parser.add_argument("--image_tower", help="LAVIS' BLIP-2: the file of the frozen tower (eva_vit_g.pth)")
+    parser.add_argument("--language_model", help="LAVIS' BLIP-2 of stage 2: hub name or folder of its language model")
     parser.add_argument("--image_size", type=int, help="side of the images, in pixels; positions are resampled")
     parser.add_argument("--max_length", type=int, help="most tokens in a text of CLIP; positions are resampled")
     return parser

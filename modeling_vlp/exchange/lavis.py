@@ -142,7 +142,8 @@ def vision_config_from(state: State, heads: int | None = None) -> dict:
     if "visual_encoder.conv1.weight" in state:
         native = {name.replace("visual_encoder.", "visual.", 1): value for name, value in state.items()}
         native["visual.proj"] = torch.empty(0)  # not among a tower's own
-        return openai.vision_config_from(native, "quick_gelu", heads)
+        config = openai.vision_config_from(native, "quick_gelu", heads)
+        return config | {"model_type": "vlp_vit", "final_norm": "visual_encoder.ln_post.weight" in state}
     require(state, "visual_encoder.pos_embed", "visual_encoder.patch_embed.proj.weight")
     width, channels, patch, _ = state["visual_encoder.patch_embed.proj.weight"].shape
     return {
@@ -176,3 +177,14 @@ def with_separate_bias(state: State) -> State:
             q, _, v = result.pop(name).chunk(3)
             result[name.replace("qkv.bias", "q_bias")], result[name.replace("qkv.bias", "v_bias")] = q, v
     return result
+
+
+def tower_from(state: State) -> State:
+    """An image tower's own file (eva_vit_g.pth, clip_vit_L.pth) as it stands in LAVIS' BLIP-2: without its last layer,
+    and what comes after it."""
+    blocks = r"(blocks|transformer\.resblocks)\.(\d+)\."
+    last = max((int(match[2]) for name in state if (match := re.match(blocks, name))), default=None)
+    if last is None:
+        raise ExchangeError("--image_tower holds no vision transformer: none of blocks.*, transformer.resblocks.*.")
+    after = re.compile(rf"(blocks|transformer\.resblocks)\.{last}\.|(norm|fc_norm|head|ln_post)\.|proj$|.*rel_pos")
+    return {f"visual_encoder.{name}": value for name, value in state.items() if not after.match(name)}

@@ -1,9 +1,9 @@
-"""transformers' CLIPModel, whose names vlp's CLIP has, and its Blip models."""
+"""transformers' CLIPModel, whose names vlp's CLIP has, its Blip and its Blip2 models."""
 
-from transformers import BlipConfig, CLIPConfig, PreTrainedConfig
+from transformers import Blip2Config, BlipConfig, CLIPConfig, PreTrainedConfig
 
-from ...configuration import VlpBlipConfig, VlpClipConfig
-from . import salesforce
+from ...configuration import VlpBlip2Config, VlpBlipConfig, VlpClipConfig
+from . import lavis, salesforce
 from .places import ExchangeError, Rule
 
 CLIP = (Rule(r"(.+)", r"\1"),)
@@ -29,11 +29,24 @@ ARCHITECTURES = {
     "VlpBlipForConditionalGeneration": "BlipForConditionalGeneration",
     "VlpBlipForImageTextRetrieval": "BlipForImageTextRetrieval",
     "VlpBlipForQuestionAnswering": "BlipForQuestionAnswering",
+    "VlpBlip2ForImageTextRetrieval": "Blip2ForImageTextRetrieval",
+    "VlpBlip2ForConditionalGeneration": "Blip2ForConditionalGeneration",
 }
+EXPORTED = ARCHITECTURES | {"VlpBlip2ForPreTraining": "Blip2ForImageTextRetrieval"}  # without what it writes by
+BLIP2 = (
+    Rule(r"vision_norm\.(weight|bias)", r"vision_model.post_layernorm.\1"),
+    *BLIP_VISION,
+    Rule("query_tokens", "query_tokens"),
+    Rule(r"(vision|text)_proj\.(weight|bias)", r"\1_projection.\2"),
+    Rule(r"((?:itm_head|language_projection|language_model)\.\S+)", r"\1"),
+    *lavis.qformer("qformer", "attention", "embeddings", "qformer.layernorm"),
+)
 HEADS = (Rule(r"((?:vision_proj|text_proj|itm_head)\.\S+)", r"\1"),)  # transformers has no temperature
-RULES = {"VlpClipModel": CLIP} | {
-    name: (*BLIP_VISION, *HEADS, *salesforce.TEXTS[name]) for name in ARCHITECTURES if name != "VlpClipModel"
-}
+RULES = (
+    {"VlpClipModel": CLIP}
+    | {name: BLIP2 for name in EXPORTED if name.startswith("VlpBlip2")}
+    | {name: (*BLIP_VISION, *HEADS, *salesforce.TEXTS[name]) for name in ARCHITECTURES if name in salesforce.TEXTS}
+)
 IGNORED = r".*\.position_ids"
 
 VISION_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
@@ -45,6 +58,10 @@ BLIP_TEXT_FIELDS = ("vocab_size", "hidden_size", "encoder_hidden_size", "interme
                     "num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps",
                     "hidden_dropout_prob", "attention_probs_dropout_prob", "label_smoothing", "pad_token_id",
                     "bos_token_id")  # fmt: skip
+QFORMER_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                  "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings",
+                  "initializer_range", "layer_norm_eps", "pad_token_id", "cross_attention_frequency",
+                  "encoder_hidden_size")  # fmt: skip
 
 
 def architecture_of(config: PreTrainedConfig) -> str:
@@ -56,9 +73,11 @@ def architecture_of(config: PreTrainedConfig) -> str:
     raise ExchangeError(f"{theirs} is not among the architectures that vlp reads: {', '.join(ARCHITECTURES.values())}.")
 
 
-def config_from(theirs: CLIPConfig | BlipConfig) -> VlpClipConfig | VlpBlipConfig:
+def config_from(theirs: CLIPConfig | BlipConfig | Blip2Config) -> VlpClipConfig | VlpBlipConfig | VlpBlip2Config:
     """Our configuration from theirs."""
     vision = pick(theirs.vision_config, VISION_FIELDS)
+    if isinstance(theirs, Blip2Config):
+        return blip2_config_from(theirs, vision)
     if isinstance(theirs, CLIPConfig):
         text = pick(theirs.text_config, CLIP_TEXT_FIELDS)
         if text["eos_token_id"] == 2:  # what early configurations say, though OpenAI's end token is the last
@@ -72,14 +91,61 @@ def config_from(theirs: CLIPConfig | BlipConfig) -> VlpClipConfig | VlpBlipConfi
     )  # fmt: skip
 
 
-def config_to(ours: VlpClipConfig | VlpBlipConfig, architecture: str) -> CLIPConfig | BlipConfig:
-    """Their configuration from ours. Raises ExchangeError where transformers has no such model."""
-    if architecture not in ARCHITECTURES:
+def blip2_config_from(theirs: Blip2Config, vision: dict) -> VlpBlip2Config:
+    """Our configuration from theirs; the language model, where there is one, is kept in the checkpoint, as theirs."""
+    writes = theirs.architectures[0] == ARCHITECTURES["VlpBlip2ForConditionalGeneration"]
+    qformer = pick(theirs.qformer_config, QFORMER_FIELDS)
+    qformer["bos_token_id"] = min(30522, qformer["vocab_size"] - 1)  # [DEC] stands after BERT's vocabulary
+    qformer["eos_token_id"] = min(102, qformer["vocab_size"] - 1)
+    return VlpBlip2Config(
+        vision_config=vision | {"model_type": "vlp_blip_vit", "final_norm": False},
+        qformer_config=qformer,
+        text_config=theirs.text_config if writes else None,
+        num_query_tokens=theirs.num_query_tokens,
+        image_text_hidden_size=theirs.image_text_hidden_size,
+        vision_norm_eps=theirs.vision_config.layer_norm_eps,
+        store_language_model=writes,
+    )
+
+
+def blip2_config_to(ours: VlpBlip2Config, writes: bool, image_token_id: int | None) -> Blip2Config:
+    """Their configuration from ours.
+
+    Args:
+        writes: whether there is a language model, in which `image_token_id` stands for a query.
+
+    Raises ExchangeError where the image tower is none that they have.
+    """
+    vision = ours.vision_config
+    if vision.model_type != "vlp_blip_vit" or vision.final_norm:
+        raise ExchangeError(
+            "transformers' Blip2 has a vision transformer without a LayerNorm before its blocks, and none after them "
+            f"(EVA-CLIP's); this tower is a {vision.model_type} that has one."
+        )
+    qformer = pick(ours.qformer_config, QFORMER_FIELDS) | {"use_qformer_text_input": not writes}
+    text = {"text_config": ours.text_config} if writes else {}
+    return Blip2Config(
+        vision_config=pick(vision, VISION_FIELDS), qformer_config=qformer, num_query_tokens=ours.num_query_tokens,
+        image_text_hidden_size=ours.image_text_hidden_size, image_token_index=image_token_id, **text,
+    )  # fmt: skip
+
+
+def config_to(
+    ours: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, architecture: str, image_token_id: int | None = None
+) -> CLIPConfig | BlipConfig | Blip2Config:
+    """Their configuration from ours. Raises ExchangeError where transformers has no such model.
+
+    Args:
+        image_token_id: of BLIP-2 with a language model, what stands for a query in a text.
+    """
+    if architecture not in EXPORTED:
         raise ExchangeError(f"transformers has no class for {architecture}.")
     if ours.vision_config.model_type == "vlp_modified_resnet":
         raise ExchangeError("transformers has no ModifiedResNet.")
     vision = pick(ours.vision_config, VISION_FIELDS)
-    if isinstance(ours, VlpClipConfig):
+    if isinstance(ours, VlpBlip2Config):
+        theirs = blip2_config_to(ours, architecture == "VlpBlip2ForConditionalGeneration", image_token_id)
+    elif isinstance(ours, VlpClipConfig):
         if ours.logit_bias_init_value is not None:
             raise ExchangeError("transformers' CLIPModel has no logit_bias.")
         text = pick(ours.text_config, CLIP_TEXT_FIELDS)
@@ -91,7 +157,7 @@ def config_to(ours: VlpClipConfig | VlpBlipConfig, architecture: str) -> CLIPCon
             vision_config=vision, text_config=text, image_text_hidden_size=ours.image_text_hidden_size,
             projection_dim=ours.image_text_hidden_size,
         )  # fmt: skip
-    theirs.architectures = [ARCHITECTURES[architecture]]
+    theirs.architectures = [EXPORTED[architecture]]
     return theirs
 
 

