@@ -3,8 +3,8 @@
 from .blip import VlpBlipConfig
 from .blip2 import VlpBlip2Config
 from .clip import VlpClipConfig
-from .text import VlpBlipTextConfig, VlpClipTextConfig, VlpQFormerConfig
-from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpViTConfig
+from .text import VlpBlipTextConfig, VlpClipTextConfig, VlpQFormerConfig, VlpSiglipTextConfig
+from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig
 
 __all__ = [
     "VlpBlip2Config",
@@ -15,5 +15,7 @@ __all__ = [
     "VlpClipTextConfig",
     "VlpModifiedResNetConfig",
     "VlpQFormerConfig",
+    "VlpSiglipTextConfig",
+    "VlpSiglipViTConfig",
     "VlpViTConfig",
 ]

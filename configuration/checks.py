@@ -46,3 +46,21 @@ def require_activation(config, name: str = "hidden_act") -> None:
             f"{type(config).__name__}: {name} ({getattr(config, name)!r}) is not an activation of transformers; "
             'CLIP uses "quick_gelu" (OpenAI) or "gelu" (LAION-2B, DataComp).'
         )
+
+
+def config_from(given, kinds: tuple[type, ...], field: str, owner, **more):
+    """A part's configuration from what `owner` was given for it: one, the dict of one, or nothing.
+
+    Args:
+        kinds: the configurations that it can be; "model_type" tells which, the first where it is missing.
+        more: fields to set in a dict.
+
+    Raises ValueError for another kind.
+    """
+    if not isinstance(given, dict) and given is not None:
+        return given
+    fields, known = dict(given or {}), {kind.model_type: kind for kind in kinds}
+    name = fields.pop("model_type", kinds[0].model_type)
+    if name not in known:
+        raise ValueError(f"{type(owner).__name__}: {field} has model_type {name!r}; expected one of {sorted(known)}.")
+    return known[name](**(fields | more))

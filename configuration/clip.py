@@ -4,19 +4,22 @@ import math
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checks import require_positive
-from .text import VlpClipTextConfig
-from .vision import VlpModifiedResNetConfig, VlpViTConfig, vision_config_from
+from .checks import config_from, require_positive
+from .text import VlpClipTextConfig, VlpSiglipTextConfig
+from .vision import VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig, vision_config_from
+
+VISION = (VlpViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig)
+TEXT = (VlpClipTextConfig, VlpSiglipTextConfig)
 
 
 class VlpClipConfig(PreTrainedConfig):
     """Configuration of a `VlpClipModel`.
 
     Args:
-        vision_config: a `VlpViTConfig`, a `VlpModifiedResNetConfig`, or the dict of one (its "model_type" tells which;
-            a vision transformer where it is missing).
-        text_config: a `VlpClipTextConfig` or the dict of one.
-        projection_dim: width of the shared embedding space.
+        vision_config: a `VlpViTConfig`, `VlpModifiedResNetConfig` or `VlpSiglipViTConfig`, or the dict of one (its
+            "model_type" tells which; a vision transformer where it is missing).
+        text_config: a `VlpClipTextConfig`, a `VlpSiglipTextConfig`, or the dict of one, likewise.
+        projection_dim: width of the shared embedding space; SigLIP's image tower is as wide.
         logit_scale_init_value: natural logarithm of the first scale; ln(1/0.07) for CLIP, ln(10) for SigLIP.
         logit_bias_init_value: first bias of the sigmoid loss (SigLIP: -10); None for a model without a bias.
 
@@ -25,7 +28,7 @@ class VlpClipConfig(PreTrainedConfig):
     """
 
     model_type = "vlp_clip"
-    sub_configs = {"vision_config": AutoConfig, "text_config": VlpClipTextConfig}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -35,9 +38,12 @@ class VlpClipConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         require_positive(self, "projection_dim")
-        self.vision_config = vision_config_from(
-            self.vision_config, (VlpViTConfig, VlpModifiedResNetConfig), self.projection_dim, self
-        )
-        if not isinstance(self.text_config, PreTrainedConfig):
-            self.text_config = VlpClipTextConfig(**(self.text_config or {}))
+        self.vision_config = vision_config_from(self.vision_config, VISION, self.projection_dim, self)
+        vision, width = self.vision_config, self.projection_dim
+        if isinstance(vision, VlpSiglipViTConfig) and vision.hidden_size != width:
+            raise ValueError(
+                f"VlpClipConfig: SigLIP's image tower has no projection: projection_dim ({width}) must be its "
+                f"hidden_size ({vision.hidden_size})."
+            )
+        self.text_config = config_from(self.text_config, TEXT, "text_config", self)
         super().__post_init__(**kwargs)

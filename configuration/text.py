@@ -54,6 +54,24 @@ class VlpClipTextConfig(PreTrainedConfig):
         require_token_ids(self, "bos_token_id", "eos_token_id", "pad_token_id")
 
 
+class VlpSiglipTextConfig(VlpClipTextConfig):
+    """SigLIP's text transformer: bidirectional, pooled at the last place of texts that are padded to their full length.
+
+    Args: as `VlpClipTextConfig`; `pad_token_id` is what texts are padded with, and attend to, as the original does.
+    """
+
+    model_type = "vlp_siglip_text"
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 64
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    pad_token_id: int | None = 1
+
+
 class VlpBlipTextConfig(PreTrainedConfig):
     """BLIP's multimodal mixture of encoder and decoder (MED; arXiv:2201.12086, section 3.1): BERT with cross-attention.
 

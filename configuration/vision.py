@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from .checks import require_activation, require_divisible, require_fraction, require_positive
+from .checks import config_from, require_activation, require_divisible, require_fraction, require_positive
 
 
 class VlpViTConfig(PreTrainedConfig):
@@ -69,6 +69,16 @@ class VlpBlipViTConfig(VlpViTConfig):
     initializer_range: float = 0.02
 
 
+class VlpSiglipViTConfig(VlpViTConfig):
+    """SigLIP's vision transformer (arXiv:2303.15343): no class token; a query pools the patches by attention (MAP)."""
+
+    model_type = "vlp_siglip_vit"
+
+    patch_size: int = 16
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+
+
 class VlpModifiedResNetConfig(PreTrainedConfig):
     """OpenAI's ModifiedResNet (CLIP paper 2.4): a stem of three convolutions, anti-aliased strides, attention pooling.
 
@@ -123,17 +133,9 @@ def vision_config_from(
 
     Raises ValueError for another kind, or a ResNet that projects to another width.
     """
-    config = given
-    if not isinstance(given, PreTrainedConfig):
-        fields, known = dict(given or {}), {kind.model_type: kind for kind in kinds}
-        name = fields.pop("model_type", kinds[0].model_type)
-        if name not in known:
-            raise ValueError(
-                f"{type(owner).__name__}: vision_config has model_type {name!r}; expected one of {sorted(known)}."
-            )
-        if name == VlpModifiedResNetConfig.model_type:
-            fields["projection_dim"] = projection_dim
-        config = known[name](**fields)
+    is_resnet = isinstance(given, dict) and given.get("model_type") == VlpModifiedResNetConfig.model_type
+    more = {"projection_dim": projection_dim} if is_resnet else {}
+    config = config_from(given, kinds, "vision_config", owner, **more)
     if getattr(config, "projection_dim", projection_dim) != projection_dim:
         raise ValueError(
             f"{type(owner).__name__}: the ResNet projects to {config.projection_dim} dimensions, the shared space has "

@@ -345,6 +345,8 @@ def describe_qformer(config: VlpBlip2Config) -> list[tuple[str, str]]:
     size += f"{qformer.num_attention_heads} heads, reading the image in every {qformer.cross_attention_frequency}."
     if text is None:
         return [("Q-Former", size), ("Shared space", f"{config.image_text_hidden_size} dimensions")]
-    writer = f"{config.language_model_name_or_path or 'in this checkpoint'} ({text.model_type}, "
+    name = config.language_model_name_or_path
+    where = "in this checkpoint" if config.store_language_model or not name else data_name(name)
+    writer = f"{where} ({text.model_type}, "
     writer += f"{text.num_hidden_layers} layers of {text.hidden_size}), frozen"
     return [("Q-Former", size), ("Language model", writer)]

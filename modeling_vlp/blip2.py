@@ -98,10 +98,9 @@ class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
         The LayerNorm before it is computed in float32, as in LAVIS.
         """
         with torch.autocast(vision_states.device.type, enabled=False):
-            norm = self.vision_norm
-            states = F.layer_norm(
-                vision_states.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
-            )
+            norm, dtype = self.vision_norm, torch.promote_types(vision_states.dtype, torch.float32)
+            weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
+            states = F.layer_norm(vision_states.to(dtype), norm.normalized_shape, weight, bias, norm.eps)
         return self.qformer.read(states.to(norm.weight.dtype))
 
     def query(self, memory: Memory, **kwargs):

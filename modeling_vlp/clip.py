@@ -9,11 +9,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.clip import VlpClipConfig
-from ..configuration.vision import VlpModifiedResNetConfig
+from ..configuration.text import VlpSiglipTextConfig
+from ..configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig
 from .base import VlpPreTrainedModel
 from .losses import clip_loss, siglip_loss
 from .outputs import VlpClipOutput
 from .resnet import ModifiedResNet
+from .siglip import SiglipTextTransformer, SiglipViT
 from .text import TextTransformer
 from .vit import ViT
 
@@ -33,17 +35,20 @@ class VlpClipModel(VlpPreTrainedModel):
     config_class = VlpClipConfig
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
-    _no_split_modules = ["PatchEmbeddings", "TextEmbeddings", "Block", "Bottleneck", "AttentionPool2d"]
+    _no_split_modules = ["PatchEmbeddings", "TextEmbeddings", "Block", "Bottleneck", "AttentionPool2d",
+                         "AttentionPooling"]  # fmt: skip
 
     def __init__(self, config: VlpClipConfig):
         super().__init__(config)
-        is_resnet = isinstance(config.vision_config, VlpModifiedResNetConfig)
-        self.vision_model = (ModifiedResNet if is_resnet else ViT)._from_config(config.vision_config)
-        self.text_model = TextTransformer._from_config(config.text_config)
-        self.visual_projection = nn.Identity()  # the ResNet's attention pooling projects already
-        if not is_resnet:
-            self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        vision, text = config.vision_config, config.text_config
+        towers = {VlpModifiedResNetConfig: ModifiedResNet, VlpSiglipViTConfig: SiglipViT}
+        is_siglip = isinstance(text, VlpSiglipTextConfig)
+        self.vision_model = towers.get(type(vision), ViT)._from_config(vision)
+        self.text_model = (SiglipTextTransformer if is_siglip else TextTransformer)._from_config(text)
+        self.visual_projection = nn.Identity()  # attention pooling, the ResNet's and SigLIP's, projects already
+        if type(vision) not in towers:
+            self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=is_siglip)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.logit_bias = None
         if config.logit_bias_init_value is not None:
@@ -54,6 +59,8 @@ class VlpClipModel(VlpPreTrainedModel):
         for projection in (self.visual_projection, self.text_projection):
             if isinstance(projection, nn.Linear):
                 init.normal_(projection.weight, std=projection.in_features**-0.5)
+                if projection.bias is not None:
+                    init.zeros_(projection.bias)
         init.constant_(self.logit_scale, self.config.logit_scale_init_value)
         if self.logit_bias is not None:
             init.constant_(self.logit_bias, self.config.logit_bias_init_value)

@@ -99,14 +99,16 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 def interpolate_grid(table: Tensor, height: int, width: int) -> Tensor:
     """Resample a position table (1 + G * G, D), whose first row has no place, to a grid of (height, width) cells.
 
-    Bicubic, as transformers' `interpolate_pos_encoding`; returns (1 + height * width, D).
+    Bicubic, as transformers' `interpolate_pos_encoding`; returns (1 + height * width, D). A table (G * G, D) has no
+    such row, and gives (height * width, D).
     """
-    side = int((table.shape[0] - 1) ** 0.5)
+    side = int(table.shape[0] ** 0.5)
     if (side, side) == (height, width):
         return table
-    grid = table[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, G, G)
+    first = table.shape[0] - side * side
+    grid = table[first:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, G, G)
     grid = nn.functional.interpolate(grid.float(), size=(height, width), mode="bicubic", align_corners=False)
-    return torch.cat([table[:1], grid[0].flatten(1).T.to(table.dtype)])
+    return torch.cat([table[:first], grid[0].flatten(1).T.to(table.dtype)])
 
 
 def resample_table(table: Tensor, side: int) -> nn.Parameter:

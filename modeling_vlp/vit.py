@@ -16,27 +16,31 @@ from .layers import Encoder, interpolate_grid, require_image_size, resample_tabl
 
 
 class PatchEmbeddings(nn.Module):
-    """Patches, a class token before them, and positions."""
+    """Patches, a class token before them (where there is one), and positions."""
 
-    def __init__(self, config: VlpViTConfig, bias: bool = False):
+    def __init__(self, config: VlpViTConfig, bias: bool = False, class_token: bool = True):
         super().__init__()
         self.config = config
-        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size)) if class_token else None
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=bias
         )
         grid = config.image_size // config.patch_size
-        self.position_embedding = nn.Embedding(grid * grid + 1, config.hidden_size)
+        self.position_embedding = nn.Embedding(grid * grid + class_token, config.hidden_size)
 
     def initialize(self) -> None:
-        init.normal_(self.class_embedding, std=self.config.hidden_size**-0.5)
+        if self.class_embedding is not None:
+            init.normal_(self.class_embedding, std=self.config.hidden_size**-0.5)
         init.normal_(self.position_embedding.weight, std=self.config.hidden_size**-0.5)
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         require_image_size(pixel_values, self.config.image_size, self.config.patch_size, interpolate_pos_encoding)
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (B, D, G, G)
         position = interpolate_grid(self.position_embedding.weight, *patches.shape[-2:])
-        patches = patches.flatten(2).transpose(1, 2) + position[1:]
+        patches = patches.flatten(2).transpose(1, 2)
+        if self.class_embedding is None:
+            return self.drop_patches(patches + position)
+        patches = patches + position[1:]
         first = (self.class_embedding + position[0]).expand(len(patches), 1, -1)
         return torch.cat([first, self.drop_patches(patches)], dim=1)  # (B, N, D)
 

@@ -12,11 +12,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -204,3 +208,16 @@ def what_the_card_says(folder: Path) -> str:
     finally:
         os.chdir(here)
     return told.getvalue()
+
+
+def save_language_model(folder: Path, captions: list[str]) -> None:
+    """A tiny causal language model with a tokenizer of whole words, without a padding token."""
+    words = sorted({word for caption in captions for word in caption.split()})
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *words])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=64
+    )
+    tokenizer.save_pretrained(folder)
+    tiny_language_model("llama", vocab_size=len(vocabulary)).save_pretrained(folder)

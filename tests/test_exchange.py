@@ -13,6 +13,7 @@ import torch
 from conftest import tiny_blip, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoImageProcessor,
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
@@ -20,6 +21,9 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
 )
 from vlp.modeling_vlp.exchange import salesforce
 from vlp.modeling_vlp.exchange.files import read_tensors
@@ -81,6 +85,44 @@ def compare_clip(folder: Path, theirs, side: int) -> vlp.VlpClipModel:
     same(ours.get_image_features(pixels(side)).pooler_output, theirs.encode_image(pixels(side)))
     same(ours.get_text_features(ids()).pooler_output, theirs.encode_text(ids()))
     return ours
+
+
+@torch.no_grad()
+def test_siglip_of_transformers_both_ways(tmp_path):
+    """Its own loss, its attention to padding, its pooling, and its preprocessing."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    theirs = SiglipModel(SiglipConfig(text_config=size | {"vocab_size": 99, "max_position_embeddings": 12},
+                                      vision_config=size | {"image_size": 32, "patch_size": 8})).eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        parameter.normal_(std=0.3)
+    theirs.logit_scale.fill_(1.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    ours = vlp.VlpClipModel.from_pretrained(tmp_path / "ours").eval()
+    texts = torch.cat([ids()[:, :5], torch.ones(3, 7, dtype=torch.long)], dim=1)  # padded with 1, as SigLIP's are
+    wanted = theirs(texts, pixels(), return_loss=True)
+    for given in (texts, texts[:, :5]):  # whatever length they are given in
+        output = ours(given, pixels(), return_loss=True)
+        same(output.logits_per_image, wanted.logits_per_image)
+        same(output.loss, wanted.loss)
+        short = ours(given, pixels(), pooled_only=True)
+        same(short.text_embeds, wanted.text_embeds)
+        same(short.image_embeds, wanted.image_embeds)
+    images = AutoImageProcessor.from_pretrained(tmp_path / "ours")
+    assert list(images.image_mean) == [0.5, 0.5, 0.5] and not images.do_center_crop
+    convert(tmp_path / "ours", tmp_path / "back", "transformers")
+    equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors"))
+    again = SiglipModel.from_pretrained(tmp_path / "back").eval()
+    assert torch.equal(again(texts, pixels()).logits_per_image, wanted.logits_per_image)
+    for target in ("openai", "open_clip"):
+        with pytest.raises(ExchangeError, match=f"{target} has no VlpClipModel with SigLIP's towers"):
+            convert(tmp_path / "ours", tmp_path / "x", target)
+    convert(tmp_path / "theirs", tmp_path / "larger", image_size=48)
+    larger = vlp.VlpClipModel.from_pretrained(tmp_path / "larger").eval()
+    interpolated = theirs.get_image_features(pixels(48), interpolate_pos_encoding=True).pooler_output
+    same(larger.get_image_features(pixels(48)).pooler_output, interpolated)
 
 
 @pytest.mark.parametrize("resnet", [False, True], ids=["vit", "resnet"])
@@ -257,7 +299,7 @@ def test_what_a_target_cannot_be_is_refused(tmp_path, tower, to, message):
 
 def test_a_blip_with_a_resnet_is_vlps_own(tmp_path):
     tiny_blip("resnet").save_pretrained(tmp_path / "ours")
-    with pytest.raises(ExchangeError, match="salesforce/BLIP has no ModifiedResNet"):
+    with pytest.raises(ExchangeError, match="salesforce/BLIP and LAVIS have no ModifiedResNet"):
         convert(tmp_path / "ours", tmp_path / "theirs.pth", to="salesforce")
     assert not (tmp_path / "theirs.pth").exists()
 

@@ -293,6 +293,7 @@ class Blip2Arguments(TrainingArguments):
         None, 'hub name or folder of a language model, or "package:NAME" for a folder that a Python package is'
     )
     language_model_file: str | None = option(None, "the GGUF file in it, where it is one")
+    store_language_model: bool = option(False, "publish the language model's weights too, not where they are alone")
     prompt: str = option("", "what every caption begins with in stage 2; it is not learnt")
     example_prompts: str = option("", "prompts, joined by |, that the card shows answers to; --prompt where not given")
     eval_num_beams: int = option(5, "beams of the captions written in evaluation")
@@ -314,6 +315,12 @@ class Blip2Arguments(TrainingArguments):
             raise ArgumentError("--language_model_name_or_path is for --stage 2; stage 1 has no language model.")
         if self.stage == 1 and (self.prompt or self.example_prompts):
             raise ArgumentError("--prompt and --example_prompts are for --stage 2; stage 1 has no language model.")
+        local = self.language_model_name_or_path and Path(self.language_model_name_or_path).exists()
+        if self.push_to_hub and local and not self.store_language_model:
+            raise ArgumentError(
+                f"--language_model_name_or_path {self.language_model_name_or_path} is a folder on this machine, where "
+                "nobody else finds it: give its name on the Hub, or --store_language_model."
+            )
         if self.cache_vision_features and (self.augmentation != "none" or not self.freeze_vision):
             raise ArgumentError(
                 "--cache_vision_features needs --augmentation none and a frozen tower: else what it gives is another "

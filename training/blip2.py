@@ -138,6 +138,8 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
             load_bert(model, arguments.bert_name_or_path)
     else:
         model = make_writer(arguments, processor)
+        if arguments.store_language_model:
+            model.config.store_language_model, model.config.language_model_name_or_path = True, None
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

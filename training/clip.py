@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
-from ..configuration import VlpClipConfig, VlpClipTextConfig, VlpModifiedResNetConfig, VlpViTConfig
+from ..configuration import VlpClipConfig, VlpClipTextConfig, VlpViTConfig
+from ..configuration.clip import TEXT, VISION
 from ..modeling_vlp.clip import VlpClipModel
 from ..processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from ..processing.prompts import CLASS_NAMES
@@ -65,9 +66,10 @@ def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
         text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if arguments.loss == "sigmoid":  # SigLIP, section 3.2
         fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0} | fields
-    is_resnet = fields["vision_config"].get("model_type") == VlpModifiedResNetConfig.model_type
-    vision = VlpModifiedResNetConfig if is_resnet else VlpViTConfig
-    for part, kind in ((fields, VlpClipConfig), (fields["vision_config"], vision), (text, VlpClipTextConfig)):
+    kinds = {kind.model_type: kind for kind in (*VISION, *TEXT)}
+    vision = kinds.get(fields["vision_config"].get("model_type"), VlpViTConfig)
+    writer = kinds.get(text.get("model_type"), VlpClipTextConfig)
+    for part, kind in ((fields, VlpClipConfig), (fields["vision_config"], vision), (text, writer)):
         check_fields(part, kind)
     try:
         return VlpClipConfig(**fields)

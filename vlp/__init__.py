@@ -24,6 +24,8 @@ from .configuration import (
     VlpClipTextConfig,
     VlpModifiedResNetConfig,
     VlpQFormerConfig,
+    VlpSiglipTextConfig,
+    VlpSiglipViTConfig,
     VlpViTConfig,
 )
 from .modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTraining
@@ -62,6 +64,8 @@ __all__ = [
     "VlpClipTokenizer",
     "VlpModifiedResNetConfig",
     "VlpQFormerConfig",
+    "VlpSiglipTextConfig",
+    "VlpSiglipViTConfig",
     "VlpViTConfig",
 ]
 
@@ -74,6 +78,8 @@ for _config in (
     VlpClipTextConfig,
     VlpModifiedResNetConfig,
     VlpQFormerConfig,
+    VlpSiglipTextConfig,
+    VlpSiglipViTConfig,
     VlpViTConfig,
 ):
     AutoConfig.register(_config.model_type, _config)

@@ -11,7 +11,6 @@ tokenizer go along where the source has them.
 """
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Callable
@@ -33,11 +32,13 @@ from transformers import (
     CLIPProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipProcessor,
 )
 
 import vlp
 
-from .configuration import VlpClipConfig, VlpModifiedResNetConfig
+from .configuration import VlpClipConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig
 from .modeling_vlp.blip2_writer import PREFIX
 from .modeling_vlp.exchange import lavis, open_clip, openai, salesforce
 from .modeling_vlp.exchange import transformers as peer
@@ -83,12 +84,13 @@ class Checkpoint:
 
     def model(self):
         """Our model, with these tensors, those of its language model among them where they are here."""
-        config = copy.deepcopy(self.config)
+        stored = getattr(self.config, "store_language_model", None)
         if any(name.startswith(PREFIX) for name in self.tensors):
-            config.store_language_model = True
-        model = getattr(vlp, self.architecture)(config)
+            self.config.store_language_model = True
+        model = getattr(vlp, self.architecture)(self.config)
         model.load_state_dict(self.tensors)
-        model.config = self.config
+        if stored is not None:
+            model.config.store_language_model = stored
         return model
 
 
@@ -127,7 +129,7 @@ def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
     words = "text_decoder.bert.embeddings.word_embeddings.weight"
     if words in state:  # what is read and what is written have the same, which is stored once
         state.setdefault("text_decoder.cls.predictions.decoder.weight", state[words])
-    found = assemble(architecture, ours, state, peer.RULES[architecture], peer.IGNORED)
+    found = assemble(architecture, ours, state, peer.rules_of(ours, architecture), peer.IGNORED)
     if list(folder.glob("*processor_config.json")):
         theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
         found.images = (VlpClipImageProcessor if found.is_clip else VlpBlipImageProcessor)(**image_options(theirs))
@@ -221,6 +223,9 @@ def usual_images(config: PreTrainedConfig) -> VlpClipImageProcessor:
     square = {"height": side, "width": side}
     if config.model_type != VlpClipConfig.model_type:
         return VlpBlipImageProcessor(size=square)
+    if config.vision_config.model_type == VlpSiglipViTConfig.model_type:
+        half = [0.5, 0.5, 0.5]
+        return VlpClipImageProcessor(size=square, do_center_crop=False, image_mean=half, image_std=half)
     return VlpClipImageProcessor(size={"shortest_edge": side}, crop_size=square)
 
 
@@ -228,6 +233,7 @@ def image_options(images) -> dict:
     """What an image processor, ours or transformers', is made with."""
     names = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std")
     options = {name: getattr(images, name, None) for name in names}
+    options["do_center_crop"] = bool(options["do_center_crop"])  # some have no such option
     return {name: dict(v) if hasattr(v, "items") else v for name, v in options.items() if v is not None}
 
 
@@ -271,16 +277,17 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
     if to == "transformers":
         image_token = room_for_image_token(found) if found.writes_by_language_model else None
         config = peer.config_to(found.config, found.architecture, image_token)
-        state, left_out = write(found.tensors, peer.RULES[found.architecture])
+        state, left_out = write(found.tensors, peer.rules_of(found.config, found.architecture))
         write_folder(target, lambda fresh: save_transformers(found, config, state, fresh))
         return left_out
     if to in ("salesforce", "lavis"):
         is_blip2 = found.architecture.startswith("VlpBlip2") and to == "lavis"
         rules = lavis.rules_of(found.config) if is_blip2 else salesforce.RULES.get(found.architecture)
     else:
-        rules = openai.RULES if found.is_clip else None
+        rules = openai.RULES if found.is_clip and not peer.is_siglip(found.config) else None
     if rules is None:
-        raise ExchangeError(f"{to} has no {found.architecture}.")
+        towers = " with SigLIP's towers" if found.is_clip and peer.is_siglip(found.config) else ""
+        raise ExchangeError(f"{to} has no {found.architecture}{towers}.")
     if to in ("salesforce", "lavis") and isinstance(found.config.vision_config, VlpModifiedResNetConfig):
         raise ExchangeError("salesforce/BLIP and LAVIS have no ModifiedResNet.")
     state, left_out = write(found.tensors, rules)
@@ -316,6 +323,8 @@ def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State,
     config.save_pretrained(folder)
     save_tensors(state, folder / "model.safetensors")
     kinds = (CLIPImageProcessor, CLIPProcessor) if found.is_clip else (BlipImageProcessor, BlipProcessor)
+    if found.is_clip and peer.is_siglip(found.config):
+        kinds = (SiglipImageProcessor, SiglipProcessor)
     images = kinds[0](**image_options(found.images))
     if found.tokenizer is None:
         images.save_pretrained(folder)

@@ -1,12 +1,22 @@
-"""transformers' CLIPModel, whose names vlp's CLIP has, its Blip and its Blip2 models."""
+"""transformers' CLIPModel, whose names vlp's CLIP has, its SiglipModel, Blip and Blip2 models."""
 
-from transformers import Blip2Config, BlipConfig, CLIPConfig, PreTrainedConfig
+import math
+
+from transformers import Blip2Config, BlipConfig, CLIPConfig, PreTrainedConfig, SiglipConfig
 
 from ...configuration import VlpBlip2Config, VlpBlipConfig, VlpClipConfig
 from . import lavis, salesforce
 from .places import ExchangeError, Rule
 
 CLIP = (Rule(r"(.+)", r"\1"),)
+SIGLIP = (
+    Rule(r"(logit_scale|logit_bias)", r"\1", leading=1),
+    Rule(r"text_projection\.(weight|bias)", r"text_model.head.\1"),
+    Rule(
+        r"vision_model\.head\.attention\.(?P<qkv>[qkv])_proj\.(weight|bias)", r"vision_model.head.attention.in_proj_\2"
+    ),
+    *CLIP,
+)
 
 BLIP_VISION = (
     Rule(r"vision_model\.embeddings\.class_embedding", "vision_model.embeddings.class_embedding", leading=2),
@@ -64,9 +74,26 @@ QFORMER_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attenti
                   "encoder_hidden_size")  # fmt: skip
 
 
+def rules_of(config: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, architecture: str) -> tuple[Rule, ...]:
+    """Where the tensors of one of our models stand. Raises ExchangeError where transformers has no such model."""
+    if architecture not in RULES:
+        raise ExchangeError(f"transformers has no class for {architecture}.")
+    return SIGLIP if is_siglip(config) else RULES[architecture]
+
+
+def is_siglip(ours: PreTrainedConfig) -> bool:
+    """Whether a CLIP of ours is what transformers calls a SiglipModel. Raises ExchangeError where it is partly one."""
+    kinds = (ours.vision_config.model_type, getattr(ours.text_config, "model_type", None))
+    if kinds.count("vlp_siglip_vit") + kinds.count("vlp_siglip_text") == 1:
+        raise ExchangeError("transformers' SiglipModel has both its towers, or neither.")
+    return kinds[0] == "vlp_siglip_vit"
+
+
 def architecture_of(config: PreTrainedConfig) -> str:
     """Which of our models a folder of transformers is. Raises ExchangeError where it is none."""
     theirs = (config.architectures or ["none"])[0]
+    if theirs == "SiglipModel":
+        return "VlpClipModel"
     for ours, name in ARCHITECTURES.items():
         if name == theirs:
             return ours
@@ -78,6 +105,8 @@ def config_from(theirs: CLIPConfig | BlipConfig | Blip2Config) -> VlpClipConfig 
     vision = pick(theirs.vision_config, VISION_FIELDS)
     if isinstance(theirs, Blip2Config):
         return blip2_config_from(theirs, vision)
+    if isinstance(theirs, SiglipConfig):
+        return siglip_config_from(theirs, vision)
     if isinstance(theirs, CLIPConfig):
         text = pick(theirs.text_config, CLIP_TEXT_FIELDS)
         if text["eos_token_id"] == 2:  # what early configurations say, though OpenAI's end token is the last
@@ -89,6 +118,24 @@ def config_from(theirs: CLIPConfig | BlipConfig | Blip2Config) -> VlpClipConfig 
     return VlpBlipConfig(
         vision_config=vision, text_config=text, image_text_hidden_size=theirs.image_text_hidden_size
     )  # fmt: skip
+
+
+def siglip_config_from(theirs: SiglipConfig, vision: dict) -> VlpClipConfig:
+    text = pick(theirs.text_config, CLIP_TEXT_FIELDS)
+    for name in ("bos_token_id", "eos_token_id"):  # of CLIP's vocabulary, not of SigLIP's
+        if text[name] >= text["vocab_size"]:
+            text[name] = None
+    return VlpClipConfig(
+        vision_config=vision | {"model_type": "vlp_siglip_vit"}, text_config=text | {"model_type": "vlp_siglip_text"},
+        projection_dim=vision["hidden_size"], logit_scale_init_value=math.log(10), logit_bias_init_value=-10.0,
+    )  # fmt: skip
+
+
+def siglip_config_to(ours: VlpClipConfig) -> SiglipConfig:
+    if ours.logit_bias_init_value is None:
+        raise ExchangeError("transformers' SiglipModel has a logit_bias; this model has none.")
+    text = pick(ours.text_config, CLIP_TEXT_FIELDS) | {"projection_size": ours.projection_dim}
+    return SiglipConfig(vision_config=pick(ours.vision_config, VISION_FIELDS), text_config=text)
 
 
 def blip2_config_from(theirs: Blip2Config, vision: dict) -> VlpBlip2Config:
@@ -145,6 +192,10 @@ def config_to(
     vision = pick(ours.vision_config, VISION_FIELDS)
     if isinstance(ours, VlpBlip2Config):
         theirs = blip2_config_to(ours, architecture == "VlpBlip2ForConditionalGeneration", image_token_id)
+    elif is_siglip(ours):
+        theirs = siglip_config_to(ours)
+        theirs.architectures = ["SiglipModel"]
+        return theirs
     elif isinstance(ours, VlpClipConfig):
         if ours.logit_bias_init_value is not None:
             raise ExchangeError("transformers' CLIPModel has no logit_bias.")
