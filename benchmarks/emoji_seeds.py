@@ -1,9 +1,13 @@
 """The embedded default, trained with several seeds: how good it is on the design that training never sees.
 
-    python benchmarks/emoji_seeds.py [--seeds 0 1 2 3 4] [--config clip-emoji]
+    python benchmarks/emoji_seeds.py [--seeds 0 1 2 3 4] [--config clip-emoji] [--more OPTIONS OF TRAINING]
 
 Each run is a process of its own, `accelerate launch -m vlp.training clip --seed N`; the figures go to emoji_seeds.json,
-from which the README's table is rendered (`make readme`), and the pictures of the first seed to docs/.
+from which the README's table is rendered (`make readme`), and the pictures of the first seed to docs/. In the options
+{seed} stands for the seed: BLIP-2 reads the tower of the BLIP of the same seed by
+
+    --config blip2-emoji --more --vision_tower runs/blip-emoji-seed-{seed} --bert_name_or_path runs/blip-emoji-seed-{seed}
+    --config blip2-emoji-2 --more --model_name_or_path runs/blip2-emoji-seed-{seed}
 """
 
 import argparse
@@ -47,7 +51,8 @@ def main() -> None:
             "vlp.training",
             options.config.split("-")[0],
         ]
-        words = ["--config", options.config, "--seed", str(seed), "--output_dir", str(folder), *options.more]
+        words = ["--config", options.config, "--seed", str(seed), "--output_dir", str(folder)]
+        words += [word.replace("{seed}", str(seed)) for word in options.more]
         subprocess.run(launch + words, check=True)
         results = json.loads((folder / "results.json").read_text())
         runs[str(seed)] = {key: results[key] for key in KEPT}
