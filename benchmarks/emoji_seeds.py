@@ -6,7 +6,7 @@ Each run is a process of its own, `accelerate launch -m vlp.training clip --seed
 from which the README's table is rendered (`make readme`), and the pictures of the first seed to docs/. In the options
 {seed} stands for the seed: BLIP-2 reads the tower of the BLIP of the same seed by
 
-    --config blip2-emoji --more --vision_tower runs/blip-emoji-seed-{seed} --bert_name_or_path runs/blip-emoji-seed-{seed}
+    --config blip2-emoji --more --vision_tower runs/blip-emoji-seed-{seed}
     --config blip2-emoji-2 --more --model_name_or_path runs/blip2-emoji-seed-{seed}
 """
 

@@ -21,8 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip2 import VlpBlip2Config
+from .base import adopt
 from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
-from .blip_tasks import adopt
 
 PACKAGE = "package:"  # before the name of a Python package that is a language model's folder
 PREFIX = "language_model."

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.blip import VlpBlipConfig
 from ..configuration.text import VlpBlipTextConfig
 from .attention import Attention
-from .base import VlpPreTrainedModel
+from .base import VlpPreTrainedModel, adopt
 from .blip import VlpBlipForPreTraining, VlpBlipPreTrainedModel
 from .losses import weighted_answer_loss
 from .med import LMHead, MedModel, Memory, ResidualAttention, begin_with, decode, initialize_as_bert
@@ -245,14 +245,3 @@ class VlpBlipForVisualReasoning(VlpBlipPreTrainedModel):
         logits = self.cls_head(pooled)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
-def adopt(model: VlpBlipPreTrainedModel, find) -> VlpBlipPreTrainedModel:
-    """Give each tensor of a model what `find` gives for its name, where there is such a tensor of the same shape."""
-    state = {}
-    for name, value in model.state_dict().items():
-        found = find(name)
-        if found is not None and found.shape == value.shape:
-            state[name] = found
-    model.load_state_dict(state, strict=False)
-    return model

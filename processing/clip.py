@@ -1,5 +1,7 @@
 """Images and captions for CLIP."""
 
+import importlib
+
 import numpy as np
 import torch
 from PIL import Image
@@ -95,8 +97,25 @@ class VlpClipProcessor(ProcessorMixin):
     allows, the end token kept.
     """
 
+    _publish_code = False
+
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
         super().__init__(image_processor, tokenizer)
+
+    def save_pretrained(self, save_directory, *args, bundle: bool = False, **kwargs):
+        """As transformers'; `bundle`: put its code into the folder too, for those without vlp."""
+        result = super().save_pretrained(save_directory, *args, **kwargs)
+        if bundle or self._publish_code:
+            importlib.import_module("vlp.modeling_vlp.exchange.bundle").add_code(save_directory)
+        return result
+
+    def push_to_hub(self, repo_id: str, *, bundle: bool = False, **kwargs) -> str:
+        """As transformers'; `bundle`: as `save_pretrained`."""
+        self._publish_code = bundle
+        try:
+            return super().push_to_hub(repo_id, **kwargs)
+        finally:
+            self._publish_code = False
 
     def __call__(self, images=None, text=None, **kwargs):
         kwargs.setdefault("padding", True)

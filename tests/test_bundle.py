@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BLIP_TEXT, VIT, tiny_pair
+from conftest import BLIP_TEXT, QFORMER, VIT, save_language_model, tiny_pair, with_larger_weights
 from PIL import Image
 from torch.testing import assert_close
-from vlp.model_cards.bundle import add_code
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from vlp.modeling_vlp.exchange.bundle import add_code
 from vlp.processing.blip import token_ids, train_tokenizer
 
 import vlp
@@ -46,8 +47,8 @@ torch.save(result, told)
 """
 
 
-def alone(folder: Path, tmp_path: Path) -> dict:
-    command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "told.pt")]
+def alone(folder: Path, tmp_path: Path, code: str = ALONE) -> dict:
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "told.pt")]
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -66,7 +67,7 @@ def test_clip_loads_without_vlp(tmp_path):
     folder = tmp_path / "clip"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    files = add_code(folder, model.config)
+    files = add_code(folder)
     assert "modeling_vlp_clip.py" in files and not any("med" in name or "blip" in name for name in files)
     told = alone(folder, tmp_path)
     assert told["classes"] == ["VlpClipModel", "VlpClipProcessor"] and told["best"] in ("a red square", "two dogs")
@@ -85,7 +86,7 @@ def test_blip_loads_without_vlp(tmp_path):
     folder = tmp_path / "blip"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    add_code(folder, model.config)
+    add_code(folder)
     told = alone(folder, tmp_path)
     assert told["classes"] == ["VlpBlipForPreTraining", "VlpBlipProcessor"]
     for name, value in zip(("image", "text"), expected(model, processor), strict=True):
@@ -93,11 +94,47 @@ def test_blip_loads_without_vlp(tmp_path):
     assert told["written"].shape[0] == 1
 
 
+BLIP_2_ALONE = """
+import sys
+sys.modules["vlp"] = None  # as where it is not installed
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder, told = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+inputs = processor(images=Image.new("RGB", (40, 32), "red"), text="a red", return_tensors="pt")
+torch.save({"classes": [type(model).__name__, type(processor).__name__, type(processor.image_processor).__name__],
+            "written": model.generate(**inputs, num_beams=2, max_new_tokens=4)}, told)
+"""
+
+
+def test_blip_2_loads_without_vlp(tmp_path):
+    """With its language model fetched from where its configuration names it."""
+    save_language_model(tmp_path / "llm", ["a red square", "two dogs"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "llm")
+    torch.manual_seed(0)
+    config = vlp.VlpBlip2Config(vision_config=VIT, qformer_config=QFORMER, num_query_tokens=3,
+                                language_model_name_or_path=str(tmp_path / "llm"))  # fmt: skip
+    language_model = LlamaForCausalLM.from_pretrained(tmp_path / "llm")
+    model = with_larger_weights(vlp.VlpBlip2ForConditionalGeneration(config, language_model)).eval()
+    square = {"height": 32, "width": 32}
+    images = vlp.VlpClipImageProcessor(size={"shortest_edge": 32}, crop_size=square)
+    processor = vlp.VlpBlip2Processor(images, tokenizer)
+    folder = tmp_path / "blip-2"
+    model.save_pretrained(folder, bundle=True)
+    processor.save_pretrained(folder, bundle=True)
+    told = alone(folder, tmp_path, BLIP_2_ALONE)
+    assert told["classes"] == ["VlpBlip2ForConditionalGeneration", "VlpBlip2Processor", "VlpClipImageProcessor"]
+    inputs = processor(images=Image.new("RGB", (40, 32), "red"), text="a red", return_tensors="pt")
+    assert torch.equal(told["written"], model.generate(**inputs, num_beams=2, max_new_tokens=4))
+
+
 @pytest.mark.parametrize("architecture", ["VlpBlipForQuestionAnswering", "VlpBlipForVisualReasoning"])
 def test_the_code_of_each_architecture_is_there(tmp_path, architecture):
     config = vlp.VlpBlipConfig(vision_config=VIT, text_config=BLIP_TEXT, architectures=[architecture])
     config.save_pretrained(tmp_path)
-    files = add_code(tmp_path, config)
+    files = add_code(tmp_path)
     place = json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"]
     assert place == f"modeling_vlp_blip_tasks.{architecture}"
     for name in files:

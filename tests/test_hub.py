@@ -119,6 +119,23 @@ def test_what_one_process_pushes_another_pulls(hub, pairs, tmp_path):
     assert hidden.returncode != 0 and "me/cards" in hidden.stderr
 
 
+PUSH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from conftest import tiny_pair
+model, processor = tiny_pair()
+for part in (model, processor):
+    part.push_to_hub("me/pushed", bundle=True)
+"""
+
+
+def test_a_model_and_its_processor_are_pushed_with_their_code(hub, tmp_path):
+    done = run(hub, tmp_path / "home", "-c", PUSH, str(Path(__file__).parent))
+    assert done.returncode == 0, done.stderr
+    alone = run(hub, tmp_path / "alone", "-c", PULL_ALONE, "me/pushed", "main")
+    assert alone.returncode == 0 and alone.stdout.split()[-1] == "VlpClipModel", alone.stderr
+
+
 def test_a_connection_that_breaks_is_tried_again(hub, pairs, tmp_path):
     hub.drop(r"^(PUT /large|POST .*/objects/batch)", times=2)
     done = train(hub, pairs, tmp_path / "run", "--hub_model_id", "me/cards")

@@ -9,13 +9,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.utils import cached_file
 
 from ..configuration import VlpBlip2Config, VlpBlipConfig, VlpClipConfig, VlpQFormerConfig, VlpViTConfig
+from ..modeling_vlp.base import adopt
 from ..modeling_vlp.blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
 from ..modeling_vlp.blip2_writer import (
     VlpBlip2ForConditionalGeneration,
     language_model_source,
     load_language_model,
 )
-from ..modeling_vlp.blip_tasks import adopt
 from ..modeling_vlp.exchange import lavis
 from ..modeling_vlp.exchange.places import ExchangeError, read
 from ..processing.blip import VlpBlipProcessor, load_tokenizer, token_ids, train_tokenizer

@@ -18,8 +18,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..model_cards.bundle import add_code
 from ..model_cards.card import shown, usage, write_card
+from ..modeling_vlp.exchange.bundle import add_code
 from ..processing.augmentation import PerImage, StrongAugmentation, ToPixelValues
 from . import blip, blip2, clip
 from .adapters import add_lora, check_lora
@@ -319,7 +319,7 @@ def publish(run: Run, rows, processor, model: PreTrainedModel, evaluator: Evalua
         examples = evaluator.examples(model, processor) if evaluator else []
         write_card(fresh, results, examples)
         if arguments.hub_bundle:
-            add_code(fresh, model.config)
+            add_code(fresh)
 
     write_whole(folder, write)
     print_results(metrics, run)
