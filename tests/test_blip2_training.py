@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import save_language_model, what_the_card_says
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -178,6 +179,34 @@ def test_stage_2_goes_on_from_its_own_folder_and_resumes(pairs, stage_2, tmp_pat
                     resume_from_checkpoint=str(states(state_folder(tmp_path / "whole"))[0])))  # fmt: skip
     for name, value in load_file(tmp_path / "whole" / "model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "half" / "model.safetensors")[name], value), name
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_adapters_are_trained_saved_loaded_and_merged(pairs, stage_1, stage_2, tmp_path, stage):
+    """In stage 2 on the language model, too."""
+    base = stage_1 if stage == 1 else stage_2
+    options = dict(stage=stage, model_name_or_path=str(base), lora_rank=2, max_train_steps=4, learning_rate=1e-2)
+    train(arguments(pairs, tmp_path / "run", **options | ({"prompt": "it is "} if stage == 2 else {})))
+    names = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert {name.split("base_model.model.")[-1].split(".")[0] for name in names} == (
+        {"qformer"} if stage == 1 else {"qformer", "language_model"})  # fmt: skip
+    assert all(".lora_" in name for name in names)
+    kind = vlp.VlpBlip2ForImageTextRetrieval if stage == 1 else vlp.VlpBlip2ForConditionalGeneration
+    tuned, before = kind.from_pretrained(tmp_path / "run").eval(), kind.from_pretrained(base).eval()
+    merged = PeftModel.from_pretrained(kind.from_pretrained(base), str(tmp_path / "run")).merge_and_unload().eval()
+    processor = AutoProcessor.from_pretrained(base)
+    images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
+    inputs = processor(images=images, text=["it is", "it is"], return_tensors="pt")
+    with torch.no_grad():
+        outputs = [model(**inputs)["logits" if stage == 2 else "itm_logits"] for model in (tuned, merged, before)]
+    assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    assert (outputs[2] - outputs[0]).abs().max() > 1e-3
+
+
+def test_adapters_need_a_base_that_has_every_part(pairs, stage_1, tmp_path):
+    with pytest.raises(ArgumentError, match="--stage 2 adds parts that .* does not have"):
+        train(arguments(pairs, tmp_path / "x", stage=2, model_name_or_path=str(stage_1), lora_rank=2,
+                        language_model_name_or_path="x"))  # fmt: skip
 
 
 # --- features computed once -------------------------------------------------------------------------------------------

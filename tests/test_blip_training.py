@@ -225,8 +225,23 @@ def test_a_captioner_by_adapters(pairs, trained, tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "write")
     inputs = processor(images=Image.new("RGB", (20, 20), "red"), return_tensors="pt")
     assert processor.write(writer.generate(**inputs, max_new_tokens=5)) == ["a red card"]
-    with pytest.raises(ArgumentError, match="--lora_rank is for CLIP and for --task captioning"):
-        train(arguments(pairs, tmp_path / "x", **options | {"task": "retrieval"}))
+    for task in ("vqa", "nlvr"):
+        with pytest.raises(ArgumentError, match=f"--task {task} adds parts that .* does not have"):
+            train(arguments(pairs, tmp_path / "x", **options | {"task": task}))
+
+
+def test_a_matcher_by_adapters_whose_teacher_follows_them(pairs, trained, tmp_path):
+    options = dict(task="retrieval", model_name_or_path=str(trained), lora_rank=2, max_train_steps=3)
+    train(arguments(pairs, tmp_path / "match", **options))
+    matcher = vlp.VlpBlipForImageTextRetrieval.from_pretrained(tmp_path / "match").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "match")
+    images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
+    output = matcher(**processor(images=images, text=["a red card", "a green card"], return_tensors="pt"))
+    assert output.itm_logits.softmax(-1)[0, 1] > 0.5 > output.itm_logits.softmax(-1)[1, 1]
+    state = load_file(states(state_folder(tmp_path / "match"))[-1] / "model.safetensors")
+    name = "text_model.layers.0.encoder_attention.attention.q_proj.lora_B.default.weight"
+    student, teacher = state[f"model.{name}"], state[f"teacher.model.{name}"]
+    assert student.abs().max() > 0 and 0 < teacher.abs().max() < student.abs().max()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ class Teacher(nn.Module):
     student's, and features under them are no good to compare with.
 
     Args:
-        model: the student, whose weights it starts from.
+        model: the student, whose weights it starts from; of adapters (LoRA) it follows each matrix.
         momentum: how much of itself the teacher keeps at each step.
         queue_size: pairs whose features are remembered; need not be a multiple of the batch.
     """
@@ -27,7 +27,10 @@ class Teacher(nn.Module):
     def __init__(self, model: VlpBlipMatcher, momentum: float = 0.995, queue_size: int = 57600):
         super().__init__()
         self.momentum, self.queue_size = momentum, queue_size
-        self.model = VlpBlipDualEncoder(model.config).to(model.dtype).requires_grad_(False)
+        self.model = VlpBlipDualEncoder(model.config).to(model.dtype)
+        for name, adapter in getattr(model, "peft_config", {}).items():  # it has those that the student has
+            self.model.add_adapter(adapter, name)
+        self.model.requires_grad_(False)
         self.model.load_state_dict({name: model.state_dict()[name] for name in self.model.state_dict()})
         self.eval()
         width = model.config.image_text_hidden_size
