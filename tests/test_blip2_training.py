@@ -315,7 +315,6 @@ def test_wrong_options_are_refused(pairs, towers, stage_1, tmp_path):
         (dict(vision_tower=clip, stage=2), "--stage 2 needs --language_model_name_or_path"),
         (dict(vision_tower=clip, language_model_name_or_path="x"), "is for --stage 2"),
         (dict(vision_tower=clip, prompt="x"), "--prompt and --example_prompts are for --stage 2"),
-        (dict(vision_tower=clip, model_name_or_path="x"), "brings its image tower"),
         (dict(vision_tower=clip, cache_vision_features=True, augmentation="strong"), "needs --augmentation none"),
         (dict(vision_tower=clip, cache_vision_features=True, freeze_vision=False), "and a frozen tower"),
     ):

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BLIP_TEXT, VIT, tiny_pair
+from conftest import BLIP_TEXT, QFORMER, VIT, save_language_model, tiny_pair
+from transformers import AutoTokenizer
+from vlp.modeling_vlp.blip2_writer import load_language_model
 from vlp.processing.blip import token_ids, train_tokenizer
 from vlp.training.arguments import TASKS, parse
 
@@ -24,7 +26,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A place where runs/clip-emoji and runs/blip-emoji are small models."""
+    """A place where runs/clip-emoji, runs/blip-emoji and runs/blip2-emoji-2 are small models."""
     base = tmp_path_factory.mktemp("readme")
     tokenizer = train_tokenizer(["a red square", "a blue circle and a dog"], 100, 20)
     config = vlp.VlpBlipConfig(vision_config=dict(VIT), text_config=BLIP_TEXT | token_ids(tokenizer))
@@ -34,6 +36,13 @@ def folder(tmp_path_factory) -> Path:
     model, processor = tiny_pair()
     model.save_pretrained(base / "runs/clip-emoji")
     processor.save_pretrained(base / "runs/clip-emoji")
+    save_language_model(base / "llm", ["An emoji of a red square"])
+    config = vlp.VlpBlip2Config(vision_config=dict(VIT), qformer_config=dict(QFORMER), num_query_tokens=3,
+                                language_model_name_or_path=str(base / "llm"))  # fmt: skip
+    writer = vlp.VlpBlip2ForConditionalGeneration(config, load_language_model(config))
+    writer.save_pretrained(base / "runs/blip2-emoji-2")
+    tokenizer = AutoTokenizer.from_pretrained(base / "llm")
+    vlp.VlpBlip2Processor(images, tokenizer).save_pretrained(base / "runs/blip2-emoji-2")
     return base
 
 
@@ -41,17 +50,19 @@ def folder(tmp_path_factory) -> Path:
 def test_python_snippets_run(name, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     snippets = blocks(name, "python")
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for snippet in snippets:
         exec(compile(snippet, name, "exec"), {})
     shown = capsys.readouterr().out
-    assert "score" in shown and "caption: ['" in shown and "best image for each text: [" in shown
+    assert (
+        "score" in shown and "caption: ['" in shown and "best image for each text: [" in shown and "answer: ['" in shown
+    )
 
 
 @pytest.mark.parametrize("name", READMES)
 def test_commands_are_commands(name):
     """Every training command parses; every make target is there."""
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     seen = converted = 0
     for line in "\n".join(blocks(name, "bash")).splitlines():
         words = shlex.split(line, comments=True)
@@ -64,13 +75,15 @@ def test_commands_are_commands(name):
         elif words[:1] == ["vlp-convert"]:
             options = vars(build_parser().parse_args(words[1:]))
             converted += 1
-    assert seen == 9 and converted == 5
+    assert seen == 11 and converted == 6
     convert_options = options
     for options in re.findall(r"`(--[^`]*)`", (ROOT / name).read_text()):
         words = shlex.split(options)
         for word in (word for word in words if word.startswith("--")):
             if word != "--config":
-                assert word[2:] in vars(parse([])) | vars(parse([], "blip")) | convert_options, word
+                assert (
+                    word[2:] in vars(parse([])) | vars(parse([], "blip")) | vars(parse([], "blip2")) | convert_options
+                ), word
 
 
 def test_both_languages_have_the_same_parts():

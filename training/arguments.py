@@ -272,7 +272,9 @@ class Blip2Arguments(TrainingArguments):
 
     # BLIP-2
     stage: int = option(1, "1: the Q-Former learns to read the image tower; 2: to tell a language model what it read")
-    vision_tower: str | None = option(None, "folder or hub name of a vlp CLIP or BLIP whose image tower is to be read")
+    vision_tower: str | None = option(
+        None, "folder or hub name of a vlp CLIP or BLIP whose image tower is read; --model_name_or_path has its own"
+    )
     vision_layers_left_out: int = option(0, "last layers of a vision transformer that are not read; 1 in the paper")
     freeze_vision: bool = option(True, "leave the image tower as it is; the paper fine-tunes it on captions alone")
     cache_vision_features: bool = option(
@@ -307,8 +309,8 @@ class Blip2Arguments(TrainingArguments):
                 "BLIP-2 needs --vision_tower, a trained CLIP or BLIP (such as runs/clip-emoji, from `make train`), or "
                 "--model_name_or_path, a BLIP-2 to go on from."
             )
-        if self.model_name_or_path and self.vision_tower:
-            raise ArgumentError("--model_name_or_path brings its image tower: leave out --vision_tower.")
+        if self.model_name_or_path:  # it brings both, whatever the recipe names
+            self.vision_tower = self.bert_name_or_path = None
         if self.stage == 2 and not (self.language_model_name_or_path or self.model_name_or_path):
             raise ArgumentError("--stage 2 needs --language_model_name_or_path, the language model that is to write.")
         if self.stage == 1 and self.language_model_name_or_path:
