@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import find_adapter_config_file
 from transformers.utils.generic import can_return_tuple
@@ -119,6 +120,15 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         if language_model is not None:
             self.attach(language_model)
         self.post_init()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """The prefix starts as large as the language model's own embeddings; LAVIS leaves that to chance."""
+        super().initialize()
+        if self.language_model is not None:
+            scale = self.language_model.get_input_embeddings().weight.float().std().item()
+            init.normal_(self.language_projection.weight, std=scale * self.language_projection.in_features**-0.5)
+            init.zeros_(self.language_projection.bias)
 
     def attach(self, language_model: PreTrainedModel) -> None:
         """Let a language model write; it is frozen. Raises ValueError where it is of another width."""
