@@ -108,7 +108,7 @@ def language_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def stage_2(pairs, stage_1, language_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "writer"
-    train(arguments(pairs, folder, stage=2, model_name_or_path=str(stage_1), max_train_steps=200, prompt="it is ",
+    train(arguments(pairs, folder, stage=2, model_name_or_path=str(stage_1), max_train_steps=200, prompt="it is",
                     language_model_name_or_path=str(language_model), cache_vision_features=True, eval_num_beams=2,
                     example_prompts="it is|what is it?"))  # fmt: skip
     return folder

@@ -311,6 +311,8 @@ class Blip2Arguments(TrainingArguments):
             )
         if self.model_name_or_path:  # it brings both, whatever the recipe names
             self.vision_tower = self.bert_name_or_path = None
+        if self.prompt:  # a word of its own, however it was typed
+            self.prompt = f"{self.prompt.rstrip()} "
         if self.stage == 2 and not (self.language_model_name_or_path or self.model_name_or_path):
             raise ArgumentError("--stage 2 needs --language_model_name_or_path, the language model that is to write.")
         if self.stage == 1 and self.language_model_name_or_path:
