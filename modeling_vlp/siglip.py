@@ -35,7 +35,7 @@ class AttentionPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, D)"""
-        pooled = self.attention.forward_one(self.probe.expand(len(x), -1, -1), x)
+        pooled = self.attention.forward_one(self.probe.expand(x.shape[0], -1, -1), x)
         return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
 
 
@@ -118,7 +118,7 @@ class SiglipTextTransformer(VlpPreTrainedModel):
         most = self.config.max_position_embeddings
         missing = max(0, most - input_ids.shape[1])
         x = self.embeddings(F.pad(input_ids, (0, missing), value=self.config.pad_token_id), position_ids)
-        last_row = x.new_full((len(x),), most - 1, dtype=torch.long) if pooled_only else None
+        last_row = x.new_full((x.shape[0],), most - 1, dtype=torch.long) if pooled_only else None
         encoded = self.encoder(x, pool_at=last_row, **kwargs)
         last = self.final_layer_norm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(

@@ -41,7 +41,7 @@ class PatchEmbeddings(nn.Module):
         if self.class_embedding is None:
             return self.drop_patches(patches + position)
         patches = patches + position[1:]
-        first = (self.class_embedding + position[0]).expand(len(patches), 1, -1)
+        first = (self.class_embedding + position[0]).expand(patches.shape[0], 1, -1)
         return torch.cat([first, self.drop_patches(patches)], dim=1)  # (B, N, D)
 
     def resize_images(self, image_size: int) -> None:
@@ -84,7 +84,7 @@ class ViT(VlpPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Images (B, C, S, S) -> `last_hidden_state` (B, N, D) before the last norm, `pooler_output` (B, D)."""
         x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
-        class_row = x.new_zeros(len(x), dtype=torch.long) if pooled_only else None
+        class_row = x.new_zeros(x.shape[0], dtype=torch.long) if pooled_only else None
         encoded = self.encoder(x, pool_at=class_row, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=None if pooled_only else encoded.last_hidden_state,
@@ -128,7 +128,7 @@ class BlipViT(VlpPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Images (B, C, S, S) -> `last_hidden_state` (B, N, D) and `pooler_output` (B, D), its class token."""
         x = self.embeddings(pixel_values, interpolate_pos_encoding)
-        class_row = x.new_zeros(len(x), dtype=torch.long) if pooled_only else None
+        class_row = x.new_zeros(x.shape[0], dtype=torch.long) if pooled_only else None
         encoded = self.encoder(x, pool_at=class_row, **kwargs)
         last = self.post_layernorm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(

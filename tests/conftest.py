@@ -68,6 +68,12 @@ def tiny_config(tower: str = "vit", **overrides) -> vlp.VlpClipConfig:
 
 def tiny_model(tower: str = "vit", **overrides) -> vlp.VlpClipModel:
     torch.manual_seed(0)
+    if tower == "siglip":
+        vision, text = VIT | {"model_type": "vlp_siglip_vit"}, TEXT | {"model_type": "vlp_siglip_text"}
+        config = vlp.VlpClipConfig(
+            vision_config=vision, text_config=text, projection_dim=48, logit_bias_init_value=-10.0
+        )
+        return vlp.VlpClipModel(config)
     return vlp.VlpClipModel(tiny_config(tower, **overrides))
 
 

@@ -25,7 +25,19 @@ def close(ours: torch.Tensor, wanted: torch.Tensor) -> None:
     assert_close(ours, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("tower", ["vit", "resnet"])
+@pytest.mark.parametrize("tower", ["vit", "resnet", "siglip"])
+@torch.no_grad()
+def test_torch_export_gives_the_same(tower):
+    """The whole of CLIP, for any number of images and captions."""
+    model = tiny_model(tower).eval()
+    free, batch = torch.export.Dim.DYNAMIC, tiny_batch(model, size=6)
+    shapes = {"input_ids": {0: free}, "pixel_values": {0: free}}
+    program = torch.export.export(model, (), batch, dynamic_shapes=shapes)
+    other = tiny_batch(model, size=5)
+    close(program.module()(**other).logits_per_image, model(**other).logits_per_image)
+
+
+@pytest.mark.parametrize("tower", ["vit", "resnet", "siglip"])
 @torch.no_grad()
 def test_both_towers_of_clip(tmp_path, tower):
     model = tiny_model(tower)
