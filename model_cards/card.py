@@ -1,5 +1,6 @@
 """The model card, rendered from the stored facts of a run; a fact that is missing drops its section."""
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -178,7 +179,7 @@ model = VlpBlip2ForConditionalGeneration.from_pretrained("{folder}")
 inputs = processor(images=Image.open("picture.png"), text="{prompt}", return_tensors="pt")
 print(processor.write(model.generate(**inputs, max_new_tokens=20)))
 """,
-        examples="with their names, and below them what the model writes; green where they are the same",
+        examples="with their names, and below them what the model writes{prompts}; green where they are the same",
         pipeline_tag="image-text-to-text",
         tag="blip-2",
     ),
@@ -271,7 +272,7 @@ def render_card(folder: Path) -> ModelCard:
         card_data,
         template_path=str(TEMPLATE),
         name=name_of(arguments),
-        kind=kind,
+        kind=dataclasses.replace(kind, examples=kind.examples.format(prompts=after_prompts(arguments))),
         usage=usage(architecture, arguments["hub_model_id"] or arguments["output_dir"], arguments.get("prompt", "")),
         architecture=describe_architecture(config),
         metric_rows=[(METRIC_NAMES[name], shown(name, value)) for name, value in results["metrics"].items()],
@@ -286,6 +287,12 @@ def render_card(folder: Path) -> ModelCard:
         has_examples=(folder / "examples.png").exists(),
         results=results,
     )
+
+
+def after_prompts(arguments: dict) -> str:
+    """After which prompts a language model wrote the lines below the pictures of examples."""
+    prompts = (arguments.get("example_prompts") or arguments.get("prompt") or "").split("|")
+    return f" after {' and '.join(f'“{prompt.strip()}”' for prompt in prompts)}" if any(prompts) else ""
 
 
 def config_of(folder: Path) -> PreTrainedConfig:

@@ -146,7 +146,7 @@ def test_stage_2_learns_to_tell_what_is_seen(stage_2):
     assert results["losses"] == ["lm"] and results["history"][-1]["lm"] < results["history"][0]["lm"] / 3
     assert results["metrics"]["caption_exact"] >= 0.85
     example = results["examples"][0]
-    assert [text.split(" … ")[0] for text, _ in example["predictions"]] == ["it is", "what is it?"]
+    assert len(example["predictions"]) == 2 and example["predictions"][0][0] == example["label"]
     assert not [name for name in load_file(stage_2 / "model.safetensors") if name.startswith("language_model.")]
     state = states(state_folder(stage_2))[-1] / "model.safetensors"
     assert state.is_file()
@@ -165,6 +165,7 @@ def test_the_folder_of_stage_2_writes(stage_2, language_model):
     assert "A orange card" in told[0]["generated_text"]
     card = ModelCard.load(stage_2 / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text"
+    assert "what the model writes after “it is” and “what is it?”; green" in card.text
     assert "llama, 2 layers of 32), frozen" in card.text and str(language_model.parent) not in card.text
     assert "card" in what_the_card_says(stage_2)
 

@@ -87,12 +87,11 @@ class Blip2WriterEvaluator(Blip2Evaluator):
         with torch.inference_mode():
             states = model.see(pixels.to(model.device, model.dtype))
             answers = [self.answer(model, processor, states, prompt) for prompt in self.example_prompts]
-        shown = [f"{prompt} … " if len(self.example_prompts) > 1 else "" for prompt in self.example_prompts]
         return [
             {
                 "image": picture.convert("RGB"),
                 "label": self.captions[self.owner.index(i)],
-                "predictions": [(before + text, None) for before, text in zip(shown, texts, strict=True)],
+                "predictions": [(text, None) for text in texts],
             }
             for i, picture, texts in zip(chosen, pictures, zip(*answers, strict=True), strict=True)
         ]
