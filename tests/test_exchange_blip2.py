@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_blip2, tiny_blip2_config, tiny_blip2_writer, tiny_language_model, with_larger_weights
+from conftest import (
+    tiny_blip,
+    tiny_blip2,
+    tiny_blip2_config,
+    tiny_blip2_writer,
+    tiny_language_model,
+    with_larger_weights,
+)
 from safetensors.torch import load_file
 from test_blip2_reference import FIXTURES, Fixture
 from transformers import (
@@ -225,6 +232,17 @@ def test_a_vlp_folder_with_its_language_model_goes_through_convert(tmp_path):
     model.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "copy")
     equal(load_file(tmp_path / "copy" / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors"))
+
+
+def test_lavis_has_salesforces_names_for_blip(tmp_path):
+    tiny_blip().save_pretrained(tmp_path / "ours")
+    for target in ("lavis", "salesforce"):
+        convert(tmp_path / "ours", tmp_path / f"{target}.pth", target)
+    states = [torch.load(tmp_path / f"{target}.pth", weights_only=True)["model"] for target in ("lavis", "salesforce")]
+    equal(*states)
+    with pytest.raises(ExchangeError, match="salesforce has no VlpBlip2ForPreTraining"):
+        tiny_blip2().save_pretrained(tmp_path / "blip-2")
+        convert(tmp_path / "blip-2", tmp_path / "x.pth", "salesforce")
 
 
 def test_what_is_missing_is_named(tmp_path):
