@@ -4,7 +4,10 @@ import json
 
 import pytest
 import torch
+from conftest import QFORMER as OUR_QFORMER
 from conftest import (
+    VIT,
+    save_language_model,
     tiny_blip,
     tiny_blip2,
     tiny_blip2_config,
@@ -12,13 +15,17 @@ from conftest import (
     tiny_language_model,
     with_larger_weights,
 )
+from PIL import Image
 from safetensors.torch import load_file
 from test_blip2_reference import FIXTURES, Fixture
 from transformers import (
+    AutoTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
+    Blip2Processor,
 )
+from vlp.modeling_vlp.blip2_writer import load_language_model
 from vlp.modeling_vlp.exchange.places import ExchangeError
 
 import vlp
@@ -120,6 +127,31 @@ def test_transformers_writing_both_ways(tmp_path, kind):
     options = {"num_beams": 5, "max_new_tokens": 8, "bad_words_ids": [[60]]}
     written = ours.generate(PIXELS, prompt, num_beams=5, max_new_tokens=8)
     assert torch.equal(again.generate(PIXELS, ids, torch.ones_like(ids), **options)[:, 5 * (kind == "opt") :], written)
+
+
+@torch.no_grad()
+def test_transformers_own_processor_and_model_write_the_same(tmp_path):
+    """From a folder with a tokenizer: the export is used as any Blip2 of the Hub, by transformers alone."""
+    save_language_model(tmp_path / "llm", ["a red square", "two dogs"])
+    vision = VIT | {"model_type": "vlp_blip_vit", "final_norm": False}
+    torch.manual_seed(0)
+    config = vlp.VlpBlip2Config(vision_config=vision, qformer_config=dict(OUR_QFORMER), num_query_tokens=3,
+                                language_model_name_or_path=str(tmp_path / "llm"))  # fmt: skip
+    model = with_larger_weights(vlp.VlpBlip2ForConditionalGeneration(config, load_language_model(config))).eval()
+    model.save_pretrained(tmp_path / "ours")
+    images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
+    processor = vlp.VlpBlip2Processor(images, AutoTokenizer.from_pretrained(tmp_path / "llm"))
+    processor.save_pretrained(tmp_path / "ours")
+    notes = convert(tmp_path / "ours", tmp_path / "theirs", "transformers")
+    assert notes == []
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "theirs").eval()
+    reader = Blip2Processor.from_pretrained(tmp_path / "theirs")
+    picture, options = Image.new("RGB", (40, 30), "red"), {"num_beams": 3, "max_new_tokens": 5}
+    inputs = reader(images=picture, text="a red", return_tensors="pt")
+    own = processor(images=picture, text="a red", return_tensors="pt")
+    same(own["pixel_values"], inputs["pixel_values"])
+    wanted = theirs.generate(**inputs, **options, bad_words_ids=[[theirs.config.image_token_index]])
+    assert torch.equal(model.generate(**own, **options)[0], wanted[0, 3:])
 
 
 def test_transformers_cannot_hold_every_tower(tmp_path):
