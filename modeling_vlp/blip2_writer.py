@@ -101,8 +101,12 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         >>> model.generate(**processor(images=image, text="a drawing of", return_tensors="pt"), num_beams=5)
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"_mlp\.text|embeddings\.(word|position)_embeddings|text_mlp\.",
-                                          r"^(itm_head|lm_head|vision_proj|text_proj)\.", r"^temp$"]  # fmt: skip
+    _keys_to_ignore_on_load_unexpected = [
+        r"^qformer\.embeddings\.(word|position)_embeddings\.",
+        r"^qformer\..*\.text_mlp\.",
+        r"^(itm_head|lm_head|vision_proj|text_proj)\.",
+        r"^temp$",
+    ]
 
     def __init__(self, config: VlpBlip2Config, language_model: PreTrainedModel | None = None):
         super().__init__(config, text=False)
