@@ -139,6 +139,9 @@ class LanguageObjective(Objective):
     def __init__(self, model: VlpBlip2ForConditionalGeneration, prompt: list[int], end_token_id: int):
         super().__init__()
         self.model, self.prompt, self.end_token_id = model, prompt, end_token_id
+        # States to resume from need not hold what never changes, and is large.
+        self.register_state_dict_post_hook(leave_language_model_out)
+        self.register_load_state_dict_pre_hook(put_language_model_in)
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor
@@ -160,3 +163,15 @@ class LanguageObjective(Objective):
         """(B, N) bool: tokens up to the first end token, and it. Padding may be the same token."""
         ends = (input_ids == self.end_token_id).long().cumsum(dim=1)
         return (ends == 0) | ((ends == 1) & (input_ids == self.end_token_id))
+
+
+def leave_language_model_out(objective: LanguageObjective, state: dict, prefix: str, metadata) -> None:
+    """Take the frozen weights of the language model out of a state dict; adapters on it stay."""
+    for name in [name for name in state if name.startswith(f"{prefix}model.language_model.") and "lora_" not in name]:
+        del state[name]
+
+
+def put_language_model_in(objective: LanguageObjective, state: dict, prefix: str, *others) -> None:
+    """Let a state dict that is loaded have them again, as they are."""
+    for name, value in objective.model.language_model.state_dict().items():
+        state.setdefault(f"{prefix}model.language_model.{name}", value)
