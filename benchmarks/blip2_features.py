@@ -17,6 +17,7 @@ from pathlib import Path
 import datasets
 import torch
 from PIL import Image
+from vlp.processing.blip import train_tokenizer
 from vlp.training.blip2_objectives import Blip2Objective
 from vlp.training.features import Features, compute_features
 from vlp.training.hardware import cpu_cores, use_cpu_well
@@ -49,6 +50,7 @@ def main() -> None:
     optimizer = make_optimizer(parameter_groups(model, 1e-4, 0.05), 0.9, 0.98, 1e-8)
     square = {"height": 224, "width": 224}
     images = vlp.VlpBlipImageProcessor(size=square)
+    processor = vlp.VlpBlipProcessor(images, train_tokenizer(["a picture"], 64))
     ids = torch.randint(1000, 20000, (options.batch, 12))
     rows, numbers = torch.arange(options.batch), list(range(options.batch))
 
@@ -63,7 +65,7 @@ def main() -> None:
         os.environ["VLP_CACHE"] = folder
         data = make_rows(Path(folder), options.images)
         start = time.perf_counter()
-        features = Features(compute_features(model, vlp.VlpBlipProcessor(images), data, "image", 10**6))
+        features = Features(compute_features(model, processor, data, "image", 10**6))
         filling = time.perf_counter() - start
         pixels = images([Image.open(path) for path in data["image"][: options.batch]], return_tensors="pt")
 

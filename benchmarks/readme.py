@@ -127,6 +127,23 @@ def results_block(words: dict) -> str:
             outside=caption["ratio_outside_vision"],
         ),
     ]
+    writing = json.loads((ROOT / "benchmarks/blip2_generate.json").read_text())
+    features = json.loads((ROOT / "benchmarks/blip2_features.json").read_text())
+    lines += [
+        "",
+        words["blip2"].format(
+            llm=writing["language_model"].upper(),
+            batch=writing["batch"],
+            beams=writing["beams"],
+            tokens=writing["tokens"],
+            rounds=len(writing["seconds"]["vlp"]),
+            ours=writing["medians"]["vlp"],
+            theirs=writing["medians"]["transformers"],
+            ratio=writing["ratio"],
+            features=features["ratio_of_features"],
+            step=features["ratio_of_steps"],
+        ),
+    ]
     return "\n".join(lines)
 
 
