@@ -303,7 +303,9 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         """
         prefix, model = self.prefix(pixel_values, vision_states, interpolate_pos_encoding), self.language_model
         if input_ids is not None and attention_mask is not None:
-            order = attention_mask.argsort(dim=1, stable=True)  # padding to the left, the prompt in its order
+            # What is written stands after the prompt, so that padding goes before it; an encoder's goes to the end.
+            last = 1 - attention_mask if model.config.is_encoder_decoder else attention_mask
+            order = last.argsort(dim=1, stable=True)
             input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
         embeds, mask = self.join(prefix, input_ids, attention_mask)
         if model.config.is_encoder_decoder:

@@ -120,7 +120,8 @@ def test_what_one_process_pushes_another_pulls(hub, pairs, tmp_path):
 
 
 PUSH = """
-import sys
+import os, sys
+os.environ["HF_HUB_OFFLINE"] = "0"  # conftest would have it 1
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_pair
 model, processor = tiny_pair()
