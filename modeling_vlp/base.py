@@ -1,14 +1,14 @@
 """What every model of the package shares: loading, saving, and how weights start."""
 
-import importlib
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .publishing import PublishesCode
 
-class VlpPreTrainedModel(PreTrainedModel):
+
+class VlpPreTrainedModel(PublishesCode, PreTrainedModel):
     """A PreTrainedModel whose modules say themselves how their weights start, in a method `initialize`.
 
     Without one, linear and convolution layers start as PyTorch's own. Children come before their parents, so a parent's
@@ -42,35 +42,10 @@ class VlpPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, nn.Embedding)):
             super()._init_weights(module)
 
-    _publish_code = False
-
-    def save_pretrained(self, save_directory, *args, bundle: bool = False, **kwargs):
-        """As transformers'.
-
-        Args:
-            bundle: put the package's code into the folder too, for `trust_remote_code=True` where vlp is not installed.
-        """
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if bundle or self._publish_code:
-            add_code(save_directory)
-
-    def push_to_hub(self, repo_id: str, *, bundle: bool = False, **kwargs) -> str:
-        """As transformers'. Args: as `save_pretrained`."""
-        self._publish_code = bundle
-        try:
-            return super().push_to_hub(repo_id, **kwargs)
-        finally:
-            self._publish_code = False
-
     def output_flags(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
         """What the caller asked for, else what the configuration says."""
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         return {name: bool(getattr(self.config, name) if flag is None else flag) for name, flag in asked.items()}
-
-
-def add_code(folder) -> None:
-    """See `exchange.bundle`, which is not part of what it puts into a folder. Raises ImportError there."""
-    importlib.import_module("vlp.modeling_vlp.exchange.bundle").add_code(folder)
 
 
 def adopt(model: PreTrainedModel, find) -> PreTrainedModel:

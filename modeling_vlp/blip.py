@@ -51,9 +51,8 @@ class VlpBlipPreTrainedModel(VlpPreTrainedModel):
     def encode_image(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Images (B, C, S, S) -> `last_hidden_state` (B, M, D), which texts read, and `pooler_output` (B, D or E)."""
         output = self.vision_model(pixel_values, **kwargs)
-        if self.is_resnet and output.last_hidden_state is not None:  # as a ViT's: a summary, then the cells
-            cells = output.last_hidden_state.flatten(2).transpose(1, 2)  # (B, D, G, G) -> (B, G * G, D)
-            output.last_hidden_state = torch.cat([output.attended[:, None], cells], dim=1)
+        if self.is_resnet and output.last_hidden_state is not None:
+            output.last_hidden_state = output.as_sequence()
         return output
 
     def read(self, states: Tensor) -> Memory:
@@ -104,27 +103,13 @@ class VlpBlipDualEncoder(VlpBlipPreTrainedModel):
         )
 
 
-class VlpBlipMatcher(VlpBlipDualEncoder):
-    """A dual encoder that also tells, by cross-attention, whether a text and an image belong together (ITM)."""
-
-    def __init__(self, config: VlpBlipConfig, decoder: bool):
-        super().__init__(config, encoder=True, decoder=decoder, cross=True)
-        self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
-        self.temp = nn.Parameter(torch.tensor(config.temperature_init_value))
-
-    def initialize(self) -> None:
-        init.constant_(self.temp, self.config.temperature_init_value)
+class MatchesPairs:
+    """What models with a temperature (`temp`) and with `match` share, of BLIP and of BLIP-2."""
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Keep the temperature where salesforce/BLIP does, before each step (models/blip_pretrain.py)."""
+        """Keep the temperature where salesforce/BLIP does, before each step; LAVIS' BLIP-2 leaves it free."""
         self.temp.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
-
-    def match(self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory, pack: bool = True) -> Tensor:
-        """ITM logits (T, 2) of texts with the images that they are grouped under (see `MedModel.forward`)."""
-        mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
-        ids = begin_with(input_ids, self.config.text_config.enc_token_id)
-        return self.itm_head(self.text_model(ids, mask, memory, pooled_only=True, pack=pack).last_hidden_state[:, 0])
 
     def itm_logits(
         self, input_ids: Tensor, attention_mask: Tensor, memory: Memory, image_negatives: Tensor,
@@ -140,6 +125,24 @@ class VlpBlipMatcher(VlpBlipDualEncoder):
         texts = torch.cat([own, own, text_negatives])
         images = torch.cat([own, image_negatives, own])
         return self.match(input_ids[texts], attention_mask[texts], memory.select(images))
+
+
+class VlpBlipMatcher(MatchesPairs, VlpBlipDualEncoder):
+    """A dual encoder that also tells, by cross-attention, whether a text and an image belong together (ITM)."""
+
+    def __init__(self, config: VlpBlipConfig, decoder: bool):
+        super().__init__(config, encoder=True, decoder=decoder, cross=True)
+        self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
+        self.temp = nn.Parameter(torch.tensor(config.temperature_init_value))
+
+    def initialize(self) -> None:
+        init.constant_(self.temp, self.config.temperature_init_value)
+
+    def match(self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory, pack: bool = True) -> Tensor:
+        """ITM logits (T, 2) of texts with the images that they are grouped under (see `MedModel.forward`)."""
+        mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
+        ids = begin_with(input_ids, self.config.text_config.enc_token_id)
+        return self.itm_head(self.text_model(ids, mask, memory, pooled_only=True, pack=pack).last_hidden_state[:, 0])
 
 
 class VlpBlipForPreTraining(VlpBlipMatcher):
@@ -190,17 +193,9 @@ class VlpBlipForPreTraining(VlpBlipMatcher):
         logits = image @ text.T / self.temp  # (B, B)
         if not return_loss:
             return VlpBlipPreTrainingOutput(logits_per_image=logits, image_embeds=image, text_embeds=text)
-        if caption_ids is None:
-            caption_ids = (input_ids[:, None] == input_ids).all(dim=-1).int().argmax(dim=1)  # the first that is equal
-        same = same_pairs(caption_ids) if image_ids is None else same_pairs(caption_ids, image_ids)
-        known = smooth_targets(same)
-        loss_itc = (soft_contrastive_loss(logits, known) + soft_contrastive_loss(logits.T, known)) / 2
-        with torch.no_grad():
-            uniform = torch.rand(2, len(logits), device=logits.device)
-            image_negatives, found = draw_hard_negatives(logits.T.float(), same, uniform[0])
-            text_negatives, _ = draw_hard_negatives(logits.float(), same, uniform[1])
+        loss_itc, negatives, found = compare_within_batch(logits, input_ids, caption_ids, image_ids)
         memory = self.text_model.read(vision.last_hidden_state)
-        itm_logits = self.itm_logits(input_ids, mask, memory, image_negatives, text_negatives)
+        itm_logits = self.itm_logits(input_ids, mask, memory, *negatives)
         loss_itm = matching_loss(itm_logits.float(), *matching_labels(found, found))
         loss_lm = self.lm_loss(input_ids, memory)
         return VlpBlipPreTrainingOutput(
@@ -213,6 +208,32 @@ class VlpBlipForPreTraining(VlpBlipMatcher):
             image_embeds=image,
             text_embeds=text,
         )
+
+
+def compare_within_batch(
+    logits: Tensor,
+    input_ids: Tensor,
+    caption_ids: Tensor | None,
+    image_ids: Tensor | None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:  # fmt: skip
+    """ITC's loss of (B, B) similarities of images and texts, and a hard negative for each.
+
+    Args: as `VlpBlipForPreTraining.forward`.
+
+    Returns the loss; numbers (B,) of the image drawn for each text, and of the text drawn for each image; and whether
+    there was one to draw (B,).
+    """
+    if caption_ids is None:
+        caption_ids = (input_ids[:, None] == input_ids).all(dim=-1).int().argmax(dim=1)  # the first that is equal
+    same = same_pairs(caption_ids) if image_ids is None else same_pairs(caption_ids, image_ids)
+    targets = smooth_targets(same, label_smoothing)
+    loss = (soft_contrastive_loss(logits, targets) + soft_contrastive_loss(logits.T, targets)) / 2
+    with torch.no_grad():
+        uniform = torch.rand(2, len(logits), device=logits.device)
+        image_negatives, found = draw_hard_negatives(logits.T.float(), same, uniform[0])
+        text_negatives, _ = draw_hard_negatives(logits.float(), same, uniform[1])
+    return loss, (image_negatives, text_negatives), found
 
 
 def matching_labels(image_found: Tensor, text_found: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,10 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.blip2 import VlpBlip2Config
 from ..configuration.vision import VlpModifiedResNetConfig, VlpViTConfig
 from .base import VlpPreTrainedModel
-from .blip import MAX_TEMPERATURE, MIN_TEMPERATURE, matching_labels
+from .blip import MatchesPairs, compare_within_batch, matching_labels
 from .losses import (
-    draw_hard_negatives,
     language_modelling_loss,
     matching_loss,
-    same_pairs,
-    smooth_targets,
-    soft_contrastive_loss,
 )
 from .med import LMHead, Memory, begin_with
 from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput
@@ -87,10 +83,7 @@ class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
         """What the image tower gives for images (B, C, S, S): (B, M, its width)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
             output = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        states = output.last_hidden_state
-        if isinstance(self.vision_model, ModifiedResNet):  # as a ViT's: a summary, then the cells
-            states = torch.cat([output.attended[:, None], states.flatten(2).transpose(1, 2)], dim=1)
-        return states
+        return output.as_sequence() if isinstance(self.vision_model, ModifiedResNet) else output.last_hidden_state
 
     def read(self, vision_states: Tensor) -> Memory:
         """What the queries attend to, computed once for each image: from (B, M, width of the tower).
@@ -117,7 +110,7 @@ class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
         return self.see(pixel_values, interpolate_pos_encoding) if vision_states is None else vision_states
 
 
-class VlpBlip2Matcher(VlpBlip2PreTrainedModel):
+class VlpBlip2Matcher(MatchesPairs, VlpBlip2PreTrainedModel):
     """Queries and texts that meet in one space (ITC), and are matched together (ITM)."""
 
     def __init__(self, config: VlpBlip2Config):
@@ -131,11 +124,6 @@ class VlpBlip2Matcher(VlpBlip2PreTrainedModel):
     def initialize(self) -> None:
         super().initialize()
         init.constant_(self.temp, self.config.temperature_init_value)
-
-    @torch.no_grad()
-    def clamp_temperature(self) -> None:
-        """Keep the temperature where BLIP does; LAVIS' BLIP-2 leaves it free."""
-        self.temp.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
 
     @can_return_tuple
     def get_image_features(
@@ -234,16 +222,8 @@ class VlpBlip2ForPreTraining(VlpBlip2Matcher):
         logits = best_query(image, text) / self.temp  # (B, B)
         if not return_loss:
             return VlpBlipPreTrainingOutput(logits_per_image=logits, image_embeds=image, text_embeds=text)
-        if caption_ids is None:
-            caption_ids = (input_ids[:, None] == input_ids).all(dim=-1).int().argmax(dim=1)  # the first that is equal
-        same = same_pairs(caption_ids) if image_ids is None else same_pairs(caption_ids, image_ids)
-        targets = smooth_targets(same, label_smoothing)
-        loss_itc = (soft_contrastive_loss(logits, targets) + soft_contrastive_loss(logits.T, targets)) / 2
-        with torch.no_grad():
-            uniform = torch.rand(2, len(logits), device=logits.device)
-            image_negatives, found = draw_hard_negatives(logits.T.float(), same, uniform[0])
-            text_negatives, _ = draw_hard_negatives(logits.float(), same, uniform[1])
-        itm_logits = self.itm_logits(input_ids, mask, memory, image_negatives, text_negatives)
+        loss_itc, negatives, found = compare_within_batch(logits, input_ids, caption_ids, image_ids, label_smoothing)
+        itm_logits = self.itm_logits(input_ids, mask, memory, *negatives)
         loss_itm = matching_loss(itm_logits.float(), *matching_labels(found, found))
         loss_lm = self.lm_loss(input_ids, cache)
         return VlpBlipPreTrainingOutput(
@@ -256,17 +236,6 @@ class VlpBlip2ForPreTraining(VlpBlip2Matcher):
             image_embeds=image,
             text_embeds=text,
         )
-
-    def itm_logits(self, input_ids, attention_mask, memory: Memory, image_negatives, text_negatives) -> Tensor:
-        """ITM logits (3 B, 2): of the pairs, of texts with their negative image, of images with their negative text.
-
-        Args:
-            image_negatives, text_negatives: (B,) numbers of the image drawn for each text, and of the text drawn for
-                each image.
-        """
-        own = torch.arange(len(input_ids), device=input_ids.device)
-        texts, images = torch.cat([own, own, text_negatives]), torch.cat([own, image_negatives, own])
-        return self.match(input_ids[texts], attention_mask[texts], memory.select(images))
 
 
 def best_query(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:

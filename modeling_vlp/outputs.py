@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
@@ -41,6 +42,10 @@ class ResNetOutput(BaseModelOutputWithPooling):
     """
 
     attended: Tensor | None = None
+
+    def as_sequence(self) -> Tensor:
+        """(B, 1 + G * G, D), as a vision transformer's: a summary, then the cells."""
+        return torch.cat([self.attended[:, None], self.last_hidden_state.flatten(2).transpose(1, 2)], dim=1)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from ..configuration.vision import VlpSiglipViTConfig
 from .attention import Attention
 from .base import VlpPreTrainedModel
 from .layers import MLP, Encoder
-from .text import TextEmbeddings
+from .text import TextTransformer
 from .vit import PatchEmbeddings
 
 # Shapes: B batch, C channels, S image side, N tokens, D width
@@ -84,32 +84,17 @@ class SiglipViT(VlpPreTrainedModel):
         self.embeddings.resize_images(image_size)
 
 
-class SiglipTextTransformer(VlpPreTrainedModel):
+class SiglipTextTransformer(TextTransformer):
     """Bidirectional transformer, pooled at the last place of texts padded to their full length.
 
     Padding is attended to, as in the original: whatever length texts come in, they are padded on to the full one.
     """
 
     config_class = VlpSiglipTextConfig
-    main_input_name = "input_ids"
-    input_modalities = ("text",)
-    _no_split_modules = ["TextEmbeddings", "Block"]
-
-    def __init__(self, config: VlpSiglipTextConfig):
-        super().__init__(config)
-        self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config, is_causal=False)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.post_init()
+    is_causal = False
 
     def initialize(self) -> None:
         initialize_blocks(self.encoder)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.token_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.token_embedding = value
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None = None, pooled_only: bool = False, **kwargs

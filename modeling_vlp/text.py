@@ -43,11 +43,12 @@ class TextTransformer(VlpPreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("text",)
     _no_split_modules = ["TextEmbeddings", "Block"]
+    is_causal = True
 
     def __init__(self, config: VlpClipTextConfig):
         super().__init__(config)
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config, is_causal=True)
+        self.encoder = Encoder(config, is_causal=self.is_causal)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 

@@ -1,13 +1,13 @@
 """Images and captions for CLIP."""
 
-import importlib
-
 import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+
+from ..modeling_vlp.publishing import PublishesCode
 
 # Image.MAX_IMAGE_PIXELS guards against decompression bombs: twice as many pixels raise Image.DecompressionBombError.
 
@@ -90,32 +90,15 @@ class VlpClipImageProcessor(PilBackend):
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 
-class VlpClipProcessor(ProcessorMixin):
+class VlpClipProcessor(PublishesCode, ProcessorMixin):
     """Images and captions in one call: `processor(images=..., text=..., return_tensors="pt")`.
 
     Captions are padded on the right to the longest of the batch, and cut to what the tokenizer's `model_max_length`
     allows, the end token kept.
     """
 
-    _publish_code = False
-
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
         super().__init__(image_processor, tokenizer)
-
-    def save_pretrained(self, save_directory, *args, bundle: bool = False, **kwargs):
-        """As transformers'; `bundle`: put its code into the folder too, for those without vlp."""
-        result = super().save_pretrained(save_directory, *args, **kwargs)
-        if bundle or self._publish_code:
-            importlib.import_module("vlp.modeling_vlp.exchange.bundle").add_code(save_directory)
-        return result
-
-    def push_to_hub(self, repo_id: str, *, bundle: bool = False, **kwargs) -> str:
-        """As transformers'; `bundle`: as `save_pretrained`."""
-        self._publish_code = bundle
-        try:
-            return super().push_to_hub(repo_id, **kwargs)
-        finally:
-            self._publish_code = False
 
     def __call__(self, images=None, text=None, **kwargs):
         kwargs.setdefault("padding", True)

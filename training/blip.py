@@ -12,7 +12,7 @@ from ..modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTrain
 from ..modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from ..modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
 from ..processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, load_tokenizer, token_ids, train_tokenizer
-from .arguments import ArgumentError, BlipArguments
+from .arguments import ArgumentError, Blip2Arguments, BlipArguments
 from .blip_evaluation import BlipEvaluator
 from .build import check_fields, require_model_type
 from .checkpoint import TEACHER_FILE, state_folder
@@ -39,18 +39,19 @@ def make_processor(arguments: BlipArguments, rows, chooser: CaptionChooser) -> V
         require_model_type(arguments.model_name_or_path, VlpBlipConfig.model_type)
         return AutoProcessor.from_pretrained(arguments.model_name_or_path)
     images = VlpBlipImageProcessor(size={"height": arguments.image_size, "width": arguments.image_size})
+    return VlpBlipProcessor(images, make_tokenizer(arguments, arguments.tokenizer_name, rows, chooser))
+
+
+def make_tokenizer(arguments: BlipArguments | Blip2Arguments, name: str | None, rows, chooser: CaptionChooser):
+    """A tokenizer by its name, else one trained on the captions. Raises ArgumentError where it cannot be had."""
+    if not name and rows is None:
+        raise ArgumentError("Training on shards needs --tokenizer_name: captions are not known beforehand.")
     try:
-        if arguments.tokenizer_name:
-            tokenizer = load_tokenizer(arguments.tokenizer_name, arguments.max_length)
-        elif rows is None:
-            raise ArgumentError("Training on shards needs --tokenizer_name: captions are not known beforehand.")
-        else:
-            tokenizer = train_tokenizer(caption_texts(rows, chooser), arguments.vocab_size, arguments.max_length)
-    except ArgumentError:
-        raise
+        if name:
+            return load_tokenizer(name, arguments.max_length)
+        return train_tokenizer(caption_texts(rows, chooser), arguments.vocab_size, arguments.max_length)
     except (ValueError, OSError) as error:
-        raise ArgumentError(f"--tokenizer_name {arguments.tokenizer_name}: {error}") from error
-    return VlpBlipProcessor(images, tokenizer)
+        raise ArgumentError(f"--tokenizer_name {name}: {error}") from error
 
 
 def new_config(arguments: BlipArguments, tokenizer=None) -> VlpBlipConfig:

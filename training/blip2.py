@@ -18,13 +18,14 @@ from ..modeling_vlp.blip2_writer import (
 )
 from ..modeling_vlp.exchange import lavis
 from ..modeling_vlp.exchange.places import ExchangeError, read
-from ..processing.blip import VlpBlipProcessor, load_tokenizer, token_ids, train_tokenizer
+from ..processing.blip import VlpBlipProcessor, token_ids
 from ..processing.blip2 import VlpBlip2Processor
 from .arguments import ArgumentError, Blip2Arguments
+from .blip import make_tokenizer
 from .blip2_evaluation import Blip2Evaluator, Blip2WriterEvaluator
 from .blip2_objectives import Blip2Objective, LanguageObjective
 from .build import check_fields, require_model_type
-from .data import CaptionChooser, SampleMaker, caption_texts
+from .data import CaptionChooser, SampleMaker
 from .distributed import main_process_first
 from .evaluation import Evaluator
 from .features import FeatureMaker, Features, compute_features
@@ -44,18 +45,8 @@ def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> 
         arguments.image_size = tower_config(arguments.vision_tower).image_size
     if arguments.stage == 2:
         return VlpBlip2Processor(images, language_tokenizer(arguments))
-    try:
-        if arguments.tokenizer_name or arguments.bert_name_or_path:
-            tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.bert_name_or_path, arguments.max_length)
-        elif rows is None:
-            raise ArgumentError("Training on shards needs --tokenizer_name: captions are not known beforehand.")
-        else:
-            tokenizer = train_tokenizer(caption_texts(rows, chooser), arguments.vocab_size, arguments.max_length)
-    except ArgumentError:
-        raise
-    except (ValueError, OSError) as error:
-        raise ArgumentError(f"--tokenizer_name {arguments.tokenizer_name}: {error}") from error
-    return VlpBlipProcessor(images, tokenizer)
+    tokenizer_name = arguments.tokenizer_name or arguments.bert_name_or_path
+    return VlpBlipProcessor(images, make_tokenizer(arguments, tokenizer_name, rows, chooser))
 
 
 def language_tokenizer(arguments: Blip2Arguments):

@@ -50,23 +50,13 @@ def qformer(home: str, self_name: str, embeddings: str, layer_norm: str) -> tupl
     )
 
 
-def lm_head() -> tuple[Rule, ...]:
-    there = "Qformer.cls.predictions"
-    return (
-        Rule(r"lm_head\.dense\.(weight|bias)", rf"{there}.transform.dense.\1"),
-        Rule(r"lm_head\.layer_norm\.(weight|bias)", rf"{there}.transform.LayerNorm.\1"),
-        Rule(r"lm_head\.decoder\.weight", f"{there}.decoder.weight"),
-        Rule(r"lm_head\.decoder\.bias", (f"{there}.bias", f"{there}.decoder.bias")),
-    )
-
-
 BERT = "Qformer.bert"
 COMMON = (
     Rule("query_tokens", "query_tokens"),
     Rule(r"vision_norm\.(weight|bias)", r"ln_vision.\1"),
     Rule(r"((?:vision_proj|text_proj|itm_head)\.\S+|temp)", r"\1"),
     *qformer(BERT, "self", f"{BERT}.embeddings", f"{BERT}.embeddings.LayerNorm"),
-    *lm_head(),
+    *salesforce.lm_head(there="Qformer.cls.predictions"),
 )
 # A CLIP as the tower: OpenAI's names, under "visual_encoder." in the place of "visual.".
 CLIP_TOWER = tuple(

@@ -62,8 +62,7 @@ def text(homes: tuple[str, ...], ours: str = "text_model") -> tuple[Rule, ...]:
     )
 
 
-def lm_head(ours: str = "lm_head") -> tuple[Rule, ...]:
-    there = "text_decoder.cls.predictions"
+def lm_head(ours: str = "lm_head", there: str = "text_decoder.cls.predictions") -> tuple[Rule, ...]:
     return (
         Rule(rf"{ours}\.dense\.(weight|bias)", rf"{there}.transform.dense.\1"),
         Rule(rf"{ours}\.layer_norm\.(weight|bias)", rf"{there}.transform.LayerNorm.\1"),
