@@ -7,6 +7,11 @@ from torch.nn import functional as F
 # Shapes: B pairs, K keys, E embedding, V vocabulary
 
 
+def unit_length(features: Tensor) -> Tensor:
+    """Features (..., E) divided by their length, in float32 at least, in which losses are computed."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
 def clip_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, not_negative: Tensor | None = None) -> Tensor:
     """Symmetric softmax loss of CLIP (paper, figure 3; open_clip, loss.py, ClipLoss).
 

@@ -101,6 +101,10 @@ class MedLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
+    def read(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of images, for this layer's cross-attention."""
+        return self.cross_attention.read(states)
+
     def forward(
         self, x: Tensor, self_mask, image_key_values, image_mask, decode: bool, pooled_only: bool, cache=None,
         packing: Packing | None = None,
@@ -158,7 +162,7 @@ class MedModel(VlpPreTrainedModel):
         Args:
             states: (B, M, encoder_hidden_size). mask: (B, M), 0 where there is padding.
         """
-        return Memory([layer.cross_attention.read(states) for layer in self.layers], states, mask)
+        return Memory([layer.read(states) for layer in self.layers], states, mask)
 
     def forward(
         self,

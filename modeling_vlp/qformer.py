@@ -84,6 +84,10 @@ class QFormerLayer(GradientCheckpointingLayer):
             for own, other in zip(self.query_mlp.parameters(), self.text_mlp.parameters(), strict=True):
                 init.copy_(own, other)
 
+    def read(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of images, for this layer's cross-attention."""
+        return self.cross_attention.read(states)
+
     def forward(self, x: Tensor, queries: int, mask, image_key_values=None, before=None, rows: int | None = None):
         """(T, Q + N, D) -> the same; the weights of both attentions; self-attention's keys and values.
 
@@ -133,8 +137,8 @@ class QFormerModel(VlpPreTrainedModel):
 
     def read(self, states: Tensor) -> Memory:
         """Keys and values of images (B, M, encoder_hidden_size), for every layer that attends to them."""
-        crossing = [layer.cross_attention for layer in self.layers if layer.cross_attention is not None]
-        return Memory([attention.read(states) for attention in crossing], states)
+        crossing = [layer for layer in self.layers if layer.cross_attention is not None]
+        return Memory([layer.read(states) for layer in crossing], states)
 
     def forward(
         self,

@@ -1,17 +1,12 @@
-"""BLIP-2's objectives, on one process and on two. Run: pytest tests/test_blip2_objective.py"""
-
-import os
-import socket
+"""BLIP-2's objectives. Run: pytest tests/test_blip2_objective.py"""
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import tiny_blip2, tiny_blip2_writer, tiny_blip_batch
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from vlp.training.blip2_objectives import Blip2Objective, LanguageObjective
+from vlp.training.distributed import JoinedBatch
 
 
 def objective_of(**options) -> Blip2Objective:
@@ -36,7 +31,9 @@ def test_same_captions_belong_together_and_are_no_negatives():
     model = objective.model
     image = F.normalize(model.get_image_features(vision_states=batch["pixel_values"]).pooler_output, dim=-1)
     text = F.normalize(model.get_text_features(batch["input_ids"]).pooler_output, dim=-1)
-    image_logits, text_logits, same, loss = objective.compare(image, text, batch["caption_ids"], batch["image_ids"])
+    image_logits, text_logits, same, loss = objective.compare(
+        JoinedBatch((8,)), image, text, batch["caption_ids"], batch["image_ids"]
+    )
     assert same.sum() == 10 and same[1, 6] and same[6, 1]
     assert_close(image_logits, torch.stack([(image @ t).amax(dim=1) for t in text], dim=1) / model.temp)
     assert_close(text_logits, image_logits.T)
@@ -111,54 +108,3 @@ def test_a_language_model_learns_what_stands_after_the_prompt(kind):
             given, labels = torch.tensor([[4, 7]]), torch.tensor([text])
         terms.append(len(text) * model(given, vision_states=states[row : row + 1], labels=labels).loss)
     assert_close(loss, sum(terms) / 6)
-
-
-# --- two processes ----------------------------------------------------------------------------------------------------
-
-
-def two_steps(objective, plain: Blip2Objective, rows: slice) -> dict:
-    """One that compares alone, one with all losses; losses and gradients of both."""
-    result = {"losses": [], "gradients": []}
-    for number, share in enumerate((0.2, 0.5)):
-        plain.model.zero_grad()
-        plain.before_step(number, share)
-        losses = objective(**batch_of(rows))
-        sum(losses.values()).backward()
-        result["losses"].append({name: loss.detach() for name, loss in losses.items()})
-        gradients = {name: p.grad for name, p in plain.model.named_parameters() if p.grad is not None}
-        result["gradients"].append(gradients)
-    return result
-
-
-def work(rank: int, processes: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=processes)
-    plain = objective_of(contrastive_share=0.5)
-    size = 8 // processes
-    wrapped = DistributedDataParallel(plain, broadcast_buffers=False, find_unused_parameters=True)
-    torch.save(two_steps(wrapped, plain, slice(rank * size, (rank + 1) * size)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_equal_one_with_the_joined_batch(tmp_path, processes):
-    """ITC with the gradient of both sides, ITM with the draws of the joined batch, ITG though one has more tokens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(work, args=(processes, port, str(tmp_path)), nprocs=processes, start_method="spawn")
-    plain = objective_of(contrastive_share=0.5)
-    whole = two_steps(plain, plain, slice(0, 8))
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(processes)]
-    assert [list(losses) for losses in whole["losses"]] == [["itc"], ["itc", "itm", "itg"]]
-    for number, losses in enumerate(whole["losses"]):
-        for name, value in losses.items():
-            mean = sum(part["losses"][number][name] for part in parts) / processes
-            assert_close(mean, value, msg=f"{name} of step {number}")
-    for part in parts:
-        for theirs, gradients in zip(part["gradients"], whole["gradients"], strict=True):
-            for name, value in gradients.items():
-                # Losses are computed in float32, and the gradient of a key's bias is zero but for rounding.
-                size = max(value.abs().max().item(), 1e-3)
-                assert_close(theirs[name], value, rtol=1e-5, atol=1e-6 * size, msg=name)

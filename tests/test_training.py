@@ -11,12 +11,15 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from conftest import tiny_batch, tiny_model
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
@@ -37,7 +40,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     pipeline,
 )
-from vlp.training import checkpoint, hub
+from vlp.training import arguments as arguments_module
+from vlp.training import checkpoint, hardware, hub
 from vlp.training.arguments import ArgumentError, ClipArguments
 from vlp.training.checkpoint import ResumeError, state_folder, states
 from vlp.training.data import BadDataError
@@ -331,31 +335,71 @@ def test_accelerate_launches_the_folder_as_the_readme_says(pairs, tmp_path):
     assert wrong.returncode == 1 and "error: --learning_rate must be positive, got -1.0." in wrong.stderr
 
 
+def run_in_processes(count: int, options: ClipArguments, folder: Path, *words: str) -> None:
+    """A run in a group of processes, as `accelerate launch` starts it."""
+    config = folder / f"{Path(options.output_dir).name}.yaml"
+    config.write_text(yaml.safe_dump(vars(options)))
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(free_port())]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun, *words, "clip", "--config", str(config)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_train_as_one_with_the_joined_batch(pairs, tmp_path):
     options = dict(augmentation="none", max_train_steps=5, save_steps=2)
     train(arguments(pairs, tmp_path / "one", **options))
-    config = tmp_path / "two.yaml"
-    two = arguments(pairs, tmp_path / "two", per_device_train_batch_size=8, **options)
-    config.write_text(yaml.safe_dump(vars(two)))
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "-m", "vlp.training", "clip", "--config", str(config)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    two = arguments(pairs, tmp_path / "two", per_device_train_batch_size=8, micro_batch_size=3, **options)
+    run_in_processes(2, two, tmp_path, "-m", "vlp.training")
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2 and two["samples"] == one["samples"] == 80
     for a, b in zip(one["history"], two["history"], strict=True):
         assert a["contrastive"] == pytest.approx(b["contrastive"], rel=1e-4)
     state = states(tmp_path / "two.resume")[-1]
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in state.iterdir()}
+
+
+def test_a_sharded_run_learns_the_same_resumes_exactly_and_publishes_a_whole_model(pairs, tmp_path):
+    options = dict(augmentation="none", max_train_steps=4, save_steps=2, save_total_limit=5)
+    train(arguments(pairs, tmp_path / "one", **options))
+    sharded = arguments(pairs, tmp_path / "two", per_device_train_batch_size=8, **options)
+    script = str(Path(__file__).with_name("sharded_run.py"))
+    run_in_processes(2, sharded, tmp_path, script)
+    first = load_file(tmp_path / "two" / "model.safetensors")
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["contrastive"] == pytest.approx(b["contrastive"], rel=1e-4)
+        assert a["logit_scale"] == pytest.approx(b["logit_scale"], rel=1e-4)
+    for name, value in load_file(tmp_path / "one" / "model.safetensors").items():
+        assert_close(first[name], value, rtol=1e-2, atol=1e-4, msg=name)  # four steps of AdamW, which divides by little
+    sharded.resume_from_checkpoint = str(states(state_folder(tmp_path / "two"))[0])
+    run_in_processes(2, sharded, tmp_path, script)
+    assert_close(load_file(tmp_path / "two" / "model.safetensors"), first, rtol=0, atol=0)
+
+
+def test_what_sharding_cannot_do_is_refused(pairs, tmp_path, monkeypatch):
+    for sharded, options, message in ((True, {"ema_decay": 0.9}, "--ema_decay"), (False, {}, "fsdp_version: 2")):
+        state = SimpleNamespace(is_fsdp2=sharded, distributed_type=DistributedType.FSDP)
+        monkeypatch.setattr(hardware, "Accelerator", lambda state=state, **given: state)
+        with pytest.raises(ArgumentError, match=message):
+            train(arguments(pairs, tmp_path / "run", **options))
+
+
+def test_deepspeed_learns_the_batch_size(pairs, tmp_path, monkeypatch):
+    plugin = SimpleNamespace(deepspeed_config={"train_micro_batch_size_per_gpu": "auto"})
+    state = SimpleNamespace(
+        is_fsdp2=False, distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+    monkeypatch.setattr(hardware, "Accelerator", lambda **given: state)
+    assert hardware.make_accelerator(arguments(pairs, tmp_path / "run")) is state
+    assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 16
+
+
+@pytest.mark.parametrize("path", sorted((Path(arguments_module.__file__).parent / "recipes/accelerate").glob("*.yaml")))
+def test_accelerate_reads_the_example_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8 and config.mixed_precision == "bf16"
+    assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
 
 
 def free_port() -> int:

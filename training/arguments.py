@@ -76,7 +76,9 @@ class TrainingArguments:
     # Objective and optimisation
     exclude_duplicates: bool = option(True, "rows of a batch with the same caption or image are not negatives")
     per_device_train_batch_size: int = option(256, "pairs in a step of each process")
-    gradient_accumulation_steps: int = option(1, "backward passes for each optimiser step; adds no negatives")
+    gradient_accumulation_steps: int = option(
+        1, "backward passes for each optimiser step; adds no negatives, as CLIP's --micro_batch_size does"
+    )
     learning_rate: float = option(5e-4, "peak learning rate")
     weight_decay: float = option(0.2, "decay of weight matrices; gains, biases, scale and positions have none")
     adam_beta1: float = option(0.9, "first moment's decay")
@@ -181,6 +183,9 @@ class ClipArguments(TrainingArguments):
     lock_text_tower: bool = option(False, "leave the text tower as it is")
     patch_dropout: float | None = option(None, "share of patches (0 to 1) that a vision transformer drops in training")
     loss: str = option("softmax", "softmax (CLIP) or sigmoid (SigLIP)")
+    micro_batch_size: int | None = option(
+        None, "pairs that a tower computes at a time, to save memory; the gradient is still the whole batch's"
+    )
     class_column: str | None = option(None, "column with the class name (or label) for zero-shot evaluation")
     class_names: str | None = option(None, "names behind integer labels: a key of vlp.processing.prompts.CLASS_NAMES")
     eval_templates: str = option("name", "templates whose prompts are averaged for a class; see vlp.processing.prompts")
@@ -188,6 +193,8 @@ class ClipArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         require_one_of("loss", self.loss, ("softmax", "sigmoid"))
+        if self.micro_batch_size is not None:
+            require_at_least_one(self, "micro_batch_size")
         require_one_of("eval_templates", self.eval_templates, tuple(TEMPLATES))
         if self.class_names:
             require_one_of("class_names", self.class_names, tuple(CLASS_NAMES))

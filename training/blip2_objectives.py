@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import DynamicCache
 
 from ..modeling_vlp.blip import matching_labels
@@ -11,12 +10,15 @@ from ..modeling_vlp.blip2_writer import VlpBlip2ForConditionalGeneration
 from ..modeling_vlp.losses import (
     draw_hard_negatives,
     matching_loss,
+    same_pairs,
     smooth_targets,
     soft_contrastive_loss,
+    unit_length,
 )
 from ..modeling_vlp.med import Memory
-from .distributed import gather_padded, gather_with_gradient, own_rows, processes, weigh_by_count
-from .objectives import Objective, same_in_joined_batch
+from .distributed import JoinedBatch, processes, weigh_by_count
+from .objectives import Objective
+from .sharding import number
 
 
 def vision_states(model: VlpBlip2PreTrainedModel, images: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class Blip2Objective(Objective):
 
     def facts(self) -> dict[str, float]:
         """What is worth logging beside the losses."""
-        return {"temperature": self.model.temp.item()}
+        return {"temperature": number(self.model.temp.detach())}
 
     def forward(
         self,
@@ -76,55 +78,57 @@ class Blip2Objective(Objective):
         states = vision_states(model, pixel_values)
         memory = model.read(states)
         queries = model.query(memory, past_key_values=cache).last_hidden_state
-        image = F.normalize(model.vision_proj(queries).float(), dim=-1)
-        text = F.normalize(model.get_text_features(input_ids).pooler_output[text_index].float(), dim=-1)
+        image = unit_length(model.vision_proj(queries))
+        text = unit_length(model.get_text_features(input_ids).pooler_output)[text_index]
+        batch = JoinedBatch.of(text_index)
         with torch.autocast(image.device.type, enabled=False):
-            image_logits, text_logits, same, loss_itc = self.compare(image, text, caption_ids, image_ids)
+            image_logits, text_logits, same, loss_itc = self.compare(batch, image, text, caption_ids, image_ids)
         if self.contrastive_alone:
             return {"itc": loss_itc}
         input_ids = input_ids[text_index]
         found = torch.ones_like(caption_ids, dtype=torch.bool), torch.ones_like(caption_ids, dtype=torch.bool)
         if negatives is None:
-            uniform = own_rows(torch.rand(same.shape[1], 2, generator=self.draws).to(same.device))
+            uniform = batch.own(torch.rand(batch.size, 2, generator=self.draws).to(same.device))
             image_negatives, image_found = draw_hard_negatives(text_logits.detach(), same, uniform[:, 0])
             text_negatives, text_found = draw_hard_negatives(image_logits.detach(), same, uniform[:, 1])
             negatives, found = (image_negatives, text_negatives), (image_found, text_found)
-        itm_logits = self.match(input_ids, states, memory, *negatives)
+        itm_logits = self.match(batch, input_ids, states, memory, *negatives)
         matches, counted = matching_labels(*found)
         with torch.autocast(image.device.type, enabled=False):
             loss_itm = weigh_by_count(matching_loss(itm_logits.float(), matches, counted), counted.sum())
         tokens = (input_ids[:, 1:] != model.config.qformer_config.pad_token_id).sum()
         return {"itc": loss_itc, "itm": loss_itm, "itg": weigh_by_count(model.lm_loss(input_ids, cache), tokens)}
 
-    def compare(self, image: Tensor, text: Tensor, caption_ids: Tensor, image_ids: Tensor):
+    def compare(self, batch: JoinedBatch, image: Tensor, text: Tensor, caption_ids: Tensor, image_ids: Tensor):
         """ITC: similarities (B, joined batch) over the temperature, which of those pairs are the same, and the loss.
 
         Args:
             image: (B, Q, E) and text: (B, E), of unit length.
         """
-        all_images, all_texts = gather_with_gradient(image), gather_with_gradient(text)
+        all_images, all_texts = batch.gather(image), batch.gather(text)
         temperature = self.model.temp.float()
         image_logits = best_query(image, all_texts) / temperature
         text_logits = best_query(all_images, text).T / temperature
-        size = len(all_texts)
-        same = torch.eye(size, dtype=torch.bool, device=image.device)
+        same = torch.eye(batch.size, dtype=torch.bool, device=image.device)
         if self.exclude_duplicates:
-            same = same_in_joined_batch(caption_ids, image_ids)
-        same = own_rows(same)
+            same = same_pairs(batch.gather(caption_ids), batch.gather(image_ids))
+        same = batch.own(same)
         targets = smooth_targets(same, self.label_smoothing)
         loss = (soft_contrastive_loss(image_logits, targets) + soft_contrastive_loss(text_logits, targets)) / 2
-        return image_logits, text_logits, same, loss
+        return image_logits, text_logits, same, batch.weigh(loss)
 
-    def match(self, input_ids, states, memory: Memory, image_negatives: Tensor, text_negatives: Tensor) -> Tensor:
+    def match(
+        self, batch: JoinedBatch, input_ids, states, memory: Memory, image_negatives: Tensor, text_negatives: Tensor
+    ) -> Tensor:
         """ITM logits (3 B, 2); keys and values of this process' images are computed once, those of others' here."""
         model = self.model
         if processes() == 1:
             return model.itm_logits(
                 input_ids, model.padding_mask(input_ids), memory, image_negatives, text_negatives
             )  # fmt: skip
-        others = model.read(gather_with_gradient(states)[image_negatives])
-        texts = gather_padded(input_ids, model.config.qformer_config.pad_token_id)
-        own = own_rows(texts)
+        others = model.read(batch.gather(states)[image_negatives])
+        texts = batch.gather_texts(input_ids, model.config.qformer_config.pad_token_id)
+        own = batch.own(texts)
         return model.match(torch.cat([own, own, texts[text_negatives]]), None, Memory.join([memory, others, memory]))
 
 

@@ -111,6 +111,7 @@ def make_objective(arguments: ClipArguments, model: VlpClipModel, processor, ste
         exclude_duplicates=arguments.exclude_duplicates,
         lock_image_tower=arguments.lock_image_tower,
         lock_text_tower=arguments.lock_text_tower,
+        micro_batch_size=arguments.micro_batch_size,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from .arguments import ArgumentError, TrainingArguments
 from .checkpoint import state_folder
@@ -25,7 +25,7 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     # Where only a part of the model is trained at first, a process must not wait for the gradients of the rest.
     partly = getattr(arguments, "contrastive_share", 0.0) > 0
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
             log_with=None if arguments.report_to == "none" else arguments.report_to,
@@ -34,6 +34,15 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
         )
     except ValueError as error:
         raise ArgumentError(f"--mixed_precision {precision}, --report_to {arguments.report_to}: {error}") from error
+    if accelerator.is_fsdp2 and arguments.ema_decay:
+        raise ArgumentError("--ema_decay keeps a whole copy of the model, which FSDP2 has nowhere: leave it out.")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ArgumentError("FSDP's first version is not supported: set fsdp_version: 2 in Accelerate's configuration.")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Batches do not come from a loader that Accelerate prepared, so it cannot know their size.
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
+    return accelerator
 
 
 def start_trackers(arguments: TrainingArguments, accelerator: Accelerator) -> None:

@@ -5,9 +5,9 @@ Source: He et al., 2020 (MoCo, arXiv:1911.05722); salesforce/BLIP, models/blip_p
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..modeling_vlp.blip import VlpBlipDualEncoder, VlpBlipMatcher
+from ..modeling_vlp.losses import unit_length
 
 # Shapes: B pairs, K keys (the batch, then the queue), Q queue, E embedding
 
@@ -57,10 +57,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, E) of images, and of texts, of unit length and in float32."""
+        """Features (B, E) of images, and of texts, of unit length."""
         image = self.model.get_image_features(pixel_values, pooled_only=True).pooler_output
         text = self.model.get_text_features(input_ids, pooled_only=True).pooler_output
-        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        return unit_length(image), unit_length(text)
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor, image_ids: Tensor, caption_ids: Tensor) -> None:

@@ -2,24 +2,24 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..modeling_vlp.blip import VlpBlipMatcher, matching_labels
 from ..modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from ..modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
 from ..modeling_vlp.clip import VlpClipModel
 from ..modeling_vlp.losses import (
-    clip_loss,
     draw_hard_negatives,
     matching_loss,
-    same_pairs,
-    siglip_loss,
     soft_contrastive_loss,
     soft_targets,
+    unit_length,
 )
 from ..modeling_vlp.med import Memory
-from .distributed import gather_padded, gather_with_gradient, own_rows, processes, weigh_by_count
+from .contrastive import contrastive_loss, sigmoid_loss
+from .distributed import JoinedBatch, processes, weigh_by_count
+from .micro_batches import in_micro_batches
 from .momentum import Teacher
+from .sharding import number
 
 
 class Objective(nn.Module):
@@ -36,11 +36,6 @@ class Objective(nn.Module):
         return {}
 
 
-def same_in_joined_batch(caption_ids: Tensor, image_ids: Tensor) -> Tensor:
-    """(B, B) which pairs of the batch of all processes share a caption or an image."""
-    return same_pairs(gather_with_gradient(caption_ids), gather_with_gradient(image_ids))
-
-
 class ClipObjective(Objective):
     """Tell the pairs of the joined batch of all processes apart.
 
@@ -50,6 +45,8 @@ class ClipObjective(Objective):
         exclude_duplicates: rows that share a caption or an image are not each other's negatives.
         lock_image_tower, lock_text_tower: leave a tower and its projection as they are (LiT, arXiv:2111.07991), its
             batch norm and dropout in evaluation mode.
+        micro_batch_size: rows that a tower computes at a time, each part again in the backward pass (GradCache); all at
+            once where not given.
     """
 
     def __init__(
@@ -58,10 +55,11 @@ class ClipObjective(Objective):
         exclude_duplicates: bool = True,
         lock_image_tower: bool = False,
         lock_text_tower: bool = False,
+        micro_batch_size: int | None = None,
     ):
         super().__init__()
         self.model = model
-        self.exclude_duplicates = exclude_duplicates
+        self.exclude_duplicates, self.micro_batch_size = exclude_duplicates, micro_batch_size
         locked = (["vision_model", "visual_projection"] if lock_image_tower else []) + (
             ["text_model", "text_projection"] if lock_text_tower else []
         )
@@ -79,7 +77,7 @@ class ClipObjective(Objective):
 
     def facts(self) -> dict[str, float]:
         """What is worth logging beside the losses."""
-        return {"logit_scale": self.model.logit_scale.exp().item()}
+        return {"logit_scale": number(self.model.logit_scale.detach().exp())}
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor
@@ -91,15 +89,22 @@ class ClipObjective(Objective):
             input_ids: (T, N), the different texts; text_index: (B,), which of them belongs to each image.
             caption_ids, image_ids: (B,) integers that are equal where captions or images are.
         """
-        image = self.model.get_image_features(pixel_values, pooled_only=True).pooler_output
-        text = self.model.get_text_features(input_ids, pooled_only=True).pooler_output[text_index]
+        image = in_micro_batches(self.embed_images, self.micro_batch_size, pixel_values)
+        text = in_micro_batches(self.embed_texts, self.micro_batch_size, input_ids)[text_index]
+        batch, ids = JoinedBatch.of(text_index), (caption_ids, image_ids) if self.exclude_duplicates else ()
         with torch.autocast(image.device.type, enabled=False):  # the loss is computed in float32
-            image, text = (gather_with_gradient(F.normalize(x.float(), dim=-1)) for x in (image, text))
-            not_negative = same_in_joined_batch(caption_ids, image_ids) if self.exclude_duplicates else None
-            scale = self.model.logit_scale.float().exp()
+            scale = self.model.logit_scale.to(image.dtype).exp()
             if self.model.logit_bias is not None:
-                return {"sigmoid": siglip_loss(image, text, scale, self.model.logit_bias.float(), not_negative)}
-            return {"contrastive": clip_loss(image, text, scale, not_negative)}
+                return {"sigmoid": sigmoid_loss(image, text, scale, self.model.logit_bias.to(image.dtype), batch, ids)}
+            return {"contrastive": contrastive_loss(image, text, scale, batch, ids)}
+
+    def embed_images(self, pixel_values: Tensor) -> Tensor:
+        """(B, C, S, S) -> (B, E) of unit length."""
+        return unit_length(self.model.get_image_features(pixel_values, pooled_only=True).pooler_output)
+
+    def embed_texts(self, input_ids: Tensor) -> Tensor:
+        """(T, N) -> (T, E) of unit length."""
+        return unit_length(self.model.get_text_features(input_ids, pooled_only=True).pooler_output)
 
 
 class CaptioningObjective(Objective):
@@ -207,7 +212,7 @@ class BlipObjective(Objective):
 
     def facts(self) -> dict[str, float]:
         """What is worth logging beside the losses."""
-        return {"temperature": self.model.temp.item(), "alpha": self.alpha_now.item()}
+        return {"temperature": number(self.model.temp.detach()), "alpha": self.alpha_now.item()}
 
     def forward(
         self,
@@ -226,26 +231,27 @@ class BlipObjective(Objective):
         """
         model = self.model
         vision = model.get_image_features(pixel_values, pooled_only=self.contrastive_alone)
-        image = F.normalize(vision.pooler_output.float(), dim=-1)
-        text = model.get_text_features(input_ids, pooled_only=True).pooler_output[text_index]
-        text = F.normalize(text.float(), dim=-1)
-        if self.contrastive_alone:
+        image = unit_length(vision.pooler_output)
+        text = unit_length(model.get_text_features(input_ids, pooled_only=True).pooler_output)[text_index]
+        batch = JoinedBatch.of(text_index)
+        if self.contrastive_alone:  # without teacher and queue, which follow a student that learns fast badly
+            ids = (caption_ids, image_ids) if self.exclude_duplicates else ()
             with torch.autocast(image.device.type, enabled=False):
-                return {"itc": self.compare_within_batch(image, text, caption_ids, image_ids)}
+                return {"itc": contrastive_loss(image, text, 1 / model.temp.to(image.dtype), batch, ids)}
         input_ids = input_ids[text_index]
         with torch.autocast(image.device.type, enabled=False):
             image_logits, text_logits, same, loss_itc = self.compare(
-                image, text, *self.teacher(pixel_values, input_ids), caption_ids, image_ids
+                batch, image, text, *self.teacher(pixel_values, input_ids), caption_ids, image_ids
             )
         with torch.no_grad():
             found = torch.ones_like(caption_ids, dtype=torch.bool), torch.ones_like(caption_ids, dtype=torch.bool)
             if negatives is None:
                 if not self.writes:  # blip_retrieval.py draws by what the student alone finds similar
-                    image_logits = image @ gather_with_gradient(text).T / model.temp
-                    text_logits = text @ gather_with_gradient(image).T / model.temp
-                negatives, found = self.draw(image_logits, text_logits, same)
+                    image_logits = image @ batch.gather(text).T / model.temp
+                    text_logits = text @ batch.gather(image).T / model.temp
+                negatives, found = self.draw(batch, image_logits, text_logits, same)
         memory = model.text_model.read(vision.last_hidden_state)
-        itm_logits = self.match(input_ids, vision.last_hidden_state, memory, *negatives)
+        itm_logits = self.match(batch, input_ids, vision.last_hidden_state, memory, *negatives)
         matches, counted = matching_labels(*found)
         with torch.autocast(image.device.type, enabled=False):
             loss_itm = weigh_by_count(matching_loss(itm_logits.float(), matches, counted), counted.sum())
@@ -255,19 +261,13 @@ class BlipObjective(Objective):
             losses["lm"] = weigh_by_count(model.lm_loss(input_ids, memory), tokens)
         return losses
 
-    def compare_within_batch(self, image, text, caption_ids, image_ids) -> Tensor:
-        """CLIP's loss of the joined batch: without teacher and queue, which follow a student that learns fast badly."""
-        image, text = gather_with_gradient(image), gather_with_gradient(text)
-        not_negative = same_in_joined_batch(caption_ids, image_ids) if self.exclude_duplicates else None
-        return clip_loss(image, text, 1 / self.model.temp.float(), not_negative)
-
-    def compare(self, image, text, teacher_image, teacher_text, caption_ids, image_ids):
+    def compare(self, batch: JoinedBatch, image, text, teacher_image, teacher_text, caption_ids, image_ids):
         """ITC: similarities (B, joined batch) over the temperature, which of those pairs are the same, and the loss."""
         teacher, temperature = self.teacher, self.model.temp.float()
-        joined = [gather_with_gradient(x) for x in (teacher_image, teacher_text, image_ids, caption_ids)]
+        joined = [batch.gather(x) for x in (teacher_image, teacher_text, image_ids, caption_ids)]
         self.pending.append(tuple(joined))
         all_images, all_texts = torch.cat([joined[0], teacher.image_queue]), torch.cat([joined[1], teacher.text_queue])
-        size = len(joined[0])
+        size = batch.size
         positives = torch.zeros(size, len(all_images), dtype=torch.bool, device=image.device)
         if self.exclude_duplicates:
             for ids, queue in ((joined[2], teacher.image_ids), (joined[3], teacher.caption_ids)):
@@ -275,7 +275,7 @@ class BlipObjective(Objective):
         positives[:, :size].fill_diagonal_(True)
         empty = torch.arange(teacher.queue_size, device=image.device) >= teacher.filled  # places yet without a pair
         positives[:, size:] &= ~empty
-        positives = own_rows(positives)
+        positives = batch.own(positives)
         unseen = torch.cat([empty.new_zeros(size), empty])
 
         def similarities(queries: Tensor, keys: Tensor) -> Tensor:
@@ -288,28 +288,26 @@ class BlipObjective(Objective):
         loss = (
             soft_contrastive_loss(image_logits, image_targets) + soft_contrastive_loss(text_logits, text_targets)
         ) / 2
-        return image_logits[:, :size].detach(), text_logits[:, :size].detach(), positives[:, :size], loss
+        return image_logits[:, :size].detach(), text_logits[:, :size].detach(), positives[:, :size], batch.weigh(loss)
 
-    def draw(self, image_logits: Tensor, text_logits: Tensor, same: Tensor) -> tuple:
+    def draw(self, batch: JoinedBatch, image_logits: Tensor, text_logits: Tensor, same: Tensor) -> tuple:
         """A hard negative image for each text, a hard negative text for each image, and whether there was one."""
-        size = same.shape[1]
-        uniform = own_rows(torch.rand(size, 2, generator=self.draws).to(same.device))
+        uniform = batch.own(torch.rand(batch.size, 2, generator=self.draws).to(same.device))
         excluded = same
         if not self.global_negatives:
-            mine = own_rows(torch.arange(size, device=same.device))
-            excluded = same | ~torch.isin(torch.arange(size, device=same.device), mine)
+            excluded = torch.ones_like(same)
+            excluded[:, batch.first :][:, : len(same)] = batch.own(same.T).T
         image_negatives, image_found = draw_hard_negatives(text_logits, excluded, uniform[:, 0])
         text_negatives, text_found = draw_hard_negatives(image_logits, excluded, uniform[:, 1])
         return (image_negatives, text_negatives), (image_found, text_found)
 
-    def match(self, input_ids, states, memory, image_negatives, text_negatives) -> Tensor:
+    def match(self, batch: JoinedBatch, input_ids, states, memory, image_negatives, text_negatives) -> Tensor:
         """ITM logits (3 B, 2); keys and values of this process' images are computed once, those of others' here."""
         model = self.model
         if processes() == 1 or not self.global_negatives:
-            first = own_rows(torch.arange(len(input_ids) * processes(), device=input_ids.device))[0]
-            negatives = image_negatives - first, text_negatives - first
+            negatives = image_negatives - batch.first, text_negatives - batch.first
             return model.itm_logits(input_ids, model.padding_mask(input_ids), memory, *negatives)
-        others = model.text_model.read(gather_with_gradient(states)[image_negatives])
-        texts = gather_padded(input_ids, model.config.text_config.pad_token_id)
-        own = own_rows(texts)
+        others = model.text_model.read(batch.gather(states)[image_negatives])
+        texts = batch.gather_texts(input_ids, model.config.text_config.pad_token_id)
+        own = batch.own(texts)
         return model.match(torch.cat([own, own, texts[text_negatives]]), None, Memory.join([memory, others, memory]))

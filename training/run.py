@@ -50,6 +50,7 @@ from .hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
 from .hub import check_access, push
 from .loop import Progress, Run, fit
 from .optim import make_optimizer, parameter_groups
+from .sharding import let_layers_be_read, make_shardable, repeated_layers, whole_model
 
 # The module that makes the parts of a run, for each kind of options.
 FAMILIES = {ClipArguments: clip, BlipArguments: blip, Blip2Arguments: blip2}
@@ -101,6 +102,8 @@ def train(arguments: TrainingArguments) -> None:
     start_trackers(arguments, accelerator)
 
     def published_model() -> PreTrainedModel:
+        if accelerator.is_fsdp2:
+            return whole_model(run.model)
         return run.average.module if run.average is not None else run.model
 
     def evaluate() -> dict:
@@ -137,9 +140,10 @@ def train(arguments: TrainingArguments) -> None:
         accelerator.print(f"Interrupted at step {run.progress.step}. Go on with --resume_from_checkpoint latest.")
         return
     metrics = evaluate()
+    published = published_model().eval()
     accelerator.end_training()
     if accelerator.is_main_process:
-        publish(run, rows, processor, published_model().eval(), evaluator, metrics)
+        publish(run, rows, processor, published, evaluator, metrics)
 
 
 # --- set up -----------------------------------------------------------------------------------------------------------
@@ -149,6 +153,9 @@ def make_run(arguments, accelerator, rows, processor, model, family) -> Run:
     size = len(rows) if rows is not None else arguments.shard_size
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     objective = family.make_objective(arguments, model, processor, size / batch if size else None)
+    if accelerator.is_fsdp2:
+        make_shardable(objective)
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = repeated_layers(objective)
     groups = parameter_groups(model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay)
     optimizer = make_optimizer(groups, arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon)
     average = None
@@ -159,6 +166,8 @@ def make_run(arguments, accelerator, rows, processor, model, family) -> Run:
     if arguments.torch_compile:
         objective.compile()
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    if accelerator.is_fsdp2:
+        let_layers_be_read(objective)
     wrapped.train()
     set_seed(arguments.seed + accelerator.process_index)  # from here on, each process draws its own augmentation
     return Run(
