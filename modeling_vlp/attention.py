@@ -38,6 +38,10 @@ class Packing:
         """(T, N, ...) -> (P, ...)"""
         return x.flatten(0, 1).index_select(0, self.index)
 
+    def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """Row `index` (T,) of each text in (P, D), as (T, 1, D)."""
+        return x.index_select(0, self.first + index)[:, None]
+
     def unpack(self, x: Tensor) -> Tensor:
         """(P, D) -> (T, N, D), zeros where there is padding."""
         return x.new_zeros(self.shape.numel(), x.shape[-1]).index_copy(0, self.index, x).unflatten(0, self.shape)
@@ -130,12 +134,13 @@ class Attention(nn.Module):
         output = output.reshape(shape)
         return self.out_proj(output if packing is None else packing.pack(output)), weights
 
-    def forward_one(self, query_state: Tensor, hidden_states: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Attend from one token (B, 1, D) to `hidden_states` (B, N, D), or to those `visible` (B, 1, 1, N; bool)."""
+    def forward_one(
+        self, query_state: Tensor, hidden_states: Tensor, visible: Tensor | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """Attend from one token (B, 1, D) to `hidden_states` (B, N, D; or packed), where `visible` (B, 1, 1, N)."""
         output = nn.functional.scaled_dot_product_attention(
             self.heads(self.q_proj(query_state)),
-            self.heads(self.k_proj(hidden_states)),
-            self.heads(self.v_proj(hidden_states)),
+            *self.keys_values(hidden_states, packing),
             attn_mask=visible,
             dropout_p=self.config.attention_dropout if self.training else 0.0,
         )

@@ -12,6 +12,7 @@ from ..configuration.clip import VlpClipConfig
 from ..configuration.text import VlpSiglipTextConfig
 from ..configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig
 from .base import VlpPreTrainedModel
+from .known_texts import KnownTexts
 from .losses import clip_loss, siglip_loss
 from .outputs import VlpClipOutput
 from .resnet import ModifiedResNet
@@ -53,6 +54,7 @@ class VlpClipModel(VlpPreTrainedModel):
         self.logit_bias = None
         if config.logit_bias_init_value is not None:
             self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value))
+        self.known_texts = KnownTexts()
         self.post_init()
 
     def initialize(self) -> None:
@@ -108,6 +110,7 @@ class VlpClipModel(VlpPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         pooled_only: bool = False,
+        pack: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
@@ -116,15 +119,35 @@ class VlpClipModel(VlpPreTrainedModel):
         Args:
             attention_mask: accepted and not needed: padding goes on the right, where causal attention never looks.
             pooled_only: as for `get_image_features`.
+            pack: where pooled only, leave padding out (but of SigLIP, which attends to it); a GPU's host then waits.
         """
         output = self.text_model(
             input_ids,
             position_ids=position_ids,
             pooled_only=pooled_only,
+            pack=pack,
             **self.output_flags(output_hidden_states, output_attentions),
         )
         output.pooler_output = self.text_projection(output.pooler_output)
         return output
+
+    def read_texts(
+        self, input_ids: Tensor, position_ids: Tensor | None, pooled_only: bool, **flags: bool | None
+    ) -> BaseModelOutputWithPooling:
+        """`get_text_features`; what comes again to a model in evaluation, without gradients, is not read again.
+
+        The stock zero-shot pipeline asks about all labels anew for each image.
+        """
+
+        def compute() -> BaseModelOutputWithPooling:
+            return self.get_text_features(input_ids, position_ids=position_ids, pooled_only=pooled_only, **flags)
+
+        if position_ids is not None or any(self.output_flags(**flags).values()):
+            return compute()
+        kernel = self.config.text_config._attn_implementation
+        setting = pooled_only, torch.is_autocast_enabled(input_ids.device.type), kernel
+        modules = [self.text_model, self.text_projection]
+        return self.known_texts.read(input_ids, modules, self.get_input_embeddings(), setting, compute)
 
     @can_return_tuple
     def forward(
@@ -149,7 +172,7 @@ class VlpClipModel(VlpPreTrainedModel):
             pooled_only=pooled_only, output_hidden_states=output_hidden_states, output_attentions=output_attentions
         )
         vision = self.get_image_features(pixel_values, interpolate_pos_encoding, **flags)
-        text = self.get_text_features(input_ids, position_ids=position_ids, **flags)
+        text = self.read_texts(input_ids, position_ids, **flags)
         image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
         text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)
         scale, loss = self.logit_scale.exp(), None

@@ -7,16 +7,21 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from .attention import Attention
+from .attention import Attention, Packing
 from .linear import Linear
 
 # Shapes: B batch, N tokens, D width, H heads
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), CLIP's activation, in fewer passes over memory than it is written with (forward and back)."""
+    return nn.functional.silu(1.702 * x).mul_(1 / 1.702)
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
+        self.activation_fn = quick_gelu if config.hidden_act == "quick_gelu" else ACT2FN[config.hidden_act]
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
@@ -40,18 +45,22 @@ class Block(GradientCheckpointingLayer):
             init.normal_(self.mlp.fc1.weight, std=(2 * config.hidden_size) ** -0.5)
             init.normal_(self.mlp.fc2.weight, std=(config.hidden_size * 2 * config.num_hidden_layers) ** -0.5)
 
-    def forward(self, x: Tensor, attention_mask=None, pool_at: Tensor | None = None, **kwargs):
-        """(B, N, D) -> (B, N, D) and the attention weights; with `pool_at` (B,), that row alone: (B, 1, D)."""
+    def forward(
+        self, x: Tensor, attention_mask=None, pool_at: Tensor | None = None, packing: Packing | None = None, **kwargs
+    ):
+        """(B, N, D), or packed (P, D) -> the same and attention weights; with `pool_at` (B,), that row: (B, 1, D)."""
         normed, weights = self.layer_norm1(x), None
         if pool_at is None:
-            attended, weights = self.self_attn(normed, attention_mask, **kwargs)
+            attended, weights = self.self_attn(normed, attention_mask, packing=packing, **kwargs)
         else:
             visible = None
             if self.self_attn.is_causal:
-                visible = torch.arange(x.shape[1], device=x.device) <= pool_at[:, None]  # (B, N)
+                length = x.shape[1] if packing is None else packing.shape[1]
+                visible = torch.arange(length, device=x.device) <= pool_at[:, None]  # (B, N)
                 visible = visible[:, None, None]
-            attended = self.self_attn.forward_one(take_rows(normed, pool_at), normed, visible)
-            x = take_rows(x, pool_at)
+            row, x = (take_rows(part, pool_at) if packing is None else packing.take_rows(part, pool_at)
+                      for part in (normed, x))  # fmt: skip
+            attended = self.self_attn.forward_one(row, normed, visible, packing)
         x = x + attended
         return x + self.mlp(self.layer_norm2(x)), weights
 
@@ -68,11 +77,12 @@ class Encoder(nn.Module):
         x: Tensor,
         attention_mask=None,
         pool_at: Tensor | None = None,
+        packing: Packing | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         **kwargs,
     ) -> BaseModelOutput:
-        """Run the blocks on (B, N, D).
+        """Run the blocks on (B, N, D), or on packed sequences (P, D).
 
         Args:
             pool_at: (B,) the row that will be pooled; the last block then computes that row alone, which gives the
@@ -81,7 +91,7 @@ class Encoder(nn.Module):
         hidden_states, attentions = (x,), ()
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
-            x, weights = layer(x, attention_mask, pool_at if last else None, **kwargs)
+            x, weights = layer(x, attention_mask, pool_at if last else None, packing, **kwargs)
             hidden_states += (x,)
             attentions += (weights,)
         return BaseModelOutput(

@@ -97,9 +97,18 @@ class SiglipTextTransformer(TextTransformer):
         initialize_blocks(self.encoder)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, pooled_only: bool = False, **kwargs
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        pooled_only: bool = False,
+        pack: bool = False,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Token ids (B, up to the full length) -> `last_hidden_state` (B, full length, D), `pooler_output` (B, D)."""
+        """Token ids (B, up to the full length) -> `last_hidden_state` (B, full length, D), `pooler_output` (B, D).
+
+        Args:
+            pack: accepted and not needed: padding is attended to.
+        """
         most = self.config.max_position_embeddings
         missing = max(0, most - input_ids.shape[1])
         x = self.embeddings(F.pad(input_ids, (0, missing), value=self.config.pad_token_id), position_ids)

@@ -1,11 +1,13 @@
 """CLIP's causal text transformer. Source: openai/CLIP, clip/model.py, CLIP.encode_text."""
 
+import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..configuration.text import VlpClipTextConfig
+from .attention import Packing
 from .base import VlpPreTrainedModel
 from .layers import Encoder, take_rows
 
@@ -35,8 +37,8 @@ class TextEmbeddings(nn.Module):
 class TextTransformer(VlpPreTrainedModel):
     """Causal transformer, pooled at the first end token.
 
-    Padding goes on the right, where no causal attention from the end token can see it: it needs no mask, and the
-    length may vary from call to call.
+    Padding goes on the right, where no causal attention from the end token can see it: it needs no mask, the length may
+    vary from call to call, and where the pooled token alone is asked for, what follows it is not computed.
     """
 
     config_class = VlpClipTextConfig
@@ -59,13 +61,26 @@ class TextTransformer(VlpPreTrainedModel):
         self.embeddings.token_embedding = value
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, pooled_only: bool = False, **kwargs
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        pooled_only: bool = False,
+        pack: bool = False,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Token ids (B, N) -> `last_hidden_state` (B, N, D) and `pooler_output` (B, D), both after the last norm."""
+        """Token ids (B, N) -> `last_hidden_state` (B, N, D) and `pooler_output` (B, D), both after the last norm.
+
+        Args:
+            pack: where pooled only, do not compute what follows the pooled token; a GPU's host then waits once.
+        """
         x = self.embeddings(input_ids, position_ids)
         end = (input_ids == self.config.eos_token_id).int().argmax(dim=-1)  # the first: it may also be the pad token
         mask = create_causal_mask(self.config, inputs_embeds=x, attention_mask=None, past_key_values=None)
-        encoded = self.encoder(x, attention_mask=mask, pool_at=end if pooled_only else None, **kwargs)
+        packing = None
+        if pack and pooled_only and not any(kwargs.values()) and not torch.compiler.is_compiling():
+            packing = Packing(torch.arange(x.shape[1], device=x.device) <= end[:, None])
+            x = packing.pack(x)
+        encoded = self.encoder(x, mask, pool_at=end if pooled_only else None, packing=packing, **kwargs)
         last = self.final_layer_norm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=None if pooled_only else last,

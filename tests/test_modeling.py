@@ -8,6 +8,7 @@ from conftest import tiny_batch, tiny_config, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from transformers import AutoModel
+from vlp.modeling_vlp.layers import quick_gelu
 from vlp.modeling_vlp.linear import Linear
 
 import vlp
@@ -185,6 +186,34 @@ def test_compiles_without_graph_breaks(tower):
     assert_close(compiled(**batch).logits_per_image, expected.logits_per_image, rtol=1e-4, atol=1e-4)
     model.train()
     compiled(**batch, return_loss=True, pooled_only=True).loss.backward()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_texts_give_the_same_without_computing_padding(checkpointing):
+    model, rows = tiny_model().double().train(), []
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    fc1 = model.text_model.encoder.layers[0].mlp.fc1
+    fc1.register_forward_hook(lambda module, inputs, output: rows.append(output.flatten(0, -2).shape[0]))
+    ids = tiny_batch(model)["input_ids"]
+    results = []
+    for pack in (False, True):
+        model.zero_grad()
+        features = model.get_text_features(ids, pooled_only=True, pack=pack).pooler_output
+        features.square().sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.text_model.named_parameters()}
+        results.append((features.detach(), gradients))
+    real = int((ids != model.config.text_config.eos_token_id).sum()) + len(ids)  # and an end token each
+    assert rows[0] == ids.numel() and rows[-1] == real < ids.numel()
+    assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+
+
+def test_quick_gelu_is_its_definition():
+    x = torch.linspace(-30, 30, 601, dtype=torch.double, requires_grad=True)
+    ours, definition = quick_gelu(x), x * torch.sigmoid(1.702 * x)
+    assert_close(ours, definition, rtol=1e-12, atol=1e-14)
+    a, b = (torch.autograd.grad(value.sum(), x)[0] for value in (ours, definition))
+    assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 @both_towers

@@ -89,8 +89,8 @@ class ClipObjective(Objective):
             input_ids: (T, N), the different texts; text_index: (B,), which of them belongs to each image.
             caption_ids, image_ids: (B,) integers that are equal where captions or images are.
         """
-        image = in_micro_batches(self.embed_images, self.micro_batch_size, pixel_values)
         text = in_micro_batches(self.embed_texts, self.micro_batch_size, input_ids)[text_index]
+        image = in_micro_batches(self.embed_images, self.micro_batch_size, pixel_values)
         batch, ids = JoinedBatch.of(text_index), (caption_ids, image_ids) if self.exclude_duplicates else ()
         with torch.autocast(image.device.type, enabled=False):  # the loss is computed in float32
             scale = self.model.logit_scale.to(image.dtype).exp()
@@ -104,7 +104,7 @@ class ClipObjective(Objective):
 
     def embed_texts(self, input_ids: Tensor) -> Tensor:
         """(T, N) -> (T, E) of unit length."""
-        return unit_length(self.model.get_text_features(input_ids, pooled_only=True).pooler_output)
+        return unit_length(self.model.get_text_features(input_ids, pooled_only=True, pack=True).pooler_output)
 
 
 class CaptioningObjective(Objective):
