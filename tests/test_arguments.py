@@ -16,7 +16,7 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 def test_the_recipes_are_there():
     assert NAMES == ["blip-captioning", "blip-emoji", "blip-nlvr", "blip-retrieval", "blip-vit-b-16", "blip-vit-l-16",
                      "blip-vqa", "blip2-emoji", "blip2-emoji-2", "blip2-stage-1", "blip2-stage-2",
-                     "capfilt", "clip-emoji", "clip-emoji-vit", "rn101", "rn50", "rn50x4", "vit-b-16",
+                     "capfilt", "clip-emoji", "clip-emoji-vit", "rn101", "rn50", "rn50x4", "shards", "vit-b-16",
                      "vit-b-32", "vit-l-14"]  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import tarfile
 
 import datasets
 import pytest
@@ -22,7 +21,6 @@ from vlp.training.data import (
     DrawSampler,
     PairDataset,
     SampleMaker,
-    ShardDataset,
     caption_texts,
     decode_image,
     train_loader,
@@ -294,7 +292,8 @@ def test_batches_are_the_same_whatever_the_workers(folder, workers):
     collator = Collator(tiny_processor(), 20)
 
     def take(num_workers):
-        loader = iter(train_loader(arguments("x", num_workers=num_workers), rows, maker(), collator, 0, 1, start=0))
+        dataset, sampler = PairDataset(rows, maker()), DrawSampler(len(rows), seed=0)
+        loader = iter(train_loader(arguments("x", num_workers=num_workers), dataset, sampler, collator))
         return [next(loader) for _ in range(4)]
 
     for a, b in zip(take(0), take(workers), strict=True):
@@ -318,43 +317,3 @@ def test_a_text_that_stands_twice_is_read_once():
         batch = collator([dataset[i, epoch] for i in range(6)])
         assert batch.text_index.tolist() == [0, 1, 0, 2, 1, 0] and len(batch.input_ids) == 3
         assert batch.caption_ids[0] == batch.caption_ids[2] != batch.caption_ids[1]
-
-
-def write_shard(path, colours, broken=False):
-    with tarfile.open(path, "w") as tar:
-        for number, colour in enumerate(colours):
-            content = picture(colour)
-            if broken and number == 1:
-                content = content[:50]
-            for name, data in ((f"{number:03d}.png", content), (f"{number:03d}.txt", f"a {colour} card".encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-
-def test_webdataset_shards_mixtures_and_bad_samples(tmp_path):
-    pytest.importorskip("webdataset")
-    write_shard(tmp_path / "a-000.tar", ["red", "red", "red"], broken=True)
-    write_shard(tmp_path / "a-001.tar", ["red", "red", "red"])
-    write_shard(tmp_path / "b-000.tar", ["blue", "blue"])
-    sources = [str(tmp_path / "a-{000..001}.tar"), str(tmp_path / "b-000.tar")]
-    stream = iter(ShardDataset(sources, [3.0, 1.0], maker(), seed=0))
-    samples = [next(stream) for _ in range(400)]
-    share = sum(sample.text == "a blue card" for sample in samples) / 400
-    assert 0.17 < share < 0.34
-    causes = {cause for sample in samples for _, cause in sample.skipped}
-    assert causes == {"truncated or broken image"}
-    again = iter(ShardDataset(sources, [3.0, 1.0], maker(), seed=0))
-    assert [next(again).text for _ in range(50)] == [sample.text for sample in samples[:50]]
-
-
-def test_truncated_shard_is_counted_and_the_rest_is_read(tmp_path):
-    pytest.importorskip("webdataset")
-    write_shard(tmp_path / "a.tar", ["red"] * 4)
-    write_shard(tmp_path / "b.tar", ["blue"] * 4)
-    whole = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "a.tar").write_bytes(whole[: 5 * 1024 + 512 + 20])  # in the middle of a member
-    stream = iter(ShardDataset([str(tmp_path / "{a,b}.tar")], None, maker(), seed=0))
-    samples = [next(stream) for _ in range(60)]
-    assert {sample.text for sample in samples} == {"a red card", "a blue card"}
-    assert "truncated or broken shard" in {cause for sample in samples for _, cause in sample.skipped}

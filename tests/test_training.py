@@ -190,7 +190,7 @@ def test_a_folder_with_other_things_in_it_is_not_replaced(pairs, tmp_path, monke
 
 def test_resuming_takes_new_learning_rates_and_refuses_other_data(pairs, tmp_path):
     train(arguments(pairs, tmp_path / "run", max_train_steps=2))
-    with pytest.raises(ResumeError, match="of another data: seed is 0 there and 1 here"):
+    with pytest.raises(ResumeError, match="of another recipe: seed is 0 there and 1 here"):
         train(arguments(pairs, tmp_path / "run", seed=1, resume_from_checkpoint="latest"))
     train(arguments(pairs, tmp_path / "run", learning_rate=5e-4, warmup_steps=0, resume_from_checkpoint="latest"))
     history = json.loads((tmp_path / "run" / "results.json").read_text())["history"]
@@ -257,7 +257,8 @@ def test_shards_end_to_end(tmp_path, trained):
     for wrong, message in (
         ({"cache_images": True}, "keep all shards in memory"),
         ({"shard_weights": "1::2"}, "must be 1 numbers joined by ::"),
-        ({"max_train_steps": None}, "no known length"),
+        ({"max_train_steps": None}, "Shards without an index"),
+        ({"num_workers": 2}, "1 shards from .* are fewer than the 2 workers that read them"),
         ({"tokenizer_name": None}, "needs --tokenizer_name"),
         ({"dataset_name": str(tmp_path / "cards-{000..001}.tar")}, "there is no shard .*cards-001.tar"),
     ):

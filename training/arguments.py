@@ -373,6 +373,23 @@ class CapFiltArguments:
         require_share(self, "top_p", "threshold")
 
 
+@dataclass(kw_only=True)
+class ShardsArguments:
+    """WebDataset shards, written from any data set that training reads."""
+
+    dataset_name: str = option(EMOJI, "pairs to write, as for training")
+    dataset_config_name: str | None = option(None, "configuration of a hub data set")
+    train_split: str = option("train", "split to read")
+    image_column: str = option("image", "column with the images, or with their paths; all others go in as JSON")
+    image_root: str | None = option(None, "folder that image paths start from; that of the file where not given")
+    shard_size: int = option(1000, "samples in a shard; there must be a shard for each worker of each process")
+    seed: int = option(0, "seed of the order in which they are written")
+    output_dir: str | None = option(None, "folder of the shards and their index; runs/shards where not given")
+
+    def __post_init__(self):
+        require_at_least_one(self, "shard_size")
+
+
 @dataclass(frozen=True)
 class Task:
     """Something to train: its options, its recipe where none is named, and what it is in a few words."""
@@ -401,6 +418,7 @@ TASKS = {
     "capfilt": Task(
         CapFiltArguments, "capfilt", "Caption web images and filter captions with fine-tuned BLIPs (CapFilt)"
     ),
+    "shards": Task(ShardsArguments, "shards", "Write a data set as WebDataset shards with an index"),
 }
 
 
@@ -480,7 +498,7 @@ def build_parser(task: str = "clip") -> argparse.ArgumentParser:
         prog=f"accelerate launch training {task}",
         description=f"{TASKS[task].text}.",
     )
-    families = ("blip2", "blip", "capfilt")  # CLIP's recipes have the names of its architectures
+    families = ("blip2", "blip", "capfilt", "shards")  # CLIP's recipes have the names of its architectures
     family = next((name for name in families if name == task), None)
     stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     names = ", ".join(s for s in stems if next((n for n in families if s.startswith(n)), None) == family)

@@ -9,6 +9,8 @@ from transformers import AutoConfig
 
 from .arguments import ArgumentError, TrainingArguments
 from .data import CaptionChooser
+from .distributed import processes
+from .shards import expand, read_index
 from .sources import is_shards, load_rows, require_column, require_text
 
 
@@ -47,12 +49,26 @@ def check_shards(arguments: TrainingArguments) -> None:
     """Raise ArgumentError where shards cannot be streamed as the options say."""
     if not importlib.util.find_spec("webdataset"):
         raise ArgumentError('Shards need webdataset: pip install "vlp[webdataset]".')
-    import webdataset
-
-    sources = arguments.dataset_name.split("::")
-    for path in (path for source in sources for path in webdataset.shardlists.expand_urls(source)):
-        if "://" not in path and not path.startswith("pipe:") and not os.path.isfile(path):
-            raise ArgumentError(f"--dataset_name {arguments.dataset_name}: there is no shard {path}.")
+    sources = [expand(source) for source in arguments.dataset_name.split("::")]
+    streams = max(1, arguments.num_workers) * processes()
+    for paths in sources:
+        for path in paths:
+            if "://" not in path and not path.startswith("pipe:") and not os.path.isfile(path):
+                raise ArgumentError(f"--dataset_name {arguments.dataset_name}: there is no shard {path}.")
+        if len(paths) < streams:
+            raise ArgumentError(
+                f"--dataset_name {arguments.dataset_name}: {len(paths)} shards from {paths[0]} on are fewer than the "
+                f"{streams} workers that read them ({processes()} processes of {max(1, arguments.num_workers)}): lower "
+                "--num_workers, or write smaller shards (`training shards --shard_size`)."
+            )
+    indices = [read_index(paths) for paths in sources]
+    for path, facts in (item for index in indices if index for item in index.items()):
+        if os.path.getsize(path) != facts["bytes"]:
+            raise ArgumentError(
+                f"{path} has {os.path.getsize(path)} bytes, its index says {facts['bytes']}: it was not copied whole."
+            )
+    if arguments.shard_size is None and all(indices):
+        arguments.shard_size = sum(facts["samples"] for index in indices for facts in index.values())
     if arguments.shard_weights:
         try:
             weights = [float(weight) for weight in arguments.shard_weights.split("::")]
@@ -64,7 +80,9 @@ def check_shards(arguments: TrainingArguments) -> None:
                 f"{arguments.shard_weights!r}."
             )
     if arguments.shard_size is None and not (arguments.max_train_steps or arguments.max_train_minutes):
-        raise ArgumentError("Shards have no known length: give --max_train_steps, --max_train_minutes or --shard_size.")
+        raise ArgumentError(
+            "Shards without an index have no known length: give --max_train_steps, --max_train_minutes or --shard_size."
+        )
     if arguments.cache_images:
         raise ArgumentError("--cache_images would keep all shards in memory: use --no-cache_images.")
 

@@ -131,13 +131,13 @@ def load_state(accelerator: Accelerator, path: Path, facts: dict) -> dict:
     """Load a state and return its facts; the states after it are removed.
 
     Args:
-        facts: those of this run: "model_config" and "data", which must be the state's.
+        facts: those of this run: "model_config" and "recipe", which must be the state's.
 
-    Raises ResumeError, with what differs, where the state belongs to another model or other data.
+    Raises ResumeError, with what differs, where the state belongs to another model or another recipe.
     """
     saved = json.loads((path / STATE_FILE).read_text())
-    for name in ("model_config", "data"):
-        differences = compare(saved[name], json.loads(json.dumps(facts[name])))
+    for name in ("model_config", "recipe"):
+        differences = compare(saved.get(name, {}), json.loads(json.dumps(facts[name])))
         if differences:
             raise ResumeError(f"{path} is of another {name.split('_')[0]}: {'; '.join(differences)}.")
     accelerator.load_state(str(path))

@@ -1,7 +1,6 @@
 """From rows to batches: bad rows are skipped and counted, one caption is drawn, images become uint8 squares."""
 
 import io
-import json
 import random
 import signal
 from collections import Counter
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as tv
 
 from ..processing.augmentation import PerImage
 from ..processing.prompts import TEMPLATES, prompts_for
-from .sources import is_shards
 
 TRIES = 1000  # rows in a row that may be bad before the data is given up
 MAX_ASPECT = 1000
@@ -111,6 +109,7 @@ class Sample:
     skipped: list[tuple[Any, str]] = field(default_factory=list)
     answers: list[tuple[str, float]] | None = None  # of a question, with their weights
     label: int | None = None  # whether the text is true of two images; pixels are then (2, 3, S, S)
+    place: dict[str, dict] = field(default_factory=dict)  # where a stream of shards is after it, by the stream's number
 
 
 @dataclass(kw_only=True)
@@ -261,72 +260,6 @@ class DrawSampler(Sampler):
             position += self.processes
 
 
-class ShardDataset(IterableDataset):
-    """Pairs streamed from WebDataset shards, without end, in a new order each time.
-
-    Args:
-        sources: one shard pattern each, such as "data/{000..099}.tar"; members are an image, and .txt or .json.
-        weights: how often each source is drawn from, relative to the others.
-    """
-
-    IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-
-    def __init__(self, sources: list[str], weights: list[float] | None, maker: SampleMaker, seed: int, rank: int = 0):
-        self.sources, self.maker, self.seed, self.rank = sources, maker, seed, rank
-        self.weights = weights or [1.0] * len(sources)
-
-    def __iter__(self) -> Iterator[Sample]:
-        import webdataset as wds
-
-        worker = torch.utils.data.get_worker_info()
-        seed = self.seed + 7919 * self.rank + 104_729 * (worker.id if worker else 0)
-        broken: list[tuple[Any, str]] = []
-
-        def note_and_go_on(error: Exception) -> bool:
-            broken.append((f"shard {error}", "truncated or broken shard"))
-            if len(broken) >= TRIES:
-                raise BadDataError(f"{TRIES} shards in a row cannot be read, the last: {error}")
-            return True
-
-        def stream(source: str):
-            return iter(
-                wds.DataPipeline(
-                    wds.ResampledShards(source, seed=seed, deterministic=True),
-                    wds.tarfile_to_samples(handler=note_and_go_on),
-                    wds.shuffle(1000, initial=100, rng=random.Random(seed)),
-                )
-            )
-
-        streams, rng = [stream(source) for source in self.sources], random.Random(seed)
-        skipped: list[tuple[Any, str]] = []
-        for count in range(10**18):
-            member = next(rng.choices(streams, self.weights)[0])
-            key = f"{member['__url__']}/{member['__key__']}"
-            try:
-                sample = self.maker(self.to_row(member), key, count)
-            except BadRow as error:
-                skipped.append((key, str(error)))
-                if len(skipped) >= TRIES:
-                    causes = Counter(cause for _, cause in skipped)
-                    raise BadDataError(f"{TRIES} samples in a row cannot be used: {describe(causes)}.") from None
-                continue
-            sample.skipped, skipped = skipped + broken, []
-            broken.clear()
-            yield sample
-
-    def to_row(self, member: dict) -> dict:
-        """A shard's member as a row: its picture, and its caption from .json (the caption column) or .txt."""
-        column = self.maker.chooser.caption_column
-        try:
-            row = dict(json.loads(member["json"])) if "json" in member else {}
-        except (ValueError, TypeError):
-            raise BadRow("broken JSON") from None
-        if "txt" in member and not row.get(column):
-            row[column] = member["txt"].decode("utf-8", "replace")
-        row[self.maker.image_column] = next((member[kind] for kind in self.IMAGES if kind in member), None)
-        return row
-
-
 @dataclass
 class Batch:
     """What a step gets, and the bad rows that were met while it was made."""
@@ -338,6 +271,7 @@ class Batch:
     image_ids: Tensor  # (B,)
     skipped: list[tuple[Any, str]]
     extra: dict[str, Tensor] = field(default_factory=dict)  # what a fine-tuning task needs beside
+    place: dict[str, dict] = field(default_factory=dict)  # as `Sample.place`
 
     def __len__(self) -> int:
         return len(self.text_index)
@@ -371,6 +305,7 @@ class Collator:
             image_ids=torch.tensor([sample.image_id for sample in samples]),
             skipped=[bad for sample in samples for bad in sample.skipped],
             extra=self.extra(samples),
+            place=samples[-1].place,
         )
 
     def extra(self, samples: list[Sample]) -> dict[str, Tensor]:
@@ -419,25 +354,8 @@ def describe(causes: Counter) -> str:
     return ", ".join(f"{cause}: {count}" for cause, count in causes.most_common()) or "none"
 
 
-def train_loader(arguments, rows, maker: SampleMaker, collator: Collator, rank: int, processes: int, start: int):
-    """An endless DataLoader of Batches for one process.
-
-    Args:
-        rows: a `datasets.Dataset`, or None for WebDataset shards.
-        start: samples that all processes together have seen before.
-    """
-    sampler = None
-    if is_shards(arguments.dataset_name):
-        sources = arguments.dataset_name.split("::")
-        weights = [float(weight) for weight in arguments.shard_weights.split("::")] if arguments.shard_weights else None
-        dataset: Dataset = ShardDataset(sources, weights, maker, arguments.seed + start, rank)
-    else:
-        dataset = PairDataset(rows, maker)
-        groups = None
-        if arguments.group_captions > 1:
-            column = rows[arguments.caption_column]
-            groups = [stable_id(value) for value in column]
-        sampler = DrawSampler(len(rows), arguments.seed, rank, processes, start, groups, arguments.group_captions)
+def train_loader(arguments, dataset: Dataset, sampler: Sampler | None, collator: Collator) -> DataLoader:
+    """Batches of one process, without end; a data set that streams has no sampler."""
     return DataLoader(
         dataset,
         batch_size=arguments.per_device_train_batch_size,

@@ -29,6 +29,7 @@ class Progress:
     losses: list[str] = field(default_factory=list)  # their names
     history: list[dict] = field(default_factory=list)  # logged losses
     evaluations: list[dict] = field(default_factory=list)
+    places: dict[str, dict] = field(default_factory=dict)  # where this process' streams of shards are, by their numbers
 
 
 @dataclass
@@ -72,6 +73,7 @@ def train_step(run: Run, share_done: float) -> dict[str, Tensor]:
     for _ in range(arguments.gradient_accumulation_steps):
         batch = next(run.batches)
         run.bad_rows.update(batch)
+        run.progress.places |= batch.place
         run.progress.samples += len(batch) * accelerator.num_processes
         with accelerator.accumulate(run.wrapped):
             device = accelerator.device

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
@@ -29,6 +29,7 @@ from .arguments import (
     BlipArguments,
     CapFiltArguments,
     ClipArguments,
+    ShardsArguments,
     TrainingArguments,
     parse_command_line,
 )
@@ -44,13 +45,24 @@ from .checkpoint import (
     state_folder,
     write_whole,
 )
-from .data import BadDataError, BadRows, CaptionChooser, Collator, train_loader
+from .data import (
+    BadDataError,
+    BadRows,
+    CaptionChooser,
+    Collator,
+    DrawSampler,
+    PairDataset,
+    stable_id,
+    train_loader,
+)  # fmt: skip
 from .evaluation import Evaluator
 from .hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
 from .hub import check_access, push
 from .loop import Progress, Run, fit
 from .optim import make_optimizer, parameter_groups
 from .sharding import let_layers_be_read, make_shardable, repeated_layers, whole_model
+from .shards import ShardDataset, expand, write_shards
+from .sources import is_shards
 
 # The module that makes the parts of a run, for each kind of options.
 FAMILIES = {ClipArguments: clip, BlipArguments: blip, Blip2Arguments: blip2}
@@ -60,7 +72,7 @@ def main() -> None:
     """Train as the command line says. Errors that a user can mend end the program with one line."""
     arguments = parse_command_line()
     try:
-        (capfilt if isinstance(arguments, CapFiltArguments) else train)(arguments)
+        {CapFiltArguments: capfilt, ShardsArguments: write_shards}.get(type(arguments), train)(arguments)
     except (ArgumentError, BadDataError, ResumeError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -220,10 +232,24 @@ def start_batches(run: Run, rows, chooser: CaptionChooser, processor) -> None:
         cache={} if arguments.cache_images else None,
     )
     collator = Collator(processor, arguments.max_length, getattr(arguments, "prompt", ""))
-    accelerator = run.accelerator
-    loader = train_loader(arguments, rows, maker, collator, accelerator.process_index, accelerator.num_processes,
-                          start=run.progress.samples)  # fmt: skip
-    run.batches = iter(loader)
+    run.batches = iter(train_loader(arguments, *make_dataset(run, rows, maker), collator))
+
+
+def make_dataset(run: Run, rows, maker) -> tuple:
+    """The data and their order, from where the run is: rows by number and a sampler, or a stream of shards."""
+    arguments, rank, processes = run.arguments, run.accelerator.process_index, run.accelerator.num_processes
+    if rows is None:
+        sources = [expand(source) for source in arguments.dataset_name.split("::")]
+        weights = [float(weight) for weight in arguments.shard_weights.split("::")] if arguments.shard_weights else None
+        batches = run.progress.samples // (arguments.per_device_train_batch_size * processes)
+        places = run.progress.places
+        return ShardDataset(sources, weights, maker, arguments.seed, rank, processes, places, batches), None
+    column = rows[arguments.caption_column] if arguments.group_captions > 1 else None
+    groups = None if column is None else [stable_id(value) for value in column]
+    sampler = DrawSampler(
+        len(rows), arguments.seed, rank, processes, run.progress.samples, groups, arguments.group_captions
+    )
+    return PairDataset(rows, maker), sampler
 
 
 def per_image(arguments: TrainingArguments, processor) -> PerImage:
@@ -241,13 +267,31 @@ def total_steps(arguments: TrainingArguments, size: int | None, batch: int) -> i
     return max(1, math.ceil(size * arguments.num_train_epochs / batch))
 
 
+# What a run must share with the state that it goes on from; rates, lengths, evaluation and the like may be others.
+BOUND = (
+    "dataset_name", "train_split", "hold_out", "image_column", "caption_column", "shard_weights", "seed", "tag_share",
+    "templates", "template_share", "augmentation", "crop_scale", "horizontal_flip", "random_augment", "group_captions",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "exclude_duplicates", "lora_rank", "loss", "task",
+    "stage", "prompt", "lock_image_tower", "lock_text_tower", "patch_dropout", "queue_size", "global_negatives",
+    "contrastive_share",
+)  # fmt: skip
+
+
 def state_facts(run: Run) -> dict:
-    """What a state says beside its tensors: where the run is, and what it must fit."""
-    names = ("dataset_name", "train_split", "hold_out", "seed", "per_device_train_batch_size")
+    """What a state says beside its tensors: where the run is, and what it must fit; called by every process."""
+    arguments, accelerator = run.arguments, run.accelerator
+    recipe = {name: getattr(arguments, name) for name in BOUND if hasattr(arguments, name)}
+    recipe["ema_decay"] = bool(arguments.ema_decay)
+    progress = dataclasses.asdict(run.progress)
+    if is_shards(arguments.dataset_name):  # each stream of them is a worker's of a process
+        recipe |= {"num_workers": arguments.num_workers, "processes": accelerator.num_processes}
+        workers, rank = max(1, arguments.num_workers), accelerator.process_index
+        own = {number: place for number, place in run.progress.places.items() if int(number) // workers == rank}
+        progress["places"] = {number: place for part in gather_object([own]) for number, place in part.items()}
     return {
         "model_config": run.model.config.to_dict(),
-        "data": {name: getattr(run.arguments, name) for name in names},
-        "progress": dataclasses.asdict(run.progress),
+        "recipe": recipe,
+        "progress": progress,
         "bad_rows": list(run.bad_rows.causes.items()),
     }
 
