@@ -304,7 +304,7 @@ def config_of(folder: Path) -> PreTrainedConfig:
 
 SHOWN_OPTIONS = (
     "augmentation", "templates", "template_share", "tag_share", "group_captions", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "loss", "exclude_duplicates", "learning_rate", "weight_decay",
+    "micro_batch_size", "gradient_accumulation_steps", "loss", "exclude_duplicates", "learning_rate", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "layer_decay", "warmup_steps", "max_train_steps", "max_train_minutes",
     "max_grad_norm", "ema_decay", "momentum", "queue_size", "alpha", "alpha_epochs", "global_negatives",
     "contrastive_share", "label_smoothing", "stage", "prompt", "lora_rank",

@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,11 +20,12 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoProcessor, pipeline
 from vlp.modeling_vlp.ranking import rank, rank_by_matching, rerank
-from vlp.training.arguments import ArgumentError, BlipArguments, CapFiltArguments
+from vlp.training.arguments import ArgumentError, BlipArguments, CapFiltArguments, ShardsArguments
 from vlp.training.blip_evaluation import caption_metrics
 from vlp.training.capfilt import capfilt
 from vlp.training.checkpoint import ResumeError, state_folder, states
 from vlp.training.run import train
+from vlp.training.shards import write_shards
 from vlp.training.sources import load_rows
 
 import vlp
@@ -161,31 +161,60 @@ def assert_same_states(a: Path, b: Path) -> None:
         assert [x[name] for x in results[0]["history"]] == [x[name] for x in results[1]["history"]]
 
 
-RUN = """
-import json, sys
-from vlp.modeling_vlp.ranking import rank, rank_by_matching
-from vlp.training.arguments import BlipArguments
-from vlp.training.run import train
-from vlp.training.sources import load_rows
-train(BlipArguments(**json.loads(sys.argv[1])))
-"""
+def go_on(words: dict) -> None:
+    """In a process of its own: begin a run, or go on with it from its last state."""
+    os.setsid()  # its workers are killed with it
+    last = "latest" if states(state_folder(words["output_dir"])) else None
+    train(BlipArguments(**words, resume_from_checkpoint=last))
 
 
-def test_a_run_that_is_killed_at_a_random_moment_goes_on_as_if_it_had_not_been(pairs, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    changes = dict(max_train_steps=40, save_steps=2)
-    train(arguments(pairs, whole, **changes))
-    words = json.dumps(options(pairs, killed, **changes))
-    process = subprocess.Popen([sys.executable, "-c", RUN, words], env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    deadline = time.monotonic() + 120
-    while not states(state_folder(killed)) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 1.0))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert states(state_folder(killed)), "it was killed before its first state"
+def test_a_run_that_is_killed_twenty_times_at_random_moments_ends_as_if_it_had_not_been(pairs, trained, tmp_path):
+    """Weights, optimiser, schedule, draws, the teacher and its queue, and the place in shards that two workers read."""
+    write_shards(ShardsArguments(dataset_name=str(pairs), samples_per_shard=4, output_dir=str(tmp_path / "shards")))
+    changes = dict(
+        dataset_name=str(tmp_path / "shards" / "{00000..00007}.tar"), eval_dataset_name=str(pairs), num_workers=2,
+        tokenizer_name=str(trained), cache_images=False, augmentation="strong", max_train_steps=120, save_steps=2,
+        save_total_limit=3,
+    )  # fmt: skip
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    folder, words = state_folder(killed), options(pairs, killed, **changes)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vlp.training.run"])  # a process then starts at once
+
+    def newest() -> str:
+        return max((path.name for path in states(folder)), default="")
+
+    pace, seen = 0.5, []  # seconds from a state to the next
+    for number in range(20):
+        process = context.Process(target=go_on, args=(words,))
+        process.start()
+        if number % 4 == 3:  # while it starts, or loads
+            time.sleep(rng.uniform(0, 2.0))
+        else:
+            before, started, deadline = newest(), time.monotonic(), time.monotonic() + 120
+            while newest() == before and process.is_alive() and time.monotonic() < deadline:
+                time.sleep(0.005)
+            after, started = newest(), time.monotonic()
+            while newest() == after and process.is_alive() and time.monotonic() < started + pace:
+                time.sleep(0.005)
+            pace = time.monotonic() - started
+            time.sleep(rng.uniform(0, pace))  # in a step, or while it saves
+        assert process.is_alive(), f"it ended before it was killed for the {number + 1}th time"
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it had not yet come to have a group
+            process.kill()
+        process.join()
+        seen.append(newest())
+        assert len(states(folder)) <= 4  # one that is about to be dropped
+        # A state is there whole or not at all.
+        assert all((path / "model.safetensors").exists() for path in states(folder))
+    assert len(set(seen)) > 10
     train(arguments(pairs, killed, **changes, resume_from_checkpoint="latest"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(arguments(pairs, whole, **changes))
     assert_same_states(whole, killed)
+    assert len(states(folder)) == 3
 
 
 @pytest.fixture(scope="module")

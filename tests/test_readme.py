@@ -59,6 +59,17 @@ def test_python_snippets_run(name, folder, monkeypatch, capsys):
     )
 
 
+def test_commands_of_the_other_documents_are_commands():
+    lines = "\n".join(blocks("docs/scaling.md", "bash")).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("accelerate launch")]
+    assert len(commands) == 2
+    for words in commands:
+        task = next(word for word in words if word in TASKS)
+        parse(words[words.index(task) + 1 :], task)
+        for path in (word for word in words if word.endswith(".yaml")):
+            assert (ROOT / path).is_file()
+
+
 @pytest.mark.parametrize("name", READMES)
 def test_commands_are_commands(name):
     """Every training command parses; every make target is there."""
@@ -75,7 +86,7 @@ def test_commands_are_commands(name):
         elif words[:1] == ["vlp-convert"]:
             options = vars(build_parser().parse_args(words[1:]))
             converted += 1
-    assert seen == 11 and converted == 6
+    assert seen == 14 and converted == 6
     convert_options = options
     for options in re.findall(r"`(--[^`]*)`", (ROOT / name).read_text()):
         words = shlex.split(options)
@@ -100,10 +111,10 @@ def test_figures_are_those_of_the_stored_results():
     subprocess.run([sys.executable, ROOT / "benchmarks/readme.py", "--check"], check=True)
 
 
-@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", "docs/scaling.md"])
 def test_links_and_pictures_are_there(name):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+        assert target.startswith("http") or ((ROOT / name).parent / target).exists(), target
 
 
 def test_makefile_explains_itself():

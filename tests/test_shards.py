@@ -139,6 +139,9 @@ def test_shards_without_any_sample_end_the_run(tmp_path):
 def test_packed_and_piped_shards_are_fetched(tmp_path):
     write_shard(tmp_path / "a.tar", ["one", "two"])
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    (tmp_path / "c.tar.gz").write_bytes((tmp_path / "b.tar.gz").read_bytes()[:-30])
+    with pytest.raises(BadDataError, match="c.tar.gz: .*end-of-stream"):
+        next(iter(dataset_of([str(tmp_path / "c.tar.gz")])))
     for path in (str(tmp_path / "b.tar.gz"), f"pipe:cat {tmp_path / 'a.tar'}"):
         assert {sample.text for sample in itertools.islice(dataset_of([path]), 2)} == {"one", "two"}
 
@@ -159,7 +162,7 @@ def table(tmp_path) -> Path:
 
 
 def test_a_data_set_is_written_whole_with_its_index(table, tmp_path, capsys):
-    write_shards(ShardsArguments(dataset_name=str(table), shard_size=10, output_dir=str(tmp_path / "shards")))
+    write_shards(ShardsArguments(dataset_name=str(table), samples_per_shard=10, output_dir=str(tmp_path / "shards")))
     printed = capsys.readouterr().out
     assert "25 samples in 3 shards. Left out: " in printed
     assert "not an image: 1" in printed and "missing image file: 1" in printed
@@ -174,7 +177,7 @@ def test_a_data_set_is_written_whole_with_its_index(table, tmp_path, capsys):
         if epoch:
             break
         row = json.loads(files["json"])
-        assert row["source"] == "web"
+        assert row["source"] == "web" and files["txt"].decode() == row["caption"]
         read[row["caption"]] = files["jpeg"]
     assert read == originals
     order = [json.loads(files["json"])["caption"] for files, _, _ in itertools.islice(Source(paths, 0, 0, 1), 25)]
@@ -185,10 +188,10 @@ def test_a_data_set_is_written_whole_with_its_index(table, tmp_path, capsys):
 
 def test_options_of_the_writer():
     assert parse(["--dataset_name", "x.csv"], "shards").output_dir == "runs/shards"
-    with pytest.raises(ArgumentError, match="--shard_size must be at least 1"):
-        parse(["--shard_size", "0"], "shards")
+    with pytest.raises(ArgumentError, match="--samples_per_shard must be at least 1"):
+        parse(["--samples_per_shard", "0"], "shards")
     with pytest.raises(BadRow, match="no image"):
-        files_of({"image": None}, "image")
+        files_of({"image": None}, "image", "caption")
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def test_options_of_the_writer():
 def shards(tmp_path_factory, table) -> str:
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path_factory.mktemp("data") / "shards"
-    write_shards(ShardsArguments(dataset_name=str(table), shard_size=6, output_dir=str(folder)))
+    write_shards(ShardsArguments(dataset_name=str(table), samples_per_shard=6, output_dir=str(folder)))
     return str(folder / "{00000..00004}.tar")
 
 

@@ -44,10 +44,12 @@ from vlp.training import arguments as arguments_module
 from vlp.training import checkpoint, hardware, hub
 from vlp.training.arguments import ArgumentError, ClipArguments
 from vlp.training.checkpoint import ResumeError, state_folder, states
-from vlp.training.data import BadDataError
+from vlp.training.data import BadDataError, CaptionChooser
+from vlp.training.evaluation import Evaluator
 from vlp.training.objectives import ClipObjective
 from vlp.training.optim import learning_rate_factor, levels_below_top, make_optimizer, parameter_groups
 from vlp.training.run import train
+from vlp.training.sources import load_rows
 
 import vlp
 
@@ -152,6 +154,24 @@ def test_resume_gives_the_run_that_was_never_stopped(pairs, tmp_path):
     a, b = (json.loads((folder / "results.json").read_text()) for folder in (whole, stopped))
     assert a["metrics"] == b["metrics"] and a["samples"] == b["samples"] == 128
     assert [x["contrastive"] for x in a["history"]] == [x["contrastive"] for x in b["history"]]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_matrices_may_be_published_small_and_are_measured_as_published(pairs, tmp_path, dtype):
+    train(arguments(pairs, tmp_path / "whole", max_train_steps=30))
+    train(arguments(pairs, tmp_path / "small", max_train_steps=30, publish_dtype=dtype))
+    whole, small = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "small"))
+    for name, value in whole.items():
+        wanted = value.to(getattr(torch, dtype)) if value.ndim > 1 else value
+        assert torch.equal(small[name], wanted), name
+    model, processor = (kind.from_pretrained(tmp_path / "small") for kind in (AutoModel, AutoProcessor))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "small"))
+    assert classify.model.dtype == torch.float32
+    rows = load_rows(str(pairs), "test", "image")
+    evaluator = Evaluator(rows, CaptionChooser(), "image", 10**6, "caption")
+    results = json.loads((tmp_path / "small" / "results.json").read_text())["metrics"]
+    assert evaluator(model, processor) == pytest.approx(results)
 
 
 def test_only_the_last_states_are_kept(pairs, tmp_path):

@@ -110,6 +110,9 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = option(None, 'folder of a state, or "latest"')
     logging_steps: int = option(10, "log every so many optimiser steps")
     report_to: str = option("tensorboard", "tracker: tensorboard, wandb, ... (those of accelerate), or none")
+    publish_dtype: str = option(
+        "float32", "of the weight matrices that are published: float32, bfloat16 or float16; loaded, they are float32"
+    )
     push_to_hub: bool = option(False, "push model, processor and card to the hub at the end, in one commit")
     hub_model_id: str | None = option(None, "name to push to, such as me/my-clip")
     hub_private: bool = option(False, "make the hub repository private")
@@ -149,6 +152,7 @@ class TrainingArguments:
         )
         require_one_of("augmentation", self.augmentation, ("crop", "strong", "none"))
         require_one_of("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
+        require_one_of("publish_dtype", self.publish_dtype, ("float32", "bfloat16", "float16"))
         require_one_of("templates", self.templates, tuple(TEMPLATES))
         if self.tag_share and not self.tag_column:
             raise ArgumentError(f"--tag_share {self.tag_share} needs --tag_column, the column with the keywords.")
@@ -381,13 +385,14 @@ class ShardsArguments:
     dataset_config_name: str | None = option(None, "configuration of a hub data set")
     train_split: str = option("train", "split to read")
     image_column: str = option("image", "column with the images, or with their paths; all others go in as JSON")
+    caption_column: str = option("caption", "column with captions, of which the first goes in as text too")
     image_root: str | None = option(None, "folder that image paths start from; that of the file where not given")
-    shard_size: int = option(1000, "samples in a shard; there must be a shard for each worker of each process")
+    samples_per_shard: int = option(1000, "there must be a shard for each worker of each process")
     seed: int = option(0, "seed of the order in which they are written")
     output_dir: str | None = option(None, "folder of the shards and their index; runs/shards where not given")
 
     def __post_init__(self):
-        require_at_least_one(self, "shard_size")
+        require_at_least_one(self, "samples_per_shard")
 
 
 @dataclass(frozen=True)

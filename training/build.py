@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import importlib.util
 import os
 
 from transformers import AutoConfig
@@ -10,7 +9,7 @@ from transformers import AutoConfig
 from .arguments import ArgumentError, TrainingArguments
 from .data import CaptionChooser
 from .distributed import processes
-from .shards import expand, read_index
+from .shards import expand, read_index, require_webdataset
 from .sources import is_shards, load_rows, require_column, require_text
 
 
@@ -47,8 +46,7 @@ def load_data(arguments: TrainingArguments) -> tuple:
 
 def check_shards(arguments: TrainingArguments) -> None:
     """Raise ArgumentError where shards cannot be streamed as the options say."""
-    if not importlib.util.find_spec("webdataset"):
-        raise ArgumentError('Shards need webdataset: pip install "vlp[webdataset]".')
+    require_webdataset()
     sources = [expand(source) for source in arguments.dataset_name.split("::")]
     streams = max(1, arguments.num_workers) * processes()
     for paths in sources:
@@ -59,7 +57,7 @@ def check_shards(arguments: TrainingArguments) -> None:
             raise ArgumentError(
                 f"--dataset_name {arguments.dataset_name}: {len(paths)} shards from {paths[0]} on are fewer than the "
                 f"{streams} workers that read them ({processes()} processes of {max(1, arguments.num_workers)}): lower "
-                "--num_workers, or write smaller shards (`training shards --shard_size`)."
+                "--num_workers, or write smaller shards (`training shards --samples_per_shard`)."
             )
     indices = [read_index(paths) for paths in sources]
     for path, facts in (item for index in indices if index for item in index.items()):

@@ -6,8 +6,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .arguments import ArgumentError
 
@@ -44,6 +47,24 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
         os.replace(target, old)
     os.replace(fresh, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@torch.no_grad()
+def round_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give matrices (and what has more dimensions) the values that they have in a dtype; they stay in float32."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            tensor.copy_(tensor.to(dtype))
+
+
+def store_matrices(folder: Path, dtype: torch.dtype) -> None:
+    """Store the matrices of a saved model in a dtype; its configuration says what they are loaded as."""
+    for path in folder.glob("*.safetensors") if dtype != torch.float32 else []:
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.float32 and tensor.ndim > 1:
+                tensors[name] = tensor.to(dtype)
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def check_output(output_dir: str, name: str = "--output_dir") -> None:

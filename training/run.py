@@ -40,9 +40,11 @@ from .checkpoint import (
     check_output,
     find_state,
     load_state,
+    round_matrices,
     save_state,
     start_anew,
     state_folder,
+    store_matrices,
     write_whole,
 )
 from .data import (
@@ -118,10 +120,10 @@ def train(arguments: TrainingArguments) -> None:
             return whole_model(run.model)
         return run.average.module if run.average is not None else run.model
 
-    def evaluate() -> dict:
+    def evaluate(model: PreTrainedModel | None = None) -> dict:
         if evaluator is None:
             return {}
-        metrics = evaluator(published_model(), processor)
+        metrics = evaluator(model or published_model(), processor)
         run.wrapped.train()  # locked towers stay in evaluation mode, which only the objective knows
         run.progress.evaluations.append({"step": run.progress.step} | metrics)
         accelerator.log(metrics, step=run.progress.step)
@@ -151,8 +153,10 @@ def train(arguments: TrainingArguments) -> None:
             raise OSError(f"Interrupted at step {run.progress.step}, and the state could not be saved.")
         accelerator.print(f"Interrupted at step {run.progress.step}. Go on with --resume_from_checkpoint latest.")
         return
-    metrics = evaluate()
     published = published_model().eval()
+    round_matrices(published, getattr(torch, arguments.publish_dtype))  # what is measured is what is published
+    metrics = evaluate(published)
+    published.eval()
     accelerator.end_training()
     if accelerator.is_main_process:
         publish(run, rows, processor, published, evaluator, metrics)
@@ -367,6 +371,7 @@ def publish(run: Run, rows, processor, model: PreTrainedModel, evaluator: Evalua
 
     def write(fresh: Path) -> None:
         model.save_pretrained(fresh)
+        store_matrices(fresh, getattr(torch, arguments.publish_dtype))
         processor.save_pretrained(fresh)
         (fresh / "training_arguments.yaml").write_text(yaml.safe_dump(results["arguments"], sort_keys=False))
         examples = evaluator.examples(model, processor) if evaluator else []

@@ -7,6 +7,7 @@ numbers for each source: its epoch, its window of shards in it, and the sample i
 
 import contextlib
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import random
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,9 +27,9 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from .arguments import ShardsArguments
+from .arguments import ArgumentError, ShardsArguments
 from .checkpoint import check_output, write_whole
-from .data import TRIES, BadDataError, BadRow, Sample, SampleMaker, describe
+from .data import TRIES, BadDataError, BadRow, Sample, SampleMaker, describe, texts_of
 from .sources import load_rows
 
 INDEX = "index.json"
@@ -36,6 +38,11 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
 
 # --- what a source is -------------------------------------------------------------------------------------------------
+
+
+def require_webdataset() -> None:
+    if not importlib.util.find_spec("webdataset"):
+        raise ArgumentError('Shards need webdataset: pip install "vlp[webdataset]".')
 
 
 def expand(source: str) -> list[str]:
@@ -157,7 +164,7 @@ class Source:
             path = stack.enter_context(on_disk(shard))
             members, problem = scan(shard, path)
             files[shard] = stack.enter_context(open(path, "rb")).fileno()
-        except OSError as error:
+        except (OSError, EOFError, zlib.error) as error:
             members, problem = [], str(error)
         if problem:
             self.broken.append((f"shard {shard}: {problem}", "truncated or broken shard"))
@@ -233,6 +240,7 @@ class ShardDataset(IterableDataset):
 
 def write_shards(arguments: ShardsArguments) -> None:
     """Write a data set as shards, and their index, in a new order; images stay as they are, byte for byte."""
+    require_webdataset()
     from webdataset import ShardWriter
 
     target, causes = Path(arguments.output_dir), Counter()
@@ -247,11 +255,13 @@ def write_shards(arguments: ShardsArguments) -> None:
         def note(path: str) -> None:
             shards[Path(path).name] = {"samples": writer.count, "bytes": os.path.getsize(path)}
 
-        options = {"maxcount": arguments.shard_size, "encoder": False, "post": note, "verbose": 0}
+        options = {"maxcount": arguments.samples_per_shard, "encoder": False, "post": note, "verbose": 0}
         with ShardWriter(str(folder / "%05d.tar"), **options) as writer:
             for number, row in enumerate(tqdm(rows, unit=" samples")):
                 try:
-                    writer.write({"__key__": f"{number:09d}"} | files_of(row, arguments.image_column))
+                    writer.write(
+                        {"__key__": f"{number:09d}"} | files_of(row, arguments.image_column, arguments.caption_column)
+                    )
                 except BadRow as error:
                     causes[str(error)] += 1
         (folder / INDEX).write_text(json.dumps({"shards": shards}, indent=1))
@@ -262,8 +272,11 @@ def write_shards(arguments: ShardsArguments) -> None:
     print(f"Train on them: --dataset_name '{target}/{{00000..{len(shards) - 1:05d}}}.tar'")
 
 
-def files_of(row: dict, image_column: str) -> dict[str, bytes]:
-    """A row's image, under the name of its format, and the other columns as JSON. Raises BadRow where there is none."""
+def files_of(row: dict, image_column: str, caption_column: str) -> dict[str, bytes]:
+    """A row's image, under the name of its format, its first caption as text, and all but the image as JSON.
+
+    Others' readers, such as open_clip's, take the text. Raises BadRow where there is no image.
+    """
     source = row[image_column] or {}
     try:
         content = source.get("bytes") or Path(source["path"]).read_bytes()
@@ -273,4 +286,5 @@ def files_of(row: dict, image_column: str) -> dict[str, bytes]:
     except OSError as error:
         raise BadRow("not an image" if isinstance(error, UnidentifiedImageError) else "missing image file") from None
     rest = {name: value for name, value in row.items() if name != image_column}
-    return {kind: content, "json": json.dumps(rest, ensure_ascii=False, default=str).encode()}
+    text = "".join(texts_of(row.get(caption_column))[:1])
+    return {kind: content, "txt": text.encode(), "json": json.dumps(rest, ensure_ascii=False, default=str).encode()}
