@@ -185,12 +185,12 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(pairs
     def newest() -> str:
         return max((path.name for path in states(folder)), default="")
 
-    pace, seen = 0.5, []  # seconds from a state to the next
+    pace, seen = 0.5, []  # seconds from a state to the next, at most
     for number in range(times):
         process = context.Process(target=go_on, args=(words,))
         process.start()
         if number % 4 == 2:  # while it starts, or loads
-            time.sleep(rng.uniform(0, 2.0))
+            time.sleep(rng.uniform(0, 1.5))
         else:
             before, started, deadline = newest(), time.monotonic(), time.monotonic() + 120
             while newest() == before and process.is_alive() and time.monotonic() < deadline:
@@ -198,7 +198,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(pairs
             after, started = newest(), time.monotonic()
             while newest() == after and process.is_alive() and time.monotonic() < started + pace:
                 time.sleep(0.005)
-            pace = time.monotonic() - started
+            pace = min(pace, time.monotonic() - started)
             time.sleep(rng.uniform(0, pace))  # in a step, or while it saves
         assert process.is_alive(), f"it ended before it was killed for the {number + 1}th time"
         try:

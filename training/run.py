@@ -47,16 +47,7 @@ from .checkpoint import (
     store_matrices,
     write_whole,
 )
-from .data import (
-    BadDataError,
-    BadRows,
-    CaptionChooser,
-    Collator,
-    DrawSampler,
-    PairDataset,
-    stable_id,
-    train_loader,
-)  # fmt: skip
+from .data import BadDataError, BadRows, CaptionChooser, Collator, DrawSampler, PairDataset, stable_id, train_loader
 from .evaluation import Evaluator
 from .hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
 from .hub import check_access, push
