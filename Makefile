@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev readme train train-blip train-blip2 test test-all check bench clean
+.PHONY: help venv venv-dev readme train train-blip train-blip2 cards test test-all check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -39,6 +39,11 @@ train-blip2: venv ## the same with BLIP-2 on the BLIP of `make train-blip`: stag
 	$(BIN)/accelerate launch training blip2 $(ARGS)
 	$(BIN)/accelerate launch training blip2 --config blip2-emoji-2
 
+cards: venv ## train the models in model_cards/ anew and write their cards (a quarter of an hour on 2 cores)
+	$(BIN)/accelerate launch training clip --output_dir model_cards/clip-emoji --publish_dtype bfloat16 $(ARGS)
+	$(BIN)/accelerate launch training blip --output_dir model_cards/blip-emoji --publish_dtype bfloat16 $(ARGS)
+	rm -rf model_cards/*.resume model_cards/*.resume.previous
+
 test: venv-dev ## set up and run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
@@ -49,12 +54,14 @@ check: venv-dev ## lint and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: venv-dev ## vlp and its peers side by side
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/clip_step.py
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/blip_generate.py
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/blip2_generate.py
+bench: venv-dev ## vlp and its peers side by side, in one table (about an hour)
+	cd benchmarks && for each in "clip_step.py" "clip_step.py --model ViT-B-16 --batch 8 --rounds 4" \
+		"clip_step.py --model RN50 --rounds 4" blip_generate.py blip2_generate.py blip2_features.py contrastive_loss.py \
+		zero_shot.py shards.py startup.py scaling.py; \
+		do HF_HUB_OFFLINE=1 $(abspath $(BIN))/python $$each || exit 1; done
 	@test -x .venv-lavis/bin/python || echo "LAVIS needs .venv-lavis: see benchmarks/blip_step.py"
 	test ! -x .venv-lavis/bin/python || HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/blip_step.py
+	$(BIN)/python benchmarks/table.py
 
 clean: ## remove the virtual environment and what was trained
 	rm -rf $(VENV) runs *.egg-info build

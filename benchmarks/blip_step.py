@@ -18,9 +18,7 @@ step in turn, one at a time. That both compute the same is what tests/test_blip_
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -34,6 +32,7 @@ import vlp
 
 sys.path.append(str(Path(__file__).parent / "peers"))
 from lavis_blip_step import caption_ids  # noqa: E402  the captions that the peer reads
+from workers import interleave, serve  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 PEER = Path(__file__).parent / "peers" / "lavis_blip_step.py"
@@ -55,23 +54,15 @@ def serve_vlp(image_size: int, batch: int, threads: int) -> None:
     rows = torch.arange(batch)
     inputs = {"pixel_values": torch.randn(batch, 3, image_size, image_size), "text_index": rows, "caption_ids": rows,
               "image_ids": rows, "input_ids": ids[:, : int(mask.sum(1).max())]}  # fmt: skip
-    print("ready", flush=True)
-    for number, _ in enumerate(sys.stdin):
-        start = time.perf_counter()
+
+    def step(number: int) -> None:
         objective.before_step(number)
         sum(objective(**inputs).values()).backward()
         optimizer.step()
         optimizer.zero_grad()
         objective.after_step()
-        print(time.perf_counter() - start, flush=True)
 
-
-def start(words: list[str]) -> subprocess.Popen:
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.strip() == "ready":
-            return process
-    sys.exit(f"{' '.join(words)} did not start.")
+    serve(step)
 
 
 def main() -> None:
@@ -86,19 +77,8 @@ def main() -> None:
     shape = [str(options.image_size), str(options.batch), str(options.threads)]
     if options.serve:
         return serve_vlp(options.image_size, options.batch, options.threads)
-    serve = [sys.executable, __file__, "--serve", "--image_size", shape[0], "--batch", shape[1], "--threads", shape[2]]
-    contenders = {"vlp": start(serve), "LAVIS": start([options.lavis_python, str(PEER), *shape])}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(options.rounds + 1):  # the first one warms up
-        for name, process in contenders.items():
-            process.stdin.write("\n")
-            process.stdin.flush()
-            value = float(process.stdout.readline())
-            if number:
-                seconds[name].append(value)
-    for process in contenders.values():
-        process.stdin.close()
-        process.wait()
+    words = [sys.executable, __file__, "--serve", "--image_size", shape[0], "--batch", shape[1], "--threads", shape[2]]
+    seconds = interleave({"vlp": words, "LAVIS": [options.lavis_python, str(PEER), *shape]}, options.rounds)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     result = {
         "batch": options.batch,

@@ -1,0 +1,95 @@
+"""One table of all that was measured beside a peer, from the stored results: `make bench` ends with it.
+
+python benchmarks/table.py
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+HEADS = {
+    "en": "| on 2 CPU cores, float32, interleaved | vlp, median (spread) | peer | its median (spread) | vlp is |",
+    "vi": "| trên 2 nhân CPU, float32, đo xen kẽ | vlp, trung vị (khoảng) | đối chứng | trung vị (khoảng) | vlp |",
+}
+TIMES = {"en": "{:.2f} times as fast", "vi": "nhanh gấp {:.2f} lần"}
+FIRST_STEP = {
+    "en": "From starting `training clip` to the end of its first step on the embedded data: {:.1f} s.",
+    "vi": "Từ lúc chạy `training clip` đến hết bước đầu tiên trên dữ liệu kèm theo: {:.1f} s.",
+}
+LABELS = {
+    "clip": {"en": "a training step of CLIP {model}, batch {batch}, captions of 8 to 18 tokens",
+             "vi": "một bước huấn luyện CLIP {model}, lô {batch}, chú thích 8 đến 18 token"},
+    "blip": {"en": "a pre-training step of BLIP-base, {image_size} px, batch {batch}",
+             "vi": "một bước huấn luyện BLIP-base, {image_size} px, lô {batch}"},
+    "write": {"en": "captions by BLIP-base, {image_size} px, batch {batch}, {beams} beams, {tokens} tokens",
+              "vi": "chú thích bằng BLIP-base, {image_size} px, lô {batch}, {beams} beam, {tokens} token"},
+    "write2": {"en": "captions by BLIP-2, OPT-{language_model}, batch {batch}, {beams} beams, {tokens} tokens",
+               "vi": "chú thích bằng BLIP-2, OPT-{language_model}, lô {batch}, {beams} beam, {tokens} token"},
+    "features": {"en": "a step of BLIP-2's stage 1, `--cache_vision_features`, batch {batch}",
+                 "vi": "một bước giai đoạn một của BLIP-2, `--cache_vision_features`, lô {batch}"},
+    "loss": {"en": "the contrastive loss and its gradients, batch {batch:,} x {width}",
+             "vi": "hàm mất mát tương phản và gradient, lô {batch:,} x {width}"},
+    "zero_shot": {"en": "the stock zero-shot pipeline, {labels:,} labels x {images} images",
+                  "vi": "pipeline zero-shot có sẵn, {labels:,} nhãn x {images} ảnh"},
+    "shards": {"en": "{samples:,} samples out of shards, {workers} workers",
+               "vi": "{samples:,} mẫu đọc từ shard, {workers} worker"},
+    "startup": {"en": "importing the package beside transformers' CLIP",
+                "vi": "import gói, so với CLIP của transformers"},
+}  # fmt: skip
+PEERS = {
+    "step, tower computed": {"en": "the tower computed each time", "vi": "tính lại tháp ảnh mỗi lần"},
+    "open_clip, memory kept": {"en": "open_clip with vlp's memory setting",
+                               "vi": "open_clip với thiết lập bộ nhớ của vlp"},
+    "webdataset": {"en": "webdataset, as open_clip sets it up", "vi": "webdataset, thiết lập như open_clip"},
+}  # fmt: skip
+
+
+def stored(name: str) -> dict:
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def measured() -> list[tuple[str, dict, list[float], str, list[float]]]:
+    """What was measured, its facts, vlp's seconds, the peer and its seconds; in the order of the table."""
+    rows = []
+
+    def add(label: str, facts: dict, ours: str = "vlp") -> None:
+        seconds = facts.get("seconds", {})
+        for peer, values in seconds.items():
+            if peer != ours:
+                rows.append((label, facts, seconds[ours], peer, values))
+
+    for model, facts in stored("clip_step").items():
+        add("clip", facts | {"model": model})
+    add("blip", stored("blip_step"))
+    if facts := stored("blip_generate"):
+        add("write", facts | {"seconds": {name: parts["whole"] for name, parts in facts["seconds"].items()}})
+    add("write2", stored("blip2_generate"))
+    if facts := stored("blip2_features"):
+        steps = {name: facts["seconds"][name] for name in ("step, features read", "step, tower computed")}
+        add("features", facts | {"seconds": steps}, "step, features read")
+    for label, name in (("loss", "contrastive_loss"), ("zero_shot", "zero_shot"), ("shards", "shards"),
+                        ("startup", "startup")):  # fmt: skip
+        add(label, stored(name))
+    return rows
+
+
+def table(language: str = "en") -> str:
+    lines = [HEADS[language], "| --- " * 5 + "|"]
+    for label, facts, ours, peer, theirs in measured():
+        ratio = statistics.median(theirs) / statistics.median(ours)
+        shown = PEERS.get(peer, {}).get(language, peer)
+        what = LABELS[label][language].format(**facts)
+        lines.append(f"| {what} | {spread(ours)} | {shown} | {spread(theirs)} | {TIMES[language].format(ratio)} |")
+    if steps := stored("startup").get("first_step"):
+        lines += ["", FIRST_STEP[language].format(statistics.median(steps))]
+    return "\n".join(lines)
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} – {max(seconds):.2f})"
+
+
+if __name__ == "__main__":
+    print(table())
