@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import socket
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -186,6 +187,12 @@ def tiny_blip2_writer(kind: str = "llama", tower: str = "blip") -> vlp.VlpBlip2F
     torch.manual_seed(0)
     model = vlp.VlpBlip2ForConditionalGeneration(tiny_blip2_config(tower), tiny_language_model(kind))
     return with_larger_weights(model).eval()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ Run: pytest tests/test_distributed.py
 """
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import tiny_batch, tiny_blip, tiny_blip2, tiny_blip2_writer, tiny_blip_batch, tiny_model
+from conftest import free_port, tiny_batch, tiny_blip, tiny_blip2, tiny_blip2_writer, tiny_blip_batch, tiny_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -123,11 +122,8 @@ def work(rank: int, processes: int, port: int, folder: str) -> None:
 def parts(request, tmp_path_factory) -> list[dict]:
     """What each process of a group got."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     mp.start_processes(
-        work, args=(request.param, port, str(folder)), nprocs=request.param, start_method="spawn"
+        work, args=(request.param, free_port(), str(folder)), nprocs=request.param, start_method="spawn"
     )  # fmt: skip
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 

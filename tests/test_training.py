@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -20,7 +19,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from conftest import tiny_batch, tiny_model
+from conftest import free_port, tiny_batch, tiny_model
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from PIL import Image
@@ -421,12 +420,6 @@ def test_accelerate_reads_the_example_configurations(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == 8 and config.mixed_precision == "bf16"
     assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize(

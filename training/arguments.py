@@ -77,7 +77,7 @@ class TrainingArguments:
     exclude_duplicates: bool = option(True, "rows of a batch with the same caption or image are not negatives")
     per_device_train_batch_size: int = option(256, "pairs in a step of each process")
     gradient_accumulation_steps: int = option(
-        1, "backward passes for each optimiser step; adds no negatives, as CLIP's --micro_batch_size does"
+        1, "backward passes for each optimiser step; unlike CLIP's --micro_batch_size, adds no negatives"
     )
     learning_rate: float = option(5e-4, "peak learning rate")
     weight_decay: float = option(0.2, "decay of weight matrices; gains, biases, scale and positions have none")

@@ -16,7 +16,7 @@ from ..modeling_vlp.losses import (
     unit_length,
 )
 from ..modeling_vlp.med import Memory
-from .distributed import JoinedBatch, processes, weigh_by_count
+from .distributed import JoinedBatch, weigh_by_count
 from .objectives import Objective
 from .sharding import number
 
@@ -122,7 +122,7 @@ class Blip2Objective(Objective):
     ) -> Tensor:
         """ITM logits (3 B, 2); keys and values of this process' images are computed once, those of others' here."""
         model = self.model
-        if processes() == 1:
+        if len(batch.counts) == 1:
             return model.itm_logits(
                 input_ids, model.padding_mask(input_ids), memory, image_negatives, text_negatives
             )  # fmt: skip

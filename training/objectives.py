@@ -16,7 +16,7 @@ from ..modeling_vlp.losses import (
 )
 from ..modeling_vlp.med import Memory
 from .contrastive import contrastive_loss, sigmoid_loss
-from .distributed import JoinedBatch, processes, weigh_by_count
+from .distributed import JoinedBatch, weigh_by_count
 from .micro_batches import in_micro_batches
 from .momentum import Teacher
 from .sharding import number
@@ -304,7 +304,7 @@ class BlipObjective(Objective):
     def match(self, batch: JoinedBatch, input_ids, states, memory, image_negatives, text_negatives) -> Tensor:
         """ITM logits (3 B, 2); keys and values of this process' images are computed once, those of others' here."""
         model = self.model
-        if processes() == 1 or not self.global_negatives:
+        if len(batch.counts) == 1 or not self.global_negatives:
             negatives = image_negatives - batch.first, text_negatives - batch.first
             return model.itm_logits(input_ids, model.padding_mask(input_ids), memory, *negatives)
         others = model.text_model.read(batch.gather(states)[image_negatives])

@@ -50,7 +50,3 @@ def whole_model(model: PreTrainedModel) -> PreTrainedModel:
 def number(value: Tensor) -> float:
     """A tensor of one entry as a number, sharded or not; every process calls this."""
     return (value.full_tensor() if isinstance(value, DTensor) else value).item()
-
-
-def is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
