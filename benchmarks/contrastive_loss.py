@@ -8,7 +8,6 @@ holds during loss and backward pass, above what it held with its inputs (Linux).
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from vlp.training.contrastive import contrastive_loss
 from vlp.training.distributed import JoinedBatch
 from vlp.training.hardware import cpu_cores
-from workers import interleave, ratios, serve
+from workers import interleave, report, serve
 
 import vlp
 
@@ -89,20 +88,15 @@ def main() -> None:
         done = subprocess.run(words("--memory", name, size), capture_output=True, text=True, check=True)
         taken[f"{name}, {size}"] = json.loads(done.stdout)
         print(f"{name}, batch {size}: {taken[f'{name}, {size}']['MiB']:.0f} MiB", file=sys.stderr, flush=True)
-    result = {
-        "batch": options.batch,
-        "large": options.large,
-        "width": WIDTH,
-        "cores": cpu_cores(),
-        "seconds": seconds,
-        "ratios_of_medians": ratios(seconds),
-        "memory": taken,
-        "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__, "vlp": vlp.__version__},
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    for name, values in seconds.items():
-        print(f"{name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})")
-    print(f"vlp is {result['ratios_of_medians']['open_clip']:.2f} times as fast.")
+    report(
+        RESULTS,
+        seconds,
+        batch=options.batch,
+        large=options.large,
+        width=WIDTH,
+        memory=taken,
+        versions={"torch": torch.__version__, "open_clip": open_clip.__version__, "vlp": vlp.__version__},
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ the device; what makes floats of them there is part of its time. open_clip's are
 
 import argparse
 import io
-import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +24,7 @@ from vlp.training.data import CaptionChooser, Collator, SampleMaker, train_loade
 from vlp.training.hardware import cpu_cores
 from vlp.training.shards import ShardDataset, expand, write_shards
 from vlp.training.sources import load_rows
-from workers import interleave, ratios, serve
+from workers import interleave, report, serve
 
 import vlp
 
@@ -111,19 +109,14 @@ def main() -> None:
         shards = f"{folder}/shards"
         seconds = interleave({name: [*words, name, shards] for name in ("vlp", "webdataset")}, options.rounds)
     samples = BATCHES * options.batch
-    result = {
-        "batch": options.batch,
-        "workers": options.workers,
-        "cores": cpu_cores(),
-        "samples": samples,
-        "seconds": seconds,
-        "ratios_of_medians": ratios(seconds),
-        "versions": {"webdataset": wds.__version__, "open_clip": open_clip.__version__, "vlp": vlp.__version__},
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    for name, values in seconds.items():
-        print(f"{name}: {samples / statistics.median(values):.0f} samples/s")
-    print(f"vlp reads {result['ratios_of_medians']['webdataset']:.2f} times as many.")
+    report(
+        RESULTS,
+        seconds,
+        batch=options.batch,
+        workers=options.workers,
+        samples=samples,
+        versions={"webdataset": wds.__version__, "open_clip": open_clip.__version__, "vlp": vlp.__version__},
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Contenders of a benchmark: each has a process of its own; they work in turn, one at a time."""
 
 import contextlib
+import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+from vlp.training.hardware import cpu_cores
 
 
 def serve(step: Callable[[int], object]) -> None:
@@ -58,3 +62,13 @@ def ratios(seconds: dict[str, list[float]], ours: str = "vlp") -> dict[str, floa
     """How many times as fast ours is, by medians."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {name: medians[name] / medians[ours] for name in medians if name != ours}
+
+
+def report(path: Path, seconds: dict[str, list[float]], **facts) -> None:
+    """Store what was measured beside the facts of it, and print the medians, their spread and their ratios."""
+    result = facts | {"cores": cpu_cores(), "seconds": seconds, "ratios_of_medians": ratios(seconds)}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for name, values in seconds.items():
+        print(f"{name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})")
+    for peer, ratio in ratios(seconds).items():
+        print(f"vlp is {ratio:.2f} times as fast as {peer}.")

@@ -9,7 +9,6 @@ data. Each step begins without anything known of the labels. That both give the 
 import argparse
 import io
 import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, pipeline
 from vlp.training.hardware import cpu_cores
 from vlp.training.sources import load_rows
-from workers import interleave, ratios, serve
+from workers import interleave, report, serve
 
 import vlp
 
@@ -79,18 +78,13 @@ def main() -> None:
 
         commands = {name: [*words, name, folder] for name in ("vlp", "transformers")}
         seconds = interleave(commands, options.rounds, started=compare)
-    result = {
-        "labels": options.labels,
-        "images": options.images,
-        "cores": cpu_cores(),
-        "seconds": seconds,
-        "ratios_of_medians": ratios(seconds),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "vlp": vlp.__version__},
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    for name, values in seconds.items():
-        print(f"{name}: {statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})")
-    print(f"vlp is {result['ratios_of_medians']['transformers']:.1f} times as fast.")
+    report(
+        RESULTS,
+        seconds,
+        labels=options.labels,
+        images=options.images,
+        versions={"torch": torch.__version__, "transformers": transformers.__version__, "vlp": vlp.__version__},
+    )
 
 
 if __name__ == "__main__":
