@@ -1,5 +1,7 @@
 """Prompt templates and class names for zero-shot classification."""
 
+from pathlib import Path
+
 # The templates and names of OpenAI's notebooks (openai/CLIP, notebooks/ and data/prompts.md).
 _PHOTO_KINDS = (
     "a bad photo of a {}.",
@@ -98,9 +100,18 @@ TEMPLATES = {
     ),
     "imagenet": _PHOTO_KINDS,
     "emoji": ("{}", "This is a photo of {}.", "an emoji of {}", "a drawing of {}"),
+    "emoji_vi": ("{}", "Đây là hình {}.", "biểu tượng cảm xúc {}", "hình vẽ {}"),
 }
 
-CLASS_NAMES = {
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """A file of names, one a line; lines that begin with # are not read."""
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+CLASS_NAMES = {path.stem: read_names(path) for path in sorted((Path(__file__).parent / "class_names").glob("*.txt"))}
+CLASS_NAMES |= {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     "fashion_mnist": (
         "t-shirt",

@@ -246,6 +246,26 @@ def test_one_of_several_captions_is_drawn_and_the_draw_is_reproducible():
     assert drawn == [chooser.choose(row, random.Random(seed))[0] for seed in range(50)]
 
 
+def test_captions_of_two_languages():
+    """A caption's keywords and template are of its own language; what a row lacks is not drawn."""
+    chooser = CaptionChooser(caption_column="en,vi", tag_column="tags,tags_vi", tag_share=0.5,
+                             templates="emoji,emoji_vi", template_share=0.5)  # fmt: skip
+    row = {"en": "cat", "vi": "con mèo", "tags": ["pet"], "tags_vi": ["vật nuôi"]}
+    drawn = [chooser.choose(row, random.Random(i)) for i in range(400)]
+    assert chooser.captions(row) == ["cat", "con mèo"]
+    assert 150 < sum(caption == "cat" for _, caption in drawn) < 250
+    english, vietnamese = ({text for text, caption in drawn if caption == word} for word in ("cat", "con mèo"))
+    assert {"cat", "pet", "an emoji of cat", "cat, pet"} <= english
+    assert {"con mèo", "vật nuôi", "hình vẽ con mèo", "con mèo, vật nuôi"} <= vietnamese
+    assert not any("mèo" in text or "hình" in text or "vật" in text for text in english)
+    assert not any("cat" in text or "emoji" in text or "pet" in text for text in vietnamese)
+    assert {caption for _, caption in (chooser.choose(row | {"vi": " "}, random.Random(i)) for i in range(20))} == {
+        "cat"
+    }
+    table = datasets.Dataset.from_list([row])
+    assert {"cat", "con mèo", "pet", "vật nuôi", "hình vẽ con mèo"} <= set(caption_texts(table, chooser))
+
+
 def test_tags_and_templates():
     chooser = CaptionChooser(tag_column="tags", tag_share=1.0, templates="emoji", template_share=1.0)
     texts = {chooser.choose({"caption": "cat", "tags": ["pet", "fur"]}, random.Random(s))[0] for s in range(200)}

@@ -41,7 +41,11 @@ class TrainingArguments:
     dataset_config_name: str | None = option(None, "configuration of a hub data set")
     train_split: str = option("train", "split to train on")
     image_column: str = option("image", "column with the images, or with their paths")
-    caption_column: str = option("caption", "column with one caption or a list of them, one drawn at random each time")
+    caption_column: str = option(
+        "caption",
+        "column with one caption or a list of them, one drawn at random each time; of several languages, joined by "
+        "commas, one column each, and then --tag_column and --templates in the same order",
+    )
     tag_column: str | None = option(None, "column with a list of keywords that may stand for the caption")
     tag_share: float = option(0.0, "share of captions (0 to 1) that keywords take part in")
     templates: str = option("name", "templates to put captions in while training; see vlp.processing.prompts")
@@ -118,7 +122,7 @@ class TrainingArguments:
     hub_private: bool = option(False, "make the hub repository private")
     hub_bundle: bool = option(False, "publish the model's code too, for those without vlp (trust_remote_code=True)")
     hub_revision: str | None = option(None, "branch to push to, made where there is none")
-    language: str = option("en", "language of the captions, for the card")
+    language: str = option("en", "language of the captions, or several joined by commas, for the card")
     data_license: str | None = option(None, "licence of the data, for the card")
 
     def __post_init__(self):
@@ -153,7 +157,13 @@ class TrainingArguments:
         require_one_of("augmentation", self.augmentation, ("crop", "strong", "none"))
         require_one_of("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
         require_one_of("publish_dtype", self.publish_dtype, ("float32", "bfloat16", "float16"))
-        require_one_of("templates", self.templates, tuple(TEMPLATES))
+        languages = len(self.caption_column.split(","))
+        for name in ("templates", "tag_column"):
+            count = len((getattr(self, name) or "").split(","))
+            if count not in (1, languages):
+                raise ArgumentError(f"--{name} names {count}, for the {languages} of --caption_column: one or as many.")
+        for templates in self.templates.split(","):
+            require_one_of("templates", templates, tuple(TEMPLATES))
         if self.tag_share and not self.tag_column:
             raise ArgumentError(f"--tag_share {self.tag_share} needs --tag_column, the column with the keywords.")
         if self.per_device_train_batch_size == 1:
@@ -513,7 +523,13 @@ def build_parser(task: str = "clip") -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"YAML file of options, or a recipe: {names} (default: {recipe})",
     )
-    for item in dataclasses.fields(TASKS[task].arguments):
+    add_options(parser, TASKS[task].arguments)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """An option for each field of a dataclass of `option`s."""
+    for item in dataclasses.fields(kind):
         default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
         kinds = [kind for kind in (typing.get_args(item.type) or (item.type,)) if kind is not type(None)]
         text = (
@@ -525,7 +541,6 @@ def build_parser(task: str = "clip") -> argparse.ArgumentParser:
             convert = json.loads if kinds[0] is dict else kinds[0]
             convert = none_or(convert) if type(None) in typing.get_args(item.type) else convert
             parser.add_argument(f"--{item.name}", type=convert, default=default, metavar=kinds[0].__name__, help=text)
-    return parser
 
 
 def none_or(convert: Callable) -> Callable:

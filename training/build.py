@@ -23,9 +23,10 @@ def load_data(arguments: TrainingArguments) -> tuple:
         rows = load_rows(
             name, arguments.train_split, arguments.image_column, arguments.image_root, arguments.dataset_config_name
         )
-        require_text(rows, arguments.caption_column, name, "--caption_column")
-        if arguments.tag_share:
-            require_text(rows, arguments.tag_column, name, "--tag_column")
+        for column in arguments.caption_column.split(","):
+            require_text(rows, column, name, "--caption_column")
+        for column in (arguments.tag_column or "").split(",") if arguments.tag_share else ():
+            require_text(rows, column, name, "--tag_column")
     if arguments.hold_out:
         rows, eval_rows = hold_out(rows, arguments)
     elif arguments.eval_split:
@@ -38,7 +39,8 @@ def load_data(arguments: TrainingArguments) -> tuple:
         if image_column != arguments.image_column:
             eval_rows = eval_rows.rename_column(image_column, arguments.image_column)
         if not class_column:
-            require_text(eval_rows, arguments.caption_column, other, "--caption_column")
+            for column in arguments.caption_column.split(","):
+                require_text(eval_rows, column, other, "--caption_column")
     if eval_rows is not None and class_column:
         require_column(eval_rows, class_column, arguments.eval_dataset_name or name, "--class_column")
     return rows, eval_rows

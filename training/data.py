@@ -64,7 +64,11 @@ def texts_of(value: Any) -> list[str]:
 
 @dataclass(kw_only=True)
 class CaptionChooser:
-    """What is read to the model for an image: one of its captions, at times keywords, at times in a template."""
+    """What is read to the model for an image: one of its captions, at times keywords, at times in a template.
+
+    Columns and templates may be several, joined by commas: those of one language after those of another, in the same
+    order. A caption's keywords and template are then those of its own language.
+    """
 
     caption_column: str = "caption"
     tag_column: str | None = None
@@ -74,13 +78,23 @@ class CaptionChooser:
 
     def captions(self, row: dict) -> list[str]:
         """All captions of a row that are more than white space. Raises BadRow where there is none."""
-        captions = texts_of(row.get(self.caption_column))
+        captions = [text for column in self.caption_column.split(",") for text in texts_of(row.get(column))]
         if not captions:
             raise BadRow("empty caption")
         return captions
 
+    def in_one_language(self, number: int) -> "CaptionChooser":
+        """The chooser of the language whose columns stand at a place."""
+        columns = {name: getattr(self, name).split(",") for name in ("caption_column", "tag_column", "templates")
+                   if getattr(self, name)}  # fmt: skip
+        return replace(self, **{name: values[min(number, len(values) - 1)] for name, values in columns.items()})
+
     def choose(self, row: dict, rng: random.Random) -> tuple[str, str]:
-        """The text to read, and the caption that it stands for."""
+        """The text to read, and the caption that it stands for; of several languages, one is drawn first."""
+        columns = self.caption_column.split(",")
+        if len(columns) > 1:
+            told = [number for number, column in enumerate(columns) if texts_of(row.get(column))]
+            return self.in_one_language(rng.choice(told)).choose(row, rng)
         caption = text = rng.choice(self.captions(row))
         tags = row.get(self.tag_column) if self.tag_share else None
         tags = tags.split(",") if isinstance(tags, str) else tags or []
@@ -377,6 +391,11 @@ def leave_interruptions_to_the_main_process(worker: int) -> None:
 
 def caption_texts(rows, chooser: CaptionChooser) -> Iterator[str]:
     """Every caption, keyword list and template, to train a tokenizer on."""
+    count = len(chooser.caption_column.split(","))
+    if count > 1:
+        for number in range(count):
+            yield from caption_texts(rows, chooser.in_one_language(number))
+        return
     columns = [chooser.caption_column] + ([chooser.tag_column] if chooser.tag_share else [])
     for row in rows.select_columns(columns):
         try:

@@ -137,7 +137,8 @@ class Evaluator:
         self.rows, self.captions, self.owner, labels = [], [], [], []
         for number, row in enumerate(rows):
             try:
-                captions = chooser.captions(row) if chooser.caption_column in row else []
+                told = any(column in row for column in chooser.caption_column.split(","))
+                captions = chooser.captions(row) if told else []
                 decode_image(row[image_column], max_pixels)
                 if class_column and row[class_column] in (None, -1, ""):
                     raise BadRow("no label")

@@ -239,7 +239,7 @@ def make_dataset(run: Run, rows, maker) -> tuple:
         batches = run.progress.samples // (arguments.per_device_train_batch_size * processes)
         places = run.progress.places
         return ShardDataset(sources, weights, maker, arguments.seed, rank, processes, places, batches), None
-    column = rows[arguments.caption_column] if arguments.group_captions > 1 else None
+    column = rows[arguments.caption_column.split(",")[0]] if arguments.group_captions > 1 else None
     groups = None if column is None else [stable_id(value) for value in column]
     sampler = DrawSampler(
         len(rows), arguments.seed, rank, processes, run.progress.samples, groups, arguments.group_captions

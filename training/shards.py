@@ -224,7 +224,7 @@ class ShardDataset(IterableDataset):
 
     def to_row(self, files: dict[str, bytes]) -> dict:
         """A sample's files as a row: its picture, and its caption from .json (the caption column) or .txt."""
-        column = self.maker.chooser.caption_column
+        column = self.maker.chooser.caption_column.split(",")[0]
         try:
             row = dict(json.loads(files["json"])) if "json" in files else {}
         except (ValueError, TypeError):
@@ -286,5 +286,5 @@ def files_of(row: dict, image_column: str, caption_column: str) -> dict[str, byt
     except OSError as error:
         raise BadRow("not an image" if isinstance(error, UnidentifiedImageError) else "missing image file") from None
     rest = {name: value for name, value in row.items() if name != image_column}
-    text = "".join(texts_of(row.get(caption_column))[:1])
+    text = "".join(texts_of(row.get(caption_column.split(",")[0]))[:1])
     return {kind: content, "txt": text.encode(), "json": json.dumps(rest, ensure_ascii=False, default=str).encode()}
