@@ -20,6 +20,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.csv)(?<!\.tsv)(?<!\.json)(?<!\
 METRIC_NAMES = {
     "zero_shot_top1": "Zero-shot top-1 accuracy",
     "zero_shot_top5": "Zero-shot top-5 accuracy",
+    "zero_shot_mean_per_class": "Zero-shot accuracy, mean over classes",
     "text_to_image_recall_at_1": "Text to image, R@1",
     "text_to_image_recall_at_5": "Text to image, R@5",
     "text_to_image_recall_at_10": "Text to image, R@10",
@@ -33,11 +34,18 @@ METRIC_NAMES = {
     "reranked_image_to_text_recall_at_5": "Image to text, R@5, re-ranked by ITM",
     "reranked_image_to_text_recall_at_10": "Image to text, R@10, re-ranked by ITM",
     "itm_accuracy": "ITM accuracy on pairs and their hardest wrong captions",
+    "itm_accuracy_matched": "ITM accuracy on pairs",
+    "itm_accuracy_unmatched": "ITM accuracy on images with their hardest wrong captions",
+    "vqa_accuracy": "VQA accuracy",
     "vqa_accuracy_ranked": "VQA accuracy, answers ranked",
     "vqa_accuracy_generated": "VQA accuracy, answers written",
     "nlvr_accuracy": "NLVR accuracy",
     "caption_exact": "Captions that are exactly the name",
+    "bleu_1": "Captions, BLEU-1",
+    "bleu_2": "Captions, BLEU-2",
+    "bleu_3": "Captions, BLEU-3",
     "bleu_4": "Captions, BLEU-4",
+    "rouge_l": "Captions, ROUGE-L",
     "cider": "Captions, CIDEr",
 }
 
@@ -209,6 +217,27 @@ def shown(metric: str, value: float) -> str:
     return f"{100 * value:.2f}" if metric == "cider" else f"{100 * value:.2f} %"
 
 
+def evaluation_table(results: dict) -> str:
+    """What `vlp.training.evaluate` found, in Markdown: a line of what was measured, and the metrics with intervals."""
+    arguments = results["arguments"]
+    column = arguments["class_column"] if arguments["task"] == "zero-shot" else arguments["caption_column"]
+    lines = [
+        f"{arguments['task']} on {results['rows']:,} rows of {arguments['dataset']}, split `{arguments['split']}`"
+        + (f", column `{column}`" if column else "")
+        + (f", over {results['classes']:,} names" if results["classes"] else "")
+        + (f"; templates `{arguments['templates']}`" if arguments["task"] == "zero-shot" else "")
+        + ".",
+        "",
+        "| metric | value | 95 % interval |",
+        "| --- | --- | --- |",
+    ]
+    for name, value in results["metrics"].items():
+        bounds = results["intervals"].get(name)
+        interval = f"{shown(name, bounds[0])} – {shown(name, bounds[1])}" if bounds else ""
+        lines.append(f"| {METRIC_NAMES[name]} | {shown(name, value)} | {interval} |")
+    return "\n".join(lines) + "\n"
+
+
 # Facts about the data that the package embeds; other data brings them through its options.
 KNOWN_DATA = {
     "emoji": {
@@ -240,7 +269,7 @@ def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
 def render_card(folder: Path) -> ModelCard:
     """The card of a folder, from its results.json and config.json alone."""
     results = json.loads((folder / RESULTS).read_text())
-    config, arguments = config_of(folder), results["arguments"]
+    config, arguments, evaluations = config_of(folder), results["arguments"], folder / "evaluations"
     architecture = config.architectures[0]
     kind = KINDS[architecture]
     data = KNOWN_DATA.get(arguments["dataset_name"], {})
@@ -259,7 +288,7 @@ def render_card(folder: Path) -> ModelCard:
         for name, value in results["metrics"].items()
     ]
     card_data = ModelCardData(
-        language=arguments["language"],
+        language=arguments["language"].split(",") if "," in arguments["language"] else arguments["language"],
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag=kind.pipeline_tag,
@@ -283,6 +312,8 @@ def render_card(folder: Path) -> ModelCard:
         if arguments["hold_out"]
         else f"the split `{arguments['eval_split']}`",
         options={k: v for k, v in arguments.items() if k in SHOWN_OPTIONS and v not in (None, {}, False)},
+        evaluations=[evaluation_table(json.loads(path.read_text())) for path in sorted(evaluations.glob("*.json"))],
+        confusions=[f"evaluations/{path.name}" for path in sorted(evaluations.glob("*.png"))],
         has_loss=(folder / "loss.png").exists(),
         has_examples=(folder / "examples.png").exists(),
         results=results,

@@ -1,5 +1,6 @@
 """Pictures for the card."""
 
+from collections import Counter
 from pathlib import Path
 
 RIGHT, WRONG = "#1a7f37", "#57606a"
@@ -50,6 +51,38 @@ def plot_examples(examples: list[dict], path: Path, columns: int = 4) -> None:
             share = "" if probability is None else f"  {100 * probability:.0f} %"
             axis.text(0.5, -0.06 - 0.11 * line, short + share, color=colour, fontsize=8,
                       ha="center", va="top", transform=axis.transAxes, parse_math=False)  # fmt: skip
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_confusion(pairs: list[tuple[int, int]], names: list[str], path: Path, most: int = 24) -> None:
+    """Which classes are taken for which: shares of each class' images, in a square.
+
+    Args:
+        pairs: (class, class that it is taken for) of every image.
+        most: classes to show; of more, those that are most often mistaken for each other.
+    """
+    plt = _pyplot()
+    shown = range(len(names))
+    if len(names) > most:
+        wrong = Counter(tuple(sorted(pair)) for pair in pairs if pair[0] != pair[1])
+        shown = list(dict.fromkeys(number for pair, _ in wrong.most_common() for number in pair))[:most]
+        shown = sorted(shown or range(most))
+    place = {number: index for index, number in enumerate(shown)}
+    counts, totals = Counter(pairs), Counter(right for right, _ in pairs)
+    table = [[counts[row, column] / max(totals[row], 1) for column in place] for row in place]
+    labels = [names[number] if len(names[number]) <= 28 else names[number][:27] + "…" for number in shown]
+    side = 2.5 + 0.3 * len(labels)
+    figure, axis = plt.subplots(figsize=(side + 1, side), dpi=90)
+    image = axis.imshow(table, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, parse_math=False)
+    axis.set_yticks(range(len(labels)), labels, fontsize=7, parse_math=False)
+    axis.set_xlabel("taken for")
+    axis.set_ylabel("is")
+    if len(names) > len(labels):
+        axis.set_title(f"the {len(labels)} of {len(names):,} classes most often taken for each other", fontsize=8)
+    figure.colorbar(image, ax=axis, fraction=0.046, label="share of the class' images")
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

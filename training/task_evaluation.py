@@ -1,24 +1,11 @@
 """How good a fine-tuned BLIP is at questions (VQA) and at reasoning about two images (NLVR2)."""
 
-from collections import Counter
-
 import torch
 
 from ..modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
 from .data import BadRow, answers_of, decode_image, label_of
 from .evaluation import Evaluator, batched
-
-
-def vqa_accuracy(answer: str, given: list[str]) -> float:
-    """VQA's accuracy: as good as right where three people gave the answer, averaged over leaving out each of them.
-
-    Source: visualqa.org/evaluation.html. Of fewer than three answers, each is right.
-    """
-    if len(given) < 3:
-        return float(answer in given)
-    counts = Counter(given)
-    left = [counts[answer] - (answer == one) for one in given]
-    return sum(min(1.0, count / 3) for count in left) / len(given)
+from .scores import vqa_accuracy
 
 
 class QuestionEvaluator(Evaluator):
