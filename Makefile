@@ -39,9 +39,15 @@ train-blip2: venv ## the same with BLIP-2 on the BLIP of `make train-blip`: stag
 	$(BIN)/accelerate launch training blip2 $(ARGS)
 	$(BIN)/accelerate launch training blip2 --config blip2-emoji-2
 
-cards: venv ## train the models in model_cards/ anew and write their cards (a quarter of an hour on 2 cores)
-	$(BIN)/accelerate launch training clip --output_dir model_cards/clip-emoji --publish_dtype bfloat16 $(ARGS)
-	$(BIN)/accelerate launch training blip --output_dir model_cards/blip-emoji --publish_dtype bfloat16 $(ARGS)
+CARD := $(BIN)/accelerate launch training
+STEPS := --publish_dtype bfloat16 --max_train_minutes none --max_train_steps
+VIETNAMESE := --templates emoji_vi --tag_column tags_vi --caption_column caption_vi --class_column caption_vi
+BILINGUAL := --templates emoji,emoji_vi --tag_column tags,tags_vi --caption_column caption,caption_vi --vocab_size 3072
+cards: venv ## train the models in model_cards/ anew, evaluate them and write their cards (about 40 minutes on 2 cores)
+	$(CARD) clip --output_dir model_cards/clip-emoji $(STEPS) 3300
+	$(CARD) clip --output_dir model_cards/clip-emoji-vi --language vi $(VIETNAMESE) $(STEPS) 3300
+	$(CARD) clip --output_dir model_cards/clip-emoji-en-vi --language en,vi $(BILINGUAL) $(STEPS) 5500
+	$(CARD) blip --output_dir model_cards/blip-emoji $(STEPS) 4500
 	rm -rf model_cards/*.resume model_cards/*.resume.previous
 
 test: venv-dev ## set up and run the tests

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..configuration import VlpBlip2Config, VlpBlipConfig, VlpModifiedResNetConfig
-from .plots import plot_examples, plot_history
+from .plots import plot_examples, plot_history, plot_metrics
 
 TEMPLATE = Path(__file__).with_name("template.md")
 RESULTS = "results.json"
@@ -261,6 +261,8 @@ def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
     (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     if results["history"]:
         plot_history(results["history"], results["losses"], folder / "loss.png")
+    if len(results["evaluations"]) > 1:
+        plot_metrics(results["evaluations"], METRIC_NAMES, folder / "metrics.png")
     if examples:
         plot_examples(examples, folder / "examples.png")
     render_card(folder).save(folder / "README.md")
@@ -314,7 +316,9 @@ def render_card(folder: Path) -> ModelCard:
         options={k: v for k, v in arguments.items() if k in SHOWN_OPTIONS and v not in (None, {}, False)},
         evaluations=[evaluation_table(json.loads(path.read_text())) for path in sorted(evaluations.glob("*.json"))],
         confusions=[f"evaluations/{path.name}" for path in sorted(evaluations.glob("*.png"))],
+        pictures=[(name, text) for name, text in PICTURES.items() if (folder / name).exists()],
         has_loss=(folder / "loss.png").exists(),
+        has_metrics=(folder / "metrics.png").exists(),
         has_examples=(folder / "examples.png").exists(),
         results=results,
     )
@@ -332,6 +336,12 @@ def config_of(folder: Path) -> PreTrainedConfig:
     base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else folder
     return AutoConfig.from_pretrained(base)
 
+
+PICTURES = {
+    "retrieval.png": "What it finds for a text among pictures that training never saw; its own has a green frame.",
+    "attention.png": "Where it looks (cross-attention, the mean over layers and heads) for each word that it writes.",
+    "matching.png": "What of a picture speaks for each word of its caption: Grad-CAM of the matching head (ITM).",
+}
 
 SHOWN_OPTIONS = (
     "augmentation", "templates", "template_share", "tag_share", "group_captions", "per_device_train_batch_size",

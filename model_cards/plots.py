@@ -86,3 +86,70 @@ def plot_confusion(pairs: list[tuple[int, int]], names: list[str], path: Path, m
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def plot_retrieval(rows: list[tuple[str, list]], path: Path) -> None:
+    """A gallery for each text: the images found for it, the best first; a green frame where one is its own.
+
+    Args:
+        rows: a text, and (image, whether it is right) of each image.
+    """
+    plt = _pyplot()
+    columns = max(len(found) for _, found in rows)
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.3 * columns, 1.6 * len(rows)), dpi=90, squeeze=False)
+    for line, (text, found) in zip(axes, rows, strict=True):
+        for axis in line:
+            axis.axis("off")
+        for axis, (image, right) in zip(line, found, strict=False):
+            axis.axis("on")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.imshow(image.convert("RGB"))
+            axis.spines[:].set(color=RIGHT if right else "#d0d7de", linewidth=3 if right else 0.5)
+        line[0].set_title(f"“{text}”", fontsize=9, fontweight="bold", loc="left", parse_math=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_heatmaps(rows: list[tuple], path: Path, most: int = 6) -> None:
+    """For each image: the image, and under each word of its text where the model looks.
+
+    Args:
+        rows: (image, label, `Heatmap`) each. most: words that are shown.
+    """
+    plt = _pyplot()
+    columns = 1 + max(1, min(most, max(len(heat.words) for _, _, heat in rows)))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.4 * columns, 1.7 * len(rows)), dpi=90, squeeze=False)
+    for line, (image, label, heat) in zip(axes, rows, strict=True):
+        for axis in line:
+            axis.axis("off")
+        picture = image.convert("RGB")
+        extent = (0, picture.width, picture.height, 0)
+        line[0].imshow(picture)
+        line[0].set_title(label if len(label) <= 22 else label[:21] + "…", fontsize=8, fontweight="bold",
+                          parse_math=False)  # fmt: skip
+        for axis, word, grid in zip(line[1:], heat.words, heat.maps, strict=False):
+            axis.imshow(picture.convert("L"), cmap="gray", extent=extent)
+            axis.imshow(grid.float().cpu().numpy(), cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
+            axis.set_title(word, fontsize=8, parse_math=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_metrics(evaluations: list[dict], names: dict[str, str], path: Path) -> None:
+    """Each metric of several evaluations over the optimiser steps, in per cent."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 3.2), dpi=110)
+    for name in [name for name in evaluations[-1] if name in names and name != "cider"]:
+        entries = [entry for entry in evaluations if name in entry]
+        axis.plot([e["step"] for e in entries], [100 * e[name] for e in entries], marker="o", markersize=3,
+                  linewidth=1, label=names[name])  # fmt: skip
+    axis.set_xlabel("optimiser step")
+    axis.set_ylabel("%")
+    axis.legend(frameon=False, fontsize=6, bbox_to_anchor=(1, 1), loc="upper left")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

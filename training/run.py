@@ -53,6 +53,7 @@ from .hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
 from .hub import check_access, push
 from .loop import Progress, Run, fit
 from .optim import make_optimizer, parameter_groups
+from .pictures import draw_pictures
 from .sharding import let_layers_be_read, make_shardable, repeated_layers, whole_model
 from .shards import ShardDataset, expand, write_shards
 from .sources import is_shards
@@ -366,6 +367,8 @@ def publish(run: Run, rows, processor, model: PreTrainedModel, evaluator: Evalua
         processor.save_pretrained(fresh)
         (fresh / "training_arguments.yaml").write_text(yaml.safe_dump(results["arguments"], sort_keys=False))
         examples = evaluator.examples(model, processor) if evaluator else []
+        if evaluator:
+            draw_pictures(model, processor, evaluator, fresh)
         write_card(fresh, results, examples)
         if arguments.hub_bundle:
             add_code(fresh)
