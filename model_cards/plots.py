@@ -153,3 +153,16 @@ def plot_metrics(evaluations: list[dict], names: dict[str, str], path: Path) -> 
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def overlay(image, grid):
+    """An image with a heat map (S, S) over it, as a PIL image."""
+    import matplotlib
+    import numpy as np
+    from PIL import Image
+
+    grid = grid.float().cpu()
+    grid = (grid - grid.min()) / (grid.max() - grid.min()).clamp(min=1e-12)
+    heat = Image.fromarray((255 * grid.numpy()).astype("uint8")).resize(image.size, Image.Resampling.BICUBIC)
+    colours = Image.fromarray((255 * matplotlib.colormaps["inferno"](np.asarray(heat))[..., :3]).astype("uint8"))
+    return Image.blend(image.convert("L").convert("RGB"), colours, 0.6)

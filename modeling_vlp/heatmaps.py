@@ -44,8 +44,9 @@ def matching_maps(model: VlpBlipMatcher, processor, pixel_values: Tensor, text: 
     """What of one image (1, C, S, S) speaks for a text, as a whole ("match") and for each word: Grad-CAM of ITM.
 
     Source: salesforce/ALBEF, visualization.ipynb, which takes layer 9 of 12: attention times the positive part of its
-    gradient, the mean over heads. In the last layer the words no longer reach what matches: of a model of one layer
-    there is the whole alone.
+    gradient, the mean over heads. Otherwise than there, the gradient is taken less its mean under the attention:
+    weights sum to 1, so that what it has in common for all patches tells nothing, and can hide all else. In the last
+    layer the words no longer reach what matches: of a model of one layer there is the whole alone.
     """
     ids = processor.read_texts([text], model.config.text_config.max_position_embeddings)["input_ids"]
     ids = ids.to(pixel_values.device)
@@ -60,6 +61,7 @@ def matching_maps(model: VlpBlipMatcher, processor, pixel_values: Tensor, text: 
         if not weights.requires_grad:
             raise ValueError("The model's weights are frozen: nothing says what a match depends on.")
         gradient = torch.autograd.grad(match, weights)[0]
+    gradient = gradient - (weights * gradient).sum(dim=-1, keepdim=True)
     maps = to_grid((weights * gradient.clamp(min=0)).mean(dim=1)[0].detach())  # (N, S, S)
     words = by_word(processor, ids[0, 1:], maps[1:]) if layers > 1 else Heatmap([], maps[:0])
     return Heatmap(["match", *words.words], torch.cat([maps.mean(dim=0, keepdim=True), words.maps]))

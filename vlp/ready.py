@@ -106,7 +106,7 @@ class Ready:
     def temperature(self) -> float:
         """What cosines are divided by before a softmax over them."""
         scale = getattr(self.model, "logit_scale", None)
-        return float(self.model.temp if scale is None else (-scale).exp())
+        return float((self.model.temp if scale is None else (-scale).exp()).detach())
 
 
 def unit(output) -> Tensor:
