@@ -17,6 +17,7 @@ help: ## list the targets
 
 venv: $(VENV)/installed ## set up: a virtual environment with vlp in it
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "Installing vlp and its libraries into $(VENV): some minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt -e .
@@ -24,6 +25,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 venv-dev: $(VENV)/installed-dev ## the same, with what tests and benchmarks need
 $(VENV)/installed-dev: $(VENV)/installed
+	@echo "Installing what tests and benchmarks need: some minutes, once."
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
@@ -67,6 +69,11 @@ cards: venv ## train the models in model_cards/ anew, evaluate them and write th
 demo: venv ## a page to classify, search, caption and match pictures, on this machine alone (options: make demo ARGS="--help")
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo]"
 	$(BIN)/vlp-demo $(ARGS)
+
+docs: venv-dev ## the reference of classes and functions, made of their docstrings, into site/
+	$(BIN)/python -m pdoc -o site vlp vlp.ready vlp.index vlp.training.evaluate vlp.training.objectives \
+		vlp.modeling_vlp.losses vlp.modeling_vlp.ranking vlp.modeling_vlp.heatmaps vlp.processing.prompts
+	@echo "Open site/index.html."
 
 test: venv-dev ## set up and run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)

@@ -59,17 +59,6 @@ def test_python_snippets_run(name, folder, monkeypatch, capsys):
     )
 
 
-def test_commands_of_the_other_documents_are_commands():
-    lines = "\n".join(blocks("docs/scaling.md", "bash")).replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line) for line in lines if line.startswith("accelerate launch")]
-    assert len(commands) == 2
-    for words in commands:
-        task = next(word for word in words if word in TASKS)
-        parse(words[words.index(task) + 1 :], task)
-        for path in (word for word in words if word.endswith(".yaml")):
-            assert (ROOT / path).is_file()
-
-
 @pytest.mark.parametrize("name", READMES)
 def test_commands_are_commands(name):
     """Every training command parses; every make target is there."""
