@@ -46,6 +46,7 @@ train-blip2: venv ## the same with BLIP-2 on the BLIP of `make train-blip`: stag
 	$(LAUNCH) training blip2 --config blip2-emoji-2
 
 CARD := $(LAUNCH) training
+EVALUATE := $(LAUNCH) -m vlp.training.evaluate
 STEPS := --publish_dtype bfloat16 --max_train_minutes none --max_train_steps
 VIETNAMESE := --templates emoji_vi --tag_column tags_vi --caption_column caption_vi --class_column caption_vi
 BILINGUAL := --templates emoji,emoji_vi --tag_column tags,tags_vi --caption_column caption,caption_vi --vocab_size 3072
@@ -54,16 +55,14 @@ cards: venv ## train the models in model_cards/ anew, evaluate them and write th
 	$(CARD) clip --output_dir model_cards/clip-emoji-vi --language vi $(VIETNAMESE) $(STEPS) 3300
 	$(CARD) clip --output_dir model_cards/clip-emoji-en-vi --language en,vi $(BILINGUAL) $(STEPS) 5500
 	$(CARD) blip --output_dir model_cards/blip-emoji $(STEPS) 4500
-	for each in clip-emoji blip-emoji; do \
-		$(LAUNCH) -m vlp.training.evaluate model_cards/$$each --task zero-shot; \
-		$(LAUNCH) -m vlp.training.evaluate model_cards/$$each --task retrieval; done
+	for each in clip-emoji clip-emoji-en-vi blip-emoji; do \
+		$(EVALUATE) model_cards/$$each --task retrieval && \
+		$(EVALUATE) model_cards/$$each --task zero-shot --group_column group || exit 1; done
 	for each in clip-emoji-vi clip-emoji-en-vi; do \
-		$(LAUNCH) -m vlp.training.evaluate model_cards/$$each --task retrieval --caption_column caption_vi; \
-		$(LAUNCH) -m vlp.training.evaluate model_cards/$$each --task zero-shot --class_column caption_vi; done
-	$(LAUNCH) -m vlp.training.evaluate model_cards/clip-emoji-en-vi --task retrieval
-	$(LAUNCH) -m vlp.training.evaluate model_cards/clip-emoji-en-vi --task zero-shot
-	$(LAUNCH) -m vlp.training.evaluate model_cards/blip-emoji --task captioning
-	$(LAUNCH) -m vlp.training.evaluate model_cards/blip-emoji --task itm
+		$(EVALUATE) model_cards/$$each --task retrieval --caption_column caption_vi && \
+		$(EVALUATE) model_cards/$$each --task zero-shot --class_column caption_vi --group_column group || exit 1; done
+	$(EVALUATE) model_cards/blip-emoji --task captioning
+	$(EVALUATE) model_cards/blip-emoji --task itm
 	rm -rf model_cards/*.resume model_cards/*.resume.previous
 
 demo: venv ## a page to classify, search, caption and match pictures, on this machine alone (options: make demo ARGS="--help")

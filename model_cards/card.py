@@ -238,12 +238,33 @@ def evaluation_table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def failures(evaluations: list[dict]) -> list[str]:
+    """What is known to go wrong, by the evaluations of zero-shot classification."""
+    lines = []
+    for results in evaluations:
+        groups = results.get("groups") or {}
+        if groups:
+            worst_first = sorted(groups.items(), key=lambda item: item[1]["zero_shot_top1"])
+            told = ", ".join(f"{name} {each['zero_shot_top1']:.0%} (of {each['rows']})" for name, each in worst_first)
+            told = told.replace("%", " %")
+            lines.append(f"The right name first, by {results['arguments']['group_column']}: {told}.")
+        pairs = [f"“{right}” for “{said}”" for right, said, _ in results.get("most_confused", [])[:8]]
+        if pairs:
+            lines.append(f"Among what it takes for something else: {', '.join(pairs)}.")
+    return lines
+
+
 # Facts about the data that the package embeds; other data brings them through its options.
 KNOWN_DATA = {
     "emoji": {
         "title": "Emoji captions, five designs",
         "license": "Noto (Apache-2.0), OpenMoji (CC BY-SA 4.0), Fluent Emoji (MIT); names from Unicode CLDR "
         "(Unicode licence); evaluation on Twemoji (CC BY 4.0)",
+        "weights": (
+            "cc-by-sa-4.0",
+            "CC BY-SA 4.0, because OpenMoji's drawings, a part of what they are made from, ask "
+            "to be shared alike. The pictures in this card are Twemoji's, CC BY 4.0",
+        ),
         "limits": "It has seen drawings of emoji, 64 pixels wide on white, and nothing else: photographs, text and "
         "scenes are outside of what it knows. Emoji show people in few ways; do not use it to judge people.",
     }
@@ -274,7 +295,9 @@ def render_card(folder: Path) -> ModelCard:
     config, arguments, evaluations = config_of(folder), results["arguments"], folder / "evaluations"
     architecture = config.architectures[0]
     kind = KINDS[architecture]
+    found = [json.loads(path.read_text()) for path in sorted(evaluations.glob("*.json"))]
     data = KNOWN_DATA.get(arguments["dataset_name"], {})
+    weights_license, weights = data.get("weights", ("apache-2.0", "Apache-2.0"))
     title = data.get("title") or data_name(arguments["dataset_name"])
     metrics = [
         EvalResult(
@@ -291,7 +314,7 @@ def render_card(folder: Path) -> ModelCard:
     ]
     card_data = ModelCardData(
         language=arguments["language"].split(",") if "," in arguments["language"] else arguments["language"],
-        license="apache-2.0",
+        license=weights_license,
         library_name="transformers",
         pipeline_tag=kind.pipeline_tag,
         tags=["vlp", kind.tag],
@@ -308,13 +331,15 @@ def render_card(folder: Path) -> ModelCard:
         architecture=describe_architecture(config),
         metric_rows=[(METRIC_NAMES[name], shown(name, value)) for name, value in results["metrics"].items()],
         data_title=title,
+        weights=weights,
+        failures=failures(found),
         data_license=arguments["data_license"] or data.get("license"),
         limits=data.get("limits"),
         unseen=f"the rows {arguments['hold_out']}"
         if arguments["hold_out"]
         else f"the split `{arguments['eval_split']}`",
         options={k: v for k, v in arguments.items() if k in SHOWN_OPTIONS and v not in (None, {}, False)},
-        evaluations=[evaluation_table(json.loads(path.read_text())) for path in sorted(evaluations.glob("*.json"))],
+        evaluations=[evaluation_table(each) for each in found],
         confusions=[f"evaluations/{path.name}" for path in sorted(evaluations.glob("*.png"))],
         pictures=[(name, text) for name, text in PICTURES.items() if (folder / name).exists()],
         has_loss=(folder / "loss.png").exists(),

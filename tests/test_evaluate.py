@@ -84,8 +84,12 @@ class Perfect(Ready):
 @pytest.mark.parametrize("task", ["zero-shot", "retrieval", "reranked", "captioning", "vqa", "itm"])
 def test_a_perfect_model_scores_one(task, data, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load", lambda *args: Perfect())
-    more = {"zero-shot": {"class_column": "colour"}, "vqa": {"caption_column": "question"}, "reranked":
-            {"rerank_top_k": 3}, "captioning": {"caption_column": "name"}}.get(task, {})  # fmt: skip
+    more = {
+        "zero-shot": {"class_column": "colour", "group_column": "question"},
+        "vqa": {"caption_column": "question"},
+        "reranked": {"rerank_top_k": 3},
+        "captioning": {"caption_column": "name"},
+    }.get(task, {})
     arguments = EvaluationArguments(
         dataset=str(data), split="train", task=task.replace("reranked", "retrieval"), batch_size=3, resamples=20,
         output_dir=str(tmp_path), **more,
@@ -103,6 +107,7 @@ def test_a_perfect_model_scores_one(task, data, tmp_path, monkeypatch):
     assert table.count("100.00 %") >= len([n for n in results["metrics"] if n != "cider"])
     if task == "zero-shot":
         assert Image.open(next(tmp_path.glob("*.png"))).width > 200 and results["most_confused"] == []
+        assert results["groups"] == {"which colour is it?": {"zero_shot_top1": 1.0, "rows": 7}}
 
 
 def test_equal_scores_count_against_the_model():

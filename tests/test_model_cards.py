@@ -26,6 +26,7 @@ def facts(**changes) -> dict:
     results = dict(
         metrics={"zero_shot_top1": 0.25, "text_to_image_recall_at_10": 0.5},
         history=[],
+        evaluations=[],
         losses=["contrastive"],
         steps=1234,
         samples=5678,
@@ -50,10 +51,12 @@ def test_every_fact_is_told(tmp_path, tower):
     history = [{"step": step, "samples": step, "contrastive": 5 / step} for step in range(1, 20)]
     history[-1]["matching"] = 0.5  # a loss that begins late
     example = {"image": Image.new("RGB", (8, 8)), "label": "a $ sign", "predictions": [("cat", 0.7), ("$x^{$", 0.3)]}
-    write_card(tmp_path, facts(history=history, losses=["contrastive", "matching"]), [example] * 3)
+    evaluations = [{"step": step, "zero_shot_top1": step / 100, "cider": 1.0} for step in (5, 10, 19)]
+    write_card(tmp_path, facts(history=history, losses=["contrastive", "matching"], evaluations=evaluations),
+               [example] * 3)  # fmt: skip
     card = ModelCard.load(tmp_path / "README.md")
     for text in ("1,234,567", "1,234 optimiser steps", "5,678 samples", "25.00 %", "empty caption: 2", "CC BY 4.0",
-                 "learning_rate | 0.001", "seed | 3", "over 10 names", "50 pairs of the split `test`", "loss.png",
+                 "learning_rate | 0.001", "seed | 3", "over 10 names", "50 pairs of the split `test`", "loss.png", "metrics.png",
                  "examples.png", "ViT, 3 layers" if tower == "vit" else "ModifiedResNet, 1-2-1"):  # fmt: skip
         assert text in card.content, text
     assert "patch_dropout" not in card.content
@@ -78,3 +81,25 @@ def test_a_card_is_rendered_again_from_its_folder_alone(tmp_path):
     write_card(tmp_path, facts(), [])
     written = (tmp_path / "README.md").read_text()
     assert str(render_card(tmp_path)) == written.rstrip("\n") or str(render_card(tmp_path)) == written
+
+
+def test_evaluations_and_known_failures_are_told(tmp_path):
+    """What `vlp.training.evaluate` left beside a model, and what its data's licence asks for."""
+    tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
+    found = facts()
+    found["arguments"] |= {"dataset_name": "emoji", "data_license": None, "language": "en,vi"}
+    write_card(tmp_path, found, [])
+    (tmp_path / "evaluations").mkdir()
+    arguments = {"task": "zero-shot", "dataset": "emoji", "split": "test", "class_column": None, "templates": "name",
+                 "caption_column": "caption", "group_column": "group"}  # fmt: skip
+    evaluation = {"rows": 50, "classes": 40, "arguments": arguments, "metrics": {"zero_shot_top1": 0.5},
+                  "intervals": {"zero_shot_top1": [0.4, 0.6]}, "most_confused": [["cat", "dog", 3]],
+                  "groups": {"food": {"zero_shot_top1": 0.75, "rows": 30}, "flags": {"zero_shot_top1": 0.1, "rows": 20}}}  # fmt: skip # noqa: E501
+    (tmp_path / "evaluations/emoji-test-zero-shot.json").write_text(json.dumps(evaluation))
+    Image.new("RGB", (8, 8)).save(tmp_path / "evaluations/emoji-test-zero-shot.png")
+    card = render_card(tmp_path)
+    for text in ("zero-shot on 50 rows of emoji, split `test`, over 40 names", "| 50.00 % | 40.00 % – 60.00 % |",
+                 "by group: flags 10 % (of 20), food 75 % (of 30)", "“cat” for “dog”",
+                 "evaluations/emoji-test-zero-shot.png", "shared alike"):  # fmt: skip
+        assert text in card.content, text
+    assert card.data.license == "cc-by-sa-4.0" and card.data.language == ["en", "vi"]

@@ -60,6 +60,7 @@ class EvaluationArguments:
         None, f"zero-shot: names behind integer labels: a file, one a line, or one of {', '.join(CLASS_NAMES)}"
     )
     templates: str = option("name", f"zero-shot: prompts that are averaged, one of {', '.join(TEMPLATES)}")
+    group_column: str | None = option(None, "zero-shot: column whose values are told apart: accuracy for each of them")
     answer_column: str = option("answers", "vqa: column with the answers that people gave")
     rerank_top_k: int = option(0, "retrieval: candidates of each query that are matched (ITM) again; 0 for none")
     rerank_posterior: bool = option(
@@ -143,8 +144,8 @@ class Rows:
 # --- the tasks: predictions and what is right, over the rows of all processes -----------------------------------------
 
 
-def zero_shot(ready: Ready, rows: Rows) -> tuple[dict, list[tuple[int, int]], list[str]]:
-    """Metrics, (class, class it is taken for) of every image, and the names of the classes."""
+def zero_shot(ready: Ready, rows: Rows) -> tuple[dict, list[tuple[int, int]], list[str], dict]:
+    """Metrics, (class, class it is taken for) of every image, the names of the classes, and accuracy by group."""
     arguments = rows.arguments
     labels, names = labels_of(rows)
     prompts = prompts_for(names, arguments.templates)
@@ -157,11 +158,22 @@ def zero_shot(ready: Ready, rows: Rows) -> tuple[dict, list[tuple[int, int]], li
         wanted = torch.tensor([labels[number] for number in chunk])
         ranked = best(similarity, wanted[:, None] == torch.arange(len(names)))
         found += list(zip(chunk, ranked, wanted.tolist(), strict=True))
-    _, ranked, wanted = transposed(rows.gather(found))
+    numbers, ranked, wanted = transposed(rows.gather(found))
     metrics = load_metric("zero_shot_accuracy").compute(
         predictions=ranked, references=wanted, k=[k for k in (1, 5) if k < len(names)], **draws(arguments)
     )
-    return metrics, [(right, first[0]) for right, first in zip(wanted, ranked, strict=True)], names
+    confusion = [(right, first[0]) for right, first in zip(wanted, ranked, strict=True)]
+    return metrics, confusion, names, by_group(rows, numbers, [right == said for right, said in confusion])
+
+
+def by_group(rows: Rows, numbers: list[int], hits: list[bool]) -> dict:
+    """For each value of `group_column`: the share of hits, and of how many rows."""
+    if not rows.arguments.group_column:
+        return {}
+    values, groups = rows.table[rows.arguments.group_column], {}
+    for number, hit in zip(numbers, hits, strict=True):
+        groups.setdefault(str(values[number]), []).append(hit)
+    return {name: {"zero_shot_top1": sum(h) / len(h), "rows": len(h)} for name, h in sorted(groups.items())}
 
 
 def labels_of(rows: Rows) -> tuple[list[int | None], list[str]]:
@@ -373,14 +385,16 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
     if arguments.task == "vqa":
         require_text(table, arguments.answer_column, arguments.dataset, "--answer_column")
     use = "match" if arguments.rerank_top_k and arguments.task == "retrieval" else USES[arguments.task]
+    if arguments.group_column:
+        require_column(table, arguments.group_column, arguments.dataset, "--group_column")
     ready = load(model, use, state.device, getattr(torch, arguments.dtype))
     rows = Rows(table.select(range(min(len(table), arguments.max_samples or len(table)))), arguments, state)
     used, skipped = sum(gather_object([len(rows.own)])), sum(gather_object([rows.skipped]), Counter())
     if not used:
         raise ArgumentError(f"The evaluation data holds no row that can be used: {describe(skipped)}.")
-    confusion = names = None
+    confusion, names, groups = None, None, {}
     if arguments.task == "zero-shot":
-        metrics, confusion, names = zero_shot(ready, rows)
+        metrics, confusion, names, groups = zero_shot(ready, rows)
     else:
         tasks = {"retrieval": retrieval, "captioning": captioning, "vqa": vqa, "itm": itm}
         metrics = tasks[arguments.task](ready, rows)
@@ -392,6 +406,7 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
         "rows": used,
         "skipped": describe(skipped),
         "classes": len(names) if names else None,
+        "groups": groups,
         "seconds": round(time.perf_counter() - start, 1),
         "processes": state.num_processes,
         "device": state.device.type,
