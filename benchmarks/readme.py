@@ -1,4 +1,4 @@
-"""Write the measured figures into the READMEs and docs/scaling.md, between their markers, from the stored results.
+"""Write the measured figures into the READMEs and the pages in docs/, between their markers, from the stored results.
 
 python benchmarks/readme.py [--check]
 """
@@ -15,6 +15,12 @@ ROOT = Path(__file__).parents[1]
 WORDS = {
     "README.md": {
         "language": "en",
+        "models": "| model | languages | parameters | file | minutes | right name, English | right name, Vietnamese |",
+        "search": "A text query over {vectors} vectors of {width} dimensions takes **{median} ms** (median of "
+        "{queries}; {low} to {high}) on {threads} CPU cores, with {recall} of the ten nearest "
+        "found; comparing every vector takes {exact} ms, faiss' `IVF1000,Flat` with as many cells "
+        "looked through {faiss} ms, {faiss_recall}. Building the cells took {seconds} s; the index "
+        "has {megabytes} MB.",
         "head": "| {minutes} minutes on {hardware}, mean of {seeds} seeds (lowest to highest) | {title} |",
         "hardware": "2 CPU cores",
         "rows": {
@@ -33,6 +39,11 @@ WORDS = {
     },
     "README.vi.md": {
         "language": "vi",
+        "models": "| mô hình | ngôn ngữ | tham số | tệp | phút | gọi đúng tên, tiếng Anh | gọi đúng tên, tiếng Việt |",
+        "search": "Một truy vấn bằng lời trên {vectors} vector {width} chiều mất **{median} ms** (trung vị "
+        "của {queries}; {low} đến {high}) trên {threads} nhân CPU, tìm được {recall} trong mười "
+        "vector gần nhất; so với mọi vector mất {exact} ms, `IVF1000,Flat` của faiss với cùng số ô "
+        "mất {faiss} ms, {faiss_recall}. Dựng các ô mất {seconds} s; chỉ mục có {megabytes} MB.",
         "head": "| {minutes} phút trên {hardware}, trung bình của {seeds} seed (thấp nhất đến cao nhất) | {title} |",
         "hardware": "2 nhân CPU",
         "rows": {
@@ -50,6 +61,8 @@ WORDS = {
         },
     },
 }
+
+DOCUMENTS = (*WORDS, "docs/scaling.md", "docs/evaluation.md")
 
 
 def results_block(words: dict) -> str:
@@ -73,6 +86,41 @@ def results_block(words: dict) -> str:
     return "\n".join(lines)
 
 
+def models_block(words: dict) -> str:
+    """The models that come along: their size, and how many of the names of the unseen design are right."""
+    lines = [words["models"], "| --- | --- | --- | --- | --- | --- | --- |"]
+    for folder in sorted((ROOT / "model_cards").glob("*/results.json")):
+        folder = folder.parent
+        results = json.loads((folder / "results.json").read_text())
+        megabytes = (folder / "model.safetensors").stat().st_size / 1e6
+        told = []
+        for file in ("emoji-test-zero-shot.json", "emoji-test-zero-shot-caption_vi.json"):
+            path = folder / "evaluations" / file
+            found = json.loads(path.read_text()) if path.is_file() else None
+            bounds = found and found["intervals"]["zero_shot_top1"]
+            value = found and found["metrics"]["zero_shot_top1"]
+            told.append(f"{value:.1%} ({bounds[0]:.1%} – {bounds[1]:.1%})".replace("%", " %") if found else "–")
+        name, minutes = folder.name, results["training_seconds"] / 60
+        languages = results["arguments"]["language"].replace(",", ", ")
+        size = f"{results['parameters'] / 1e6:.1f} M | {megabytes:.1f} MB | {minutes:.0f}"
+        lines.append(f"| [`{name}`](model_cards/{name}/README.md) | {languages} | {size} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def search_block(words: dict) -> str:
+    """What benchmarks/index_search.py measured, in a sentence."""
+    result = json.loads((ROOT / "benchmarks/index_search.json").read_text())
+    ways = result["ways"]
+    own, exact, faiss = ways["vlp-index"], ways["torch, every vector, float32"], ways["faiss, IVF1000,Flat"]
+    return words["search"].format(
+        vectors=f"{result['vectors']:,}", width=result["width"], median=own["median_ms"], low=own["range_ms"][0],
+        high=own["range_ms"][1], queries=result["queries"], threads=result["threads"],
+        recall=f"{100 * own['recall_at_10']:.1f} %", exact=exact["median_ms"], faiss=faiss["median_ms"],
+        faiss_recall=f"{100 * faiss['recall_at_10']:.1f} %", seconds=result["build_seconds"],
+        megabytes=f"{result['megabytes']:,}",
+    )  # fmt: skip
+
+
 def between(text: str, name: str, content: str) -> str:
     """A text with other content between the markers of a name."""
     block = f"<!-- {name} -->\n{content}\n<!-- end of {name} -->"
@@ -83,7 +131,11 @@ def render(name: str) -> str:
     """A document as it should be."""
     text = (ROOT / name).read_text()
     if name in WORDS:
-        return between(text, "results", results_block(WORDS[name]))
+        words = WORDS[name]
+        text = between(between(text, "models", models_block(words)), "search", search_block(words))
+        return between(text, "results", results_block(words))
+    if name == "docs/evaluation.md":
+        return between(text, "search", search_block(WORDS["README.md"]))
     result = json.loads((ROOT / "benchmarks/scaling.json").read_text())
     loss = json.loads((ROOT / "benchmarks/contrastive_loss.json").read_text())
     text = between(text, "memory", scaling.memory_lines(loss))
@@ -91,7 +143,7 @@ def render(name: str) -> str:
 
 
 if __name__ == "__main__":
-    for name in (*WORDS, "docs/scaling.md"):
+    for name in DOCUMENTS:
         if "--check" not in sys.argv:
             (ROOT / name).write_text(render(name))
         elif render(name) != (ROOT / name).read_text():

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils.generic import can_return_tuple
 
@@ -126,7 +126,16 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
         else:
             mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
             input_ids, attention_mask = as_prompts(input_ids, mask, config)
+        kwargs = with_length(kwargs, self.generation_config)
         return super().generate(input_ids=input_ids, attention_mask=attention_mask, memory=memory, **kwargs)
+
+
+def with_length(options: dict, settings: GenerationConfig) -> dict:
+    """Options of `generate`, with its usual 20 new tokens where nothing says how many; it would warn of them."""
+    told = "generation_config" in options or settings.max_length is not None or settings.max_new_tokens is not None
+    if told or "max_length" in options or "max_new_tokens" in options:
+        return options
+    return options | {"max_new_tokens": 20}
 
 
 def as_prompts(input_ids: Tensor, attention_mask: Tensor, config) -> tuple[Tensor, Tensor]:

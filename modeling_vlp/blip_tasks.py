@@ -18,6 +18,7 @@ from ..configuration.text import VlpBlipTextConfig
 from .attention import Attention
 from .base import VlpPreTrainedModel, adopt
 from .blip import VlpBlipForPreTraining, VlpBlipPreTrainedModel
+from .blip_captioner import with_length
 from .losses import weighted_answer_loss
 from .med import LMHead, MedModel, Memory, ResidualAttention, begin_with, decode, initialize_as_bert
 
@@ -137,6 +138,7 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
         """Answers (Q, length) as token ids; all else is transformers' `GenerationMixin.generate`. Args: as above."""
         memory = self.read_question(pixel_values, input_ids, attention_mask)
         begin = input_ids.new_full((len(input_ids), 1), self.config.text_config.bos_token_id)
+        kwargs = with_length(kwargs, self.answer_decoder.generation_config)
         return self.answer_decoder.generate(
             input_ids=begin, attention_mask=torch.ones_like(begin), memory=memory, **kwargs
         )

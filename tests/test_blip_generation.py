@@ -164,3 +164,16 @@ def test_captions_can_be_streamed(capsys):
     streamed = capsys.readouterr().out.strip()
     assert processor.write(ids) == [streamed] and streamed.startswith("a red")
     assert processor.write(ids, prompt="A red") == [streamed.removeprefix("a red").strip()]
+
+
+def test_a_usual_length_is_no_cause_for_a_warning(recwarn):
+    """Twenty new tokens, as transformers has it, where nothing says how many."""
+    from conftest import tiny_blip
+    from vlp.training.blip_evaluation import captioner
+
+    writer, pixels = captioner(tiny_blip().eval()), torch.randn(1, 3, 32, 32)
+    plain = writer.generate(pixels, do_sample=False, eos_token_id=-1)
+    assert plain.shape == (1, 21) and not [w for w in recwarn if "max_length" in str(w.message)]
+    assert torch.equal(plain, writer.generate(pixels, do_sample=False, eos_token_id=-1, max_length=21))
+    writer.generation_config.max_new_tokens = 3
+    assert writer.generate(pixels, do_sample=False, eos_token_id=-1).shape == (1, 4)

@@ -56,7 +56,8 @@ def test_every_fact_is_told(tmp_path, tower):
                [example] * 3)  # fmt: skip
     card = ModelCard.load(tmp_path / "README.md")
     for text in ("1,234,567", "1,234 optimiser steps", "5,678 samples", "25.00 %", "empty caption: 2", "CC BY 4.0",
-                 "learning_rate | 0.001", "seed | 3", "over 10 names", "50 pairs of the split `test`", "loss.png", "metrics.png",
+                 "learning_rate | 0.001", "seed | 3", "over 10 names", "50 pairs of the split `test`", "loss.png",
+                 "metrics.png",
                  "examples.png", "ViT, 3 layers" if tower == "vit" else "ModifiedResNet, 1-2-1"):  # fmt: skip
         assert text in card.content, text
     assert "patch_dropout" not in card.content

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BLIP_TEXT, QFORMER, VIT, save_language_model, tiny_pair
-from transformers import AutoTokenizer
+from conftest import QFORMER, VIT, save_language_model
+from transformers import AutoTokenizer, pipeline
+from vlp.model_cards.card import render_card
 from vlp.modeling_vlp.blip2_writer import load_language_model
-from vlp.processing.blip import token_ids, train_tokenizer
+from vlp.training import evaluate
 from vlp.training.arguments import TASKS, parse
 
 import vlp
+from vlp import index
 from vlp.convert import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -26,22 +28,17 @@ def blocks(name: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A place where runs/clip-emoji, runs/blip-emoji and runs/blip2-emoji-2 are small models."""
+    """A place with the models that come along and the pictures of docs/, where runs/blip2-emoji-2 is a small model."""
     base = tmp_path_factory.mktemp("readme")
-    tokenizer = train_tokenizer(["a red square", "a blue circle and a dog"], 100, 20)
-    config = vlp.VlpBlipConfig(vision_config=dict(VIT), text_config=BLIP_TEXT | token_ids(tokenizer))
-    vlp.VlpBlipForPreTraining(config).save_pretrained(base / "runs/blip-emoji")
-    images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
-    vlp.VlpBlipProcessor(images, tokenizer).save_pretrained(base / "runs/blip-emoji")
-    model, processor = tiny_pair()
-    model.save_pretrained(base / "runs/clip-emoji")
-    processor.save_pretrained(base / "runs/clip-emoji")
+    for name in ("model_cards", "docs"):
+        (base / name).symlink_to(ROOT / name)
     save_language_model(base / "llm", ["An emoji of a red square"])
     config = vlp.VlpBlip2Config(vision_config=dict(VIT), qformer_config=dict(QFORMER), num_query_tokens=3,
                                 language_model_name_or_path=str(base / "llm"))  # fmt: skip
     writer = vlp.VlpBlip2ForConditionalGeneration(config, load_language_model(config))
     writer.save_pretrained(base / "runs/blip2-emoji-2")
     tokenizer = AutoTokenizer.from_pretrained(base / "llm")
+    images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
     vlp.VlpBlip2Processor(images, tokenizer).save_pretrained(base / "runs/blip2-emoji-2")
     return base
 
@@ -49,14 +46,32 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", READMES)
 def test_python_snippets_run(name, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    pushed = []
+    for kind in (vlp.VlpClipModel, vlp.VlpClipProcessor):  # what a push does is tested in test_hub.py
+        monkeypatch.setattr(kind, "push_to_hub", lambda self, name, bundle: pushed.append((type(self).__name__, name)))
     snippets = blocks(name, "python")
-    assert len(snippets) == 5
+    assert len(snippets) == 7
     for snippet in snippets:
         exec(compile(snippet, name, "exec"), {})
     shown = capsys.readouterr().out
-    assert (
-        "score" in shown and "caption: ['" in shown and "best image for each text: [" in shown and "answer: ['" in shown
-    )
+    for word in ("score", "caption: ['", "match: [", "best image for each text: [", "answer: ['"):
+        assert word in shown
+    assert pushed == [("VlpClipModel", "ME/my-clip"), ("VlpClipProcessor", "ME/my-clip")]
+
+
+def test_the_models_that_come_along_know_an_apple(monkeypatch):
+    """The first thing that a reader runs, with the models of this repository."""
+    monkeypatch.chdir(ROOT)
+    for model, names, right in (("clip-emoji", ["red apple", "dog", "rocket"], "red apple"),
+                                ("clip-emoji-vi", ["táo đỏ", "con chó", "tên lửa"], "táo đỏ"),
+                                ("clip-emoji-en-vi", ["táo đỏ", "dog", "tên lửa"], "táo đỏ")):  # fmt: skip
+        classify = pipeline("zero-shot-image-classification", model=f"model_cards/{model}")
+        best = classify("docs/red-apple.webp", candidate_labels=names, hypothesis_template="{}")[0]
+        assert best["label"] == right and best["score"] > 0.5, model
+    for folder in (ROOT / "model_cards").glob("*/model.safetensors"):
+        assert folder.stat().st_size < 8e6
+        card = str(render_card(folder.parent))
+        assert card.strip() == (folder.parent / "README.md").read_text().strip()  # rendered from its stored results
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -68,6 +83,10 @@ def test_commands_are_commands(name):
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
             assert words[1] in targets
+        elif "vlp.training.evaluate" in words:
+            evaluate.build_parser().parse_args(words[words.index("vlp.training.evaluate") + 1 :])
+        elif words[:1] == ["vlp-index"]:
+            index.build_parser().parse_args(words[1:])
         elif words[:2] == ["accelerate", "launch"] and "--help" not in words:
             task = next(word for word in words if word in TASKS)
             parse(words[words.index(task) + 1 :], task)
@@ -75,7 +94,7 @@ def test_commands_are_commands(name):
         elif words[:1] == ["vlp-convert"]:
             options = vars(build_parser().parse_args(words[1:]))
             converted += 1
-    assert seen == 14 and converted == 6
+    assert seen == 15 and converted == 6
     convert_options = options
     for options in re.findall(r"`(--[^`]*)`", (ROOT / name).read_text()):
         words = shlex.split(options)
@@ -108,5 +127,5 @@ def test_links_and_pictures_are_there(name):
 
 def test_makefile_explains_itself():
     output = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("train", "test", "test-all", "check", "bench"):
+    for target in ("train", "test", "test-all", "check", "bench", "cards", "demo", "docs"):
         assert re.search(rf"make {target}\s+\w", output)

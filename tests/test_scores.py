@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from vlp.training.metrics import FOLDER, NAMES, load
-from vlp.training.scores import caption_statistics, estimate, mean, plain_answer, words
+from vlp.training.scores import caption_statistics, estimate, mean, mean_per_class, plain_answer, words
 
 WRITTEN = ["a cat sits on the mat", "two dogs run in the park", "a red rocket", "nothing at all"]
 REFERENCES = [
@@ -105,6 +105,13 @@ def test_intervals_are_those_of_the_bootstrap():
     # Samples that always come together tell less: five copies of each leave the interval as wide.
     repeated = estimate({"share": mean(np.repeat(scores, 5), np.repeat(np.arange(400), 5))}, 400, resamples=2000)
     assert repeated["share_interval"] == pytest.approx(found["share_interval"])
+
+
+def test_the_mean_over_classes_of_one_image_each_is_as_sure_as_the_mean():
+    scores = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0] * 20
+    both = {"plain": mean(scores), "classes": mean_per_class(scores, range(160))}
+    found = estimate(both, 160, resamples=300)
+    assert found["classes_interval"] == pytest.approx(found["plain_interval"])
 
 
 def test_intervals_of_captions_hold_their_value():

@@ -60,13 +60,17 @@ def mean(scores, groups=None) -> Statistic:
 
 
 def mean_per_class(hits, labels) -> Statistic:
-    """The mean over classes of the share of hits (N,) in each; classes that no sample is of do not count."""
+    """The mean over classes of the share of hits (N,) in each; classes that no sample is of do not count.
+
+    A sample counts as one over the number of its class' samples, which a draw leaves as it is: were classes that a draw
+    misses left out, those of few samples would seem surer than they are.
+    """
     hits, labels = np.asarray(hits, float), np.asarray(labels)
+    shares = 1 / np.bincount(labels)[labels]
 
     def statistic(weights: np.ndarray) -> float:
-        total = np.bincount(labels, weights)
-        right = np.bincount(labels, weights * hits)
-        return float((right[total > 0] / total[total > 0]).mean())
+        each = weights * shares
+        return float(each @ hits / each.sum())
 
     return statistic
 

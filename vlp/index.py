@@ -89,23 +89,23 @@ class Index:
         if self.faiss is not None:
             scores, numbers = self.faiss.search(query[None].numpy(), count)
             found = [(s, n) for s, n in zip(scores[0].tolist(), numbers[0].tolist(), strict=True) if n >= 0]
-        elif self.centres is None or not 0 < probes < len(self.centres):
-            scores, numbers = (self.embeddings @ query.half()).float().topk(count)
-            found = list(zip(scores.tolist(), numbers.tolist(), strict=True))
         else:
-            found = self.search_cells(query, count, probes)
+            near = self.near(query, 4 * count, probes)  # by products in float16; their order, by float32
+            best = (self.embeddings[near].float() @ query).topk(min(count, len(near)))
+            found = list(zip(best.values.tolist(), near[best.indices].tolist(), strict=True))
         paths = self.table["path"]
         return [Hit(paths[number].as_py(), score) for score, number in found]
 
-    def search_cells(self, query: Tensor, count: int, probes: int) -> list[tuple[float, int]]:
-        """(cosine, number) of the best vectors in the cells nearest to the query."""
+    def near(self, query: Tensor, count: int, probes: int) -> Tensor:
+        """Numbers of the vectors that seem nearest: of all, or of those in the cells that are nearest."""
+        half = query.half()
+        if self.centres is None or not 0 < probes < len(self.centres):
+            return (self.embeddings @ half).topk(min(count, len(self))).indices
         cells = (self.centres @ query).topk(probes).indices.sort().values
         ranges = [(int(self.starts[cell]), int(self.starts[cell + 1])) for cell in cells]
-        half = query.half()
-        scores = torch.cat([self.embeddings[start:stop] @ half for start, stop in ranges]).float()
+        scores = torch.cat([self.embeddings[start:stop] @ half for start, stop in ranges])
         numbers = torch.cat([torch.arange(start, stop) for start, stop in ranges])
-        best = scores.topk(min(count, len(scores)))
-        return list(zip(best.values.tolist(), numbers[best.indices].tolist(), strict=True))
+        return numbers[scores.topk(min(count, len(scores))).indices]
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
