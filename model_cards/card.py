@@ -199,6 +199,16 @@ def usage(architecture: str, folder: str, prompt: str = "") -> str:
     return KINDS[architecture].usage.format(folder=folder, prompt=prompt or "a picture of")
 
 
+def in_its_language(lines: str, language: str) -> str:
+    """Lines of use whose texts are of the language that a model reads."""
+    if language != "vi":
+        return lines
+    lines = lines.replace(
+        '["a cat", "a dog", "a rocket"])', '["con mèo", "con chó", "tên lửa"], hypothesis_template="{}")'
+    )
+    return lines.replace('["a cat", "a dog", "a rocket"]', '["con mèo", "con chó", "tên lửa"]')
+
+
 def task_of(metric: str) -> tuple[str, str, str]:
     """A metric's task on the Hub, that task's name, and the kind of the metric."""
     if metric.startswith("zero_shot"):
@@ -247,7 +257,9 @@ def failures(evaluations: list[dict]) -> list[str]:
             worst_first = sorted(groups.items(), key=lambda item: item[1]["zero_shot_top1"])
             told = ", ".join(f"{name} {each['zero_shot_top1']:.0%} (of {each['rows']})" for name, each in worst_first)
             told = told.replace("%", " %")
-            lines.append(f"The right name first, by {results['arguments']['group_column']}: {told}.")
+            column = results["arguments"]["class_column"] or results["arguments"]["caption_column"]
+            group = results["arguments"]["group_column"]
+            lines.append(f"The right name (`{column}`) first, by {group}: {told}.")
         pairs = [f"“{right}” for “{said}”" for right, said, _ in results.get("most_confused", [])[:8]]
         if pairs:
             lines.append(f"Among what it takes for something else: {', '.join(pairs)}.")
@@ -327,7 +339,10 @@ def render_card(folder: Path) -> ModelCard:
         template_path=str(TEMPLATE),
         name=name_of(arguments),
         kind=dataclasses.replace(kind, examples=kind.examples.format(prompts=after_prompts(arguments))),
-        usage=usage(architecture, arguments["hub_model_id"] or arguments["output_dir"], arguments.get("prompt", "")),
+        usage=in_its_language(
+            usage(architecture, arguments["hub_model_id"] or arguments["output_dir"], arguments.get("prompt", "")),
+            arguments["language"],
+        ),
         architecture=describe_architecture(config),
         metric_rows=[(METRIC_NAMES[name], shown(name, value)) for name, value in results["metrics"].items()],
         data_title=title,
@@ -338,7 +353,7 @@ def render_card(folder: Path) -> ModelCard:
         unseen=f"the rows {arguments['hold_out']}"
         if arguments["hold_out"]
         else f"the split `{arguments['eval_split']}`",
-        options={k: v for k, v in arguments.items() if k in SHOWN_OPTIONS and v not in (None, {}, False)},
+        options={k: v for k, v in arguments.items() if k in SHOWN_OPTIONS and (v or k == "seed")},
         evaluations=[evaluation_table(each) for each in found],
         confusions=[f"evaluations/{path.name}" for path in sorted(evaluations.glob("*.png"))],
         pictures=[(name, text) for name, text in PICTURES.items() if (folder / name).exists()],

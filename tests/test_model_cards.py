@@ -56,8 +56,8 @@ def test_every_fact_is_told(tmp_path, tower):
                [example] * 3)  # fmt: skip
     card = ModelCard.load(tmp_path / "README.md")
     for text in ("1,234,567", "1,234 optimiser steps", "5,678 samples", "25.00 %", "empty caption: 2", "CC BY 4.0",
-                 "learning_rate | 0.001", "seed | 3", "over 10 names", "50 pairs of the split `test`", "loss.png",
-                 "metrics.png",
+                 "learning_rate | 0.001", "seed | 3", "over 10 names", "con mèo", "50 pairs of the split `test`",
+                 "loss.png", "metrics.png",
                  "examples.png", "ViT, 3 layers" if tower == "vit" else "ModifiedResNet, 1-2-1"):  # fmt: skip
         assert text in card.content, text
     assert "patch_dropout" not in card.content
@@ -66,6 +66,15 @@ def test_every_fact_is_told(tmp_path, tower):
     assert Image.open(tmp_path / "examples.png").width > 200
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["examples"][0]["predictions"][0] == ["cat", 0.7]
+
+
+def test_a_seed_of_nought_is_told(tmp_path):
+    tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
+    found = facts()
+    found["arguments"] |= {"seed": 0, "layer_decay": 0.0}
+    write_card(tmp_path, found, [])
+    text = (tmp_path / "README.md").read_text()
+    assert "| seed | 0 |" in text and "layer_decay" not in text
 
 
 def test_what_is_not_known_is_left_out(tmp_path):
@@ -100,7 +109,7 @@ def test_evaluations_and_known_failures_are_told(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "evaluations/emoji-test-zero-shot.png")
     card = render_card(tmp_path)
     for text in ("zero-shot on 50 rows of emoji, split `test`, over 40 names", "| 50.00 % | 40.00 % – 60.00 % |",
-                 "by group: flags 10 % (of 20), food 75 % (of 30)", "“cat” for “dog”",
+                 "The right name (`caption`) first, by group: flags 10 % (of 20), food 75 % (of 30)", "“cat” for “dog”",
                  "evaluations/emoji-test-zero-shot.png", "shared alike"):  # fmt: skip
         assert text in card.content, text
     assert card.data.license == "cc-by-sa-4.0" and card.data.language == ["en", "vi"]

@@ -1,7 +1,10 @@
 """`accelerate launch training clip`, `accelerate launch -m vlp.training clip`, `python -m vlp.training clip`."""
 
+import os
 import sys
 
+if os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & set(sys.argv):
+    print("Loading torch and transformers: some seconds.", flush=True)
 if not __package__:
     sys.path.pop(0)  # launched as a folder: its modules are to be found in the package `vlp`, not at the top
 try:
