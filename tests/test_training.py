@@ -103,7 +103,8 @@ def trained(pairs, tmp_path_factory) -> Path:
 def test_a_run_learns_and_leaves_a_folder_to_publish(trained):
     files = {path.name for path in trained.iterdir()}
     model = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert files == model | {"README.md", "results.json", "training_arguments.yaml", "loss.png", "examples.png"}
+    pictures = {"loss.png", "metrics.png", "examples.png", "retrieval.png"}
+    assert files == model | pictures | {"README.md", "results.json", "training_arguments.yaml"}
     results = json.loads((trained / "results.json").read_text())
     assert results["metrics"]["zero_shot_top1"] == 1.0 and results["metrics"]["zero_shot_top5"] == 1.0
     assert results["metrics"]["text_to_image_recall_at_1"] == 1.0
