@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from ..model_cards.card import RESULTS, evaluation_table, render_card
 from ..model_cards.plots import plot_confusion
+from ..modeling_vlp.ranking import NOT_MATCHED
 from ..processing.prompts import CLASS_NAMES, TEMPLATES, prompts_for, read_names
 from ..ready import NotReadyError, Ready, load
 from .arguments import EMOJI, ArgumentError, add_options, option, require_at_least_one, require_one_of
 from .data import BadRow, answers_of, decode_image, describe, texts_of
-from .evaluation import batched
+from .evaluation import batched, class_means, number_labels
 from .hardware import cpu_cores, use_cpu_well
 from .metrics import load as load_metric
 from .sources import is_shards, load_rows, require_column, require_text
@@ -151,7 +152,7 @@ def zero_shot(ready: Ready, rows: Rows) -> tuple[dict, list[tuple[int, int]], li
     prompts = prompts_for(names, arguments.templates)
     flat = [text for texts in prompts for text in texts]
     embeds = torch.cat([ready.embed_texts(chunk) for chunk in rows.batches(flat, "classes")])
-    embeds = torch.nn.functional.normalize(embeds.view(len(names), len(prompts[0]), -1).mean(dim=1), dim=-1)
+    embeds = class_means(embeds, names)
     found = []
     for chunk in rows.batches([number for number in rows.own if labels[number] is not None], "images"):
         similarity = ready.similarity(ready.embed_images([rows.image(number) for number in chunk]), embeds)
@@ -190,22 +191,7 @@ def labels_of(rows: Rows) -> tuple[list[int | None], list[str]]:
                 f"--class_names {arguments.class_names}: no such file, and none of {', '.join(CLASS_NAMES)}."
             )
         names = list(known or read_names(Path(arguments.class_names)))
-    given = [value for value in values if value not in (None, -1, "")]
-    if not given or not isinstance(given[0], (int, str)):
-        raise ArgumentError(f"--class_column {column} must hold names or labels, not {values[0]!r}.")
-    if isinstance(given[0], str):
-        names = names or sorted(set(given))
-        numbers = {name: number for number, name in enumerate(names)}
-        if unknown := sorted(set(given) - numbers.keys()):
-            raise ArgumentError(f"--class_column {column} holds {unknown[0]!r}, which --class_names does not.")
-        return [numbers.get(value) for value in values], names
-    if names is None:
-        raise ArgumentError(f"--class_column {column} holds numbers without names: give --class_names.")
-    if not 0 <= min(given) <= max(given) < len(names):
-        raise ArgumentError(
-            f"--class_column {column}: labels go from {min(given)} to {max(given)}, of {len(names)} names."
-        )
-    return [None if value in (None, -1) else value for value in values], names
+    return number_labels(values, names, column)
 
 
 def best(scores: Tensor, correct: Tensor) -> list[list[int]]:
@@ -305,7 +291,7 @@ def rerank(ready: Ready, rows: Rows, found: Compared) -> tuple[Tensor, Tensor]:
     scores = torch.zeros_like(similarity)
     for (image, text), (no, yes) in rows.gather(told):
         scores[image, text] = yes - no if arguments.rerank_posterior else yes
-    behind = (similarity - 100.0) / scale
+    behind = (similarity + NOT_MATCHED) / scale
     ahead = similarity / scale + scores
     return torch.where(to_texts, ahead, behind), torch.where(to_images, ahead.T, behind.T)
 

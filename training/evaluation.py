@@ -51,8 +51,38 @@ def embed_texts(model, processor, texts: Iterable[str], batch_size: int = 256) -
 def embed_classes(model, processor, names: list[str], templates="name", batch_size: int = 256) -> Tensor:
     """Class names -> (K, E): the mean of a class' prompts, of unit length (openai/CLIP, notebooks)."""
     prompts = prompts_for(names, templates)
-    flat = embed_texts(model, processor, [text for row in prompts for text in row], batch_size)
-    return F.normalize(flat.view(len(names), len(prompts[0]), -1).mean(dim=1), dim=-1)
+    return class_means(embed_texts(model, processor, [text for row in prompts for text in row], batch_size), names)
+
+
+def class_means(prompt_embeds: Tensor, names: list[str]) -> Tensor:
+    """Embeddings of every class' prompts (K * prompts, E), one class after the other -> (K, E) of unit length."""
+    return F.normalize(prompt_embeds.view(len(names), -1, prompt_embeds.shape[-1]).mean(dim=1), dim=-1)
+
+
+def number_labels(values: list, names: list[str] | None, column: str) -> tuple[list[int | None], list[str]]:
+    """The number of each label's class (None where it is None, -1 or empty), and the names of the classes.
+
+    Args:
+        values: names or numbers. names: of the classes; those of the labels themselves where not given.
+
+    Raises ArgumentError, naming the `column`, where labels are neither, or have no name.
+    """
+    given = [value for value in values if value not in (None, -1, "")]
+    if not given or not isinstance(given[0], (int, str)):
+        raise ArgumentError(f"--class_column {column} must hold names or labels, not {values[0]!r}.")
+    if isinstance(given[0], str):
+        names = names or sorted(set(given))
+        numbers = {name: number for number, name in enumerate(names)}
+        if unknown := sorted(set(given) - numbers.keys()):
+            raise ArgumentError(f"--class_column {column} holds {unknown[0]!r}, which --class_names does not.")
+        return [numbers.get(value) for value in values], names
+    if names is None:
+        raise ArgumentError(f"--class_column {column} holds numbers without names: give --class_names.")
+    if not 0 <= min(given) <= max(given) < len(names):
+        raise ArgumentError(
+            f"--class_column {column}: labels go from {min(given)} to {max(given)}, of {len(names)} names."
+        )
+    return [None if value in (None, -1) else value for value in values], names
 
 
 def ranks(queries: Tensor, targets: Tensor, right: Tensor, chunk: int = 1024) -> Tensor:
@@ -153,27 +183,9 @@ class Evaluator:
             raise ArgumentError("The evaluation data holds no row that can be used.")
         self.names: list[str] | None = None
         if class_column:
-            self.names = class_names or getattr(rows.features[class_column], "names", None)
-            self.labels = self.number_labels(labels, class_column)
-
-    def number_labels(self, labels: list, column: str) -> Tensor:
-        """(I,) the number of each image's class; the names are those of the column where none are given."""
-        if not isinstance(labels[0], (int, str)):
-            raise ArgumentError(f"--class_column {column} must hold names or labels, not {labels[0]!r}.")
-        if isinstance(labels[0], int):
-            if self.names is None:
-                raise ArgumentError(f"--class_column {column} holds numbers without names: give --class_names.")
-            if not 0 <= min(labels) <= max(labels) < len(self.names):
-                raise ArgumentError(
-                    f"--class_column {column}: labels go from {min(labels)} to {max(labels)}, of "
-                    f"{len(self.names)} names."
-                )
-            return torch.tensor(labels)
-        self.names = self.names or sorted(set(labels))
-        numbers = {name: number for number, name in enumerate(self.names)}
-        if unknown := sorted(set(labels) - numbers.keys()):
-            raise ArgumentError(f"--class_column {column} holds {unknown[0]!r}, which --class_names does not.")
-        return torch.tensor([numbers[label] for label in labels])
+            names = class_names or getattr(rows.features[class_column], "names", None)
+            numbers, self.names = number_labels(labels, names, class_column)
+            self.labels = torch.tensor(numbers)
 
     def images(self) -> Iterator:
         for number in self.rows:

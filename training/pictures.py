@@ -46,16 +46,11 @@ def draw_retrieval(model, processor, images: list, texts: list[str], path: Path)
 
 def draw_attention(writer, processor, images: list, texts: list[str], path: Path) -> None:
     """Where the decoder looks for each word that it writes."""
-    plot_heatmaps([(image, text, attention_maps(writer, processor, pixels(writer, processor, image)))
+    plot_heatmaps([(image, text, attention_maps(writer, processor, ReadyBlip(writer, processor).pixels([image])))
                    for image, text in zip(images, texts, strict=True)], path)  # fmt: skip
 
 
 def draw_matching(matcher, processor, images: list, texts: list[str], path: Path) -> None:
     """What of an image speaks for each word of its text."""
-    plot_heatmaps([(image, text, matching_maps(matcher, processor, pixels(matcher, processor, image), text))
+    plot_heatmaps([(image, text, matching_maps(matcher, processor, ReadyBlip(matcher, processor).pixels([image]), text))
                    for image, text in zip(images, texts, strict=True)], path)  # fmt: skip
-
-
-def pixels(model, processor, image) -> torch.Tensor:
-    values = processor.image_processor([image], return_tensors="pt")["pixel_values"]
-    return values.to(model.device, model.dtype)

@@ -5,6 +5,7 @@ from the one that --pictures names, and nothing else; uploads are bounded in byt
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import queue
@@ -215,28 +216,28 @@ def page(demo: Demo):
     """The page, as gradio's Blocks."""
     import gradio as gr
 
-    def guarded(function):
+    @contextlib.contextmanager
+    def in_words():
         """What is wrong is shown in words."""
+        try:
+            yield
+        except DemoError as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
+    def guarded(function):
         def call(*values):
-            try:
+            with in_words():
                 return function(*values)
-            except DemoError as error:
-                raise gr.Error(str(error), print_exception=False) from error
 
         return call
 
     def caption(*values):
-        try:
+        with in_words():
             yield from demo.caption(*values)
-        except DemoError as error:
-            raise gr.Error(str(error), print_exception=False) from error
 
     def build_index(model, folder, progress=gr.Progress()):  # noqa: B008 (gradio finds it by its default)
-        try:
+        with in_words():
             return demo.build(model, folder, lambda done, total: progress((done, total), unit="pictures"))
-        except DemoError as error:
-            raise gr.Error(str(error), print_exception=False) from error
 
     models = demo.models()
     compares = next((m for m in models if "clip" in m), models[0] if models else "")

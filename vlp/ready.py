@@ -15,7 +15,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,6 +27,7 @@ from transformers.utils import logging
 import vlp
 
 from .modeling_vlp.blip2 import best_query
+from .modeling_vlp.losses import unit_length
 from .modeling_vlp.med import Memory
 
 # Shapes: B images, T texts, Q queries, M tokens of an image, D width, E embedding
@@ -62,6 +62,8 @@ class NotReadyError(ValueError):
 class Ready:
     """A model that compares images and texts in one space; of vlp, or any of transformers with both features."""
 
+    takes_any_mode = False  # whether the processor makes pictures RGB itself
+
     def __init__(self, model, processor):
         self.model, self.processor = model.eval(), processor
 
@@ -71,7 +73,7 @@ class Ready:
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
         """(B, 3, S, S) of pictures of any mode."""
-        if not self.name.startswith("vlp_"):  # ours convert them themselves, after the crop
+        if not self.takes_any_mode:
             images = [image.convert("RGB") for image in images]
         pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return pixels.to(self.model.device, self.model.dtype)
@@ -111,27 +113,29 @@ class Ready:
 
 def unit(output) -> Tensor:
     features = getattr(output, "pooler_output", output)
-    return F.normalize(features.float(), dim=-1).cpu()
+    return unit_length(features).cpu()
 
 
-class ReadyClip(Ready):
+class ReadyOurs(Ready):
+    """What all of vlp's models share: pictures become RGB after the crop, and of texts the pooled row is computed."""
+
+    takes_any_mode = True
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        return unit(self.model.get_text_features(self.tokens(texts)["input_ids"], pooled_only=True))
+
+
+class ReadyClip(ReadyOurs):
     """CLIP and SigLIP of vlp."""
 
     @torch.inference_mode()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
         return unit(self.model.get_image_features(self.pixels(images), pooled_only=True))
 
-    @torch.inference_mode()
-    def embed_texts(self, texts: list[str]) -> Tensor:
-        return unit(self.model.get_text_features(self.tokens(texts)["input_ids"], pooled_only=True))
 
-
-class ReadyBlip(Ready):
+class ReadyBlip(ReadyOurs):
     """BLIP and BLIP-2 of vlp."""
-
-    @torch.inference_mode()
-    def embed_texts(self, texts: list[str]) -> Tensor:
-        return unit(self.model.get_text_features(self.tokens(texts)["input_ids"], pooled_only=True))
 
     @torch.inference_mode()
     def see(self, images: list[Image.Image]) -> Tensor:

@@ -11,6 +11,15 @@ FOLDER = Path(__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
+def describe(description: str, arguments: str, predictions, references):
+    """What `evaluate` asks of a metric: what it is, how to call it, and the features of its inputs."""
+    import datasets
+    import evaluate
+
+    features = datasets.Features({"predictions": predictions, "references": references})
+    return evaluate.MetricInfo(description=description, citation="", inputs_description=arguments, features=features)
+
+
 def load(name: str, **options):
     """One of NAMES as an `evaluate.Metric`. Raises ValueError for another name."""
     import evaluate

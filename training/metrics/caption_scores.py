@@ -2,6 +2,7 @@
 
 import datasets
 import evaluate
+from vlp.training.metrics import describe
 from vlp.training.scores import caption_statistics, estimate
 
 DESCRIPTION = """CIDEr (from 0 to 10; papers give 100 times its value), BLEU-1 to 4, ROUGE-L, and the share of captions
@@ -17,14 +18,7 @@ Returns:
 
 class CaptionScores(evaluate.Metric):
     def _info(self):
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation="",
-            inputs_description=KWARGS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
-            ),
-        )
+        return describe(DESCRIPTION, KWARGS, datasets.Value("string"), datasets.List(datasets.Value("string")))
 
     def _compute(self, predictions, references, resamples=0, seed=0):
         return estimate(caption_statistics(predictions, references), len(predictions), resamples, seed)

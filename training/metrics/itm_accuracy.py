@@ -2,6 +2,7 @@
 
 import datasets
 import evaluate
+from vlp.training.metrics import describe
 from vlp.training.scores import estimate, mean
 
 DESCRIPTION = """The share of pairs, matched and not, that are told rightly, and of each kind by itself."""
@@ -18,12 +19,7 @@ Returns:
 class ItmAccuracy(evaluate.Metric):
     def _info(self):
         number = datasets.Value("int64")
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation="",
-            inputs_description=KWARGS,
-            features=datasets.Features({"predictions": number, "references": number}),
-        )
+        return describe(DESCRIPTION, KWARGS, number, number)
 
     def _compute(self, predictions, references, groups=None, resamples=0, seed=0):
         groups = list(range(len(predictions))) if groups is None else groups

@@ -2,6 +2,7 @@
 
 import datasets
 import evaluate
+from vlp.training.metrics import describe
 from vlp.training.scores import estimate, hits_at, mean
 
 DESCRIPTION = """The share of queries that have one of their right answers among the first k, as CLIP, BLIP and their
@@ -20,12 +21,7 @@ Returns:
 class RecallAtK(evaluate.Metric):
     def _info(self):
         numbers = datasets.List(datasets.Value("int64"))
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation="",
-            inputs_description=KWARGS,
-            features=datasets.Features({"predictions": numbers, "references": numbers}),
-        )
+        return describe(DESCRIPTION, KWARGS, numbers, numbers)
 
     def _compute(self, predictions, references, k=(1, 5, 10), groups=None, resamples=0, seed=0):
         units = len(predictions) if groups is None else max(groups) + 1

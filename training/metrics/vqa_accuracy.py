@@ -2,6 +2,7 @@
 
 import datasets
 import evaluate
+from vlp.training.metrics import describe
 from vlp.training.scores import estimate, mean, plain_answer, vqa_accuracy
 
 DESCRIPTION = """An answer is right where three of ten people gave it, averaged over leaving out each of them; case,
@@ -18,14 +19,7 @@ Returns:
 
 class VqaAccuracy(evaluate.Metric):
     def _info(self):
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation="",
-            inputs_description=KWARGS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
-            ),
-        )
+        return describe(DESCRIPTION, KWARGS, datasets.Value("string"), datasets.List(datasets.Value("string")))
 
     def _compute(self, predictions, references, groups=None, resamples=0, seed=0):
         scores = [

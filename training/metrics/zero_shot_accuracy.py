@@ -2,6 +2,7 @@
 
 import datasets
 import evaluate
+from vlp.training.metrics import describe
 from vlp.training.scores import estimate, hits_at, mean, mean_per_class
 
 DESCRIPTION = """The share of images whose class is among the first k, and the mean over classes of the share in each,
@@ -18,14 +19,7 @@ Returns:
 
 class ZeroShotAccuracy(evaluate.Metric):
     def _info(self):
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation="",
-            inputs_description=KWARGS,
-            features=datasets.Features(
-                {"predictions": datasets.List(datasets.Value("int64")), "references": datasets.Value("int64")}
-            ),
-        )
+        return describe(DESCRIPTION, KWARGS, datasets.List(datasets.Value("int64")), datasets.Value("int64"))
 
     def _compute(self, predictions, references, k=(1, 5), resamples=0, seed=0):
         right = [[label] for label in references]
