@@ -70,7 +70,7 @@ demo: venv ## a page to classify, search, caption and match pictures, on this ma
 	$(BIN)/vlp-demo $(ARGS)
 
 docs: venv-dev ## the reference of classes and functions, made of their docstrings, into site/
-	$(BIN)/python -m pdoc -o site vlp vlp.ready vlp.index vlp.training.evaluate vlp.training.objectives \
+	$(BIN)/python -m pdoc -o site vlp vlp.inference vlp.commands.index vlp.training.evaluate vlp.training.objectives.clip vlp.training.objectives.blip \
 		vlp.modeling_vlp.losses vlp.modeling_vlp.ranking vlp.modeling_vlp.heatmaps vlp.processing.prompts
 	@echo "Open site/index.html."
 

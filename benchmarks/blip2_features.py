@@ -18,10 +18,10 @@ import datasets
 import torch
 from PIL import Image
 from vlp.processing.blip import train_tokenizer
-from vlp.training.blip2_objectives import Blip2Objective
-from vlp.training.features import Features, compute_features
-from vlp.training.hardware import cpu_cores, use_cpu_well
-from vlp.training.optim import make_optimizer, parameter_groups
+from vlp.training.data.features import Features, compute_features
+from vlp.training.machine.hardware import cpu_cores, use_cpu_well
+from vlp.training.machine.optim import make_optimizer, parameter_groups
+from vlp.training.objectives.blip2 import Blip2Objective
 
 import vlp
 

@@ -18,7 +18,7 @@ import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 from vlp.modeling_vlp.exchange import transformers
 from vlp.modeling_vlp.exchange.places import read
-from vlp.training.hardware import cpu_cores, use_cpu_well
+from vlp.training.machine.hardware import cpu_cores, use_cpu_well
 
 import vlp
 

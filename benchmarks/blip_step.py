@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from vlp.training.hardware import cpu_cores, use_cpu_well
-from vlp.training.momentum import Teacher
-from vlp.training.objectives import BlipObjective
-from vlp.training.optim import make_optimizer, parameter_groups
+from vlp.training.machine.hardware import cpu_cores, use_cpu_well
+from vlp.training.machine.optim import make_optimizer, parameter_groups
+from vlp.training.objectives.blip import BlipObjective
+from vlp.training.objectives.momentum import Teacher
 
 import vlp
 

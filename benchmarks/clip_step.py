@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 from vlp.modeling_vlp.exchange.open_clip import RULES
 from vlp.modeling_vlp.exchange.places import write
-from vlp.training.hardware import cpu_cores, use_cpu_well
-from vlp.training.objectives import ClipObjective
-from vlp.training.optim import make_optimizer, parameter_groups
+from vlp.training.machine.hardware import cpu_cores, use_cpu_well
+from vlp.training.machine.optim import make_optimizer, parameter_groups
+from vlp.training.objectives.clip import ClipObjective
 from workers import interleave, ratios, serve
 
 import vlp

@@ -17,9 +17,9 @@ import open_clip
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vlp.training.contrastive import contrastive_loss
-from vlp.training.distributed import JoinedBatch
-from vlp.training.hardware import cpu_cores
+from vlp.training.machine.hardware import cpu_cores
+from vlp.training.objectives.contrastive import contrastive_loss
+from vlp.training.objectives.distributed import JoinedBatch
 from workers import interleave, report, serve
 
 import vlp

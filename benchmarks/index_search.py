@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from vlp.training.data import decode_image
-from vlp.training.evaluation import batched
-from vlp.training.sources import load_rows
+from vlp.training.data.rows import decode_image
+from vlp.training.data.sources import load_rows
+from vlp.training.evaluation.base import batched
 
-from vlp.index import PROBES, SAMPLE, Index, save
-from vlp.ready import load
+from vlp.commands.index import PROBES, SAMPLE, Index, save
+from vlp.inference import load
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_suffix(".json")

@@ -21,8 +21,8 @@ import torch.multiprocessing as mp
 from contrastive_loss import status
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from vlp.training.contrastive import TILE, contrastive_loss
-from vlp.training.distributed import JoinedBatch
+from vlp.training.objectives.contrastive import TILE, contrastive_loss
+from vlp.training.objectives.distributed import JoinedBatch
 
 RESULTS = Path(__file__).with_suffix(".json")
 PLOT = Path(__file__).parents[1] / "docs" / "scaling.png"

@@ -19,11 +19,13 @@ import webdataset as wds
 from datasets import Dataset
 from PIL import Image
 from vlp.processing.augmentation import PerImage, ToPixelValues
-from vlp.training.arguments import ClipArguments, ShardsArguments
-from vlp.training.data import CaptionChooser, Collator, SampleMaker, train_loader
-from vlp.training.hardware import cpu_cores
-from vlp.training.shards import ShardDataset, expand, write_shards
-from vlp.training.sources import load_rows
+from vlp.training.data.batches import Collator, train_loader
+from vlp.training.data.rows import CaptionChooser
+from vlp.training.data.samples import SampleMaker
+from vlp.training.data.shards import ShardDataset, ShardsArguments, expand, write_shards
+from vlp.training.data.sources import load_rows
+from vlp.training.families.clip import ClipArguments
+from vlp.training.machine.hardware import cpu_cores
 from workers import interleave, report, serve
 
 import vlp

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vlp.training.hardware import cpu_cores
+from vlp.training.machine.hardware import cpu_cores
 
 import vlp
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import matplotlib
 from transformers import AutoModel, AutoProcessor
 from vlp.model_cards.plots import RIGHT, WRONG
-from vlp.training.blip2_evaluation import Blip2Evaluator
-from vlp.training.blip_evaluation import BlipEvaluator
-from vlp.training.data import CaptionChooser
-from vlp.training.evaluation import Evaluator
-from vlp.training.sources import load_rows
+from vlp.training.data.rows import CaptionChooser
+from vlp.training.data.sources import load_rows
+from vlp.training.evaluation.base import Evaluator
+from vlp.training.evaluation.blip import BlipEvaluator
+from vlp.training.evaluation.blip2 import Blip2Evaluator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vlp.training.hardware import cpu_cores
+from vlp.training.machine.hardware import cpu_cores
 
 
 def serve(step: Callable[[int], object]) -> None:

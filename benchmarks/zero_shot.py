@@ -18,8 +18,8 @@ import torch
 import transformers
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, pipeline
-from vlp.training.hardware import cpu_cores
-from vlp.training.sources import load_rows
+from vlp.training.data.sources import load_rows
+from vlp.training.machine.hardware import cpu_cores
 from workers import interleave, report, serve
 
 import vlp

@@ -9,7 +9,9 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..configuration import VlpBlip2Config, VlpBlipConfig, VlpModifiedResNetConfig
+from ..configuration.blip import VlpBlipConfig
+from ..configuration.blip2 import VlpBlip2Config
+from ..configuration.vision import VlpModifiedResNetConfig
 from .plots import plot_examples, plot_history, plot_metrics
 
 TEMPLATE = Path(__file__).with_name("template.md")

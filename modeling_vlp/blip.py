@@ -10,13 +10,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.blip import VlpBlipConfig
 from ..configuration.vision import VlpModifiedResNetConfig
 from .base import VlpPreTrainedModel
-from .losses import (
-    draw_hard_negatives,
-    matching_loss,
-    same_pairs,
-    smooth_targets,
-    soft_contrastive_loss,
-)
+from .losses import draw_hard_negatives, matching_loss, same_pairs, smooth_targets, soft_contrastive_loss
 from .med import LMHead, MedModel, Memory, begin_with, next_token_loss
 from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput
 from .resnet import ModifiedResNet

@@ -15,10 +15,7 @@ from ..configuration.blip2 import VlpBlip2Config
 from ..configuration.vision import VlpModifiedResNetConfig, VlpViTConfig
 from .base import VlpPreTrainedModel
 from .blip import MatchesPairs, compare_within_batch, matching_labels
-from .losses import (
-    language_modelling_loss,
-    matching_loss,
-)
+from .losses import language_modelling_loss, matching_loss
 from .med import LMHead, Memory, begin_with
 from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput
 from .qformer import QFormerModel

@@ -25,17 +25,18 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import ArgumentError
+from ..inference import NotReadyError, Ready, load
 from ..model_cards.card import RESULTS, evaluation_table, render_card
 from ..model_cards.plots import plot_confusion
 from ..modeling_vlp.ranking import NOT_MATCHED
 from ..processing.prompts import CLASS_NAMES, TEMPLATES, prompts_for, read_names
-from ..ready import NotReadyError, Ready, load
-from .arguments import EMOJI, ArgumentError, add_options, option, require_at_least_one, require_one_of
-from .data import BadRow, answers_of, decode_image, describe, texts_of
-from .evaluation import batched, class_means, number_labels
-from .hardware import cpu_cores, use_cpu_well
-from .metrics import load as load_metric
-from .sources import is_shards, load_rows, require_column, require_text
+from .arguments import EMOJI, add_options, option, require_at_least_one, require_one_of
+from .data.rows import BadRow, answers_of, decode_image, describe, texts_of
+from .data.sources import is_shards, load_rows, require_column, require_text
+from .evaluation.base import batched, class_means, number_labels
+from .evaluation.metrics import load as load_metric
+from .machine.hardware import cpu_cores, use_cpu_well
 
 # Shapes: I images, T texts, K classes, E embedding, Q queries that are ranked for
 

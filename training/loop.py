@@ -14,9 +14,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .arguments import TrainingArguments
-from .data import BadRows, Batch
-from .objectives import Objective
-from .optim import learning_rate_factor
+from .data.batches import BadRows, Batch
+from .machine.optim import learning_rate_factor
+from .objectives.base import Objective
 
 
 @dataclass

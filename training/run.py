@@ -18,45 +18,33 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..errors import ArgumentError, BadDataError, ResumeError
+from ..files import check_output, start_anew, state_folder, write_whole
 from ..model_cards.card import shown, usage, write_card
 from ..modeling_vlp.exchange.bundle import add_code
 from ..processing.augmentation import PerImage, StrongAugmentation, ToPixelValues
-from . import blip, blip2, clip
-from .adapters import add_lora, check_lora
-from .arguments import (
-    ArgumentError,
-    Blip2Arguments,
-    BlipArguments,
-    CapFiltArguments,
-    ClipArguments,
-    ShardsArguments,
-    TrainingArguments,
-    parse_command_line,
-)
-from .build import load_data, make_chooser
-from .capfilt import capfilt
-from .checkpoint import (
-    ResumeError,
-    check_output,
-    find_state,
-    load_state,
-    round_matrices,
-    save_state,
-    start_anew,
-    state_folder,
-    store_matrices,
-    write_whole,
-)
-from .data import BadDataError, BadRows, CaptionChooser, Collator, DrawSampler, PairDataset, stable_id, train_loader
-from .evaluation import Evaluator
-from .hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
-from .hub import check_access, push
+from .arguments import TrainingArguments
+from .command_line import parse_command_line
+from .data.batches import BadRows, Collator, train_loader
+from .data.build import load_data
+from .data.capfilt import CapFiltArguments, capfilt
+from .data.rows import CaptionChooser, make_chooser, stable_id
+from .data.samples import DrawSampler, PairDataset
+from .data.shards import ShardDataset, ShardsArguments, expand, write_shards
+from .data.sources import is_shards
+from .evaluation.base import Evaluator
+from .evaluation.pictures import draw_pictures
+from .families import blip, blip2, clip
+from .families.blip import BlipArguments
+from .families.blip2 import Blip2Arguments
+from .families.clip import ClipArguments
 from .loop import Progress, Run, fit
-from .optim import make_optimizer, parameter_groups
-from .pictures import draw_pictures
-from .sharding import let_layers_be_read, make_shardable, repeated_layers, whole_model
-from .shards import ShardDataset, expand, write_shards
-from .sources import is_shards
+from .machine.adapters import add_lora, check_lora
+from .machine.checkpoint import find_state, load_state, round_matrices, save_state, store_matrices
+from .machine.hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
+from .machine.hub import check_access, push
+from .machine.optim import make_optimizer, parameter_groups
+from .machine.sharding import let_layers_be_read, make_shardable, repeated_layers, whole_model
 
 # The module that makes the parts of a run, for each kind of options.
 FAMILIES = {ClipArguments: clip, BlipArguments: blip, Blip2Arguments: blip2}

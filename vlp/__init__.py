@@ -15,19 +15,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from .configuration import (
-    VlpBlip2Config,
-    VlpBlipConfig,
-    VlpBlipTextConfig,
-    VlpBlipViTConfig,
-    VlpClipConfig,
-    VlpClipTextConfig,
-    VlpModifiedResNetConfig,
-    VlpQFormerConfig,
-    VlpSiglipTextConfig,
-    VlpSiglipViTConfig,
-    VlpViTConfig,
-)
+from .configuration.blip import VlpBlipConfig
+from .configuration.blip2 import VlpBlip2Config
+from .configuration.clip import VlpClipConfig
+from .configuration.text import VlpBlipTextConfig, VlpClipTextConfig, VlpQFormerConfig, VlpSiglipTextConfig
+from .configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig
 from .modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTraining
 from .modeling_vlp.blip2 import VlpBlip2ForImageTextRetrieval, VlpBlip2ForPreTraining
 from .modeling_vlp.blip2_writer import VlpBlip2ForConditionalGeneration

@@ -7,8 +7,9 @@ import re
 
 import torch
 
-from ...configuration import VlpBlip2Config, VlpBlipViTConfig, VlpViTConfig
-from . import openai, salesforce
+from ...configuration.blip2 import VlpBlip2Config
+from ...configuration.vision import VlpBlipViTConfig, VlpViTConfig
+from ..exchange import openai, salesforce
 from .places import ExchangeError, Rule, State, count, heads_of, require
 
 

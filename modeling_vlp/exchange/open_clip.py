@@ -2,8 +2,9 @@
 
 import math
 
-from ...configuration import VlpClipConfig, VlpModifiedResNetConfig
-from . import openai
+from ...configuration.clip import VlpClipConfig
+from ...configuration.vision import VlpModifiedResNetConfig
+from ..exchange import openai
 from .places import ExchangeError, State
 
 RULES, IGNORED = openai.RULES, openai.IGNORED

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from ...configuration import VlpClipConfig
+from ...configuration.clip import VlpClipConfig
 from .places import ExchangeError, Rule, State, count, heads_of, require
 
 

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from ...configuration import VlpBlipConfig
+from ...configuration.blip import VlpBlipConfig
 from ..blip import VlpBlipDualEncoder
 from .places import Rule, State, count, heads_of, read, require
 

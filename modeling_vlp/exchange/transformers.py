@@ -4,8 +4,10 @@ import math
 
 from transformers import Blip2Config, BlipConfig, CLIPConfig, PreTrainedConfig, SiglipConfig
 
-from ...configuration import VlpBlip2Config, VlpBlipConfig, VlpClipConfig
-from . import lavis, salesforce
+from ...configuration.blip import VlpBlipConfig
+from ...configuration.blip2 import VlpBlip2Config
+from ...configuration.clip import VlpClipConfig
+from ..exchange import lavis, salesforce
 from .places import ExchangeError, Rule
 
 CLIP = (Rule(r"(.+)", r"\1"),)

@@ -1,0 +1,120 @@
+"""What the pages in docs/ say is so. Run: pytest tests/test_docs.py"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BLIP_TEXT, VIT, tiny_pair
+from test_data import picture
+from vlp.processing.blip import token_ids, train_tokenizer
+from vlp.training import evaluate
+from vlp.training.command_line import TASKS, parse
+from vlp.training.run import FAMILIES, train
+
+import vlp
+from vlp.commands import convert, index
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+COLOURS = ["red", "green", "blue", "yellow", "black", "white", "navy", "orange", "purple", "brown"]
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder with pictures, pairs and small models under the names that the pages use."""
+    (tmp_path / "pictures").mkdir()
+    for colour in COLOURS:
+        (tmp_path / f"pictures/{colour}-square.png").write_bytes(picture(colour, (40, 40)))
+    rows = [f"pictures/{colour}-square.png,{colour} square" for colour in COLOURS]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows]))
+    clip, processor = tiny_pair()
+    for name in ("runs/clip", "runs/mine", "model_cards/clip-emoji"):
+        clip.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    tokenizer = train_tokenizer([f"{colour} square" for colour in COLOURS], 100, 20)
+    config = vlp.VlpBlipConfig(vision_config=dict(VIT), text_config=BLIP_TEXT | token_ids(tokenizer))
+    images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
+    for name in ("model_cards/blip-emoji", "runs/my-captioner"):
+        vlp.VlpBlipForConditionalGeneration(config).save_pretrained(tmp_path / name)
+        vlp.VlpBlipProcessor(images, tokenizer).save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vlp.training.run.FAMILIES", dict(FAMILIES))
+    return tmp_path
+
+
+TOLD = {  # a word of what a page's snippets print
+    "own-data.md": "",
+    "fine-tuning.md": "['",
+    "converting.md": "parameters",
+    "evaluation.md": "recall_at_1_interval",
+    "extending.md": "MeanClipModel",
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_snippets_run_in_their_order(name, place, capsys):
+    snippets, names = blocks(name, "python"), {}
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, name, "exec"), names)
+    assert TOLD[name] in capsys.readouterr().out
+    if name == "extending.md":
+        assert "gap" in (place / "runs/gap/results.json").read_text()
+        assert "the mean of its patches" in (place / "runs/mean/README.md").read_text()
+    if name == "evaluation.md":
+        assert list(place.glob("*.png"))
+    if name == "own-data.md":  # and what is then to be run
+        words = shlex.split(blocks(name, "bash")[0])
+        less = ["--max_train_minutes", "none", "--max_train_steps", "2", "--per_device_train_batch_size", "4",
+                "--report_to", "none", "--vocab_size", "600", "--num_threads", "2"]  # fmt: skip
+        train(parse(words[words.index("clip") + 1 :] + less))
+        assert "Image to text, R@1" in (place / "runs/mine/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_are_commands(name):
+    """Every command of a page parses; every option and file of ours that it names is there."""
+    lines = "\n".join(blocks(name, "bash")).replace("\\\n", " ").splitlines()
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if "vlp.training.evaluate" in words:
+            options = vars(evaluate.build_parser().parse_args(words[words.index("vlp.training.evaluate") + 1 :]))
+            options.pop("model")
+            evaluate.EvaluationArguments(**options)
+        elif words[:2] == ["accelerate", "launch"]:
+            task = next(word for word in words if word in TASKS)
+            parse(words[words.index(task) + 1 :], task)
+            assert all((DOCS.parent / word).is_file() for word in words if word.endswith(".yaml"))
+        elif words[0] == "vlp-convert":
+            convert.build_parser().parse_args(words[1:])
+        elif words[0] == "vlp-index":
+            index.build_parser().parse_args(words[1:])
+        else:
+            assert words[0] in ("vlp-onnx", "vlp-demo", "make"), line
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (DOCS / name).read_text()):
+        assert (DOCS / target).exists(), target
+
+
+def test_the_reference_is_made_of_the_docstrings(tmp_path):
+    """`make docs`: every public name has its place, with what its docstring says."""
+    command = [sys.executable, "-m", "pdoc", "-o", str(tmp_path), "vlp", "vlp.inference", "vlp.commands.index"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    page = (tmp_path / "vlp.html").read_text()
+    for name in vlp.__all__:
+        assert f'id="{name}"' in page, name
+        assert getattr(vlp, name).__doc__, name
+    assert "An image tower and a text tower that meet in one embedding space" in page
+    assert "Write an index of a folder" in (tmp_path / "vlp/commands/index.html").read_text()

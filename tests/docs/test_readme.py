@@ -1,0 +1,131 @@
+"""What the README says is so. Run: pytest tests/test_readme.py"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import QFORMER, VIT, save_language_model
+from transformers import AutoTokenizer, pipeline
+from vlp.model_cards.card import render_card
+from vlp.modeling_vlp.blip2_writer import load_language_model
+from vlp.training import evaluate
+from vlp.training.command_line import TASKS, parse
+
+import vlp
+from vlp.commands import index
+from vlp.commands.convert import build_parser
+
+ROOT = Path(__file__).parents[2]
+READMES = ["README.md", "README.vi.md"]
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A place with the models that come along and the pictures of docs/, where runs/blip2-emoji-2 is a small model."""
+    base = tmp_path_factory.mktemp("readme")
+    for name in ("model_cards", "docs"):
+        (base / name).symlink_to(ROOT / name)
+    save_language_model(base / "llm", ["An emoji of a red square"])
+    config = vlp.VlpBlip2Config(vision_config=dict(VIT), qformer_config=dict(QFORMER), num_query_tokens=3,
+                                language_model_name_or_path=str(base / "llm"))  # fmt: skip
+    writer = vlp.VlpBlip2ForConditionalGeneration(config, load_language_model(config))
+    writer.save_pretrained(base / "runs/blip2-emoji-2")
+    tokenizer = AutoTokenizer.from_pretrained(base / "llm")
+    images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
+    vlp.VlpBlip2Processor(images, tokenizer).save_pretrained(base / "runs/blip2-emoji-2")
+    return base
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_python_snippets_run(name, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    pushed = []
+    for kind in (vlp.VlpClipModel, vlp.VlpClipProcessor):  # what a push does is tested in test_hub.py
+        monkeypatch.setattr(kind, "push_to_hub", lambda self, name, bundle: pushed.append((type(self).__name__, name)))
+    snippets = blocks(name, "python")
+    assert len(snippets) == 7
+    for snippet in snippets:
+        exec(compile(snippet, name, "exec"), {})
+    shown = capsys.readouterr().out
+    for word in ("score", "caption: ['", "match: [", "best image for each text: [", "answer: ['"):
+        assert word in shown
+    assert pushed == [("VlpClipModel", "ME/my-clip"), ("VlpClipProcessor", "ME/my-clip")]
+
+
+def test_the_models_that_come_along_know_an_apple(monkeypatch):
+    """The first thing that a reader runs, with the models of this repository."""
+    monkeypatch.chdir(ROOT)
+    for model, names, right in (("clip-emoji", ["red apple", "dog", "rocket"], "red apple"),
+                                ("clip-emoji-vi", ["táo đỏ", "con chó", "tên lửa"], "táo đỏ"),
+                                ("clip-emoji-en-vi", ["táo đỏ", "dog", "tên lửa"], "táo đỏ")):  # fmt: skip
+        classify = pipeline("zero-shot-image-classification", model=f"model_cards/{model}")
+        best = classify("docs/red-apple.webp", candidate_labels=names, hypothesis_template="{}")[0]
+        assert best["label"] == right and best["score"] > 0.5, model
+    for folder in (ROOT / "model_cards").glob("*/model.safetensors"):
+        assert folder.stat().st_size < 8e6
+        card = str(render_card(folder.parent))
+        assert card.strip() == (folder.parent / "README.md").read_text().strip()  # rendered from its stored results
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_commands_are_commands(name):
+    """Every training command parses; every make target is there."""
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    seen = converted = 0
+    for line in "\n".join(blocks(name, "bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert words[1] in targets
+        elif "vlp.training.evaluate" in words:
+            evaluate.build_parser().parse_args(words[words.index("vlp.training.evaluate") + 1 :])
+        elif words[:1] == ["vlp-index"]:
+            index.build_parser().parse_args(words[1:])
+        elif words[:2] == ["accelerate", "launch"] and "--help" not in words:
+            task = next(word for word in words if word in TASKS)
+            parse(words[words.index(task) + 1 :], task)
+            seen += 1
+        elif words[:1] == ["vlp-convert"]:
+            options = vars(build_parser().parse_args(words[1:]))
+            converted += 1
+    assert seen == 15 and converted == 6
+    convert_options = options
+    for options in re.findall(r"`(--[^`]*)`", (ROOT / name).read_text()):
+        words = shlex.split(options)
+        for word in (word for word in words if word.startswith("--")):
+            if word != "--config":
+                assert (
+                    word[2:] in vars(parse([])) | vars(parse([], "blip")) | vars(parse([], "blip2")) | convert_options
+                ), word
+
+
+def test_both_languages_have_the_same_parts():
+    english, vietnamese = ((ROOT / name).read_text() for name in READMES)
+    for pattern in (r"^## ", r"^\|", r"^!\[", r"```"):
+        assert len(re.findall(pattern, english, re.M)) == len(re.findall(pattern, vietnamese, re.M)), pattern
+    strip = lambda text: re.sub(r"#.*", "", text).split()  # noqa: E731  comments are translated
+    for language in ("python", "bash"):
+        for a, b in zip(blocks("README.md", language), blocks("README.vi.md", language), strict=True):
+            assert strip(a) == strip(b)
+
+
+def test_figures_are_those_of_the_stored_results():
+    subprocess.run([sys.executable, ROOT / "benchmarks/readme.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", "docs/scaling.md"])
+def test_links_and_pictures_are_there(name):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
+        assert target.startswith("http") or ((ROOT / name).parent / target).exists(), target
+
+
+def test_makefile_explains_itself():
+    output = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("train", "test", "test-all", "check", "bench", "cards", "demo", "docs"):
+        assert re.search(rf"make {target}\s+\w", output)

@@ -1,0 +1,331 @@
+"""Pairs from every source, bad rows, order and batches. Run: pytest tests/test_data.py"""
+
+import io
+import json
+import random
+
+import datasets
+import pytest
+import torch
+from conftest import tiny_processor
+from PIL import Image
+from vlp.processing.augmentation import PerImage
+from vlp.training.data.batches import BadRows, Collator, train_loader
+from vlp.training.data.build import load_data
+from vlp.training.data.rows import BadRow, CaptionChooser, caption_texts, decode_image
+from vlp.training.data.samples import DrawSampler, PairDataset, SampleMaker
+from vlp.training.data.sources import load_rows
+from vlp.training.families.clip import ClipArguments
+
+from vlp.errors import ArgumentError, BadDataError
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
+
+
+def picture(colour: str, size: tuple[int, int] = (20, 16)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def maker(**options) -> SampleMaker:
+    return SampleMaker(chooser=CaptionChooser(), per_image=PerImage(16, "middle"), **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures, and every kind of table over them."""
+    for colour in COLOURS:
+        (tmp_path / f"{colour}.png").write_bytes(picture(colour))
+    rows = [{"image": f"{colour}.png", "caption": f"a {colour} card"} for colour in COLOURS]
+    for name, separator in (("table.csv", ","), ("table.tsv", "\t")):
+        lines = [separator.join(row.values()) for row in rows]
+        (tmp_path / name).write_text("\n".join([separator.join(rows[0]), *lines]))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    coco = {
+        "images": [{"id": i, "file_name": f"{colour}.png"} for i, colour in enumerate(COLOURS)],
+        "annotations": [{"image_id": i, "caption": f"{c} {n}"} for i, c in enumerate(COLOURS) for n in ("one", "two")],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    splits = ["train", "train", "restval", "val", "test", "test"]
+    karpathy = {
+        "images": [
+            {"filename": f"{c}.png", "split": s, "imgid": i, "sentences": [{"raw": f"a {c} card"}, {"raw": c}]}
+            for i, (c, s) in enumerate(zip(COLOURS, splits, strict=True))
+        ]
+    }
+    (tmp_path / "karpathy.json").write_text(json.dumps(karpathy))
+    return tmp_path
+
+
+def check(rows, count: int = 6) -> list:
+    dataset = PairDataset(rows, maker())
+    samples = [dataset[i, 0] for i in range(len(dataset))]
+    assert len(samples) == count
+    for sample in samples:
+        assert sample.pixels.shape == (3, 16, 16) and sample.pixels.dtype == torch.uint8 and not sample.skipped
+    colours = {tuple(sample.pixels[:, 8, 8].tolist()) for sample in samples}
+    assert len(colours) == count
+    return samples
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.tsv", "rows.json", "rows.jsonl"])
+def test_tables(folder, name):
+    samples = check(load_rows(str(folder / name), "train", "image"))
+    assert samples[0].text == "a red card"
+
+
+def test_what_spreadsheets_write_and_rows_that_differ(folder):
+    (folder / "excel.csv").write_text("\ufeff" + (folder / "table.csv").read_text(), encoding="utf-8")
+    check(load_rows(str(folder / "excel.csv"), "train", "image"))
+    rows = [
+        {"image": "red.png", "caption": "one"},
+        {"image": "blue.png", "caption": ["two", "three"]},
+        {"image": "green.png"},
+    ]
+    (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_rows(str(folder / "mixed.jsonl"), "train", "image")["caption"] == [["one"], ["two", "three"], None]
+
+
+def test_a_table_without_splits_is_not_evaluated_on_what_it_trains_on(folder):
+    for name in ("table.csv", "rows.json", "rows.jsonl", "coco.json"):
+        with pytest.raises(ArgumentError, match="no column split.*--hold_out"):
+            load_rows(str(folder / name), "test", "image")
+
+
+def test_a_column_that_is_no_text(folder):
+    (folder / "numbers.jsonl").write_text('{"image": "red.png", "caption": 5}')
+    with pytest.raises(ArgumentError, match="--caption_column caption of .* must hold text"):
+        load_data(arguments(str(folder / "numbers.jsonl")))
+
+
+def test_rows_of_one_file_are_one_image(folder):
+    (folder / "flickr.csv").write_text("image,caption\nred.png,one\nred.png,two\nblue.png,three")
+    dataset = PairDataset(load_rows(str(folder / "flickr.csv"), "train", "image"), maker())
+    ids = [dataset[i, 0].image_id for i in range(3)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_image_root(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "table.csv"
+    elsewhere.write_text((folder / "table.csv").read_text())
+    check(load_rows(str(elsewhere), "train", "image", image_root=str(folder)))
+
+
+def test_coco(folder):
+    rows = load_rows(str(folder / "coco.json"), "train", "image")
+    assert rows[0]["caption"] == ["red one", "red two"]
+    check(rows)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 3), ("val", 1), ("test", 2)])
+def test_karpathy_splits(folder, split, count):
+    check(load_rows(str(folder / "karpathy.json"), split, "image"), count)
+
+
+def test_imagefolder_with_metadata(folder, tmp_path_factory):
+    base = tmp_path_factory.mktemp("imagefolder") / "train"
+    base.mkdir()
+    lines = ["file_name,caption"]
+    for colour in COLOURS:
+        (base / f"{colour}.png").write_bytes(picture(colour))
+        lines.append(f"{colour}.png,a {colour} card")
+    (base / "metadata.csv").write_text("\n".join(lines))
+    samples = check(load_rows(str(base.parent), "train", "image"))
+    assert {sample.text for sample in samples} == {f"a {colour} card" for colour in COLOURS}
+
+
+def test_folder_of_parquet(tmp_path):
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": picture(c), "path": None} for c in COLOURS], "caption": COLOURS}
+    )
+    rows.to_parquet(tmp_path / "train-00000.parquet")
+    check(load_rows(str(tmp_path), "train", "image"))
+
+
+def test_embedded_data():
+    rows = load_rows("emoji", "test", "image")
+    assert len(rows) == 1906 and set(rows["design"]) == {"twemoji"}
+    assert decode_image(rows[0]["image"], 10**6).size == (64, 64)
+    assert "twemoji" not in load_rows("emoji", "train", "image")["design"]
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "message"),
+    [
+        ("table.csv", "picture", "no column 'picture'; its columns are image, caption"),
+        ("nothing.csv", "image", "there is no such file"),
+        ("empty.csv", "image", "holds no rows"),
+        ("broken.json", "image", "a list `images`"),
+        ("garbled.json", "image", "cannot be read as json"),
+        ("latin.csv", "image", "cannot be read as csv"),
+        ("instances.json", "image", "cannot be read as json.*caption"),
+    ],
+)
+def test_wrong_data_is_refused_with_what_is_there(folder, name, column, message):
+    (folder / "empty.csv").write_text("image,caption\n")
+    (folder / "broken.json").write_text("{}")
+    (folder / "garbled.json").write_text("{")
+    (folder / "latin.csv").write_bytes("image,caption\nred.png,caf\xe9".encode("latin-1"))
+    (folder / "instances.json").write_text('{"images": [{"id": 1}], "annotations": [{"image_id": 1, "bbox": []}]}')
+    with pytest.raises(ArgumentError, match=message):
+        load_rows(str(folder / name), "train", column)
+
+
+def test_a_name_that_is_nothing():
+    with pytest.raises(ArgumentError, match="no such file or folder"):
+        load_rows("no-such-data", "train", "image")
+    with pytest.raises(ArgumentError, match="split"):
+        load_rows("emoji", "validation", "image")
+
+
+def bad_rows() -> datasets.Dataset:
+    """Two good rows among every kind of bad one."""
+    good = picture("red")
+    bomb = io.BytesIO()
+    Image.new("1", (20000, 10000)).save(bomb, "PNG")
+    images = [good, good[:60], b"no picture", bomb.getvalue(), None, good, good, "missing.png"]
+    captions = ["fine", "truncated", "not", "bomb", "none", " \n\t ", "also fine", "missing"]
+    images = [{"bytes": i, "path": None} if isinstance(i, bytes) else i and {"bytes": None, "path": i} for i in images]
+    features = datasets.Features({"image": datasets.Image(decode=False), "caption": datasets.Value("string")})
+    return datasets.Dataset.from_dict({"image": images, "caption": captions}, features=features)
+
+
+def test_bad_rows_are_skipped_and_counted_by_cause():
+    dataset = PairDataset(bad_rows(), maker())
+    collator = Collator(tiny_processor(), 20)
+    counter = BadRows(max_share=1.0)
+    for _ in range(2):  # an epoch later, the same rows are not counted again
+        batch = collator([dataset[i, 0] for i in range(8)])
+        assert len(batch) == 8
+        counter.update(batch)
+    causes = {key: cause for key, cause in counter.causes.items()}
+    assert causes == {
+        1: "truncated or broken image",
+        2: "not an image",
+        3: "decompression bomb",
+        4: "no image",
+        5: "empty caption",
+        7: "missing image file",
+    }
+    assert "decompression bomb: 1" in counter.describe()
+
+
+def test_too_large_an_image_is_refused_before_it_is_decoded():
+    with pytest.raises(BadRow, match="decompression bomb"):
+        decode_image(picture("red", (100, 100)), max_pixels=9_999)
+
+
+def test_too_many_bad_rows_stop_the_run():
+    dataset = PairDataset(bad_rows(), maker())
+    batch = Collator(tiny_processor(), 20)([dataset[i % 8, 0] for i in range(120)])
+    with pytest.raises(BadDataError, match="6 of the first 126 rows.*--max_bad_share 0.01"):
+        BadRows(max_share=0.01).update(batch)
+
+
+def test_nothing_but_bad_rows():
+    rows = bad_rows().select([1, 2, 5])
+    with pytest.raises(BadDataError, match="3 rows in a row cannot be used: .*empty caption: 1"):
+        PairDataset(rows, maker())[0, 0]
+
+
+def test_one_of_several_captions_is_drawn_and_the_draw_is_reproducible():
+    chooser = CaptionChooser()
+    row = {"caption": ["one", " ", "two", "three"]}
+    drawn = [chooser.choose(row, random.Random(seed))[0] for seed in range(50)]
+    assert set(drawn) == {"one", "two", "three"}
+    assert drawn == [chooser.choose(row, random.Random(seed))[0] for seed in range(50)]
+
+
+def test_captions_of_two_languages():
+    """A caption's keywords and template are of its own language; what a row lacks is not drawn."""
+    chooser = CaptionChooser(caption_column="en,vi", tag_column="tags,tags_vi", tag_share=0.5,
+                             templates="emoji,emoji_vi", template_share=0.5)  # fmt: skip
+    row = {"en": "cat", "vi": "con mèo", "tags": ["pet"], "tags_vi": ["vật nuôi"]}
+    drawn = [chooser.choose(row, random.Random(i)) for i in range(400)]
+    assert chooser.captions(row) == ["cat", "con mèo"]
+    assert 150 < sum(caption == "cat" for _, caption in drawn) < 250
+    english, vietnamese = ({text for text, caption in drawn if caption == word} for word in ("cat", "con mèo"))
+    assert {"cat", "pet", "an emoji of cat", "cat, pet"} <= english
+    assert {"con mèo", "vật nuôi", "hình vẽ con mèo", "con mèo, vật nuôi"} <= vietnamese
+    assert not any("mèo" in text or "hình" in text or "vật" in text for text in english)
+    assert not any("cat" in text or "emoji" in text or "pet" in text for text in vietnamese)
+    assert {caption for _, caption in (chooser.choose(row | {"vi": " "}, random.Random(i)) for i in range(20))} == {
+        "cat"
+    }
+    table = datasets.Dataset.from_list([row])
+    assert {"cat", "con mèo", "pet", "vật nuôi", "hình vẽ con mèo"} <= set(caption_texts(table, chooser))
+
+
+def test_tags_and_templates():
+    chooser = CaptionChooser(tag_column="tags", tag_share=1.0, templates="emoji", template_share=1.0)
+    texts = {chooser.choose({"caption": "cat", "tags": ["pet", "fur"]}, random.Random(s))[0] for s in range(200)}
+    assert {"an emoji of pet", "cat, fur", "This is a photo of cat, pet, fur."} <= texts
+    texts = {chooser.choose({"caption": "cat", "tags": "pet, fur"}, random.Random(s))[0] for s in range(200)}
+    assert "an emoji of pet" in texts
+    assert {chooser.choose({"caption": "cat", "tags": None}, random.Random(s))[1] for s in range(20)} == {"cat"}
+    rows = datasets.Dataset.from_dict({"caption": ["cat"], "tags": [["pet", "fur"]]})
+    assert list(caption_texts(rows, chooser))[:3] == ["cat", "pet, fur", "cat"]
+
+
+def test_every_row_once_an_epoch_split_over_processes_and_resumed_exactly():
+    def draws(count, **options):
+        sampler = iter(DrawSampler(10, seed=3, **options))
+        return [next(sampler) for _ in range(count)]
+
+    alone = draws(30)
+    for epoch in range(3):
+        assert sorted(alone[10 * epoch : 10 * epoch + 10]) == [(row, epoch) for row in range(10)] or {
+            row for row, _ in alone[10 * epoch : 10 * epoch + 10]
+        } == set(range(10))
+    assert [row for row, _ in alone[:10]] != [row for row, _ in alone[10:20]]
+    first, second = draws(15, rank=0, processes=2), draws(15, rank=1, processes=2)
+    assert [draw for pair in zip(first, second, strict=True) for draw in pair] == alone
+    assert draws(13, start=17) == alone[17:]
+
+
+def test_images_with_the_same_caption_come_together():
+    groups = [0, 1, 2, 3, 4] * 4
+    order = DrawSampler(20, seed=0, group_ids=groups, group_size=4).order(epoch=0)
+    assert sorted(order) == list(range(20))
+    runs = [[groups[row] for row in order[i : i + 4]] for i in range(0, 20, 4)]
+    assert all(len(set(run)) == 1 for run in runs)
+
+
+def arguments(name: str, **options) -> ClipArguments:
+    defaults = dict(dataset_name=name, output_dir="unused", augmentation="none", max_train_steps=1)
+    return ClipArguments(**defaults, per_device_train_batch_size=4, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_whatever_the_workers(folder, workers):
+    rows = load_rows(str(folder / "coco.json"), "train", "image")
+    collator = Collator(tiny_processor(), 20)
+
+    def take(num_workers):
+        dataset, sampler = PairDataset(rows, maker()), DrawSampler(len(rows), seed=0)
+        loader = iter(train_loader(arguments("x", num_workers=num_workers), dataset, sampler, collator))
+        return [next(loader) for _ in range(4)]
+
+    for a, b in zip(take(0), take(workers), strict=True):
+        assert torch.equal(a.pixels, b.pixels) and torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.text_index, b.text_index)
+        assert torch.equal(a.image_ids, b.image_ids) and len(a) == 4
+
+
+def test_a_text_that_stands_twice_is_read_once():
+    rows = datasets.Dataset.from_dict(
+        {
+            "image": [picture(c) for c in COLOURS],
+            "caption": ["a", "b", "a", "c", "b", "a"],
+            "tags": [["x", "y", "z"]] * 6,
+        }
+    )
+    chooser = CaptionChooser(tag_column="tags", tag_share=1.0, templates="emoji", template_share=0.5)
+    dataset = PairDataset(rows, SampleMaker(chooser=chooser, per_image=PerImage(16, "middle")))
+    collator = Collator(tiny_processor(), 20)
+    for epoch in range(5):
+        batch = collator([dataset[i, epoch] for i in range(6)])
+        assert batch.text_index.tolist() == [0, 1, 0, 2, 1, 0] and len(batch.input_ids) == 3
+        assert batch.caption_ids[0] == batch.caption_ids[2] != batch.caption_ids[1]

@@ -1,0 +1,266 @@
+"""Shards: each sample read once an epoch by one worker, gone on from in mid-shard. Run: pytest tests/test_shards.py"""
+
+import gzip
+import io
+import itertools
+import json
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import tiny_processor
+from PIL import Image
+from safetensors.torch import load_file
+from test_data import maker, picture
+from test_training import arguments as training_arguments
+from vlp.training.command_line import parse
+from vlp.training.data.batches import Collator, train_loader
+from vlp.training.data.rows import BadRow
+from vlp.training.data.shards import (
+    INDEX,
+    ShardDataset,
+    ShardsArguments,
+    Source,
+    expand,
+    files_of,
+    read_index,
+    write_shards,
+)
+from vlp.training.families.clip import ClipArguments
+from vlp.training.run import train
+
+from vlp.errors import ArgumentError, BadDataError, ResumeError
+from vlp.files import state_folder, states
+
+pytest.importorskip("webdataset")
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def write_shard(path: Path, captions: list[str], broken: bool = False) -> None:
+    """Pictures with their captions; of a broken one the second picture is cut off."""
+    with tarfile.open(path, "w") as tar:
+        for number, caption in enumerate(captions):
+            content = picture("red")
+            add(tar, f"{number:03d}.png", content[:50] if broken and number == 1 else content)
+            add(tar, f"{number:03d}.txt", caption.encode())
+
+
+@pytest.fixture
+def seven(tmp_path) -> list[str]:
+    """Seven shards of 3 to 9 samples, whose captions are all different."""
+    for shard in range(7):
+        write_shard(tmp_path / f"{shard}.tar", [f"{shard}-{number}" for number in range(3 + shard)])
+    return expand(str(tmp_path / "{0..6}.tar"))
+
+
+EVERY = sorted(f"{shard}-{number}" for shard in range(7) for number in range(3 + shard))
+
+
+def dataset_of(paths: list[str], **options) -> ShardDataset:
+    return ShardDataset([paths], None, maker(), seed=3, **options)
+
+
+def loader_of(dataset: ShardDataset, workers: int, batch: int = 4):
+    options = dict(augmentation="none", max_train_steps=1, per_device_train_batch_size=batch, num_workers=workers)
+    return iter(train_loader(ClipArguments(dataset_name="x.tar", output_dir="x", **options), dataset, None,
+                             Collator(tiny_processor(), 20)))  # fmt: skip
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3, 7])
+def test_each_sample_is_read_once_an_epoch_by_one_stream(seven, streams):
+    read: dict[int, Counter] = {}
+    for stream in range(streams):
+        for files, _, epoch in Source(seven, 3, stream, streams):
+            if epoch == 4:
+                break
+            read.setdefault(epoch, Counter()).update([files["txt"].decode()])
+    assert [sorted(read[epoch].elements()) for epoch in range(4)] == 4 * [EVERY]
+
+
+def test_the_order_is_new_each_epoch_and_mixes_shards(seven):
+    source = iter(Source(seven, 3, 0, 1))
+    epochs = [[next(source)[0]["txt"].decode() for _ in EVERY] for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    changes = sum(a[0] != b[0] for a, b in itertools.pairwise(epochs[0]))
+    assert changes > 20  # of 41: it would be 6 if shards were read one after the other
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (1, 2), (2, 3)])
+def test_loaders_split_the_data_and_go_on_where_they_were(seven, processes, workers):
+    whole, stopped = [], []
+    for rank in range(processes):
+        loader = loader_of(dataset_of(seven, rank=rank, processes=processes), workers)
+        batches, places = [next(loader) for _ in range(12)], {}
+        whole.append([batch.caption_ids.tolist() for batch in batches])
+        for number in (5,):
+            for batch in batches[:number]:
+                places |= batch.place
+            places = json.loads(json.dumps(places))  # as a state keeps it
+            again = dataset_of(seven, rank=rank, processes=processes, places=places, first_batch=number)
+            loader = loader_of(again, workers)
+            stopped.append([next(loader).caption_ids.tolist() for _ in range(12 - number)])
+    for all_of_it, rest in zip(whole, stopped, strict=True):
+        assert all_of_it[5:] == rest
+    seen = Counter(itertools.chain.from_iterable(itertools.chain.from_iterable(whole)))
+    assert max(seen.values()) <= 1 + processes * 12 * 4 // len(EVERY) + 1  # no stream reads another's
+
+
+def test_sources_are_mixed_by_their_weights_and_bad_samples_are_counted(tmp_path):
+    write_shard(tmp_path / "a-000.tar", ["red"] * 3, broken=True)
+    write_shard(tmp_path / "a-001.tar", ["red"] * 3)
+    write_shard(tmp_path / "b-000.tar", ["blue"] * 2)
+    sources = [expand(str(tmp_path / "a-{000..001}.tar")), expand(str(tmp_path / "b-000.tar"))]
+
+    def samples(count: int, **options) -> list:
+        return list(itertools.islice(ShardDataset(sources, [3.0, 1.0], maker(), seed=0, **options), count))
+
+    first = samples(400)
+    assert 0.17 < sum(sample.text == "blue" for sample in first) / 400 < 0.34
+    skipped = {key: cause for sample in first for key, cause in sample.skipped}
+    assert list(skipped.values()) == ["truncated or broken image"]
+    rest = samples(50, places=first[99].place)
+    assert [sample.text for sample in rest] == [sample.text for sample in first[100:150]]
+
+
+def test_a_truncated_shard_is_counted_and_the_rest_is_read(tmp_path):
+    write_shard(tmp_path / "a.tar", ["red"] * 4)
+    write_shard(tmp_path / "b.tar", ["blue"] * 4)
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: 5 * 1024 + 512 + 20])  # within a member
+    samples = list(itertools.islice(dataset_of(expand(str(tmp_path / "{a,b}.tar"))), 60))
+    assert Counter(sample.text for sample in samples[:14]) == {"red": 6, "blue": 8}  # three are whole, two epochs
+    assert {cause for sample in samples for _, cause in sample.skipped} == {"truncated or broken shard"}
+
+
+def test_shards_without_any_sample_end_the_run(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(BadDataError, match="None of 1 shards has a sample; the last: .*a.tar"):
+        next(iter(dataset_of([str(tmp_path / "a.tar")])))
+
+
+def test_packed_and_piped_shards_are_fetched(tmp_path):
+    write_shard(tmp_path / "a.tar", ["one", "two"])
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    (tmp_path / "c.tar.gz").write_bytes((tmp_path / "b.tar.gz").read_bytes()[:-30])
+    with pytest.raises(BadDataError, match="c.tar.gz: .*end-of-stream"):
+        next(iter(dataset_of([str(tmp_path / "c.tar.gz")])))
+    for path in (str(tmp_path / "b.tar.gz"), f"pipe:cat {tmp_path / 'a.tar'}"):
+        assert {sample.text for sample in itertools.islice(dataset_of([path]), 2)} == {"one", "two"}
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    lines = ["image,caption,source"]
+    for number in range(25):
+        Image.new("RGB", (16, 16), (10 * number, 0, 0)).save(tmp_path / f"{number}.jpg")
+        lines.append(f"{number}.jpg,card {number},web")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    lines += ["broken.jpg,broken,web", "missing.jpg,missing,web"]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    return tmp_path / "pairs.csv"
+
+
+def test_a_data_set_is_written_whole_with_its_index(table, tmp_path, capsys):
+    write_shards(ShardsArguments(dataset_name=str(table), samples_per_shard=10, output_dir=str(tmp_path / "shards")))
+    printed = capsys.readouterr().out
+    assert "25 samples in 3 shards. Left out: " in printed
+    assert "not an image: 1" in printed and "missing image file: 1" in printed
+    assert f"--dataset_name '{tmp_path}/shards/{{00000..00002}}.tar'" in printed
+    paths = expand(str(tmp_path / "shards/{00000..00002}.tar"))
+    index = read_index(paths)
+    assert [facts["samples"] for facts in index.values()] == [10, 10, 5]
+    assert all(Path(path).stat().st_size == facts["bytes"] for path, facts in index.items())
+    originals = {f"card {number}": (tmp_path / f"{number}.jpg").read_bytes() for number in range(25)}
+    read = {}
+    for files, _, epoch in Source(paths, 0, 0, 1):
+        if epoch:
+            break
+        row = json.loads(files["json"])
+        assert row["source"] == "web" and files["txt"].decode() == row["caption"]
+        read[row["caption"]] = files["jpeg"]
+    assert read == originals
+    order = [json.loads(files["json"])["caption"] for files, _, _ in itertools.islice(Source(paths, 0, 0, 1), 25)]
+    assert order != sorted(order)
+    with pytest.raises(ArgumentError, match="holds other files"):
+        write_shards(ShardsArguments(dataset_name=str(table), output_dir=str(tmp_path / "shards")))
+
+
+def test_options_of_the_writer():
+    assert parse(["--dataset_name", "x.csv"], "shards").output_dir == "runs/shards"
+    with pytest.raises(ArgumentError, match="--samples_per_shard must be at least 1"):
+        parse(["--samples_per_shard", "0"], "shards")
+    with pytest.raises(BadRow, match="no image"):
+        files_of({"image": None}, "image", "caption")
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path_factory, table) -> str:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    write_shards(ShardsArguments(dataset_name=str(table), samples_per_shard=6, output_dir=str(folder)))
+    return str(folder / "{00000..00004}.tar")
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> str:
+    tiny_processor().tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+def run_of(shards: str, tokenizer: str, output_dir: Path, **options) -> ClipArguments:
+    defaults = dict(eval_split=None, class_column=None, cache_images=False, tokenizer_name=tokenizer, max_train_steps=9,
+                    per_device_train_batch_size=4, num_workers=2)  # fmt: skip
+    return training_arguments(shards, output_dir, **defaults | options)
+
+
+def test_a_run_on_shards_goes_on_in_mid_shard_bit_for_bit(shards, tokenizer, tmp_path):
+    train(run_of(shards, tokenizer, tmp_path / "whole"))
+    train(run_of(shards, tokenizer, tmp_path / "stopped", save_steps=4, save_total_limit=5))
+    first = states(state_folder(tmp_path / "stopped"))[0]
+    assert first.name == "step-0000004"
+    train(run_of(shards, tokenizer, tmp_path / "stopped", resume_from_checkpoint=str(first)))
+    a, b = (tmp_path / name / "model.safetensors" for name in ("whole", "stopped"))
+    assert a.read_bytes() == b.read_bytes() and load_file(a)
+    a, b = (json.loads((tmp_path / name / "results.json").read_text())["history"] for name in ("whole", "stopped"))
+    assert [entry["contrastive"] for entry in a] == [entry["contrastive"] for entry in b]
+    with pytest.raises(ResumeError, match="of another recipe: num_workers is 2 there and 1 here"):
+        train(run_of(shards, tokenizer, tmp_path / "stopped", num_workers=1, resume_from_checkpoint="latest"))
+
+
+def test_the_index_tells_how_long_an_epoch_is_and_what_is_not_whole(shards, tokenizer, tmp_path):
+    options = dict(max_train_steps=None, num_train_epochs=2.0, num_workers=0)
+    train(run_of(shards, tokenizer, tmp_path / "run", **options))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 13  # 2 x 25 pairs, 4 at a time
+    folder = tmp_path / "copied"
+    shutil.copytree(Path(shards).parent, folder)
+    (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[:-1024])
+    with pytest.raises(ArgumentError, match="00001.tar has .* bytes, its index says .*: it was not copied whole"):
+        train(run_of(str(folder / "{00000..00004}.tar"), tokenizer, tmp_path / "other"))
+    (folder / INDEX).unlink()
+    with pytest.raises(ArgumentError, match="5 shards .* fewer than the 6 workers"):
+        train(run_of(str(folder / "{00000..00004}.tar"), tokenizer, tmp_path / "other", num_workers=6))
+
+
+def test_a_batch_says_where_each_stream_is(seven):
+    loader = loader_of(dataset_of(seven), 2)
+    places = [next(loader).place for _ in range(4)]
+    assert [list(place) for place in places] == [["0"], ["1"], ["0"], ["1"]]
+    assert [place[name]["draws"] for place in places for name in place] == [4, 4, 8, 8]
+    assert torch.utils.data.get_worker_info() is None

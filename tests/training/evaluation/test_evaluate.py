@@ -1,0 +1,237 @@
+"""Evaluation as a command: any model, any number of processes. Run: pytest tests/test_evaluate.py"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import free_port, tiny_blip, tiny_pair
+from PIL import Image
+from test_data import picture
+from transformers import CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
+from vlp.processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, train_tokenizer
+from vlp.processing.prompts import CLASS_NAMES
+from vlp.training import evaluate as command
+from vlp.training.evaluate import EvaluationArguments, best, evaluate, main
+
+import vlp
+from vlp.conversion import convert
+from vlp.errors import ArgumentError
+from vlp.inference import NotReadyError, Ready, load
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "white", "cyan"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Seven cards with two captions each, a question and its answers, and a row that cannot be used."""
+    folder = tmp_path_factory.mktemp("cards")
+    rows = []
+    for colour in COLOURS:
+        (folder / f"{colour}.png").write_bytes(picture(colour))
+        captions = [f"a {colour} card", f"{colour} paper on a table"]
+        question = {"question": "which colour is it?", "answers": [colour] * 10}
+        rows.append({"image": f"{colour}.png", "caption": captions, "name": captions[1], "colour": colour} | question)
+    rows.insert(2, rows[0] | {"image": "missing.png"})
+    (folder / "cards.json").write_text(json.dumps(rows))
+    return folder / "cards.json"
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "blip"
+    model = tiny_blip()
+    tokenizer = train_tokenizer([f"a {c} card, {c} paper on a table" for c in COLOURS], 118, 30)
+    model.config.text_config.vocab_size = 120
+    model.save_pretrained(folder)
+    VlpBlipProcessor(VlpBlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+class Perfect(Ready):
+    """A model that sees the colour of a card and knows its words."""
+
+    def __init__(self):
+        self.model = torch.nn.Identity()
+
+    def colour(self, image: Image.Image) -> str:
+        return next(c for c in COLOURS if image.convert("RGB").getpixel((0, 0)) == Image.new("RGB", (1, 1), c).getpixel((0, 0)))  # fmt: skip # noqa: E501
+
+    def embed_images(self, images):
+        return torch.stack([torch.eye(7)[COLOURS.index(self.colour(image))] for image in images])
+
+    def embed_texts(self, texts):
+        return torch.stack([torch.eye(7)[next(i for i, c in enumerate(COLOURS) if c in text)] for text in texts])
+
+    def see(self, images):
+        return self.embed_images(images)
+
+    def match(self, states, index, texts):
+        match = (states[index] * self.embed_texts(texts)).sum(dim=1)
+        return torch.stack([1 - match, match], dim=1)
+
+    def write(self, images, prompt="", **options):
+        return [f"{self.colour(image)} Paper, on a table." for image in images]
+
+    def answer(self, images, questions, **options):
+        return [self.colour(image) for image in images]
+
+
+@pytest.mark.parametrize("task", ["zero-shot", "retrieval", "reranked", "captioning", "vqa", "itm"])
+def test_a_perfect_model_scores_one(task, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load", lambda *args: Perfect())
+    more = {
+        "zero-shot": {"class_column": "colour", "group_column": "question"},
+        "vqa": {"caption_column": "question"},
+        "reranked": {"rerank_top_k": 3},
+        "captioning": {"caption_column": "name"},
+    }.get(task, {})
+    arguments = EvaluationArguments(
+        dataset=str(data), split="train", task=task.replace("reranked", "retrieval"), batch_size=3, resamples=20,
+        output_dir=str(tmp_path), **more,
+    )  # fmt: skip
+    results = evaluate("perfect", arguments)
+    assert results["rows"] == 7 and results["skipped"] == "missing image file: 1"
+    for name, value in results["metrics"].items():
+        assert value == pytest.approx(10.0 if name == "cider" else 1.0), name
+        assert results["intervals"][name] == pytest.approx([value, value])
+    assert len(results["metrics"]) == {"zero-shot": 3, "retrieval": 6, "reranked": 12, "captioning": 7, "vqa": 1,
+                                       "itm": 3}[task]  # fmt: skip
+    written = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert written["metrics"] == results["metrics"]
+    table = next(tmp_path.glob("*.md")).read_text()
+    assert table.count("100.00 %") >= len([n for n in results["metrics"] if n != "cider"])
+    if task == "zero-shot":
+        assert Image.open(next(tmp_path.glob("*.png"))).width > 200 and results["most_confused"] == []
+        assert results["groups"] == {"which colour is it?": {"zero_shot_top1": 1.0, "rows": 7}}
+
+
+def test_equal_scores_count_against_the_model():
+    assert best(torch.tensor([[0.5, 0.5, 0.1]]), torch.tensor([[True, False, False]])) == [[1, 0, 2]]
+
+
+def test_two_processes_find_what_one_finds(data, blip, tmp_path):
+    """Seven rows over two processes: none counts twice, none is left out."""
+    arguments = EvaluationArguments(dataset=str(data), split="train", task="retrieval", rerank_top_k=3, batch_size=2,
+                                    resamples=20, output_dir=str(tmp_path / "one"))  # fmt: skip
+    alone = evaluate(str(blip), arguments)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+              "-m", "vlp.training.evaluate", str(blip)]  # fmt: skip
+    options = ["--dataset", str(data), "--split", "train", "--task", "retrieval", "--rerank_top_k", "3",
+               "--batch_size", "2", "--resamples", "20", "--output_dir", str(tmp_path / "two")]  # fmt: skip
+    subprocess.run(launch + options, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    together = json.loads(next((tmp_path / "two").glob("*.json")).read_text())
+    assert together["processes"] == 2 and together["rows"] == 7
+    for key in ("metrics", "intervals", "skipped"):
+        assert together[key] == alone[key], key
+
+
+def test_our_models_and_the_same_ones_of_transformers(data, blip, tmp_path):
+    """A CLIP and a BLIP read from transformers' folders score as ours do."""
+    model, processor = tiny_pair()
+    model.save_pretrained(tmp_path / "clip")
+    processor.save_pretrained(tmp_path / "clip")
+    convert(tmp_path / "clip", tmp_path / "their-clip", "transformers")
+    matcher = vlp.VlpBlipForImageTextRetrieval.from_pretrained(blip)
+    matcher.save_pretrained(tmp_path / "matcher")
+    vlp.VlpBlipProcessor.from_pretrained(blip).save_pretrained(tmp_path / "matcher")
+    convert(tmp_path / "matcher", tmp_path / "their-matcher", "transformers")
+    captioner = vlp.VlpBlipForConditionalGeneration.from_pretrained(blip)
+    captioner.save_pretrained(tmp_path / "captioner")
+    vlp.VlpBlipProcessor.from_pretrained(blip).save_pretrained(tmp_path / "captioner")
+    convert(tmp_path / "captioner", tmp_path / "their-captioner", "transformers")
+    common = dict(dataset=str(data), split="train", resamples=0)
+    for ours, theirs, task in ((tmp_path / "clip", tmp_path / "their-clip", "zero-shot"),
+                               (tmp_path / "matcher", tmp_path / "their-matcher", "itm"),
+                               (tmp_path / "captioner", tmp_path / "their-captioner", "captioning")):  # fmt: skip
+        more = {"class_column": "colour"} if task == "zero-shot" else {}
+        found = [evaluate(str(name), EvaluationArguments(task=task, output_dir=str(tmp_path / "out"), **common, **more))
+                 for name in (ours, theirs)]  # fmt: skip
+        assert found[0]["metrics"] == found[1]["metrics"] and found[0]["metrics"], task
+
+
+def test_a_captioner_that_only_transformers_has(data, tmp_path):
+    tokenizer = train_tokenizer([f"a {c} card" for c in COLOURS], 118, 30)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "image_size": 32, "patch_size": 16}  # fmt: skip
+    config = GitConfig(vision_config=vision, vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2,
+                       num_attention_heads=4, intermediate_size=64, bos_token_id=tokenizer.bos_token_id,
+                       eos_token_id=tokenizer.sep_token_id, pad_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    GitForCausalLM(config).save_pretrained(tmp_path / "git")
+    square = {"height": 32, "width": 32}
+    GitProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square), tokenizer).save_pretrained(
+        tmp_path / "git"
+    )
+    results = evaluate(str(tmp_path / "git"), EvaluationArguments(dataset=str(data), split="train", task="captioning",
+                                                                  max_length=8, resamples=0))  # fmt: skip
+    assert results["architecture"] == "GitForCausalLM" and 0 <= results["metrics"]["bleu_4"] <= 1
+    assert (tmp_path / "git/evaluations").is_dir()  # beside the checkpoint
+    with pytest.raises(NotReadyError, match="cannot match: it has no head that matches"):
+        load(tmp_path / "git", "match")
+
+
+def test_what_a_model_cannot_do_is_said(blip, tmp_path):
+    model, processor = tiny_pair()
+    model.save_pretrained(tmp_path / "clip")
+    processor.save_pretrained(tmp_path / "clip")
+    for use, words in (("match", "no head that matches"), ("write", "no decoder"), ("answer", "not fine-tuned")):
+        with pytest.raises(NotReadyError, match=f"a vlp_clip, cannot {use}: .*{words}"):
+            load(tmp_path / "clip", use)
+    with pytest.raises(NotReadyError, match="cannot answer: it was not fine-tuned"):
+        load(blip, "answer")
+    with pytest.raises(NotReadyError, match="nowhere is no folder of vlp or transformers"):
+        load(tmp_path / "nowhere", "compare")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "vqa", "answer_column": "reply"}, "has no column 'reply'"),
+        ({"task": "captioning", "caption_column": "words"}, "has no column 'words'"),
+        ({"class_column": "answers"}, "must hold names or labels"),
+        ({"class_column": "colour", "class_names": "cifar10"}, "holds 'black', which --class_names does not"),
+        ({"class_column": "colour", "class_names": "no.txt"}, "no such file, and none of .*imagenet"),
+        ({"split": "test"}, "no column split"),
+    ],
+)
+def test_wrong_data_is_told(options, message, data, monkeypatch):
+    monkeypatch.setattr(command, "load", lambda *args: Perfect())
+    with pytest.raises(ArgumentError, match=message):
+        evaluate("perfect", EvaluationArguments(**{"dataset": str(data), "split": "train"} | options))
+
+
+def test_wrong_options_are_told(monkeypatch, capsys):
+    with pytest.raises(ArgumentError, match="--task must be one of zero-shot, retrieval"):
+        EvaluationArguments(task="classify")
+    with pytest.raises(ArgumentError, match="cannot be shards"):
+        EvaluationArguments(dataset="a-{000..009}.tar")
+    monkeypatch.setattr(sys, "argv", ["evaluate", "model", "--resamples", "-1"])
+    with pytest.raises(SystemExit, match="error: --resamples must not be negative, got -1"):
+        main()
+
+
+def test_names_of_the_usual_data_sets():
+    counts = {name: len(names) for name, names in CLASS_NAMES.items()}
+    assert counts == {"cifar10": 10, "cifar100": 100, "fashion_mnist": 10, "imagenet": 1000, "mnist": 10}
+    assert CLASS_NAMES["imagenet"][0] == "tench" and CLASS_NAMES["imagenet"][999] == "toilet paper"
+    assert CLASS_NAMES["cifar100"][0] == "apple" and CLASS_NAMES["cifar100"][99] == "worm"
+
+
+def test_labels_name_their_classes(tmp_path, data, monkeypatch):
+    """A column of labels is found by itself, and its numbers are named."""
+    rows = datasets.load_dataset("imagefolder", data_dir=str(data.parent), split="train", drop_labels=True)
+    features = rows.features | {"label": datasets.ClassLabel(names=COLOURS)}
+    colours = [COLOURS.index(Path(rows.cast_column("image", datasets.Image(decode=False))[i]["image"]["path"]).stem)
+               for i in range(len(rows))]  # fmt: skip
+    rows = rows.select_columns(["image"]).add_column("label", colours).cast(datasets.Features(
+        {"image": features["image"], "label": features["label"]}))  # fmt: skip
+    rows.save_to_disk(str(tmp_path / "cards"))
+    monkeypatch.setattr(command, "load", lambda *args: Perfect())
+    results = evaluate("perfect", EvaluationArguments(dataset=str(tmp_path / "cards"), split="train", resamples=0,
+                                                      output_dir=str(tmp_path / "out")))  # fmt: skip
+    assert results["metrics"]["zero_shot_top1"] == 1.0 and results["classes"] == 7

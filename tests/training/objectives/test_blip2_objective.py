@@ -1,0 +1,110 @@
+"""BLIP-2's objectives. Run: pytest tests/test_blip2_objective.py"""
+
+import pytest
+import torch
+from conftest import tiny_blip2, tiny_blip2_writer, tiny_blip_batch
+from torch.nn import functional as F
+from torch.testing import assert_close
+from vlp.training.objectives.blip2 import Blip2Objective, LanguageObjective
+from vlp.training.objectives.distributed import JoinedBatch
+
+
+def objective_of(**options) -> Blip2Objective:
+    return Blip2Objective(tiny_blip2().double(), **options).train()
+
+
+def batch_of(rows: slice, size: int = 8) -> dict[str, torch.Tensor]:
+    """Part of a batch of which texts 1 and 6 are the same; the image tower's states, as computed before."""
+    batch = tiny_blip_batch(size=size)
+    ids = batch["input_ids"]
+    ids[6] = ids[1]
+    captions = torch.arange(size)
+    captions[6] = 1
+    states = torch.randn(size, 17, 48, generator=torch.Generator().manual_seed(9)).double()
+    index = torch.arange(size)[rows]
+    return {"pixel_values": states[rows], "input_ids": ids[rows], "text_index": index - index[0],
+            "caption_ids": captions[rows], "image_ids": index}  # fmt: skip
+
+
+def test_same_captions_belong_together_and_are_no_negatives():
+    objective, batch = objective_of(label_smoothing=0.0), batch_of(slice(0, 8))
+    model = objective.model
+    image = F.normalize(model.get_image_features(vision_states=batch["pixel_values"]).pooler_output, dim=-1)
+    text = F.normalize(model.get_text_features(batch["input_ids"]).pooler_output, dim=-1)
+    image_logits, text_logits, same, loss = objective.compare(
+        JoinedBatch((8,)), image, text, batch["caption_ids"], batch["image_ids"]
+    )
+    assert same.sum() == 10 and same[1, 6] and same[6, 1]
+    assert_close(image_logits, torch.stack([(image @ t).amax(dim=1) for t in text], dim=1) / model.temp)
+    assert_close(text_logits, image_logits.T)
+    log_i2t, log_t2i = image_logits.log_softmax(1), text_logits.log_softmax(1)
+    wanted = 0.0
+    for log in (log_i2t, log_t2i):
+        rows = [log[row, row] if row not in (1, 6) else (log[row, 1] + log[row, 6]) / 2 for row in range(8)]
+        wanted = wanted - torch.stack(rows).mean() / 2
+    assert_close(loss, wanted)
+    drawn = []
+    original = model.itm_logits
+    model.itm_logits = lambda *args: drawn.append(args[-2:]) or original(*args)
+    for step in range(20):
+        objective.before_step(step)
+        objective(**batch)
+    for images, texts in drawn:
+        for negatives in (images, texts):
+            assert not same[torch.arange(8), negatives].any()
+
+
+def test_draws_depend_on_the_step_and_the_seed_alone():
+    losses = []
+    for seed, step in ((0, 3), (0, 3), (0, 4), (1, 3)):
+        objective = objective_of(seed=seed)
+        objective.before_step(step)
+        torch.rand(step)  # what else is drawn in between
+        losses.append(objective(**batch_of(slice(0, 8)))["itm"].item())
+    assert losses[0] == losses[1] and len(set(losses)) == 3
+
+
+def test_the_first_share_of_a_run_compares_alone():
+    objective = objective_of(contrastive_share=0.5)
+    objective.before_step(0, 0.2)
+    assert list(objective(**batch_of(slice(0, 8)))) == ["itc"]
+    objective.before_step(1, 0.5)
+    assert list(objective(**batch_of(slice(0, 8)))) == ["itc", "itm", "itg"]
+
+
+def test_the_temperature_is_kept_in_its_range():
+    objective = objective_of()
+    objective.model.temp.data.fill_(0.9)
+    objective.before_step(0)
+    assert objective.facts() == {"temperature": 0.5}
+
+
+def test_texts_that_stand_twice_are_read_once_with_the_same_result():
+    objective, batch = objective_of(), batch_of(slice(0, 8))
+    objective.before_step(0)
+    wanted = objective(**batch)
+    fewer = batch | {"input_ids": batch["input_ids"][[0, 1, 2, 3, 4, 5, 7]],
+                     "text_index": torch.tensor([0, 1, 2, 3, 4, 5, 1, 6])}  # fmt: skip
+    objective.before_step(0)
+    assert_close(objective(**fewer), wanted)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_language_model_learns_what_stands_after_the_prompt(kind):
+    model = tiny_blip2_writer(kind)
+    objective = LanguageObjective(model, prompt=[4, 7], end_token_id=2).train()
+    states = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(9))
+    start = [4, 7] if kind == "llama" else []
+    # The padding is the end token again.
+    ids = torch.tensor([start + [11, 12, 13, 2], start + [15, 2, 2, 2]])
+    rows = torch.arange(2)
+    loss = objective(states, ids, rows, rows, rows)["lm"]
+    terms = []
+    for row, text in enumerate(([11, 12, 13, 2], [15, 2])):
+        if kind == "llama":
+            given = torch.tensor([[4, 7, *text]])
+            labels = torch.tensor([[-100, -100, *text]])
+        else:
+            given, labels = torch.tensor([[4, 7]]), torch.tensor([text])
+        terms.append(len(text) * model(given, vision_states=states[row : row + 1], labels=labels).loss)
+    assert_close(loss, sum(terms) / 6)

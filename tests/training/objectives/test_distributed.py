@@ -1,0 +1,178 @@
+"""1, 2 and 4 processes give the loss and gradients of one with the joined batch, DDP and FSDP2, of any shares.
+
+Run: pytest tests/test_distributed.py
+"""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import free_port, tiny_batch, tiny_blip, tiny_blip2, tiny_blip2_writer, tiny_blip_batch, tiny_model
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+from vlp.training.machine.sharding import let_layers_be_read, make_shardable, number, repeated_layers, whole_model
+from vlp.training.objectives.base import Objective
+from vlp.training.objectives.blip import BlipObjective
+from vlp.training.objectives.blip2 import Blip2Objective, LanguageObjective
+from vlp.training.objectives.clip import ClipObjective
+from vlp.training.objectives.distributed import JoinedBatch
+from vlp.training.objectives.momentum import Teacher
+
+OBJECTIVES = ["softmax", "sigmoid", "micro batches", "resnet", "blip", "blip2", "blip2 stage 2"]
+# Rows of each process: a batch that they share evenly, and a last one that they do not.
+SHARES = {1: [(8,)], 2: [(4, 4), (5, 3)], 4: [(3, 1, 2, 2)]}
+WRAPPERS = ["ddp", "fsdp2"]
+# Two of what was the same caption or image stand in different processes.
+CAPTION_IDS = torch.tensor([0, 1, 2, 1, 4, 5, 6, 0])
+
+
+def make_objective(name: str) -> Objective:
+    model = {
+        "sigmoid": lambda: tiny_model(logit_bias_init_value=-10.0),
+        "resnet": lambda: tiny_model("resnet"),
+        "blip": tiny_blip,
+        "blip2": tiny_blip2,
+        "blip2 stage 2": tiny_blip2_writer,
+    }.get(name, tiny_model)()
+    model = model.double()  # exact enough to compare gradients
+    if name == "blip2 stage 2":
+        model.freeze()
+    if name == "blip":
+        return BlipObjective(model, Teacher(model, momentum=0.9, queue_size=10), global_negatives=True,
+                             contrastive_share=0.5).train()  # fmt: skip
+    if name == "blip2":
+        return Blip2Objective(model, contrastive_share=0.5).train()
+    if name == "blip2 stage 2":
+        return LanguageObjective(model, [], end_token_id=3).train()
+    objective = ClipObjective(model, micro_batch_size=2 if name == "micro batches" else None)
+    return objective.eval() if name == "resnet" else objective.train()  # batch norm would see its own rows alone
+
+
+def batch_of(name: str, objective: Objective, rows: slice) -> dict[str, torch.Tensor]:
+    whole = tiny_blip_batch(size=8) if name.startswith("blip") else tiny_batch(objective.model, 8)
+    ids = whole["input_ids"][rows]
+    if name == "blip2 stage 2":
+        ids = ids.clamp(max=98)  # what the language model knows
+    if name.startswith("blip"):  # as a collator gives them: no longer than the longest of these rows
+        ids = ids[:, : int((ids != 0).sum(dim=1).max())]
+    return {"pixel_values": whole["pixel_values"][rows].double(), "input_ids": ids,
+            "text_index": torch.arange(len(ids)), "caption_ids": CAPTION_IDS[rows],
+            "image_ids": torch.arange(8)[rows]}  # fmt: skip
+
+
+def steps(name: str, wrapped, objective: Objective, rows: slice) -> dict:
+    """One; of BLIP one that compares alone, and two that do not. Losses, gradients, and the teacher's state."""
+    result = {"losses": [], "gradients": []}
+    for step, share in enumerate((0.2, 0.5, 0.8) if name in ("blip", "blip2") else (1.0,)):
+        objective.zero_grad()
+        objective.before_step(step, share)
+        losses = wrapped(**batch_of(name, objective, rows))
+        sum(losses.values()).backward()
+        objective.after_step()
+        result["losses"].append({key: loss.detach() for key, loss in losses.items()})
+        gradients = {key: p.grad for key, p in objective.model.named_parameters() if p.grad is not None}
+        result["gradients"].append({key: whole(value).squeeze() for key, value in gradients.items()})
+    state = {key: whole(value) for key, value in objective.state_dict().items() if key.startswith("teacher.")}
+    return result | {"teacher": state}
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard(objective: Objective) -> Objective:
+    """As Accelerate does with the classes that `repeated_layers` names."""
+    make_shardable(objective)
+    names = repeated_layers(objective)
+    for module in reversed(list(objective.modules())[1:]):
+        if type(module).__name__ in names:
+            fully_shard(module)
+    fully_shard(objective)
+    let_layers_be_read(objective)
+    return objective
+
+
+def work(rank: int, processes: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=processes)
+    results = {}
+    for wrapper in WRAPPERS:
+        for name in OBJECTIVES:
+            for shares in SHARES[processes]:
+                objective = make_objective(name)
+                rows = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+                if wrapper == "fsdp2":
+                    wrapped = shard(objective)
+                else:
+                    wrapped = DistributedDataParallel(objective, broadcast_buffers=False, find_unused_parameters=True)
+                result = steps(name, wrapped, objective, rows)
+                if wrapper == "fsdp2":
+                    result["published"] = whole_model(objective.model).state_dict()
+                    scale = getattr(objective.model, "logit_scale", None)
+                    result["scale"] = None if scale is None else number(scale)
+                results[wrapper, name, shares] = result
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=SHARES)
+def parts(request, tmp_path_factory) -> list[dict]:
+    """What each process of a group got."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.start_processes(
+        work, args=(request.param, free_port(), str(folder)), nprocs=request.param, start_method="spawn"
+    )  # fmt: skip
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_processes_equal_one_with_the_joined_batch(parts, name, wrapper):
+    """Losses, gradients, the teacher and its queue; drawn negatives are those of the joined batch."""
+    objective = make_objective(name)
+    alone = steps(name, objective, objective, slice(0, 8))
+    kinds = {"blip": ["itc", "itm", "lm"], "blip2": ["itc", "itm", "itg"]}.get(name)
+    assert kinds is None or [list(losses) for losses in alone["losses"]] == [["itc"], kinds, kinds]
+    results = {key[2]: [part[key] for part in parts] for key in parts[0] if key[:2] == (wrapper, name)}
+    assert list(results) == SHARES[len(parts)]
+    for shares, got in results.items():
+        for step, losses in enumerate(alone["losses"]):
+            for key, value in losses.items():
+                mean = sum(part["losses"][step][key] for part in got) / len(got)
+                assert_close(mean, value, msg=f"{key} of step {step}, shares {shares}")
+        for part in got:
+            for theirs, gradients in zip(part["gradients"], alone["gradients"], strict=True):
+                used = {key for key, value in theirs.items() if value.any()}
+                assert {key for key, value in gradients.items() if value.abs().max() > 1e-12} <= used <= set(gradients)
+                for key in used:
+                    # Losses are computed in float32, and the gradient of a key's bias is zero but for rounding.
+                    size = max(gradients[key].abs().max().item(), 1e-3)
+                    assert_close(theirs[key], gradients[key], rtol=1e-5, atol=1e-6 * size, msg=f"{key}, {shares}")
+            for key, value in alone["teacher"].items():
+                assert_close(part["teacher"][key], value, msg=key)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_sharded_model_is_published_as_it_was(parts, name):
+    wanted = make_objective(name).model
+    for key, result in parts[-1].items():
+        if key[:2] == ("fsdp2", name):
+            state = result["published"]
+            assert state.keys() == wanted.state_dict().keys()
+            for tensor, value in wanted.state_dict().items():
+                assert state[tensor].shape == value.shape
+                assert_close(state[tensor].to(value.dtype), value, rtol=1e-6, atol=1e-6, msg=tensor)
+            if hasattr(wanted, "logit_scale"):
+                assert result["scale"] == pytest.approx(wanted.logit_scale.item())
+
+
+def test_a_joined_batch_knows_its_own_rows():
+    batch = JoinedBatch((3, 1, 2), rank=2)
+    assert (batch.size, batch.first) == (6, 4)
+    assert batch.own(torch.arange(6)).tolist() == [4, 5]
+    assert batch.weigh(torch.tensor(1.0)).item() == 1.0 and JoinedBatch((3, 1), 1).weigh(torch.ones(())).item() == 0.5

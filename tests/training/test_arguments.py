@@ -1,0 +1,150 @@
+"""Options: recipes, the command line, and what is refused. Run: pytest tests/test_arguments.py"""
+
+import dataclasses
+
+import pytest
+import torch
+from vlp.processing.prompts import TEMPLATES
+from vlp.training.command_line import RECIPES, TASKS, build_parser, parse
+from vlp.training.families.blip import new_config
+
+import vlp
+from vlp.errors import ArgumentError
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def test_the_recipes_are_there():
+    assert NAMES == ["blip-captioning", "blip-emoji", "blip-nlvr", "blip-retrieval", "blip-vit-b-16", "blip-vit-l-16",
+                     "blip-vqa", "blip2-emoji", "blip2-emoji-2", "blip2-stage-1", "blip2-stage-2",
+                     "capfilt", "clip-emoji", "clip-emoji-vit", "rn101", "rn50", "rn50x4", "shards", "vit-b-16",
+                     "vit-b-32", "vit-l-14"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    # open_clip's docs/model_profile.csv
+    [("vit-b-32", 151.28), ("vit-b-16", 149.62), ("vit-l-14", 427.62), ("rn50", 102.01), ("rn101", 119.69),
+     ("rn50x4", 178.3)],
+)  # fmt: skip
+def test_recipes_build_the_models_of_the_paper(name, millions):
+    arguments = parse(["--config", name])
+    fields = arguments.model | {
+        "vision_config": arguments.model["vision_config"] | {"image_size": arguments.image_size}
+    }
+    with torch.device("meta"):
+        model = vlp.VlpClipModel(vlp.VlpClipConfig(**fields))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_the_embedded_recipe_is_the_default_and_the_command_line_wins():
+    arguments = parse([])
+    assert arguments.dataset_name == "emoji" and arguments.output_dir == "runs/clip-emoji"
+    assert arguments.max_train_minutes <= 6 and arguments.templates in TEMPLATES
+    changed = parse(
+        ["--learning_rate", "1e-5", "--no-cache_images", "--output_dir", "x", "--model", '{"projection_dim": 8}']
+    )
+    assert parse(["--eval_split", "none", "--max_train_minutes", "none"]).eval_split is None
+    assert changed.learning_rate == 1e-5 and not changed.cache_images and changed.model == {"projection_dim": 8}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_help_tells_every_option_with_its_default(task, capsys):
+    with pytest.raises(SystemExit) as stop:
+        build_parser(task).parse_args(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    fields = dataclasses.fields(TASKS[task].arguments)
+    for item in fields:
+        assert f"--{item.name}" in text and item.metadata["help"].strip(), item.name
+    assert text.count("(default: ") >= len(fields) and f"accelerate launch training {task}" in text
+
+
+def test_blip_starts_from_the_hyperparameters_of_its_authors():
+    arguments = parse(["--config", "blip-vit-b-16"], "blip")
+    assert (arguments.learning_rate, arguments.weight_decay, arguments.adam_beta2) == (3e-4, 0.05, 0.999)
+    assert (arguments.momentum, arguments.queue_size, arguments.alpha, arguments.alpha_epochs) == (0.995, 57600, 0.4, 2)
+    assert (arguments.crop_scale, arguments.horizontal_flip, arguments.random_augment) == (0.2, True, True)
+    config = new_config(arguments)
+    assert config.vision_config.hidden_size == config.text_config.encoder_hidden_size == 768
+    assert config.text_config.label_smoothing == 0.1 and config.image_text_hidden_size == 256
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--momentum", "1.5"], "--momentum must be between 0 and 1, got 1.5"),
+        (["--contrastive_share", "2"], "--contrastive_share must be between 0 and 1, got 2.0"),
+        (["--queue_size", "0"], "--queue_size must be at least 1, got 0"),
+        (["--alpha_epochs", "-1"], "--alpha_epochs must not be negative, got -1.0"),
+        (["--crop_scale", "0"], "--crop_scale must be positive, got 0.0"),
+    ],
+)
+def test_wrong_options_of_blip_are_refused(words, message):
+    with pytest.raises(ArgumentError, match=message):
+        parse(words, "blip")
+
+
+def test_models_that_cannot_be_are_refused():
+    for fields, message in (
+        ('{"text_config": {"hidden_siz": 8}}', "has no field 'hidden_siz'; hidden_size?"),
+        ('{"text_config": {"max_position_embeddings": 4}}', "--max_length 24 is above max_position_embeddings, 4"),
+        ('{"vision_config": {"patch_size": 7}}', "must be divisible by patch_size"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            new_config(parse(["--model", fields], "blip"))
+
+
+def test_a_file_of_options(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("learning_rate: 1\nadam_epsilon: 1e-7\nmax_train_steps: 7\n")
+    arguments = parse(["--config", str(path)])
+    assert arguments.max_train_steps == 7 and arguments.learning_rate == 1.0 and arguments.adam_epsilon == 1e-7
+    assert arguments.output_dir == "runs/mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n", "one `name: value` a line; got a list"),
+        ("a: [\n", "is no YAML"),
+        ("learning_rat: 1.0\n", "'learning_rat' is no option"),
+        ("seed: many\n", "seed must be of type .*'many'"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, content, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ArgumentError, match=message):
+        parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "vit-h"], "recipes are blip-captioning, .*clip-emoji, "),
+        (["--per_device_train_batch_size", "0"], "at least 1, got 0"),
+        (["--per_device_train_batch_size", "1"], "no negatives"),
+        (["--learning_rate", "-1"], "must be positive, got -1.0"),
+        (["--warmup_steps", "-1"], "must not be negative, got -1"),
+        (["--tag_share", "1.5"], "between 0 and 1, got 1.5"),
+        (["--loss", "triplet"], "one of softmax, sigmoid, got 'triplet'"),
+        (["--lock_image_tower", "--lock_text_tower"], "Nothing is left to train"),
+        (["--text_tower", "x"], "needs --tokenizer_name"),
+        (["--eval_split", "train"], "is what is trained on"),
+        (["--adam_beta2", "1"], "must be below 1"),
+        (["--push_to_hub"], "needs --hub_model_id"),
+        (["--hub_model_id", "me/x"], "does nothing without --push_to_hub"),
+        (["--augmentation", "crop"], "--cache_images needs"),
+        (["--templates", "x"], "one of name, photo, .*got 'x'"),
+        (["--caption_column", "a,b,c", "--tag_column", "t,u"], "--tag_column names 2, for the 3 of --caption_column"),
+        (["--caption_column", "a,b", "--templates", "emoji,x"], "one of name, photo, .*got 'x'"),
+        (["--class_names", "x"], "one of cifar100, .*got 'x'"),
+        (["--tag_column", "none"], "--tag_share 0.25 needs --tag_column"),
+        (["--hold_out", "noto"], "COLUMN=VALUE, got 'noto'"),
+        (["--max_train_minutes", "0"], "must be positive, got 0.0"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_loaded(words, message):
+    with pytest.raises(ArgumentError, match=message):
+        parse(words)

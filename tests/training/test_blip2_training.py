@@ -1,0 +1,339 @@
+"""Whole small BLIP-2 runs: stage 1 on a trained tower, stage 2 on it, and what is refused.
+
+Run: pytest tests/test_blip2_training.py
+"""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import save_language_model, what_the_card_says
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import AutoProcessor, BertConfig, BertForMaskedLM, pipeline
+from vlp.training.data.features import Features, compute_features
+from vlp.training.data.rows import BadRow, CaptionChooser
+from vlp.training.families import blip2
+from vlp.training.families.blip import BlipArguments
+from vlp.training.families.blip2 import Blip2Arguments
+from vlp.training.families.clip import ClipArguments
+from vlp.training.run import train
+
+import vlp
+from vlp.errors import ArgumentError
+from vlp.files import state_folder, states
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "orange", "purple", "brown"]
+CAPTIONS = [f"a {colour} card" for colour in COLOURS]
+TOWER = {"model_type": "vlp_modified_resnet", "depths": [1, 1], "embedding_size": 8}
+QFORMER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+           "max_position_embeddings": 16, "initializer_range": 0.1, "hidden_dropout_prob": 0.0,
+           "attention_probs_dropout_prob": 0.0}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def features_of_these_tests_alone(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """Cards of eight colours, some of them to evaluate on."""
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = ["image,caption,split"]
+    for number in range(40):
+        colour = COLOURS[number % 8]
+        Image.new("RGB", (16 + number // 8, 16), colour).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,A {colour} card,{'test' if number >= 32 else 'train'}")
+    (folder / "pairs.csv").write_text("\n".join(lines))
+    return folder / "pairs.csv"
+
+
+def common(pairs, output_dir, **changes) -> dict:
+    defaults = dict(
+        dataset_name=str(pairs), output_dir=str(output_dir), eval_split="test", image_size=16, max_length=10,
+        vocab_size=120, augmentation="none", per_device_train_batch_size=16, learning_rate=4e-3, warmup_steps=2,
+        max_train_steps=4, report_to="none", mixed_precision="no", logging_steps=1, num_threads=1,
+    )  # fmt: skip
+    return defaults | changes
+
+
+def arguments(pairs, output_dir, **changes) -> Blip2Arguments:
+    if not {"model_name_or_path", "model"} & changes.keys():
+        changes["model"] = {"num_query_tokens": 3, "image_text_hidden_size": 16, "qformer_config": dict(QFORMER)}
+    return Blip2Arguments(**common(pairs, output_dir, rerank_top_k=4, **changes))
+
+
+@pytest.fixture(scope="module")
+def towers(pairs, tmp_path_factory) -> Path:
+    """A CLIP and a BLIP, trained for a few steps."""
+    folder = tmp_path_factory.mktemp("towers")
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vit = text | {"num_hidden_layers": 3, "patch_size": 8}
+    for name, vision, steps in (("clip", TOWER, 60), ("vit", vit, 4)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        model = {"projection_dim": 24, "vision_config": dict(vision), "text_config": dict(text)}
+        train(ClipArguments(**common(pairs, folder / name, vocab_size=600, max_train_steps=steps, model=model)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    text |= {"max_position_embeddings": 16, "num_hidden_layers": 2}
+    med = {"image_text_hidden_size": 16, "vision_config": TOWER, "text_config": text}
+    train(BlipArguments(**common(pairs, folder / "blip", queue_size=16, eval_split=None, model=med)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage_1(pairs, towers, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "reader"
+    train(arguments(pairs, folder, vision_tower=str(towers / "clip"), max_train_steps=500, cache_vision_features=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llm")
+    save_language_model(folder, [*(caption.replace("a ", "A ", 1) for caption in CAPTIONS), "it is", "is it what?"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage_2(pairs, stage_1, language_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "writer"
+    train(arguments(pairs, folder, stage=2, model_name_or_path=str(stage_1), max_train_steps=200, prompt="it is",
+                    language_model_name_or_path=str(language_model), cache_vision_features=True, eval_num_beams=2,
+                    example_prompts="it is|what is it?"))  # fmt: skip
+    return folder
+
+
+def test_stage_1_learns_to_compare_to_match_and_to_write(stage_1, towers):
+    results = json.loads((stage_1 / "results.json").read_text())
+    metrics, first, last = results["metrics"], results["history"][0], results["history"][-1]
+    assert set(results["losses"]) == {"itc", "itm", "itg"}
+    assert last["itm"] < first["itm"] / 2 and last["itg"] < first["itg"] / 2 and last["itc"] < first["itc"]
+    for name in ("text_to_image_recall_at_1", "reranked_image_to_text_recall_at_1", "itm_accuracy"):
+        assert metrics[name] >= 0.85, (name, metrics[name])
+    ours, theirs = load_file(stage_1 / "model.safetensors"), load_file(towers / "clip" / "model.safetensors")
+    for name, value in theirs.items():
+        if name.startswith("vision_model."):
+            assert torch.equal(ours[name], value), name
+
+
+def test_the_folder_of_stage_1_finds(stage_1, monkeypatch):
+    processor = AutoProcessor.from_pretrained(stage_1)
+    model = vlp.VlpBlip2ForImageTextRetrieval.from_pretrained(stage_1).eval()
+    images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
+    output = model(**processor(images=images, text=["a red card", "a green card"], return_tensors="pt"))
+    assert output.itm_logits.softmax(-1)[0, 1] > 0.5 > output.itm_logits.softmax(-1)[1, 1]
+    assert output.logits_per_image.argmax(1)[0] == 0
+    card = ModelCard.load(stage_1 / "README.md")
+    assert "blip-2" in card.data.tags
+    for text in ("3 queries, 2 layers of 32", "frozen", "examples.png", "the three that the model finds"):
+        assert text in card.text, text
+    assert "tensor" in what_the_card_says(stage_1)
+
+
+def test_stage_2_learns_to_tell_what_is_seen(stage_2):
+    results = json.loads((stage_2 / "results.json").read_text())
+    assert results["losses"] == ["lm"] and results["history"][-1]["lm"] < results["history"][0]["lm"] / 3
+    assert results["metrics"]["caption_exact"] >= 0.85
+    example = results["examples"][0]
+    assert len(example["predictions"]) == 2 and example["predictions"][0][0] == example["label"]
+    assert not [name for name in load_file(stage_2 / "model.safetensors") if name.startswith("language_model.")]
+    state = load_file(states(state_folder(stage_2))[-1] / "model.safetensors")
+    assert "model.language_projection.weight" in state
+    assert not [name for name in state if "language_model" in name]  # which never changes, and is large
+
+
+def test_the_folder_of_stage_2_writes(stage_2, language_model):
+    processor = AutoProcessor.from_pretrained(stage_2)
+    assert type(processor) is vlp.VlpBlip2Processor and processor.tokenizer.padding_side == "left"
+    model = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(stage_2)
+    images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
+    inputs = processor(images=images, text=["it is", "it is"], return_tensors="pt")
+    written = processor.write(model.generate(**inputs, num_beams=2), prompt="it is")
+    assert written == ["A red card", "A blue card"]
+    describe = pipeline("image-text-to-text", model=str(stage_2))
+    told = describe(Image.new("RGB", (20, 20), "orange"), text="it is", max_new_tokens=4)
+    assert "A orange card" in told[0]["generated_text"]
+    card = ModelCard.load(stage_2 / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert "what the model writes after “it is” and “what is it?”; green" in card.text
+    assert "llama, 2 layers of 32), frozen" in card.text and str(language_model.parent) not in card.text
+    assert "card" in what_the_card_says(stage_2)
+
+
+def test_stage_2_goes_on_from_its_own_folder_and_resumes(pairs, stage_2, tmp_path):
+    going_on = dict(stage=2, model_name_or_path=str(stage_2), prompt="it is ", cache_vision_features=True)
+    train(arguments(pairs, tmp_path / "whole", max_train_steps=6, save_steps=3, save_total_limit=5, **going_on))
+    first = json.loads((tmp_path / "whole" / "results.json").read_text())["history"][0]
+    assert first["lm"] < 1.0  # what it had learnt is there
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(arguments(pairs, tmp_path / "half", max_train_steps=6, **going_on,
+                    resume_from_checkpoint=str(states(state_folder(tmp_path / "whole"))[0])))  # fmt: skip
+    for name, value in load_file(tmp_path / "whole" / "model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "half" / "model.safetensors")[name], value), name
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_adapters_are_trained_saved_loaded_and_merged(pairs, stage_1, stage_2, tmp_path, stage):
+    """In stage 2 on the language model, too."""
+    base = stage_1 if stage == 1 else stage_2
+    options = dict(stage=stage, model_name_or_path=str(base), lora_rank=2, max_train_steps=4, learning_rate=1e-2)
+    train(arguments(pairs, tmp_path / "run", **options | ({"prompt": "it is "} if stage == 2 else {})))
+    names = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert {name.split("base_model.model.")[-1].split(".")[0] for name in names} == (
+        {"qformer"} if stage == 1 else {"qformer", "language_model"})  # fmt: skip
+    assert all(".lora_" in name for name in names)
+    kind = vlp.VlpBlip2ForImageTextRetrieval if stage == 1 else vlp.VlpBlip2ForConditionalGeneration
+    tuned, before = kind.from_pretrained(tmp_path / "run").eval(), kind.from_pretrained(base).eval()
+    merged = PeftModel.from_pretrained(kind.from_pretrained(base), str(tmp_path / "run")).merge_and_unload().eval()
+    processor = AutoProcessor.from_pretrained(base)
+    images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
+    inputs = processor(images=images, text=["it is", "it is"], return_tensors="pt")
+    with torch.no_grad():
+        outputs = [model(**inputs)["logits" if stage == 2 else "itm_logits"] for model in (tuned, merged, before)]
+    assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    assert (outputs[2] - outputs[0]).abs().max() > 1e-3
+
+
+def test_adapters_need_a_base_that_has_every_part(pairs, stage_1, tmp_path):
+    with pytest.raises(ArgumentError, match="--stage 2 adds parts that .* does not have"):
+        train(arguments(pairs, tmp_path / "x", stage=2, model_name_or_path=str(stage_1), lora_rank=2,
+                        language_model_name_or_path="x"))  # fmt: skip
+
+
+# --- features computed once -------------------------------------------------------------------------------------------
+
+
+def test_cached_features_train_the_very_model_that_images_do(pairs, towers, tmp_path):
+    for name, cached in (("cached", True), ("images", False)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(arguments(pairs, tmp_path / name, vision_tower=str(towers / "clip"), cache_vision_features=cached))
+    images = load_file(tmp_path / "images" / "model.safetensors")
+    for name, value in load_file(tmp_path / "cached" / "model.safetensors").items():
+        # What a tower gives for an image depends, in the last digit, on the size of the batch that it stands in.
+        assert_close(value, images[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_features_are_computed_once_and_anew_for_another_tower(pairs, towers, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path))
+    rows = datasets.Dataset.from_dict(
+        {"image": [str(pairs.parent / "0.png"), str(pairs.parent / "none.png"), str(pairs.parent / "2.png")],
+         "caption": ["a", "b", "c"]})  # fmt: skip
+    processor = AutoProcessor.from_pretrained(towers / "clip")
+    told = arguments(pairs, tmp_path / "x", vision_tower=str(towers / "clip"))
+    model = blip2.make_model(told, blip2.make_processor(told, datasets.Dataset.from_dict({"caption": CAPTIONS}),
+                                                        CaptionChooser()))  # fmt: skip
+    calls = []
+    model.vision_model.register_forward_hook(lambda *_: calls.append(1))
+    path = compute_features(model, processor, rows, "image", 10**6)
+    assert compute_features(model, processor, rows, "image", 10**6) == path and len(calls) == 1
+    features = Features(path)
+    image = processor.image_processor(Image.open(pairs.parent / "2.png"), return_tensors="pt")["pixel_values"]
+    assert_close(features[2], model.see(image)[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(BadRow, match="missing image file"):
+        features[1]
+    with torch.no_grad():
+        next(model.vision_model.parameters()).add_(1)
+    assert compute_features(model, processor, rows, "image", 10**6) != path and len(calls) == 3
+    assert sorted(file.suffix for file in tmp_path.glob("*.*")) == [".json", ".json", ".npy", ".npy"]
+
+
+# --- what it starts from ----------------------------------------------------------------------------------------------
+
+
+def test_the_qformer_starts_from_a_bert(pairs, towers, tmp_path):
+    torch.manual_seed(3)
+    size = {name: QFORMER[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
+                                             "num_attention_heads", "max_position_embeddings")}  # fmt: skip
+    bert = BertForMaskedLM(BertConfig(vocab_size=70, **size))
+    bert.save_pretrained(tmp_path / "bert")
+    save_file({k: v.clone() for k, v in bert.state_dict().items() if "decoder.weight" not in k},
+              tmp_path / "bert" / "model.safetensors")  # fmt: skip
+    told = arguments(pairs, tmp_path / "x", vision_tower=str(towers / "clip"), max_length=10)
+    processor = blip2.make_processor(told, datasets.Dataset.from_dict({"caption": CAPTIONS}), CaptionChooser())
+    told.bert_name_or_path = str(tmp_path / "bert")
+    model = blip2.make_model(told, processor)
+    layer, theirs = model.qformer.layers[1], bert.bert.encoder.layer[1]
+    assert torch.equal(layer.self_attention.attention.q_proj.weight, theirs.attention.self.query.weight)
+    for own in (layer.query_mlp, layer.text_mlp):
+        assert torch.equal(own.mlp.fc1.weight, theirs.intermediate.dense.weight)
+        assert torch.equal(own.layer_norm.bias, theirs.output.LayerNorm.bias)
+    words = model.qformer.embeddings.word_embeddings.weight
+    known = min(len(words), 70)
+    assert torch.equal(words[:known], bert.bert.embeddings.word_embeddings.weight[:known])
+    wide = BertForMaskedLM(BertConfig(vocab_size=70, **(size | {"intermediate_size": 8})))
+    wide.save_pretrained(tmp_path / "wide")
+    told.bert_name_or_path = str(tmp_path / "wide")
+    with pytest.raises(ArgumentError, match="of the wrong shape: bert.encoder.layer.0.intermediate.dense.weight"):
+        blip2.make_model(told, processor)
+
+
+def test_the_qformer_starts_from_the_text_encoder_of_a_blip(pairs, towers, tmp_path):
+    told = arguments(pairs, tmp_path / "x", vision_tower=str(towers / "blip"), bert_name_or_path=str(towers / "blip"))
+    processor = blip2.make_processor(told, None, CaptionChooser())
+    model, given = blip2.make_model(told, processor), load_file(towers / "blip" / "model.safetensors")
+    pairs_of_names = {
+        "qformer.embeddings.word_embeddings.weight": "text_model.embeddings.word_embeddings.weight",
+        "qformer.layers.1.self_attention.attention.k_proj.weight":
+            "text_model.layers.1.encoder_attention.attention.k_proj.weight",
+        "qformer.layers.0.cross_attention.attention.v_proj.weight":
+            "text_model.layers.0.cross_attention.attention.v_proj.weight",
+        "qformer.layers.1.query_mlp.mlp.fc2.weight": "text_model.layers.1.mlp.fc2.weight",
+        "qformer.layers.1.text_mlp.layer_norm.weight": "text_model.layers.1.layer_norm.weight",
+        "text_proj.weight": "text_proj.weight", "vision_model.conv1.weight": "vision_model.conv1.weight",
+    }  # fmt: skip
+    for own, theirs in pairs_of_names.items():
+        assert torch.equal(model.state_dict()[own], given[theirs]), own
+
+
+def test_the_last_layers_of_a_vision_transformer_are_left_out(pairs, towers, tmp_path):
+    told = arguments(pairs, tmp_path / "x", vision_tower=str(towers / "vit"), vision_layers_left_out=1)
+    processor = blip2.make_processor(told, datasets.Dataset.from_dict({"caption": CAPTIONS}), CaptionChooser())
+    model = blip2.make_model(told, processor).eval()
+    clip = vlp.VlpClipModel.from_pretrained(towers / "vit").eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    hidden = clip.get_image_features(pixels, output_hidden_states=True).hidden_states
+    assert_close(model.see(pixels), hidden[-2])
+    told.vision_layers_left_out = 3
+    with pytest.raises(ArgumentError, match="--vision_layers_left_out 3 leaves no layer"):
+        blip2.make_model(told, processor)
+
+
+def test_wrong_options_are_refused(pairs, towers, stage_1, tmp_path):
+    clip = str(towers / "clip")
+    for changes, message in (
+        (dict(), "BLIP-2 needs --vision_tower"),
+        (dict(vision_tower=clip, stage=3), "--stage must be 1 or 2, got 3"),
+        (dict(vision_tower=clip, stage=2), "--stage 2 needs --language_model_name_or_path"),
+        (dict(vision_tower=clip, language_model_name_or_path="x"), "is for --stage 2"),
+        (dict(vision_tower=clip, prompt="x"), "--prompt and --example_prompts are for --stage 2"),
+        (dict(vision_tower=clip, cache_vision_features=True, augmentation="strong"), "needs --augmentation none"),
+        (dict(vision_tower=clip, cache_vision_features=True, freeze_vision=False), "and a frozen tower"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            arguments(pairs, tmp_path / "x", **changes)
+    for changes, message in (
+        (dict(vision_tower=str(tmp_path)), f"--vision_tower {tmp_path}"),
+        (dict(vision_tower=str(stage_1)), "is a vlp_blip2; expected a vlp CLIP or BLIP"),
+        (dict(model_name_or_path=clip), "is a vlp_clip, not a vlp_blip2"),
+        (dict(model_name_or_path=str(stage_1), stage=2, language_model_name_or_path="package:no_such_llm"),
+         "package no_such_llm, which is not installed"),
+        (dict(vision_tower=clip, model={"qformer_config": {"hidden": 3}}), "has no field 'hidden'"),
+    ):  # fmt: skip
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(ArgumentError, match=message):
+            train(arguments(pairs, tmp_path / "x", **changes))
+    assert not (tmp_path / "x").exists()

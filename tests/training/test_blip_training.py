@@ -1,0 +1,402 @@
+"""Whole small BLIP runs: train, evaluate, publish, load, resume, be killed. Run: pytest tests/test_blip_training.py"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import what_the_card_says
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoProcessor, pipeline
+from vlp.modeling_vlp.ranking import rank, rank_by_matching, rerank
+from vlp.training.data.capfilt import CapFiltArguments, capfilt
+from vlp.training.data.shards import ShardsArguments, write_shards
+from vlp.training.data.sources import load_rows
+from vlp.training.evaluation.blip import caption_metrics
+from vlp.training.families.blip import BlipArguments
+from vlp.training.run import train
+
+import vlp
+from vlp.errors import ArgumentError, ResumeError
+from vlp.files import state_folder, states
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "orange", "purple", "brown"]
+MODEL = {
+    "image_text_hidden_size": 16,
+    "vision_config": {"model_type": "vlp_modified_resnet", "depths": [1, 1], "embedding_size": 8},
+    "text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "max_position_embeddings": 16, "initializer_range": 0.1, "hidden_dropout_prob": 0.1},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """Cards of eight colours, some of them to evaluate on."""
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = ["image,caption,split"]
+    for number in range(40):
+        colour = COLOURS[number % 8]
+        Image.new("RGB", (16 + number // 8, 16), colour).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,A {colour} card!,{'test' if number >= 32 else 'train'}")
+    (folder / "pairs.csv").write_text("\n".join(lines))
+    return folder / "pairs.csv"
+
+
+def options(pairs, output_dir, **changes) -> dict:
+    defaults = dict(
+        dataset_name=str(pairs), output_dir=str(output_dir), eval_split="test", image_size=16, max_length=10,
+        vocab_size=120, augmentation="none", cache_images=True, model=json.loads(json.dumps(MODEL)), momentum=0.9,
+        queue_size=40, per_device_train_batch_size=16, learning_rate=4e-3, warmup_steps=2, max_train_steps=6,
+        report_to="none", mixed_precision="no", logging_steps=1, num_threads=1, rerank_top_k=4,
+    )  # fmt: skip
+    return defaults | changes
+
+
+def arguments(*args, **changes) -> BlipArguments:
+    return BlipArguments(**options(*args, **changes))
+
+
+@pytest.fixture(scope="module")
+def trained(pairs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "cards"
+    train(arguments(pairs, folder, max_train_steps=220, eval_steps=100))
+    return folder
+
+
+def test_a_run_learns_to_compare_to_match_and_to_write(trained):
+    results = json.loads((trained / "results.json").read_text())
+    metrics, first, last = results["metrics"], results["history"][0], results["history"][-1]
+    assert set(results["losses"]) == {"itc", "itm", "lm"}
+    assert last["itm"] < first["itm"] / 2 and last["lm"] < first["lm"] / 2 and last["itc"] < first["itc"]
+    for name in ("text_to_image_recall_at_1", "reranked_image_to_text_recall_at_1", "caption_exact", "itm_accuracy"):
+        assert metrics[name] >= 0.9, (name, metrics[name])
+    assert [entry["step"] for entry in results["evaluations"]] == [100, 200, 220]
+    assert all(example["predictions"][0][0] == example["label"] for example in results["examples"])
+
+
+def test_the_folder_holds_the_model_and_the_state_holds_the_teacher(trained):
+    names = load_file(trained / "model.safetensors").keys()
+    assert not [name for name in names if "teacher" in name or "queue" in name]
+    assert {name.split(".")[0] for name in names} == {
+        "vision_model", "text_model", "text_proj", "itm_head", "temp", "lm_head"}  # fmt: skip
+    state = load_file(states(state_folder(trained))[-1] / "model.safetensors")
+    assert int(state["teacher.filled"]) == 40 and "teacher.model.text_proj.weight" in state
+
+
+def test_the_folder_writes_captions_and_matches(trained):
+    processor = AutoProcessor.from_pretrained(trained)
+    assert type(processor) is vlp.VlpBlipProcessor
+    writer = vlp.VlpBlipForConditionalGeneration.from_pretrained(trained)
+    images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
+    inputs = processor(images=images, return_tensors="pt")
+    assert processor.write(writer.generate(**inputs, num_beams=3)) == ["a red card", "a blue card"]
+    prompted = processor(images=images, text=["A red", "A blue"], return_tensors="pt")
+    assert processor.write(writer.generate(**prompted), prompt="A") == ["red card", "blue card"]
+    matcher = vlp.VlpBlipForImageTextRetrieval.from_pretrained(trained)
+    output = matcher(**processor(images=images, text=["a red card", "a green card"], return_tensors="pt"))
+    assert output.itm_logits.softmax(-1)[0, 1] > 0.5 > output.itm_logits.softmax(-1)[1, 1]
+    assert output.logits_per_image.argmax(1)[0] == 0
+    several = processor(images=images, text=["a green card", "a blue card", "a red card"], return_tensors="pt")
+    ranking = rank(matcher, several["pixel_values"], several["input_ids"], top_k=2)
+    assert ranking.image_to_text.argmax(1).tolist() == [2, 1] and ranking.text_to_image.argmax(1)[1:].tolist() == [1, 0]
+
+
+def test_the_pipeline_writes(trained):
+    describe = pipeline("image-text-to-text", model=str(trained))
+    written = describe(Image.new("RGB", (20, 20), "orange"), text="a", max_new_tokens=4)
+    assert "orange card" in written[0]["generated_text"]
+
+
+def test_the_card_tells_the_captions(trained):
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.pipeline_tag == "image-to-text" and "blip" in card.data.tags
+    names = {result.metric_name for result in card.data.eval_results}
+    assert {"Captions, CIDEr", "Text to image, R@1, re-ranked by ITM"} <= names
+    for text in ("Mixture of encoder and decoder", "examples.png", "num_beams=3", "captions that the model writes"):
+        assert text in card.content, text
+    assert what_the_card_says(trained) == "['a red card']\n"
+
+
+def test_resume_gives_the_run_that_was_never_stopped(pairs, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(arguments(pairs, whole, max_train_steps=8))
+    train(arguments(pairs, stopped, max_train_steps=8, save_steps=3, save_total_limit=5))
+    first = states(state_folder(stopped))[0]
+    train(arguments(pairs, stopped, max_train_steps=8, resume_from_checkpoint=str(first)))
+    assert_same_states(whole, stopped)
+    train(arguments(pairs, stopped, max_train_steps=8, resume_from_checkpoint="latest"))  # nothing is left to do
+    assert json.loads((stopped / "results.json").read_text())["losses"] == ["itc", "itm", "lm"]
+
+
+def assert_same_states(a: Path, b: Path) -> None:
+    """Weights, optimiser, teacher and queue at the end of two runs are equal bit for bit, and so are their losses."""
+    last = [states(state_folder(folder))[-1] for folder in (a, b)]
+    assert last[0].name == last[1].name
+    tensors = [load_file(folder / "model.safetensors") for folder in last]
+    assert tensors[0].keys() == tensors[1].keys() and "teacher.image_queue" in tensors[0]
+    for name, value in tensors[0].items():
+        assert torch.equal(value, tensors[1][name]), name
+    moments = [torch.load(folder / "optimizer.bin", weights_only=True)["state"] for folder in last]
+    for key, values in moments[0].items():
+        for name, value in values.items():
+            assert torch.equal(value, moments[1][key][name])
+    results = [json.loads((folder / "results.json").read_text()) for folder in (a, b)]
+    assert results[0]["metrics"] == results[1]["metrics"] and results[0]["samples"] == results[1]["samples"]
+    for name in ("itc", "itm", "lm"):
+        assert [x[name] for x in results[0]["history"]] == [x[name] for x in results[1]["history"]]
+
+
+def go_on(words: dict) -> None:
+    """In a process of its own: begin a run, or go on with it from its last state."""
+    os.setsid()  # its workers are killed with it
+    last = "latest" if states(state_folder(words["output_dir"])) else None
+    train(BlipArguments(**words, resume_from_checkpoint=last))
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(pairs, trained, tmp_path, times):
+    """Weights, optimiser, schedule, draws, the teacher and its queue, and the place in shards that two workers read."""
+    write_shards(ShardsArguments(dataset_name=str(pairs), samples_per_shard=4, output_dir=str(tmp_path / "shards")))
+    changes = dict(
+        dataset_name=str(tmp_path / "shards" / "{00000..00007}.tar"), eval_dataset_name=str(pairs), num_workers=2,
+        tokenizer_name=str(trained), cache_images=False, augmentation="strong", save_steps=2, save_total_limit=3,
+        max_train_steps=40 + 12 * times,
+    )  # fmt: skip
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    folder, words = state_folder(killed), options(pairs, killed, **changes)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vlp.training.run"])  # a process then starts at once
+
+    def newest() -> str:
+        return max((path.name for path in states(folder)), default="")
+
+    pace, seen = 0.5, []  # seconds from a state to the next, at most
+    for number in range(times):
+        process = context.Process(target=go_on, args=(words,))
+        process.start()
+        if number % 4 == 2:  # while it starts, or loads
+            time.sleep(rng.uniform(0, 1.5))
+        else:
+            before, started, deadline = newest(), time.monotonic(), time.monotonic() + 120
+            while newest() == before and process.is_alive() and time.monotonic() < deadline:
+                time.sleep(0.005)
+            after, started = newest(), time.monotonic()
+            while newest() == after and process.is_alive() and time.monotonic() < started + pace:
+                time.sleep(0.005)
+            pace = min(pace, time.monotonic() - started)
+            time.sleep(rng.uniform(0, pace))  # in a step, or while it saves
+        assert process.is_alive(), f"it ended before it was killed for the {number + 1}th time"
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it had not yet come to have a group
+            process.kill()
+        process.join()
+        seen.append(newest())
+        assert len(states(folder)) <= 4  # one that is about to be dropped
+        # A state is there whole or not at all.
+        assert all((path / "model.safetensors").exists() for path in states(folder))
+    assert len(set(seen)) > times // 2
+    train(arguments(pairs, killed, **changes, resume_from_checkpoint="latest"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(arguments(pairs, whole, **changes))
+    assert_same_states(whole, killed)
+    assert len(states(folder)) == 3
+
+
+@pytest.fixture(scope="module")
+def tuned(pairs, trained, tmp_path_factory) -> tuple[Path, Path]:
+    """A captioner and a filter."""
+    folder = tmp_path_factory.mktemp("tuned")
+    write = dict(task="captioning", prompt="A picture of ", model_name_or_path=str(trained), max_train_steps=80)
+    train(arguments(pairs, folder / "write", **write))
+    match = dict(task="retrieval", model_name_or_path=str(trained), max_train_steps=5, learning_rate=1e-4)
+    train(arguments(pairs, folder / "match", **match))
+    return folder / "write", folder / "match"
+
+
+def test_fine_tuning_to_write_and_to_match(pairs, tuned, tmp_path):
+    write, match = tuned
+    results = json.loads((write / "results.json").read_text())
+    assert results["losses"] == ["lm"] and set(results["metrics"]) == {"caption_exact", "bleu_4", "cider"}
+    assert results["metrics"]["caption_exact"] >= 0.9
+    writer = vlp.VlpBlipForConditionalGeneration.from_pretrained(write)
+    processor = AutoProcessor.from_pretrained(write)
+    inputs = processor(images=Image.new("RGB", (20, 20), "red"), text="a picture of", return_tensors="pt")
+    begun = inputs["input_ids"].shape[1] - 1  # the prompt's words are new to this small vocabulary
+    assert processor.write(writer.generate(**inputs)[:, begun:]) == ["a red card"]
+    assert "tensor([" in what_the_card_says(match) and "writes captions" in (write / "README.md").read_text()
+    results = json.loads((match / "results.json").read_text())
+    assert results["losses"] == ["itc", "itm"] and "cider" not in results["metrics"]
+    assert results["metrics"]["itm_accuracy"] >= 0.8
+    with pytest.raises(ArgumentError, match="lacks what --task retrieval needs"):
+        train(arguments(pairs, tmp_path / "x", task="retrieval", model_name_or_path=str(write)))
+
+
+def test_a_captioner_by_adapters(pairs, trained, tmp_path):
+    options = dict(task="captioning", model_name_or_path=str(trained), lora_rank=2, max_train_steps=2)
+    train(arguments(pairs, tmp_path / "write", **options))
+    writer = vlp.VlpBlipForConditionalGeneration.from_pretrained(tmp_path / "write")
+    assert [name for name in writer.state_dict() if "lora_A" in name]
+    processor = AutoProcessor.from_pretrained(tmp_path / "write")
+    inputs = processor(images=Image.new("RGB", (20, 20), "red"), return_tensors="pt")
+    assert processor.write(writer.generate(**inputs, max_new_tokens=5)) == ["a red card"]
+    for task in ("vqa", "nlvr"):
+        with pytest.raises(ArgumentError, match=f"--task {task} adds parts that .* does not have"):
+            train(arguments(pairs, tmp_path / "x", **options | {"task": task}))
+
+
+def test_a_matcher_by_adapters_whose_teacher_follows_them(pairs, trained, tmp_path):
+    options = dict(task="retrieval", model_name_or_path=str(trained), lora_rank=2, max_train_steps=3)
+    train(arguments(pairs, tmp_path / "match", **options))
+    matcher = vlp.VlpBlipForImageTextRetrieval.from_pretrained(tmp_path / "match").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "match")
+    images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
+    output = matcher(**processor(images=images, text=["a red card", "a green card"], return_tensors="pt"))
+    assert output.itm_logits.softmax(-1)[0, 1] > 0.5 > output.itm_logits.softmax(-1)[1, 1]
+    state = load_file(states(state_folder(tmp_path / "match"))[-1] / "model.safetensors")
+    name = "text_model.layers.0.encoder_attention.attention.q_proj.lora_B.default.weight"
+    student, teacher = state[f"model.{name}"], state[f"teacher.model.{name}"]
+    assert student.abs().max() > 0 and 0 < teacher.abs().max() < student.abs().max()
+
+
+@pytest.fixture
+def web(tmp_path) -> Path:
+    """Web pairs: right captions, wrong ones, none, and an image that is broken."""
+    lines = ["image,caption"]
+    for number, colour in enumerate(COLOURS * 2):
+        Image.new("RGB", (18, 16), colour).save(tmp_path / f"{number}.png")
+        caption = f"a {colour} card" if number < 6 else f"a {COLOURS[number % 8 - 1]} card" if number < 14 else ""
+        lines.append(f"{number}.png,{caption}")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "web.csv").write_text("\n".join(lines + ["broken.png,a red card"]))
+    return tmp_path / "web.csv"
+
+
+def test_capfilt_keeps_what_matches_and_can_be_gone_on_with(web, tuned, tmp_path, pairs, capsys):
+    write, match = tuned
+    made = CapFiltArguments(dataset_name=str(web), captioner=str(write), filter=str(match), prompt="a picture of ",
+                            shard_size=6, batch_size=4, output_dir=str(tmp_path / "new"), max_length=12,
+                            min_length=3)  # fmt: skip
+    capfilt(made)
+    told = capsys.readouterr().out
+    assert "not an image: 1" in told and "of 14 captions" in told and "of 16 captions" in told
+    rows = load_rows(str(tmp_path / "new"), "train", "image")
+    dropped = datasets.Dataset.from_parquet([str(p) for p in sorted((tmp_path / "new" / "dropped").glob("*.parquet"))])
+    assert len(rows) + len(dropped) == 30
+    right = {str(n): f"a {c} card" for n, c in enumerate(COLOURS * 2)}
+    kept = [row for row in rows if row["source"] == "web"]
+    assert sum(row["caption"] == right[row["image_id"]] for row in kept) >= 0.8 * len(kept) > 3
+    lost = [row for row in dropped if row["source"] == "web"]
+    assert sum(row["caption"] != right[row["image_id"]] for row in lost) >= 0.8 * len(lost) > 4
+    assert all(row["score"] > 0.5 for row in rows) and all(row["score"] <= 0.5 for row in dropped)
+    assert {row["source"] for row in rows} == {"web", "synthetic"}
+    assert all(row["image"]["bytes"] for row in rows)
+    shards = sorted((tmp_path / "new" / "data").glob("*.parquet"))
+    before = {path.name: path.read_bytes() for path in shards}
+    shards[1].unlink()
+    capfilt(made)  # as after an interruption: what is there stays, what is missing is made, and is the same
+    assert {path.name: path.read_bytes() for path in shards} == before
+    with pytest.raises(ResumeError, match="made with other options: top_p is 0.9 there and 0.5 here"):
+        capfilt(dataclasses.replace(made, top_p=0.5))
+    train(arguments(tmp_path / "new", tmp_path / "again", eval_split=None, max_train_steps=2))
+    results = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert results["training_pairs"] == len(rows)
+
+
+def test_capfilt_needs_two_models(web, trained, tmp_path):
+    with pytest.raises(ArgumentError, match="CapFilt needs --filter"):
+        CapFiltArguments(captioner=str(trained))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArgumentError, match="holds other files"):
+        capfilt(CapFiltArguments(dataset_name=str(web), captioner=str(trained), filter=str(trained),
+                                 output_dir=str(tmp_path / "full")))  # fmt: skip
+    with pytest.raises(ArgumentError, match="cannot be shards"):
+        capfilt(CapFiltArguments(dataset_name="a.tar", captioner="x", filter="x", output_dir=str(tmp_path / "n")))
+
+
+def test_wrong_models_are_refused(pairs, trained, tmp_path):
+    from conftest import tiny_model
+
+    tiny_model().save_pretrained(tmp_path / "clip")
+    with pytest.raises(ArgumentError, match="is a vlp_clip, not a vlp_blip"):
+        train(arguments(pairs, tmp_path / "run", model_name_or_path=str(tmp_path / "clip")))
+    with pytest.raises(ArgumentError, match=f"--tokenizer_name {tmp_path}: Couldn't instantiate"):
+        train(arguments(pairs, tmp_path / "run", tokenizer_name=str(tmp_path)))
+
+
+def test_going_on_from_a_folder_keeps_what_it_knows(pairs, trained, tmp_path):
+    train(arguments(pairs, tmp_path / "more", model_name_or_path=str(trained), max_train_steps=1, learning_rate=1e-9))
+    metrics = json.loads((tmp_path / "more" / "results.json").read_text())["metrics"]
+    assert metrics == json.loads((trained / "results.json").read_text())["metrics"]
+
+
+def test_caption_metrics_of_hand_made_cases():
+    same = caption_metrics(
+        ["a red cat on a mat", "one blue dog barks"], [["a red cat on a mat"], ["one blue dog barks"]]
+    )
+    assert same["caption_exact"] == 1.0 and same["bleu_4"] == pytest.approx(1.0) and same["cider"] == pytest.approx(10)
+    other = caption_metrics(["x", "y"], [["a red cat on a mat"], ["one blue dog barks"]])
+    assert other["caption_exact"] == 0.0 and other["cider"] == 0.0 and other["bleu_4"] < 1e-6
+    either = caption_metrics(["b"], [["a", "b"]])
+    assert either["caption_exact"] == 1.0
+
+
+class Oracle:
+    """Matches a text (its first token a number) with the image of that number."""
+
+    device = torch.device("cpu")
+    temp = torch.tensor(0.05)
+
+    def match(self, ids, mask, images):
+        right = (ids[:, 0].view(len(images), -1) == images[:, None]).flatten().float()
+        return torch.stack([-right, 5 * right], dim=1)
+
+
+@pytest.mark.parametrize("posterior", [False, True])
+def test_reranking_puts_what_matches_first_and_the_rest_last(posterior):
+    similarity = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
+    similarity[range(5), range(5)] = 0.9 * similarity.max()  # right ones among the best, but not the best
+    texts = torch.arange(5)[:, None]
+    ranking = rank_by_matching(
+        Oracle(), lambda numbers: numbers, texts, similarity, top_k=3, batch_size=6, posterior=posterior
+    )
+    for scores, cosine in ((ranking.image_to_text, similarity), (ranking.text_to_image, similarity.T)):
+        best = cosine.topk(3, dim=1).indices
+        for row in range(5):
+            if row in best[row]:
+                assert scores[row].argmax() == row
+            matched = torch.zeros(5, dtype=torch.bool)
+            matched[best[row]] = True
+            assert scores[row][matched].min() > scores[row][~matched].max()
+
+
+def test_scores_are_those_of_the_original_or_log_posteriors():
+    """Where ITM gives the odds of the truth to ITC's belief, the posterior is the truth, but for a constant."""
+    generator = torch.Generator().manual_seed(0)
+    similarity, truth = torch.rand(4, 6, generator=generator), torch.rand(4, 6, generator=generator).softmax(1)
+    odds = (truth / (similarity / 0.1).softmax(1)).log()
+    logits = torch.stack([1.0 - odds / 3, 1.0 + 2 * odds / 3], dim=-1)
+
+    def match(queries, candidates):
+        return logits[queries[:, None], candidates].flatten(0, 1)
+
+    assert_close(rerank(similarity, 6, match, 8), similarity + logits[..., 1])
+    posterior = rerank(similarity, 6, match, 8, temperature=0.1)
+    assert_close(posterior.softmax(dim=1), truth)

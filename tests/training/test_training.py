@@ -1,0 +1,650 @@
+"""Whole small runs: train, publish, load, resume, and what goes wrong. Run: pytest tests/test_training.py"""
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from conftest import free_port, tiny_batch, tiny_model
+from huggingface_hub import HfApi, ModelCard
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from torch.testing import assert_close
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+from vlp.training import command_line
+from vlp.training.data.rows import CaptionChooser
+from vlp.training.data.sources import load_rows
+from vlp.training.evaluation.base import Evaluator
+from vlp.training.families.clip import ClipArguments
+from vlp.training.machine import hardware, hub
+from vlp.training.machine.optim import learning_rate_factor, levels_below_top, make_optimizer, parameter_groups
+from vlp.training.objectives.clip import ClipObjective
+from vlp.training.run import train
+
+import vlp
+from vlp import files
+from vlp.errors import ArgumentError, BadDataError, ResumeError
+from vlp.files import state_folder, states
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "orange", "purple", "brown"]
+MODEL = {
+    "projection_dim": 16,
+    "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+                      "patch_size": 8},
+    "text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+}  # fmt: skip
+
+
+RESNET = MODEL | {"vision_config": {"model_type": "vlp_modified_resnet", "depths": [1, 1], "embedding_size": 8}}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each run of a test chooses its precision anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """Cards of eight colours in five sizes, some of them to evaluate on."""
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = ["image,caption,split"]
+    for number in range(40):
+        colour = COLOURS[number % 8]
+        Image.new("RGB", (16 + number // 8, 16), colour).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{colour} card,{'test' if number >= 32 else 'train'}")
+    (folder / "pairs.csv").write_text("\n".join(lines))
+    return folder / "pairs.csv"
+
+
+def arguments(pairs, output_dir, **options) -> ClipArguments:
+    defaults = dict(
+        dataset_name=str(pairs), output_dir=str(output_dir), eval_split="test", class_column="caption", image_size=16,
+        max_length=8, vocab_size=560, augmentation="strong", cache_images=True, model=json.loads(json.dumps(MODEL)),
+        per_device_train_batch_size=16, learning_rate=3e-3, warmup_steps=2, max_train_steps=6, report_to="none",
+        mixed_precision="no", logging_steps=1, num_threads=1,
+    )  # fmt: skip
+    return ClipArguments(**defaults | options)
+
+
+@pytest.fixture(scope="module")
+def trained(pairs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "cards"
+    train(arguments(pairs, folder, max_train_steps=120, eval_steps=60, augmentation="none", report_to="tensorboard"))
+    return folder
+
+
+def test_a_run_learns_and_leaves_a_folder_to_publish(trained):
+    files = {path.name for path in trained.iterdir()}
+    model = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    pictures = {"loss.png", "metrics.png", "examples.png", "retrieval.png"}
+    assert files == model | pictures | {"README.md", "results.json", "training_arguments.yaml"}
+    results = json.loads((trained / "results.json").read_text())
+    assert results["metrics"]["zero_shot_top1"] == 1.0 and results["metrics"]["zero_shot_top5"] == 1.0
+    assert results["metrics"]["text_to_image_recall_at_1"] == 1.0
+    assert [entry["step"] for entry in results["evaluations"]] == [60, 120]
+    assert results["history"][-1]["contrastive"] < results["history"][0]["contrastive"] / 2
+    assert list((state_folder(trained) / "logs").rglob("events.out.tfevents.*"))
+    assert yaml.safe_load((trained / "training_arguments.yaml").read_text())["max_train_steps"] == 120
+
+
+def test_the_folder_loads_with_every_auto_class(trained):
+    assert type(AutoConfig.from_pretrained(trained)) is vlp.VlpClipConfig
+    assert type(AutoModel.from_pretrained(trained)) is vlp.VlpClipModel
+    assert type(AutoModelForZeroShotImageClassification.from_pretrained(trained)) is vlp.VlpClipModel
+    assert type(AutoProcessor.from_pretrained(trained)) is vlp.VlpClipProcessor
+    assert type(AutoImageProcessor.from_pretrained(trained)) is vlp.VlpClipImageProcessor
+    assert type(AutoTokenizer.from_pretrained(trained)) is vlp.VlpClipTokenizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pipeline_classifies(trained, dtype, caplog):
+    classify = pipeline("zero-shot-image-classification", model=str(trained), dtype=dtype)
+    labels = [f"{colour} card" for colour in COLOURS]
+    for colour in ("red", "blue", "orange"):
+        best = classify(Image.new("RGB", (30, 20), colour), candidate_labels=labels, hypothesis_template="{}")[0]
+        assert best["label"] == f"{colour} card"
+    assert not [record for record in caplog.records if "not supported" in record.getMessage()]
+
+
+def test_the_card_is_rendered_from_the_facts(trained):
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.pipeline_tag == "zero-shot-image-classification" and card.data.license == "apache-2.0"
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values["Zero-shot top-1 accuracy"] == 1.0 and len(values) == 8
+    for text in ("ViT, 2 layers of 32", "examples.png", "loss.png", "120 optimiser steps", f'model="{trained.name}"'):
+        assert text in card.content, text
+
+
+def test_resume_gives_the_run_that_was_never_stopped(pairs, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(arguments(pairs, whole, max_train_steps=8, ema_decay=0.9))
+    train(arguments(pairs, stopped, max_train_steps=8, ema_decay=0.9, save_steps=3, save_total_limit=5))
+    saved = states(state_folder(stopped))
+    assert [path.name for path in saved] == ["step-0000003", "step-0000006", "step-0000008"]
+    (stopped / "model.safetensors").unlink()
+    train(arguments(pairs, stopped, max_train_steps=8, ema_decay=0.9, resume_from_checkpoint=str(saved[0])))
+    assert (whole / "model.safetensors").read_bytes() == (stopped / "model.safetensors").read_bytes()
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (whole, stopped))
+    assert a["metrics"] == b["metrics"] and a["samples"] == b["samples"] == 128
+    assert [x["contrastive"] for x in a["history"]] == [x["contrastive"] for x in b["history"]]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_matrices_may_be_published_small_and_are_measured_as_published(pairs, tmp_path, dtype):
+    train(arguments(pairs, tmp_path / "whole", max_train_steps=30))
+    train(arguments(pairs, tmp_path / "small", max_train_steps=30, publish_dtype=dtype))
+    whole, small = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "small"))
+    for name, value in whole.items():
+        wanted = value.to(getattr(torch, dtype)) if value.ndim > 1 else value
+        assert torch.equal(small[name], wanted), name
+    model, processor = (kind.from_pretrained(tmp_path / "small") for kind in (AutoModel, AutoProcessor))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "small"))
+    assert classify.model.dtype == torch.float32
+    rows = load_rows(str(pairs), "test", "image")
+    evaluator = Evaluator(rows, CaptionChooser(), "image", 10**6, "caption")
+    results = json.loads((tmp_path / "small" / "results.json").read_text())["metrics"]
+    assert evaluator(model, processor) == pytest.approx(results)
+
+
+def test_only_the_last_states_are_kept(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", save_steps=1, save_total_limit=2))
+    assert [path.name for path in states(tmp_path / "run.resume")] == ["step-0000005", "step-0000006"]
+
+
+def test_a_state_of_another_architecture_is_refused(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", max_train_steps=1))
+    other = json.loads(json.dumps(MODEL)) | {"projection_dim": 24}
+    with pytest.raises(ResumeError, match="of another model: projection_dim is 16 there and 24 here"):
+        train(arguments(pairs, tmp_path / "run", model=other, resume_from_checkpoint="latest"))
+    with pytest.raises(ResumeError, match="there is no state in"):
+        train(arguments(pairs, tmp_path / "new", resume_from_checkpoint="latest"))
+    with pytest.raises(ResumeError, match="is not there"):
+        train(arguments(pairs, tmp_path / "new", resume_from_checkpoint=str(tmp_path)))
+
+
+def test_a_second_run_in_a_folder_puts_the_states_of_the_first_aside(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", max_train_steps=4))
+    train(arguments(pairs, tmp_path / "run", max_train_steps=2))
+    assert [path.name for path in states(tmp_path / "run.resume")] == ["step-0000002"]
+    assert [path.name for path in states(tmp_path / "run.resume.previous")] == ["step-0000004"]
+
+
+def test_a_folder_with_other_things_in_it_is_not_replaced(pairs, tmp_path, monkeypatch):
+    precious = tmp_path / "mine"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    for name in (str(precious), ".", str(pairs), str(precious / "thesis.txt")):
+        monkeypatch.chdir(precious)
+        with pytest.raises(ArgumentError, match="is replaced as a whole"):
+            train(arguments(pairs, name))
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+def test_resuming_takes_new_learning_rates_and_refuses_other_data(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", max_train_steps=2))
+    with pytest.raises(ResumeError, match="of another recipe: seed is 0 there and 1 here"):
+        train(arguments(pairs, tmp_path / "run", seed=1, resume_from_checkpoint="latest"))
+    train(arguments(pairs, tmp_path / "run", learning_rate=5e-4, warmup_steps=0, resume_from_checkpoint="latest"))
+    history = json.loads((tmp_path / "run" / "results.json").read_text())["history"]
+    assert history[-1]["step"] == 6 and history[2]["learning_rate"] < 5e-4 < history[1]["learning_rate"]
+
+
+def test_a_locked_tower_stays_as_it_is_through_evaluations(pairs, tmp_path):
+    options = dict(image_size=32, model=RESNET, augmentation="none")
+    train(arguments(pairs, tmp_path / "a", max_train_steps=1, **options))
+    first = AutoModel.from_pretrained(tmp_path / "a").vision_model.state_dict()
+    tower = dict(image_tower=str(tmp_path / "a"), lock_image_tower=True)
+    train(arguments(pairs, tmp_path / "b", eval_steps=2, **tower, **options))
+    assert_close(AutoModel.from_pretrained(tmp_path / "b").vision_model.state_dict(), first, rtol=0, atol=0)
+
+
+def test_tokenizers_from_elsewhere(pairs, trained, tmp_path):
+    clip = pytest.importorskip("clip")
+    merges = Path(clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    train(arguments(pairs, tmp_path / "openai", tokenizer_name=str(merges), max_train_steps=1))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "openai")) == 49408
+    options = dict(tokenizer_name=str(trained), text_tower=str(trained), lock_text_tower=True)
+    train(arguments(pairs, tmp_path / "text", **options))
+    a, b = AutoModel.from_pretrained(trained), AutoModel.from_pretrained(tmp_path / "text")
+    assert_close(a.text_model.state_dict(), b.text_model.state_dict(), rtol=0, atol=0)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "openai")
+    theirs.save_pretrained(tmp_path / "theirs")
+    train(arguments(pairs, tmp_path / "theirs-run", tokenizer_name=str(tmp_path / "theirs"), max_train_steps=1))
+    loaded = AutoProcessor.from_pretrained(tmp_path / "theirs-run").tokenizer
+    assert loaded("a red card")["input_ids"] == theirs("a red card")["input_ids"]
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(pairs, tmp_path):
+    backend = Tokenizer(models.WordLevel({"a": 0, "<s>": 1, "</s>": 2, "<pad>": 3}, unk_token="a"))
+    special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "none")
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path / "unused")
+    with pytest.raises(ArgumentError, match="lacks a start, end or pad token"):
+        train(arguments(pairs, tmp_path / "run", tokenizer_name=str(tmp_path / "none")))
+    with pytest.raises(ArgumentError, match="does not put its end token, once, at the end"):
+        train(arguments(pairs, tmp_path / "run", tokenizer_name=str(tmp_path / "unused")))
+
+
+def test_hold_out_evaluates_on_what_it_keeps_out_of_training(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", hold_out="caption=red card", eval_split=None, max_train_steps=1))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["training_pairs"], results["evaluation_pairs"]) == (28, 4)
+    assert "caption=red card" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_shards_end_to_end(tmp_path, trained):
+    pytest.importorskip("webdataset")
+    shard = tmp_path / "cards-000.tar"
+    with tarfile.open(shard, "w") as tar:
+        for number, colour in enumerate(COLOURS * 3):
+            file = io.BytesIO()
+            Image.new("RGB", (16, 16), colour).save(file, "PNG")
+            for kind, data in (("png", file.getvalue()), ("json", json.dumps({"caption": f"{colour} card"}).encode())):
+                info = tarfile.TarInfo(f"{number:03d}.{kind}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    options = dict(eval_split=None, class_column=None, cache_images=False, tokenizer_name=str(trained))
+    train(arguments(shard, tmp_path / "run", **options))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["samples"] == 96
+    for wrong, message in (
+        ({"cache_images": True}, "keep all shards in memory"),
+        ({"shard_weights": "1::2"}, "must be 1 numbers joined by ::"),
+        ({"max_train_steps": None}, "Shards without an index"),
+        ({"num_workers": 2}, "1 shards from .* are fewer than the 2 workers that read them"),
+        ({"tokenizer_name": None}, "needs --tokenizer_name"),
+        ({"dataset_name": str(tmp_path / "cards-{000..001}.tar")}, "there is no shard .*cards-001.tar"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            train(arguments(shard, tmp_path / "other", **options | wrong))
+
+
+def test_zero_shot_on_another_data_set_of_classes(pairs, tmp_path):
+    rows = datasets.Dataset.from_dict(
+        {"img": [Image.new("RGB", (16, 16), c) for c in ("red", "blue")], "label": [0, 1]},
+        features=datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["red", "blue"])}),
+    )
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "classes")
+    options = dict(eval_dataset_name=str(tmp_path / "classes"), eval_image_column="img", class_column="label")
+    train(arguments(pairs, tmp_path / "run", max_train_steps=1, **options))
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]) == {"zero_shot_top1"}
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(pairs, tmp_path, capsys):
+    """The system itself refuses to write: files may not grow past 20 KB."""
+    resume = dict(resume_from_checkpoint="latest", max_train_steps=2)
+    train(arguments(pairs, tmp_path / "run", max_train_steps=1))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    state = {path: path.read_bytes() for path in states(tmp_path / "run.resume")[0].iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Could not save .*run .*is as it was. Is the disk full?"):
+            train(arguments(pairs, tmp_path / "run", **resume))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "warning: Could not save" in capsys.readouterr().out  # the state; the folder to publish then failed too
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert {path: path.read_bytes() for path in states(tmp_path / "run.resume")[0].iterdir()} == state
+    assert [path.name for path in states(tmp_path / "run.resume")] == ["step-0000001"]
+
+
+def run_in_process(pairs, folder, *words) -> subprocess.Popen:
+    options = arguments(pairs, folder, max_train_steps=100_000)
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(vars(options)))
+    command = [sys.executable, "-m", "vlp.training", "clip", "--config", str(config), *words]
+    return subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def test_ctrl_c_saves_the_state_and_the_run_goes_on_from_it(pairs, tmp_path):
+    folder = tmp_path / "run"
+    process = run_in_process(pairs, folder, "--save_steps", "20")
+    deadline = time.time() + 120
+    while not states(state_folder(folder)) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "Interrupted at step" in output and "--resume_from_checkpoint latest" in output
+    step = int(states(state_folder(folder))[-1].name.removeprefix("step-"))
+    assert f"Interrupted at step {step}." in output and step >= 20
+    process = run_in_process(pairs, folder, "--resume_from_checkpoint", "latest", "--max_train_steps", str(step + 1))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"step {step}." in output, output
+    assert (folder / "model.safetensors").exists()
+
+
+def test_accelerate_launches_the_folder_as_the_readme_says(pairs, tmp_path):
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(vars(arguments(pairs, tmp_path / "run", max_train_steps=2))))
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [accelerate, "launch", "training", "clip", "--config", tmp_path / "options.yaml"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f'model="{tmp_path / "run"}"' in done.stdout.splitlines()[-3]
+    wrong = subprocess.run(
+        [*command, "--learning_rate", "-1"], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert wrong.returncode == 1 and "error: --learning_rate must be positive, got -1.0." in wrong.stderr
+
+
+def run_in_processes(count: int, options: ClipArguments, folder: Path, *words: str) -> None:
+    """A run in a group of processes, as `accelerate launch` starts it."""
+    config = folder / f"{Path(options.output_dir).name}.yaml"
+    config.write_text(yaml.safe_dump(vars(options)))
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(free_port())]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun, *words, "clip", "--config", str(config)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_train_as_one_with_the_joined_batch(pairs, tmp_path):
+    options = dict(augmentation="none", max_train_steps=5, save_steps=2)
+    train(arguments(pairs, tmp_path / "one", **options))
+    two = arguments(pairs, tmp_path / "two", per_device_train_batch_size=8, micro_batch_size=3, **options)
+    run_in_processes(2, two, tmp_path, "-m", "vlp.training")
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert two["processes"] == 2 and two["samples"] == one["samples"] == 80
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["contrastive"] == pytest.approx(b["contrastive"], rel=1e-4)
+    state = states(tmp_path / "two.resume")[-1]
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in state.iterdir()}
+
+
+def test_a_sharded_run_learns_the_same_resumes_exactly_and_publishes_a_whole_model(pairs, tmp_path):
+    options = dict(augmentation="none", max_train_steps=4, save_steps=2, save_total_limit=5)
+    train(arguments(pairs, tmp_path / "one", **options))
+    sharded = arguments(pairs, tmp_path / "two", per_device_train_batch_size=8, **options)
+    script = str(Path(__file__).with_name("sharded_run.py"))
+    run_in_processes(2, sharded, tmp_path, script)
+    first = load_file(tmp_path / "two" / "model.safetensors")
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["contrastive"] == pytest.approx(b["contrastive"], rel=1e-4)
+        assert a["logit_scale"] == pytest.approx(b["logit_scale"], rel=1e-4)
+    for name, value in load_file(tmp_path / "one" / "model.safetensors").items():
+        assert_close(first[name], value, rtol=1e-2, atol=1e-4, msg=name)  # four steps of AdamW, which divides by little
+    sharded.resume_from_checkpoint = str(states(state_folder(tmp_path / "two"))[0])
+    run_in_processes(2, sharded, tmp_path, script)
+    assert_close(load_file(tmp_path / "two" / "model.safetensors"), first, rtol=0, atol=0)
+
+
+def test_what_sharding_cannot_do_is_refused(pairs, tmp_path, monkeypatch):
+    for sharded, options, message in ((True, {"ema_decay": 0.9}, "--ema_decay"), (False, {}, "fsdp_version: 2")):
+        state = SimpleNamespace(is_fsdp2=sharded, distributed_type=DistributedType.FSDP)
+        monkeypatch.setattr(hardware, "Accelerator", lambda state=state, **given: state)
+        with pytest.raises(ArgumentError, match=message):
+            train(arguments(pairs, tmp_path / "run", **options))
+
+
+def test_deepspeed_learns_the_batch_size(pairs, tmp_path, monkeypatch):
+    plugin = SimpleNamespace(deepspeed_config={"train_micro_batch_size_per_gpu": "auto"})
+    state = SimpleNamespace(
+        is_fsdp2=False, distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+    monkeypatch.setattr(hardware, "Accelerator", lambda **given: state)
+    assert hardware.make_accelerator(arguments(pairs, tmp_path / "run")) is state
+    assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 16
+
+
+@pytest.mark.parametrize("path", sorted((Path(command_line.__file__).parent / "recipes/accelerate").glob("*.yaml")))
+def test_accelerate_reads_the_example_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8 and config.mixed_precision == "bf16"
+    assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"image_column": "picture"}, ArgumentError, "no column 'picture'; its columns are image, caption"),
+        ({"caption_column": "text"}, ArgumentError, "no column 'text'"),
+        ({"class_column": "label"}, ArgumentError, "no column 'label'"),
+        ({"eval_split": "validation"}, ArgumentError, "no row whose split is 'validation'"),
+        ({"image_size": 17}, ArgumentError, r"image_size \(17\) must be divisible by patch_size \(8\)"),
+        ({"model": {"projection_dim": -1}}, ArgumentError, "projection_dim must be positive, got -1"),
+        ({"model": {"projection_dim": "x"}}, ArgumentError, "projection_dim must be positive, got 'x'"),
+        ({"model": {"text_config": {"hiden_size": 8}}}, ArgumentError, "no field 'hiden_size'; hidden_size?"),
+        ({"hold_out": "caption=pink card"}, ArgumentError, "0 of 32 rows"),
+        ({"patch_dropout": 0.5, "image_size": 32, "model": RESNET}, ArgumentError, "a ResNet has no patches"),
+        (
+            {"learning_rate": 1e30, "max_grad_norm": 0.0},
+            FloatingPointError,
+            "lower --lear",
+        ),
+    ],
+)
+def test_mistakes_end_the_run_with_what_to_do(pairs, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        train(arguments(pairs, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_with_too_many_bad_rows_ends_the_run(pairs, tmp_path):
+    for path in pairs.parent.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: 45 if int(path.stem) % 4 == 0 else None])
+    broken = tmp_path / "pairs.csv"
+    broken.write_text(pairs.read_text())
+    with pytest.raises(BadDataError, match="truncated or broken image"):
+        train(arguments(broken, tmp_path / "run", max_train_steps=30))
+    train(arguments(broken, tmp_path / "run", max_train_steps=30, max_bad_share=0.5))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["bad_rows"] == "truncated or broken image: 8"
+
+
+def test_go_on_from_a_folder_and_from_towers(trained, pairs, tmp_path):
+    options = dict(max_train_steps=1, learning_rate=1e-9, augmentation="none")
+    train(arguments(pairs, tmp_path / "again", model_name_or_path=str(trained), **options))
+    a, b = AutoModel.from_pretrained(trained), AutoModel.from_pretrained(tmp_path / "again")
+    assert_close(dict(a.named_parameters()), dict(b.named_parameters()), rtol=0, atol=1e-6)
+    train(arguments(pairs, tmp_path / "lit", image_tower=str(trained), lock_image_tower=True, max_train_steps=3))
+    c = AutoModel.from_pretrained(tmp_path / "lit")
+    assert_close(a.vision_model.state_dict(), c.vision_model.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(a.text_projection.weight, c.text_projection.weight)
+
+
+def test_a_tower_of_transformers_own_clip(pairs, trained, tmp_path):
+    config = CLIPConfig(
+        vision_config=MODEL["vision_config"] | {"image_size": 16}, text_config=MODEL["text_config"], projection_dim=16
+    )
+    theirs = CLIPModel(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    train(arguments(pairs, tmp_path / "run", image_tower=str(tmp_path / "theirs"), lock_image_tower=True))
+    ours = AutoModel.from_pretrained(tmp_path / "run")
+    assert_close(ours.vision_model.state_dict(), theirs.vision_model.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ArgumentError, match="has another text_model: .*token_embedding.weight is"):
+        train(arguments(pairs, tmp_path / "run", text_tower=str(tmp_path / "theirs"), tokenizer_name=str(trained)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "sigmoid"},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"patch_dropout": 0.5, "layer_decay": 0.7},
+        {"gradient_accumulation_steps": 2, "group_captions": 2},
+        {"ema_decay": 0.99, "gradient_checkpointing": True, "image_size": 32, "model": RESNET},
+        {"augmentation": "crop", "cache_images": False, "num_workers": 1, "eval_split": None, "class_column": None},
+        {"max_train_steps": None, "max_train_minutes": 0.02},
+        {"max_train_steps": None, "num_train_epochs": 2.0},
+    ],
+)
+def test_options_run(pairs, tmp_path, options):
+    train(arguments(pairs, tmp_path / "run", **options))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["steps"] >= 2 and (tmp_path / "run" / "model.safetensors").exists()
+    if options.get("num_train_epochs"):
+        assert results["steps"] == 4 and results["samples"] == 64
+
+
+def test_push_is_one_commit_of_the_whole_folder(pairs, tmp_path, monkeypatch):
+    calls = []
+
+    class Url:
+        repo_id = "me/cards"
+
+    class Commit:
+        commit_url = "https://hub/me/cards/commit/1"
+
+    monkeypatch.setattr(hub, "get_token", lambda: "token")
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **k: calls.append(("create", name, k)) or Url())
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, name, **k: calls.append(("branch", name, k)))
+    monkeypatch.setattr(
+        HfApi, "upload_folder", lambda self, **k: calls.append(("upload", k, os.listdir(k["folder_path"]))) or Commit()
+    )
+    train(
+        arguments(
+            pairs, tmp_path / "run", push_to_hub=True, hub_model_id="me/cards", hub_private=True, hub_revision="v2"
+        )
+    )
+    assert [call[0] for call in calls] == ["create", "branch", "upload"]
+    assert calls[0][2]["private"] is True and calls[1][2]["branch"] == "v2" and calls[2][1]["revision"] == "v2"
+    assert {"README.md", "model.safetensors", "processor_config.json"} <= set(calls[2][2])
+    assert not any("optimizer" in name or "step-" in name for name in calls[2][2])
+
+
+def test_push_without_a_token_fails_before_training_and_a_failed_push_loses_nothing(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    options = dict(push_to_hub=True, hub_model_id="me/cards")
+    with pytest.raises(ArgumentError, match="hf auth login"):
+        train(arguments(pairs, tmp_path / "run", **options))
+    assert not (tmp_path / "run.resume").exists()
+    monkeypatch.setattr(hub, "get_token", lambda: "token")
+    with pytest.raises(OSError, match="Could not push to me/cards.*hf upload me/cards"):  # offline
+        train(arguments(pairs, tmp_path / "run", **options))
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "folder"
+    files.write_whole(target, lambda fresh: (fresh / "a").write_text("old"))
+
+    def fail(fresh):
+        (fresh / "a").write_text("new")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device.*is as it was"):
+        files.write_whole(target, fail)
+    assert (target / "a").read_text() == "old" and os.listdir(tmp_path) == ["folder"]
+
+
+def test_schedule():
+    factors = [learning_rate_factor(step, 4, step / 100) for step in range(101)]
+    assert factors[0] == pytest.approx(0.25) and max(factors) == pytest.approx(factors[3], rel=0.01)
+    assert factors[50] == pytest.approx(0.5) and factors[100] == pytest.approx(0)
+    assert learning_rate_factor(0, 0, 0.0) == 1.0 and learning_rate_factor(9, 0, 1.5) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+def test_parameter_groups(tower):
+    model = tiny_model(tower)
+    groups = parameter_groups(model, 1.0, 0.2)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        free = parameter.ndim < 2 or "position" in name or "class_embedding" in name
+        assert (id(parameter) in decayed) is not free, name
+    rates = {id(p): g["lr"] for g in parameter_groups(model, 1.0, 0.2, layer_decay=0.5) for p in g["params"]}
+    expected = {"text_projection.weight": 0, "logit_scale": 0, "text_model.encoder.layers.2.mlp.fc1.weight": 1,
+                "text_model.encoder.layers.0.mlp.fc1.weight": 3,
+                "text_model.embeddings.token_embedding.weight": 4}  # fmt: skip
+    if tower == "resnet":
+        expected |= {
+            "vision_model.layer3.0.conv1.weight": 1,
+            "vision_model.conv1.weight": 4,
+            "vision_model.attnpool.q_proj.weight": 0,
+        }
+    for name, level in expected.items():
+        assert levels_below_top(model, name) == level
+        assert rates[id(model.get_parameter(name))] == 0.5**level, name
+
+
+def test_one_batch_can_be_learnt_by_heart():
+    for tower in ("vit", "resnet"):
+        model = tiny_model(tower)
+        objective, batch = ClipObjective(model).train(), tiny_batch(model)
+        ids = torch.arange(4)
+        optimizer = make_optimizer(parameter_groups(model, 3e-3, 0.0), 0.9, 0.98, 1e-6)
+        for _ in range(60):
+            loss = objective(**batch, text_index=ids, caption_ids=ids, image_ids=ids)["contrastive"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss.item() < 0.01, tower
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_trained_saved_loaded_and_merged(pairs, trained, tmp_path):
+    """The folder holds them and the name of their base, and loads by its own name; merged, they give the same."""
+    base = load_file(trained / "model.safetensors")
+    options = dict(model_name_or_path=str(trained), lora_rank=4, max_train_steps=6, learning_rate=1e-2)
+    train(arguments(pairs, tmp_path / "run", **options))
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "results.json"} <= files
+    assert not {"model.safetensors", "config.json"} & files
+    tuned = AutoModel.from_pretrained(tmp_path / "run").eval()
+    first = "text_model.encoder.layers.0.self_attn.q_proj"
+    assert tuned.get_submodule(first).lora_A["default"].weight.shape[0] == 4
+    assert torch.equal(tuned.get_submodule(first).base_layer.weight, base[f"{first}.weight"])
+    assert tuned.get_submodule(first).lora_B["default"].weight.abs().max() > 0
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        wanted = tuned.get_image_features(pixels).pooler_output
+        before = AutoModel.from_pretrained(trained).eval().get_image_features(pixels).pooler_output
+        merged = PeftModel.from_pretrained(AutoModel.from_pretrained(trained), str(tmp_path / "run"))
+        merged = merged.merge_and_unload().eval()
+        assert torch.allclose(merged.get_image_features(pixels).pooler_output, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, wanted, rtol=1e-3)
+    assert "lora" not in " ".join(merged.state_dict())
+
+
+def test_a_folder_of_other_adapters_is_left_alone(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArgumentError, match="holds other files"):
+        files.check_output(str(tmp_path))
+    (tmp_path / "training_arguments.yaml").write_text("")
+    files.check_output(str(tmp_path))
+
+
+def test_what_adapters_cannot_be_added_to_is_refused(pairs, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "get_token", lambda: "token")
+    for options, message in (
+        (dict(lora_rank=4), "--lora_rank needs --model_name_or_path"),
+        (dict(lora_rank=4, model_name_or_path=str(trained), push_to_hub=True, hub_model_id="me/x"), "push it first"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            train(arguments(pairs, tmp_path / "run", **options))
+    with pytest.raises(ArgumentError, match="--lora_rank must not be negative"):
+        arguments(pairs, tmp_path / "run", lora_rank=-1)

@@ -1,0 +1,572 @@
+"""Checkpoints of other libraries, both ways: `vlp-convert`. Run: pytest tests/test_exchange.py"""
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_blip, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
+from vlp.modeling_vlp.exchange import salesforce
+from vlp.modeling_vlp.exchange.files import read_tensors
+from vlp.modeling_vlp.exchange.places import ExchangeError
+from vlp.processing.blip import train_tokenizer
+from vlp.processing.tokenizer import VlpClipTokenizer
+from vlp.training.families.blip import BlipArguments, make_teacher
+
+import vlp
+from vlp.conversion import convert
+from vlp.errors import ArgumentError
+from vlp.files import state_folder
+
+open_clip = pytest.importorskip("open_clip")
+FIXTURE = Path(__file__).parents[1] / "reference" / "blip_pretrain_0.safetensors"
+CAPTIONS = ["a red square", "two dogs on a green hill", "blue"]
+
+
+def pixels(side: int = 32) -> torch.Tensor:
+    return torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def ids(vocabulary: int = 99, length: int = 12) -> torch.Tensor:
+    """Texts that end in the last token, padded with 0."""
+    generator, result = torch.Generator().manual_seed(2), torch.zeros(3, length, dtype=torch.long)
+    for row in range(3):
+        result[row, : 4 + row] = torch.randint(1, vocabulary - 2, (4 + row,), generator=generator)
+        result[row, 0], result[row, 4 + row] = vocabulary - 2, vocabulary - 1
+    return result
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def equal(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- CLIP -------------------------------------------------------------------------------------------------------------
+
+
+def openai_model(resnet: bool = False):
+    """OpenAI's own class, tiny; heads are 64 wide, as its code has it."""
+    from clip.model import CLIP
+
+    torch.manual_seed(0)
+    vision = dict(vision_layers=(1, 2, 1, 1), vision_width=16) if resnet else dict(vision_layers=2, vision_width=64)
+    return CLIP(
+        embed_dim=16, image_resolution=64 if resnet else 32, vision_patch_size=8, context_length=12, vocab_size=99,
+        transformer_width=64, transformer_heads=1, transformer_layers=2, **vision,
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def compare_clip(folder: Path, theirs, side: int) -> vlp.VlpClipModel:
+    ours = vlp.VlpClipModel.from_pretrained(folder).eval()
+    same(ours.get_image_features(pixels(side)).pooler_output, theirs.encode_image(pixels(side)))
+    same(ours.get_text_features(ids()).pooler_output, theirs.encode_text(ids()))
+    return ours
+
+
+@torch.no_grad()
+def test_siglip_of_transformers_both_ways(tmp_path):
+    """Its own loss, its attention to padding, its pooling, and its preprocessing."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    theirs = SiglipModel(SiglipConfig(text_config=size | {"vocab_size": 99, "max_position_embeddings": 12},
+                                      vision_config=size | {"image_size": 32, "patch_size": 8})).eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        parameter.normal_(std=0.3)
+    theirs.logit_scale.fill_(1.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    ours = vlp.VlpClipModel.from_pretrained(tmp_path / "ours").eval()
+    texts = torch.cat([ids()[:, :5], torch.ones(3, 7, dtype=torch.long)], dim=1)  # padded with 1, as SigLIP's are
+    wanted = theirs(texts, pixels(), return_loss=True)
+    for given in (texts, texts[:, :5]):  # whatever length they are given in
+        output = ours(given, pixels(), return_loss=True)
+        same(output.logits_per_image, wanted.logits_per_image)
+        same(output.loss, wanted.loss)
+        short = ours(given, pixels(), pooled_only=True)
+        same(short.text_embeds, wanted.text_embeds)
+        same(short.image_embeds, wanted.image_embeds)
+    images = AutoImageProcessor.from_pretrained(tmp_path / "ours")
+    assert list(images.image_mean) == [0.5, 0.5, 0.5] and not images.do_center_crop
+    convert(tmp_path / "ours", tmp_path / "back", "transformers")
+    equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors"))
+    again = SiglipModel.from_pretrained(tmp_path / "back").eval()
+    assert torch.equal(again(texts, pixels()).logits_per_image, wanted.logits_per_image)
+    for target in ("openai", "open_clip"):
+        with pytest.raises(ExchangeError, match=f"{target} has no VlpClipModel with SigLIP's towers"):
+            convert(tmp_path / "ours", tmp_path / "x", target)
+    convert(tmp_path / "theirs", tmp_path / "larger", image_size=48)
+    larger = vlp.VlpClipModel.from_pretrained(tmp_path / "larger").eval()
+    interpolated = theirs.get_image_features(pixels(48), interpolate_pos_encoding=True).pooler_output
+    same(larger.get_image_features(pixels(48)).pooler_output, interpolated)
+
+
+@pytest.mark.parametrize("resnet", [False, True], ids=["vit", "resnet"])
+def test_openai_both_ways(tmp_path, resnet):
+    """From a TorchScript archive, whose code is not run, and back into a file that OpenAI's own loader takes."""
+    import clip
+
+    theirs, side = openai_model(resnet), 64 if resnet else 32
+
+    class Released(torch.nn.Module):  # their archives hold three integers beside the weights
+        def __init__(self):
+            super().__init__()
+            for name, module in theirs.named_children():
+                setattr(self, name, module)
+            for name in ("positional_embedding", "text_projection", "logit_scale"):
+                setattr(self, name, getattr(theirs, name))
+            for name, value in (("input_resolution", side), ("context_length", 12), ("vocab_size", 99)):
+                self.register_buffer(name, torch.tensor(value))
+
+        def forward(self, image):
+            return self.visual(image)
+
+    torch.jit.trace(Released(), pixels(side)).save(str(tmp_path / "theirs.pt"))
+    notes = convert(tmp_path / "theirs.pt", tmp_path / "ours")
+    assert "no tokenizer" in notes[0]
+    ours = compare_clip(tmp_path / "ours", theirs, side)
+    assert ours.config.text_config.hidden_act == "quick_gelu"
+    assert convert(tmp_path / "ours", tmp_path / "back.pt", to="openai") == []
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    facts = {name: int(back.pop(name)) for name in ("input_resolution", "context_length", "vocab_size")}
+    assert facts == {"input_resolution": side, "context_length": 12, "vocab_size": 99}
+    equal(back, dict(theirs.state_dict()))
+    loaded, _ = clip.load(str(tmp_path / "back.pt"), device="cpu", jit=False)
+    half = loaded.float().encode_image(pixels(side)) - theirs.encode_image(pixels(side))
+    assert half.abs().max() < 0.01  # OpenAI's code keeps half precision
+
+
+def open_clip_folder(folder: Path, activation: str, resnet: bool, **more) -> open_clip.CLIP:
+    torch.manual_seed(0)
+    vision = {"image_size": 64, "layers": [1, 2, 1, 1], "width": 16} if resnet else {
+        "image_size": 32, "layers": 2, "width": 48, "head_width": 12, "patch_size": 8, "mlp_ratio": 2.0}  # fmt: skip
+    text = {"context_length": 12, "vocab_size": 99, "width": 32, "heads": 4, "layers": 2}
+    model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text} | more
+    if activation == "quick_gelu":
+        model["quick_gelu"] = True
+    theirs = open_clip.CLIP(**model).eval()
+    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "interpolation": "bicubic",
+                  "resize_mode": "shortest"}  # fmt: skip
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
+    save_file(dict(theirs.state_dict()), folder / "open_clip_model.safetensors")
+    return theirs
+
+
+@pytest.mark.parametrize(("activation", "resnet"), [("gelu", False), ("quick_gelu", False), ("gelu", True)])
+def test_open_clip_both_ways(tmp_path, activation, resnet):
+    theirs, side = open_clip_folder(tmp_path / "theirs", activation, resnet), 64 if resnet else 32
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    ours = compare_clip(tmp_path / "ours", theirs, side)
+    assert ours.config.text_config.hidden_act == activation
+    images = vlp.VlpClipImageProcessor.from_pretrained(tmp_path / "ours")
+    assert list(images.image_mean) == [0.5, 0.4, 0.3] and images.size["shortest_edge"] == side
+    assert convert(tmp_path / "ours", tmp_path / "back", to="open_clip") == []
+    equal(load_file(tmp_path / "back" / "open_clip_model.safetensors"), dict(theirs.state_dict()))
+    loaded, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'back'}")
+    same(loaded.eval().encode_image(pixels(side)), theirs.encode_image(pixels(side)))
+    same(loaded.encode_text(ids()), theirs.encode_text(ids()))
+    assert tuple(transform.transforms[-1].mean) == (0.5, 0.4, 0.3)
+
+
+def test_open_clip_training_files(tmp_path):
+    """A checkpoint of a run: under "state_dict", "module." before each name, the text tower apart, a logit_bias."""
+    theirs = open_clip_folder(tmp_path / "theirs", "gelu", resnet=False, init_logit_bias=-10.0)
+    state = {}
+    for name, value in theirs.state_dict().items():
+        of_text = not name.startswith(("visual.", "logit_"))
+        state[f"module.{'text.' if of_text else ''}{name}"] = value
+    torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}, tmp_path / "epoch_3.pt")
+    heads = dict(vision_heads=4, text_heads=4)
+    with pytest.raises(ExchangeError, match="does not tell its activation.*--hidden_act quick_gelu"):
+        convert(tmp_path / "epoch_3.pt", tmp_path / "ours", **heads)
+    with pytest.raises(ExchangeError, match="32 wide, no multiple of 64: tell its heads by"):
+        convert(tmp_path / "epoch_3.pt", tmp_path / "ours", hidden_act="gelu", vision_heads=4)
+    convert(tmp_path / "epoch_3.pt", tmp_path / "ours", hidden_act="gelu", **heads)
+    ours = compare_clip(tmp_path / "ours", theirs, 32)
+    assert ours.logit_bias.item() == -10.0
+    convert(tmp_path / "ours", tmp_path / "back", to="open_clip")
+    equal(load_file(tmp_path / "back" / "open_clip_model.safetensors"), dict(theirs.state_dict()))
+
+
+def test_towers_that_vlp_does_not_have_are_refused(tmp_path):
+    open_clip_folder(tmp_path / "theirs", "gelu", resnet=False)
+    path = tmp_path / "theirs" / "open_clip_config.json"
+    facts = json.loads(path.read_text())
+    for part, option, value in (("vision_cfg", "timm_model_name", "vit_tiny"), ("text_cfg", "no_causal_mask", True)):
+        changed = json.loads(json.dumps(facts))
+        changed["model_cfg"][part][option] = value
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ExchangeError, match=f"vlp's CLIP has no {option}"):
+            convert(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def clip_of_transformers(folder: Path) -> CLIPModel:
+    tokenizer = VlpClipTokenizer.train(CAPTIONS, 560, 20)
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 20, "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    vision = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+              "num_attention_heads": 4}  # fmt: skip
+    torch.manual_seed(0)
+    theirs = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).eval()
+    theirs.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return theirs
+
+
+READ_WITHOUT_VLP = """
+import sys
+sys.modules["vlp"] = None
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+model = AutoModel.from_pretrained(sys.argv[1]).eval()
+inputs = processor(images=Image.new("RGB", (40, 32), "red"), text=["a red square", "two dogs"], padding=True,
+                   return_tensors="pt")
+with torch.no_grad():
+    torch.save({"type": type(model).__name__, "logits": model(**inputs).logits_per_image}, sys.argv[2])
+"""
+
+
+def test_transformers_clip_both_ways(tmp_path):
+    from PIL import Image
+
+    theirs = clip_of_transformers(tmp_path / "theirs")
+    assert convert(tmp_path / "theirs", tmp_path / "ours") == []
+    ours = vlp.VlpClipModel.from_pretrained(tmp_path / "ours").eval()
+    processor = vlp.VlpClipProcessor.from_pretrained(tmp_path / "ours")
+    inputs = processor(images=Image.new("RGB", (40, 32), "red"), text=["a red square", "two dogs"], return_tensors="pt")
+    with torch.no_grad():
+        logits = ours(**inputs).logits_per_image
+        same(logits, theirs(**inputs).logits_per_image)
+    assert convert(tmp_path / "ours", tmp_path / "back", to="transformers") == []
+    equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors"))
+    command = [sys.executable, "-c", READ_WITHOUT_VLP, str(tmp_path / "back"), str(tmp_path / "told.pt")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    told = torch.load(tmp_path / "told.pt", weights_only=True)
+    assert told["type"] == "CLIPModel"
+    same(told["logits"], logits)
+
+
+def test_the_end_token_of_early_configurations_is_the_last(tmp_path):
+    theirs = clip_of_transformers(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(re.sub(r'"eos_token_id": \d+', '"eos_token_id": 2', path.read_text()))
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    text = vlp.VlpClipConfig.from_pretrained(tmp_path / "ours").text_config
+    assert text.eos_token_id == theirs.config.text_config.vocab_size - 1
+
+
+@pytest.mark.parametrize(("tower", "to", "message"), [
+    ("resnet", "transformers", "transformers has no ModifiedResNet"),
+    ("vit", "openai", "heads are not 64 wide"),
+    ("vit", "salesforce", "salesforce has no VlpClipModel"),
+])  # fmt: skip
+def test_what_a_target_cannot_be_is_refused(tmp_path, tower, to, message):
+    tiny_model(tower).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ExchangeError, match=message):
+        convert(tmp_path / "ours", tmp_path / "theirs", to=to)
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_a_blip_with_a_resnet_is_vlps_own(tmp_path):
+    tiny_blip("resnet").save_pretrained(tmp_path / "ours")
+    with pytest.raises(ExchangeError, match="salesforce/BLIP and LAVIS have no ModifiedResNet"):
+        convert(tmp_path / "ours", tmp_path / "theirs.pth", to="salesforce")
+    assert not (tmp_path / "theirs.pth").exists()
+
+
+def test_another_image_size(tmp_path):
+    theirs = clip_of_transformers(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", image_size=48)
+    ours = vlp.VlpClipModel.from_pretrained(tmp_path / "ours").eval()
+    with torch.no_grad():
+        same(ours.get_image_features(pixels(48)).pooler_output,
+             theirs.get_image_features(pixels(48), interpolate_pos_encoding=True).pooler_output)  # fmt: skip
+    assert vlp.VlpClipImageProcessor.from_pretrained(tmp_path / "ours").crop_size["height"] == 48
+    with pytest.raises(ExchangeError, match="--image_size: .*divisible"):
+        convert(tmp_path / "theirs", tmp_path / "other", image_size=45)
+
+
+def test_longer_texts(tmp_path):
+    theirs = open_clip_folder(tmp_path / "theirs", "gelu", resnet=False)
+    convert(tmp_path / "theirs", tmp_path / "ours", max_length=20)
+    ours = vlp.VlpClipModel.from_pretrained(tmp_path / "ours")
+    state = dict(theirs.state_dict())
+    longer = open_clip.CLIP(**json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())["model_cfg"] | {
+        "text_cfg": {"context_length": 20, "vocab_size": 99, "width": 32, "heads": 4, "layers": 2}})  # fmt: skip
+    open_clip.model.resize_text_pos_embed(state, longer)
+    table = ours.text_model.embeddings.position_embedding.weight
+    assert torch.allclose(table, state["positional_embedding"]) and len(table) == 20
+    assert ours.config.text_config.max_position_embeddings == 20
+    tiny_blip().save_pretrained(tmp_path / "blip")
+    with pytest.raises(ExchangeError, match="--max_length is for CLIP"):
+        convert(tmp_path / "blip", tmp_path / "longer", max_length=20)
+
+
+# --- BLIP -------------------------------------------------------------------------------------------------------------
+
+
+def pretrained_file(path: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint as salesforce/BLIP saves it, with the state of the fixture."""
+    state = {name[6:]: value for name, value in load_file(FIXTURE).items() if name.startswith("state.")}
+    torch.save({"model": state, "optimizer": {}, "config": {"image_size": 32}, "epoch": 1}, path)
+    return state
+
+
+def heads_of_fixture() -> dict:
+    facts = json.loads(FIXTURE.with_suffix(".json").read_text())
+    return {"vision_heads": facts["vision"]["heads"], "text_heads": facts["text"]["heads"]}
+
+
+def test_a_pre_trained_blip_both_ways(tmp_path):
+    state = pretrained_file(tmp_path / "model_base.pth")
+    convert(tmp_path / "model_base.pth", tmp_path / "ours", **heads_of_fixture())
+    ours = vlp.VlpBlipForPreTraining.from_pretrained(tmp_path / "ours")
+    assert torch.equal(ours.temp, state["temp"])
+    assert not [name for name in load_file(tmp_path / "ours" / "model.safetensors") if "queue" in name]
+    assert convert(tmp_path / "ours", tmp_path / "back.pth", to="salesforce") == []
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    kept = {name: value for name, value in state.items()
+            if not re.fullmatch(f"{salesforce.IGNORED}|{salesforce.TEACHER}", name)}  # fmt: skip
+    equal(back, kept)
+
+
+def test_the_teacher_and_its_queue_are_training_state(tmp_path):
+    """Of a pre-training that goes on, not of the model; pairs in the queue are nobody's."""
+    state = pretrained_file(tmp_path / "model_base.pth")
+    convert(tmp_path / "model_base.pth", tmp_path / "ours", **heads_of_fixture())
+    ours = vlp.VlpBlipForPreTraining.from_pretrained(tmp_path / "ours")
+    size = state["image_queue"].shape[1]
+    arguments = BlipArguments(model_name_or_path=str(tmp_path / "ours"), queue_size=size)
+    teacher = make_teacher(arguments, ours)
+    assert torch.equal(teacher.image_queue, state["image_queue"].T) and int(teacher.filled) == size
+    assert torch.equal(teacher.model.text_proj.weight, state["text_proj_m.weight"])
+    assert not torch.equal(teacher.model.text_proj.weight, ours.text_proj.weight)
+    assert (teacher.image_ids < 0).all() and len(set(teacher.image_ids.tolist())) == size
+    with pytest.raises(ArgumentError, match="does not fit, as where --queue_size is not"):
+        make_teacher(BlipArguments(model_name_or_path=str(tmp_path / "ours"), queue_size=size + 1), ours)
+    assert [path.name for path in state_folder(tmp_path / "ours").iterdir()] == ["teacher.safetensors"]
+
+
+TASKS = {
+    "VlpBlipForImageTextRetrieval": {"text_encoder", "itm_head", "vision_proj", "text_proj", "temp"},
+    "VlpBlipForConditionalGeneration": {"text_decoder"},
+    "VlpBlipForQuestionAnswering": {"text_encoder", "text_decoder"},
+    "VlpBlipForVisualReasoning": {"text_encoder", "cls_head"},
+}
+
+
+@pytest.mark.parametrize("architecture", TASKS)
+def test_fine_tuned_blips_both_ways(tmp_path, architecture):
+    """Out and in again, bit for bit; the names out there are those of the pre-trained fixture, where it has them."""
+    torch.manual_seed(0)
+    config = tiny_blip().config
+    ours = getattr(vlp, architecture)(config)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_()
+    ours.save_pretrained(tmp_path / "ours")
+    assert convert(tmp_path / "ours", tmp_path / "theirs.pth", to="salesforce") == []
+    theirs = torch.load(tmp_path / "theirs.pth", weights_only=True)["model"]
+    assert {name.split(".")[0] for name in theirs} == TASKS[architecture] | {"visual_encoder"}
+    known = {re.sub(r"\d+", "0", name[6:]) for name in load_file(FIXTURE) if name.startswith("state.")}
+    own = {"VlpBlipForVisualReasoning": r"cls_head|crossattention\.(self[01]|output\.(dense[01]|merge_layer))"}
+    for name in theirs:
+        if not re.search(own.get(architecture, "^$"), name):
+            assert re.sub(r"\d+", "0", name) in known, name
+    heads = dict(vision_heads=config.vision_config.num_attention_heads,
+                 text_heads=config.text_config.num_attention_heads)  # fmt: skip
+    convert(tmp_path / "theirs.pth", tmp_path / "again", **heads)
+    again = getattr(vlp, architecture).from_pretrained(tmp_path / "again")
+    equal(dict(again.state_dict()), dict(ours.state_dict()))
+
+
+BLIP_VISION = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+               "num_attention_heads": 4, "layer_norm_eps": 1e-6}  # fmt: skip
+
+
+def blip_of_transformers(kind: type, folder: Path):
+    tokenizer = train_tokenizer(CAPTIONS, 120, 20)
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "encoder_hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40,
+            "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+            "sep_token_id": tokenizer.sep_token_id, "eos_token_id": tokenizer.sep_token_id}  # fmt: skip
+    torch.manual_seed(0)
+    theirs = kind(BlipConfig(vision_config=BLIP_VISION, text_config=text, image_text_hidden_size=16)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.2)
+    theirs.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return theirs, tokenizer
+
+
+@pytest.mark.parametrize("kind", [BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering])
+@torch.no_grad()
+def test_transformers_blip_both_ways(tmp_path, kind):
+    theirs, tokenizer = blip_of_transformers(kind, tmp_path / "theirs")
+    notes = convert(tmp_path / "theirs", tmp_path / "ours")
+    ours = getattr(vlp, f"Vlp{kind.__name__}").from_pretrained(tmp_path / "ours").eval()
+    words = tokenizer(CAPTIONS, padding=True, return_tensors="pt")
+    if kind is BlipForConditionalGeneration:
+        options = dict(max_new_tokens=8, do_sample=False)
+        assert torch.equal(ours.generate(pixels(), **options), theirs.generate(pixels(), **options))
+    elif kind is BlipForImageTextRetrieval:
+        assert any("no temperature" in note for note in notes)
+        ours.config.text_config.enc_token_id = tokenizer.cls_token_id  # transformers leaves out [ENC]
+        mine = ours(words["input_ids"], pixels(), words["attention_mask"])
+        same(mine.itm_logits, theirs(pixel_values=pixels(), **words).itm_score)
+        cosine = theirs(pixel_values=pixels(), **words, use_itm_head=False).itm_score
+        same(mine.image_embeds @ mine.text_embeds.T, cosine)
+    else:
+        one = tokenizer(["two dogs"], return_tensors="pt")  # padding they would attend to
+        ours.config.text_config.enc_token_id = tokenizer.cls_token_id
+        options = dict(max_new_tokens=6, do_sample=False)
+        written = theirs.generate(pixel_values=pixels()[:1], **one, **options)
+        assert torch.equal(ours.generate(pixels()[:1], one["input_ids"], **options), written)
+    left_out = convert(tmp_path / "ours", tmp_path / "back", to="transformers")
+    assert left_out == (["transformers has no place for: temp"] if kind is BlipForImageTextRetrieval else [])
+    back, wrong = kind.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not wrong["missing_keys"] and not wrong["unexpected_keys"] and not wrong["mismatched_keys"]
+    equal(dict(back.state_dict()), dict(theirs.state_dict()))
+
+
+# --- what is broken or meant to harm ----------------------------------------------------------------------------------
+
+
+def test_files_that_do_not_fit_are_named(tmp_path):
+    state = pretrained_file(tmp_path / "x.pth")
+    heads, name = heads_of_fixture(), "text_encoder.encoder.layer.0.output.dense.weight"
+    other = name.replace("text_encoder", "text_decoder.bert")
+    for change, message in (
+        (lambda s: [s.pop(n) for n in (name, other)], f"missing: {re.escape(name)}"),
+        (lambda s: s.update({"text_encoder.pooler.dense.weight": torch.ones(2)}), r"unexpected: text_encoder\.pooler"),
+        (lambda s: s.update({"itm_head.weight": torch.ones(3, 2)}), r"itm_head\.weight is \(3, 2\)"),
+        (lambda s: s.update({other: s[other] + 1}), "shared in BLIP but not equal here"),
+    ):
+        changed = dict(state)
+        change(changed)
+        torch.save({"model": changed}, tmp_path / "changed.pth")
+        with pytest.raises(ExchangeError, match=message):
+            convert(tmp_path / "changed.pth", tmp_path / "ours", **heads)
+        assert not (tmp_path / "ours").exists()
+
+
+class Harm:
+    def __reduce__(self):
+        return Path.touch, (Path("harmed"),)
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"x": torch.ones(1)}, "config": Harm()}, "harm.pth")
+    with pytest.raises(ExchangeError, match="harm.pth holds more than tensors, and was not loaded"):
+        convert("harm.pth", "ours")
+    torch.jit.script(torch.nn.Linear(2, 2)).save("scripted.pt")
+    with zipfile.ZipFile("scripted.pt") as archive, zipfile.ZipFile("harm.pt", "w") as harmed:
+        for entry in archive.namelist():
+            content = pickle.dumps(Harm()) if entry.endswith("/data.pkl") else archive.read(entry)
+            harmed.writestr(entry, content)
+    with pytest.raises(ExchangeError, match="harm.pt holds more than tensors"):
+        convert("harm.pt", "ours")
+    assert not Path("harmed").exists() and not Path("ours").exists()
+
+
+def test_damaged_files_are_named(tmp_path):
+    clip_of_transformers(tmp_path / "theirs")
+    weights = tmp_path / "theirs" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ExchangeError, match="model.safetensors is damaged"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    pretrained_file(tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:5000])
+    with pytest.raises(ExchangeError, match="x.pth is damaged"):
+        convert(tmp_path / "x.pth", tmp_path / "ours")
+    (tmp_path / "note.txt").write_text("no model")
+    with pytest.raises(ExchangeError, match="note.txt"):
+        convert(tmp_path / "note.txt", tmp_path / "ours")
+    with pytest.raises(ExchangeError, match="no such file or folder"):
+        convert(tmp_path / "nowhere", tmp_path / "ours")
+
+
+def test_a_path_that_climbs_out_of_its_folder_is_refused(tmp_path):
+    clip_of_transformers(tmp_path / "theirs")
+    (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"logit_scale": "../outside.safetensors"}}
+    (tmp_path / "theirs" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ExchangeError, match="points out of its folder"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("to", ["vlp", "transformers", "open_clip"])
+def test_a_folder_with_other_files_is_left_alone(tmp_path, to):
+    clip_of_transformers(tmp_path / "theirs")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "years of work.txt").write_text("x")
+    with pytest.raises(ArgumentError, match="TARGET .*thesis holds other files"):
+        convert(tmp_path / "theirs", tmp_path / "thesis", to=to)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["years of work.txt"]
+
+
+def test_states_of_an_earlier_run_are_put_aside(tmp_path):
+    pretrained_file(tmp_path / "model_base.pth")
+    state = state_folder(tmp_path / "ours") / "step-0000003"
+    state.mkdir(parents=True)
+    (state / "trainer_state.json").write_text("{}")
+    convert(tmp_path / "model_base.pth", tmp_path / "ours", **heads_of_fixture())
+    assert (tmp_path / "ours.resume.previous" / "step-0000003" / "trainer_state.json").exists()
+    with pytest.raises(ExchangeError, match="is a folder; this format needs the name of a file"):
+        convert(tmp_path / "ours", tmp_path / "ours", to="salesforce")
+
+
+def test_several_files_are_one_model(tmp_path):
+    theirs = clip_of_transformers(tmp_path / "theirs")
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
+    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 1
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    equal(dict(vlp.VlpClipModel.from_pretrained(tmp_path / "ours").state_dict()), dict(theirs.state_dict()))
+
+
+def test_tensors_of_half_precision_are_read(tmp_path):
+    torch.save({"a": torch.ones(3, dtype=torch.bfloat16), "b": "text", "c": 3}, tmp_path / "x.bin")
+    assert {name: value.dtype for name, value in read_tensors(tmp_path / "x.bin").items()} == {"a": torch.bfloat16}
+
+
+def test_the_command_line(tmp_path):
+    tiny_blip().save_pretrained(tmp_path / "ours")
+    command = [sys.executable, "-m", "vlp.commands.convert", str(tmp_path / "ours"), str(tmp_path / "theirs.pth")]
+    done = subprocess.run([*command, "--to", "salesforce"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Written:" in done.stdout, done.stderr
+    wrong = subprocess.run([*command, "--to", "transformers"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "error: transformers has no class for VlpBlipForPreTraining" in wrong.stderr

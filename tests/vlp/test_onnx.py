@@ -1,0 +1,76 @@
+"""ONNX files give what the models give, for other batches and lengths too. Run: pytest tests/test_onnx.py"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_batch, tiny_blip, tiny_blip_batch, tiny_model
+from torch.testing import assert_close
+
+import vlp
+from vlp.commands.onnx import export
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def compute(path: Path, **inputs: torch.Tensor) -> list[torch.Tensor]:
+    session = onnxruntime.InferenceSession(path)
+    assert {given.name for given in session.get_inputs()} == inputs.keys()
+    return [torch.tensor(x) for x in session.run(None, {name: value.numpy() for name, value in inputs.items()})]
+
+
+def close(ours: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert_close(ours, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("tower", ["vit", "resnet", "siglip"])
+@torch.no_grad()
+def test_torch_export_gives_the_same(tower):
+    """The whole of CLIP, for any number of images and captions."""
+    model = tiny_model(tower).eval()
+    free, batch = torch.export.Dim.DYNAMIC, tiny_batch(model, size=6)
+    shapes = {"input_ids": {0: free}, "pixel_values": {0: free}}
+    program = torch.export.export(model, (), batch, dynamic_shapes=shapes)
+    other = tiny_batch(model, size=5)
+    close(program.module()(**other).logits_per_image, model(**other).logits_per_image)
+
+
+@pytest.mark.parametrize("tower", ["vit", "resnet", "siglip"])
+@torch.no_grad()
+def test_both_towers_of_clip(tmp_path, tower):
+    model = tiny_model(tower)
+    assert export(model, tmp_path / "onnx") == ["image.onnx", "text.onnx"]
+    batch = tiny_batch(model.eval(), size=4)
+    close(compute(tmp_path / "onnx" / "image.onnx", pixel_values=batch["pixel_values"])[0],
+          model.get_image_features(batch["pixel_values"]).pooler_output)  # fmt: skip
+    close(compute(tmp_path / "onnx" / "text.onnx", input_ids=batch["input_ids"])[0],
+          model.get_text_features(batch["input_ids"]).pooler_output)  # fmt: skip
+
+
+@torch.no_grad()
+def test_the_modes_of_blip(tmp_path):
+    model, batch = tiny_blip(), tiny_blip_batch(size=3)
+    assert export(model, tmp_path / "onnx") == ["image.onnx", "match.onnx", "text.onnx", "write.onnx"]
+    model.eval()
+    ids, vision = batch["input_ids"], model.get_image_features(batch["pixel_values"])
+    embeds, states = compute(tmp_path / "onnx" / "image.onnx", pixel_values=batch["pixel_values"])
+    close(embeds, vision.pooler_output)
+    close(states, vision.last_hidden_state)
+    close(compute(tmp_path / "onnx" / "text.onnx", input_ids=ids)[0], model.get_text_features(ids).pooler_output)
+    memory = model.text_model.read(vision.last_hidden_state)
+    wanted = model.match(ids, None, memory)
+    close(compute(tmp_path / "onnx" / "match.onnx", input_ids=ids, states=states)[0], wanted)
+    begun = ids.clone()
+    begun[:, 0] = model.config.text_config.bos_token_id
+    wanted = model.lm_head(model.text_model(begun, None, memory, decode=True).last_hidden_state)
+    close(compute(tmp_path / "onnx" / "write.onnx", input_ids=begun, states=states)[0], wanted)
+
+
+def test_the_command_line(tmp_path):
+    vlp.VlpBlipForVisualReasoning(tiny_blip().config).save_pretrained(tmp_path / "nlvr")
+    command = [sys.executable, "-m", "vlp.commands.onnx", str(tmp_path / "nlvr"), str(tmp_path / "onnx")]
+    wrong = subprocess.run(command, capture_output=True, text=True)
+    assert wrong.returncode == 1 and "is a VlpBlipForVisualReasoning, which vlp-onnx does not export" in wrong.stderr
+    assert not (tmp_path / "onnx").exists()

@@ -1,0 +1,192 @@
+"""CLIP's parts of a run: processor, model, objective, evaluation. Wrong options end here, with what to do."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+from transformers.utils import cached_file
+
+from ...configuration.clip import TEXT, VISION, VlpClipConfig
+from ...configuration.text import VlpClipTextConfig
+from ...configuration.vision import VlpViTConfig
+from ...errors import ArgumentError
+from ...modeling_vlp.clip import VlpClipModel
+from ...processing.clip import VlpClipImageProcessor, VlpClipProcessor
+from ...processing.prompts import CLASS_NAMES, TEMPLATES
+from ...processing.tokenizer import VlpClipTokenizer
+from ..arguments import TrainingArguments, option, require_at_least_one, require_one_of
+from ..data.rows import CaptionChooser, caption_texts
+from ..data.samples import SampleMaker
+from ..evaluation.base import Evaluator
+from ..objectives.clip import ClipObjective
+from .base import check_fields, require_model_type
+
+
+@dataclass(kw_only=True)
+class ClipArguments(TrainingArguments):
+    """CLIP: two towers, told to find the pairs of a batch."""
+
+    # CLIP
+    clean_text: bool = option(False, "mend Unicode and HTML in captions as OpenAI's tokenizer does")
+    image_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose image tower to start from")
+    text_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose text tower to start from")
+    lock_image_tower: bool = option(False, "leave the image tower as it is (LiT)")
+    lock_text_tower: bool = option(False, "leave the text tower as it is")
+    patch_dropout: float | None = option(None, "share of patches (0 to 1) that a vision transformer drops in training")
+    loss: str = option("softmax", "softmax (CLIP) or sigmoid (SigLIP)")
+    micro_batch_size: int | None = option(
+        None, "pairs that a tower computes at a time, to save memory; the gradient is still the whole batch's"
+    )
+    class_column: str | None = option(None, "column with the class name (or label) for zero-shot evaluation")
+    class_names: str | None = option(None, "names behind integer labels: a key of vlp.processing.prompts.CLASS_NAMES")
+    eval_templates: str = option("name", "templates whose prompts are averaged for a class; see vlp.processing.prompts")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_one_of("loss", self.loss, ("softmax", "sigmoid"))
+        if self.micro_batch_size is not None:
+            require_at_least_one(self, "micro_batch_size")
+        require_one_of("eval_templates", self.eval_templates, tuple(TEMPLATES))
+        if self.class_names:
+            require_one_of("class_names", self.class_names, tuple(CLASS_NAMES))
+        if self.lock_image_tower and self.lock_text_tower:
+            raise ArgumentError("Nothing is left to train: --lock_image_tower and --lock_text_tower lock both towers.")
+        if self.text_tower and not self.tokenizer_name:
+            raise ArgumentError("--text_tower needs --tokenizer_name: the tokenizer that the tower was trained with.")
+        if self.model_name_or_path and (self.image_tower or self.text_tower):
+            raise ArgumentError("--model_name_or_path brings both towers: leave out --image_tower, --text_tower.")
+
+
+def make_processor(arguments: ClipArguments, rows, chooser: CaptionChooser) -> VlpClipProcessor:
+    """The processor of the model gone on from, else one of the image size asked for, its tokenizer named or trained."""
+    if arguments.model_name_or_path:
+        return AutoProcessor.from_pretrained(arguments.model_name_or_path)
+    side = arguments.image_size
+    images = VlpClipImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    name, length = arguments.tokenizer_name, arguments.max_length
+    if name and name.endswith(".gz"):
+        tokenizer = VlpClipTokenizer.from_openai_merges(name, length)
+    elif name:
+        tokenizer = AutoTokenizer.from_pretrained(name, model_max_length=length)
+    elif rows is None:
+        raise ArgumentError("Training on shards needs --tokenizer_name: captions are not known beforehand.")
+    else:
+        texts = caption_texts(rows, chooser)
+        tokenizer = VlpClipTokenizer.train(texts, arguments.vocab_size, length, arguments.clean_text)
+    check_tokenizer(tokenizer, name)
+    return VlpClipProcessor(images, tokenizer)
+
+
+def check_tokenizer(tokenizer, name: str | None) -> None:
+    """Raise ArgumentError for a tokenizer that CLIP's text tower cannot pool: captions must end in one end token."""
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None or tokenizer.bos_token_id is None:
+        raise ArgumentError(f"--tokenizer_name {name} lacks a start, end or pad token, which CLIP needs.")
+    ids = tokenizer("a")["input_ids"]
+    if ids[-1] != tokenizer.eos_token_id or tokenizer.eos_token_id in ids[:-1]:
+        raise ArgumentError(f"--tokenizer_name {name} does not put its end token, once, at the end of a caption.")
+
+
+def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
+    """The configuration that the options describe; vocabulary and special tokens are the tokenizer's, where given.
+
+    Raises ArgumentError where it cannot be.
+    """
+    fields = json.loads(json.dumps(arguments.model))
+    fields.setdefault("vision_config", {}).setdefault("image_size", arguments.image_size)
+    text = fields.setdefault("text_config", {})
+    text["max_position_embeddings"] = arguments.max_length
+    if tokenizer is not None:
+        text["vocab_size"] = len(tokenizer)
+        text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if arguments.loss == "sigmoid":  # SigLIP, section 3.2
+        fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0} | fields
+    kinds = {kind.model_type: kind for kind in (*VISION, *TEXT)}
+    vision = kinds.get(fields["vision_config"].get("model_type"), VlpViTConfig)
+    writer = kinds.get(text.get("model_type"), VlpClipTextConfig)
+    for part, kind in ((fields, VlpClipConfig), (fields["vision_config"], vision), (text, writer)):
+        check_fields(part, kind)
+    try:
+        return VlpClipConfig(**fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ArgumentError(f"--model: {error}") from error
+
+
+def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClipModel:
+    if arguments.model_name_or_path:
+        require_model_type(arguments.model_name_or_path, VlpClipConfig.model_type)
+        model = AutoModel.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
+    else:
+        model = VlpClipModel(new_config(arguments, processor.tokenizer))
+    if (arguments.loss == "sigmoid") != (model.logit_bias is not None):
+        has = "has a" if model.logit_bias is not None else "has no"
+        raise ArgumentError(f"--loss {arguments.loss} does not fit the model, which {has} logit_bias (SigLIP).")
+    for tower, source in (("vision_model", arguments.image_tower), ("text_model", arguments.text_tower)):
+        if source:
+            load_tower(model, tower, source)
+    if arguments.patch_dropout is not None:
+        if not hasattr(model.config.vision_config, "patch_dropout"):
+            raise ArgumentError("--patch_dropout needs a vision transformer; a ResNet has no patches.")
+        model.config.vision_config.patch_dropout = arguments.patch_dropout
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def adopt_sizes(arguments: ClipArguments, model: VlpClipModel) -> None:
+    """Let the options tell what a model that is gone on from is, not what a recipe would have made."""
+    arguments.image_size = model.config.vision_config.image_size
+    arguments.max_length = model.config.text_config.max_position_embeddings
+    arguments.vocab_size = model.config.text_config.vocab_size
+
+
+def make_objective(arguments: ClipArguments, model: VlpClipModel, processor, steps_per_epoch) -> ClipObjective:
+    return ClipObjective(
+        model,
+        exclude_duplicates=arguments.exclude_duplicates,
+        lock_image_tower=arguments.lock_image_tower,
+        lock_text_tower=arguments.lock_text_tower,
+        micro_batch_size=arguments.micro_batch_size,
+    )
+
+
+def make_evaluator(arguments: ClipArguments, chooser: CaptionChooser, eval_rows, rows) -> Evaluator:
+    names = list(CLASS_NAMES[arguments.class_names]) if arguments.class_names else None
+    return Evaluator(eval_rows, chooser, arguments.image_column, arguments.max_image_pixels, arguments.class_column,
+                     names, arguments.eval_templates, arguments.eval_batch_size)  # fmt: skip
+
+
+def load_tower(model: VlpClipModel, tower: str, source: str) -> None:
+    """Start a tower, and its projection where it fits, from a vlp or transformers CLIP (their names are the same)."""
+    tensors = load_file(cached_file(source, "model.safetensors"))
+    theirs = getattr(AutoConfig.from_pretrained(source), tower.replace("_model", "_config"))
+    ours = getattr(model.config, tower.replace("_model", "_config"))
+    for field in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # what shapes do not show
+        if getattr(theirs, field, None) != getattr(ours, field, None):
+            raise ArgumentError(
+                f"{source} has another {tower}: {field} is {getattr(theirs, field, None)} there and "
+                f"{getattr(ours, field, None)} here."
+            )
+    projection = {"vision_model": "visual_projection.weight", "text_model": "text_projection.weight"}[tower]
+    wanted = {name: value for name, value in model.state_dict().items() if name.startswith(f"{tower}.")}
+    missing = sorted(wanted.keys() - tensors.keys())
+    wrong = [f"{name} is {tuple(tensors[name].shape)} there and {tuple(value.shape)} here"
+             for name, value in wanted.items() if name in tensors and tensors[name].shape != value.shape]  # fmt: skip
+    if missing or wrong:
+        raise ArgumentError(
+            f"{source} has another {tower}: {'; '.join(wrong[:3] + [f'{n} is missing' for n in missing[:3]])}."
+        )
+    state = {name: tensors[name] for name in wanted}
+    if projection in tensors and projection in model.state_dict():
+        if tensors[projection].shape == model.state_dict()[projection].shape:
+            state[projection] = tensors[projection]
+    model.load_state_dict(state, strict=False)
+
+
+def make_maker(arguments: ClipArguments, rows, model, processor, **parts) -> SampleMaker:
+    """What makes samples of rows."""
+    return SampleMaker(**parts)

@@ -1,0 +1,38 @@
+"""Publishing a folder on the Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+
+from ...errors import ArgumentError
+from ..arguments import TrainingArguments
+
+
+def check_access() -> None:
+    """Raise ArgumentError before anything is trained where there is nothing to log in to the Hub with."""
+    if get_token() is None:
+        raise ArgumentError("--push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN.")
+
+
+def push(folder: Path, arguments: TrainingArguments) -> str:
+    """Push a folder (model, processor, card) in one commit, on a branch where asked. Returns the commit's address.
+
+    Raises OSError with what went wrong; the folder stays, to be pushed again.
+    """
+    api = HfApi()
+    try:
+        name = api.create_repo(arguments.hub_model_id, private=arguments.hub_private, exist_ok=True).repo_id
+        if arguments.hub_revision:
+            api.create_branch(name, branch=arguments.hub_revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            revision=arguments.hub_revision,
+            commit_message=f"Upload {folder.name}, trained with vlp",
+        )
+    except Exception as error:
+        raise OSError(
+            f"Could not push to {arguments.hub_model_id}: {error} The model is whole in {folder}; push it again with "
+            f"`hf upload {arguments.hub_model_id} {folder}`."
+        ) from error
+    return commit.commit_url

@@ -1,0 +1,1 @@
+"""What is optimised: one nn.Module for each objective, from a batch to named losses."""

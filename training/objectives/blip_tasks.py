@@ -1,0 +1,64 @@
+"""The objectives that BLIP is fine-tuned by: captioning, question answering, reasoning over two images."""
+
+from torch import Tensor
+
+from ...modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
+from ...modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
+from .base import Objective
+from .distributed import weigh_by_count
+
+
+class CaptioningObjective(Objective):
+    """Write the captions of images (salesforce/BLIP, models/blip.py, BLIP_Decoder).
+
+    Args:
+        prompt_length: tokens, [DEC] included, that captions begin with and that are not to be learnt.
+    """
+
+    def __init__(self, model: VlpBlipForConditionalGeneration, prompt_length: int = 1):
+        super().__init__()
+        self.model, self.prompt_length = model, prompt_length
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss of a batch. Args: as `ClipObjective`."""
+        input_ids = input_ids[text_index]
+        labels = input_ids.masked_fill(input_ids == self.model.config.text_config.pad_token_id, -100)
+        labels[:, : self.prompt_length] = -100
+        loss = self.model.lm_loss(input_ids, self.model.read_image(pixel_values), labels)
+        return {"lm": weigh_by_count(loss, (labels[:, 1:] != -100).sum())}
+
+
+class AnsweringObjective(Objective):
+    """Answer questions about images (salesforce/BLIP, models/blip_vqa.py)."""
+
+    def __init__(self, model: VlpBlipForQuestionAnswering):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor,
+        answer_ids: Tensor, answer_index: Tensor, answer_weights: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The loss of a batch. Args: as `ClipObjective` and `VlpBlipForQuestionAnswering.forward`."""
+        output = self.model(
+            input_ids[text_index], pixel_values, labels=answer_ids, answer_index=answer_index,
+            answer_weights=answer_weights,
+        )  # fmt: skip
+        return {"answer": output.loss}
+
+
+class ReasoningObjective(Objective):
+    """Tell whether sentences are true of two images (salesforce/BLIP, models/blip_nlvr.py)."""
+
+    def __init__(self, model: VlpBlipForVisualReasoning):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor,
+        labels: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The loss of a batch. Args: as `ClipObjective`, of (2 B, C, S, S) images, left and right in turn."""
+        return {"nlvr": self.model(input_ids[text_index], pixel_values.unflatten(0, (-1, 2)), labels=labels).loss}

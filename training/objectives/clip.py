@@ -1,0 +1,83 @@
+"""CLIP's objective, and SigLIP's."""
+
+import torch
+from torch import Tensor
+
+from ...modeling_vlp.clip import VlpClipModel
+from ...modeling_vlp.losses import unit_length
+from ..machine.sharding import number
+from .base import Objective
+from .contrastive import contrastive_loss, sigmoid_loss
+from .distributed import JoinedBatch
+from .micro_batches import in_micro_batches
+
+
+class ClipObjective(Objective):
+    """Tell the pairs of the joined batch of all processes apart.
+
+    A ResNet's batch statistics are those of each process' own images; all else is as if one process had all of it.
+
+    Args:
+        exclude_duplicates: rows that share a caption or an image are not each other's negatives.
+        lock_image_tower, lock_text_tower: leave a tower and its projection as they are (LiT, arXiv:2111.07991), its
+            batch norm and dropout in evaluation mode.
+        micro_batch_size: rows that a tower computes at a time, each part again in the backward pass (GradCache); all at
+            once where not given.
+    """
+
+    def __init__(
+        self,
+        model: VlpClipModel,
+        exclude_duplicates: bool = True,
+        lock_image_tower: bool = False,
+        lock_text_tower: bool = False,
+        micro_batch_size: int | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.exclude_duplicates, self.micro_batch_size = exclude_duplicates, micro_batch_size
+        locked = (["vision_model", "visual_projection"] if lock_image_tower else []) + (
+            ["text_model", "text_projection"] if lock_text_tower else []
+        )
+        self.locked = [getattr(model, name).requires_grad_(False) for name in locked]
+
+    def train(self, mode: bool = True) -> "ClipObjective":
+        super().train(mode)
+        for module in self.locked:
+            module.eval()
+        return self
+
+    def after_step(self) -> None:
+        """Called after an optimiser step."""
+        self.model.clamp_logit_scale()
+
+    def facts(self) -> dict[str, float]:
+        """What is worth logging beside the losses."""
+        return {"logit_scale": number(self.model.logit_scale.detach().exp())}
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss of a batch.
+
+        Args:
+            pixel_values: (B, C, S, S).
+            input_ids: (T, N), the different texts; text_index: (B,), which of them belongs to each image.
+            caption_ids, image_ids: (B,) integers that are equal where captions or images are.
+        """
+        text = in_micro_batches(self.embed_texts, self.micro_batch_size, input_ids)[text_index]
+        image = in_micro_batches(self.embed_images, self.micro_batch_size, pixel_values)
+        batch, ids = JoinedBatch.of(text_index), (caption_ids, image_ids) if self.exclude_duplicates else ()
+        with torch.autocast(image.device.type, enabled=False):  # the loss is computed in float32
+            scale = self.model.logit_scale.to(image.dtype).exp()
+            if self.model.logit_bias is not None:
+                return {"sigmoid": sigmoid_loss(image, text, scale, self.model.logit_bias.to(image.dtype), batch, ids)}
+            return {"contrastive": contrastive_loss(image, text, scale, batch, ids)}
+
+    def embed_images(self, pixel_values: Tensor) -> Tensor:
+        """(B, C, S, S) -> (B, E) of unit length."""
+        return unit_length(self.model.get_image_features(pixel_values, pooled_only=True).pooler_output)
+
+    def embed_texts(self, input_ids: Tensor) -> Tensor:
+        """(T, N) -> (T, E) of unit length."""
+        return unit_length(self.model.get_text_features(input_ids, pooled_only=True, pack=True).pooler_output)

@@ -1,0 +1,74 @@
+"""The momentum teacher of BLIP and the queue of its features: training state, never part of a published model.
+
+Source: He et al., 2020 (MoCo, arXiv:1911.05722); salesforce/BLIP, models/blip_pretrain.py.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...modeling_vlp.blip import VlpBlipDualEncoder, VlpBlipMatcher
+from ...modeling_vlp.losses import unit_length
+
+# Shapes: B pairs, K keys (the batch, then the queue), Q queue, E embedding
+
+
+class Teacher(nn.Module):
+    """A slow copy of the two towers, always in evaluation mode, and the last features that it gave.
+
+    Batch norm alone uses the statistics of its batch, as MoCo's key encoder does: running statistics lag behind the
+    student's, and features under them are no good to compare with.
+
+    Args:
+        model: the student, whose weights it starts from; of adapters (LoRA) it follows each matrix.
+        momentum: how much of itself the teacher keeps at each step.
+        queue_size: pairs whose features are remembered; need not be a multiple of the batch.
+    """
+
+    def __init__(self, model: VlpBlipMatcher, momentum: float = 0.995, queue_size: int = 57600):
+        super().__init__()
+        self.momentum, self.queue_size = momentum, queue_size
+        self.model = VlpBlipDualEncoder(model.config).to(model.dtype)
+        for name, adapter in getattr(model, "peft_config", {}).items():  # it has those that the student has
+            self.model.add_adapter(adapter, name)
+        self.model.requires_grad_(False)
+        self.model.load_state_dict({name: model.state_dict()[name] for name in self.model.state_dict()})
+        self.eval()
+        width = model.config.image_text_hidden_size
+        self.register_buffer("image_queue", torch.zeros(queue_size, width))
+        self.register_buffer("text_queue", torch.zeros(queue_size, width))
+        self.register_buffer("image_ids", torch.zeros(queue_size, dtype=torch.long))
+        self.register_buffer("caption_ids", torch.zeros(queue_size, dtype=torch.long))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))  # where the next pair goes
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))  # places that hold a pair
+
+    def train(self, mode: bool = True) -> "Teacher":
+        super().train(False)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train()
+        return self
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module) -> None:
+        """Move towards the student, once for each optimiser step."""
+        student = dict(model.named_parameters())
+        names, own = zip(*self.model.named_parameters(), strict=True)
+        torch._foreach_lerp_(list(own), [student[name].detach() for name in names], 1 - self.momentum)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, E) of images, and of texts, of unit length."""
+        image = self.model.get_image_features(pixel_values, pooled_only=True).pooler_output
+        text = self.model.get_text_features(input_ids, pooled_only=True).pooler_output
+        return unit_length(image), unit_length(text)
+
+    @torch.no_grad()
+    def enqueue(self, image: Tensor, text: Tensor, image_ids: Tensor, caption_ids: Tensor) -> None:
+        """Remember the pairs of a step, in the place of the oldest."""
+        values = {"image_queue": image, "text_queue": text, "image_ids": image_ids, "caption_ids": caption_ids}
+        count = min(len(image), self.queue_size)
+        places = (self.position + torch.arange(count, device=self.position.device)) % self.queue_size
+        for name, value in values.items():
+            getattr(self, name)[places] = value[-count:].to(getattr(self, name).dtype)
+        self.position.copy_((self.position + count) % self.queue_size)
+        self.filled.copy_((self.filled + count).clamp(max=self.queue_size))
