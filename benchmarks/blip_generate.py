@@ -35,7 +35,7 @@ def make_pair(image_size: int) -> tuple:
         for parameter in theirs.parameters():
             parameter.normal_(std=0.02)
     ours = vlp.VlpBlipForConditionalGeneration(vlp.VlpBlipConfig(vision_config={"image_size": image_size})).eval()
-    rules = transformers.RULES["VlpBlipForConditionalGeneration"]
+    rules = transformers.rules_of(vlp.VlpBlipConfig(), "VlpBlipForConditionalGeneration")
     ours.load_state_dict(read(theirs.state_dict(), ours.state_dict(), rules, transformers.IGNORED))
     return ours, theirs
 

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import torch
+from datasets.utils.py_utils import iter_batched
 from torch.nn import functional as F
-from vlp.training.data.rows import decode_image
+from vlp.processing.pictures import read_picture
 from vlp.training.data.sources import load_rows
-from vlp.training.evaluation.base import batched
 
 from vlp.commands.index import PROBES, SAMPLE, Index, save
 from vlp.inference import load
@@ -30,13 +30,13 @@ WIDTH, TOP_K, QUERIES = 512, 10, 50
 
 def real_vectors() -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings of all drawings (8810, E), and of some of their names (QUERIES, E)."""
-    ready, rows = load(ROOT / "model_cards/clip-emoji", "compare"), []
+    predictor, rows = load(ROOT / "model_cards/clip-emoji", "embed"), []
     for split in ("train", "test"):
         rows += list(load_rows("emoji", split, "image"))
-    images = (decode_image(row["image"], 10**8) for row in rows)
-    embeds = torch.cat([ready.embed_images(chunk) for chunk in batched(images, 64)])
+    images = (read_picture(row["image"]) for row in rows)
+    embeds = torch.cat([predictor.embed_images(chunk) for chunk in iter_batched(images, 64)])
     names = [row["caption"] for row in rows[:: len(rows) // QUERIES]][:QUERIES]
-    return embeds, ready.embed_texts(names)
+    return embeds, predictor.embed_texts(names)
 
 
 def main() -> None:

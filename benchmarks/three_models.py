@@ -1,4 +1,4 @@
-"""The README's figure: the same unseen drawings named by CLIP, captioned by BLIP, looked up by BLIP-2.
+"""The README's figure: the same unseen drawings classified by CLIP, captioned by BLIP, matched by BLIP-2.
 
     python benchmarks/three_models.py model_cards/clip-emoji model_cards/blip-emoji runs/blip2-emoji [--seed 1]
 
@@ -10,18 +10,19 @@ import textwrap
 from pathlib import Path
 
 import matplotlib
-from transformers import AutoModel, AutoProcessor
+from accelerate import PartialState
 from vlp.model_cards.plots import RIGHT, WRONG
-from vlp.training.data.rows import CaptionChooser
 from vlp.training.data.sources import load_rows
-from vlp.training.evaluation.base import Evaluator
-from vlp.training.evaluation.blip import BlipEvaluator
-from vlp.training.evaluation.blip2 import Blip2Evaluator
+from vlp.training.evaluation.arguments import EvaluationArguments
+from vlp.training.evaluation.examples import caption_examples, class_examples, match_examples
+from vlp.training.evaluation.tasks import prepare_data, use_of
+
+from vlp.inference import load
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-TITLES = ("", "CLIP names it", "BLIP writes", "BLIP-2 finds")
+TITLES = ("", "CLIP classifies", "BLIP captions", "BLIP-2 retrieves")
 TARGET = Path(__file__).parents[1] / "docs/three-models.png"
 
 
@@ -33,27 +34,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     rows = load_rows("emoji", "test", "image")
-    data = (rows, CaptionChooser(), "image", 10**8)
-    told = []
-    for name, evaluator in (
-        (options.clip, Evaluator(*data, "caption")),
-        (options.blip, BlipEvaluator(*data)),
-        (options.blip2, Blip2Evaluator(*data, rerank_posterior=True, top_k=16)),
+    found = []
+    for name, task, make in (
+        (options.clip, "zero-shot", class_examples),
+        (options.blip, "captioning", caption_examples),
+        (options.blip2, "itm", match_examples),
     ):
-        model, processor = AutoModel.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
-        told.append(evaluator.examples(model, processor, options.count, options.seed))
+        arguments = EvaluationArguments(task=task, class_column="caption" if task == "zero-shot" else None)
+        pictures = prepare_data(rows, arguments, PartialState())
+        chosen = pictures.draw(options.count, options.seed)
+        found.append(make(load(name, use_of(arguments)), pictures, chosen, [""]))
     figure, axes = plt.subplots(options.count, 4, figsize=(11, 1.25 * options.count), dpi=90,
                                 width_ratios=(0.8, 1.4, 1.4, 1.4))  # fmt: skip
-    for line, examples in zip(axes, zip(*told, strict=True), strict=True):
+    for line, examples in zip(axes, zip(*found, strict=True), strict=True):
         for axis in line:
             axis.axis("off")
         line[0].imshow(examples[0]["image"])
         line[0].set_title(textwrap.fill(examples[0]["label"], 20), fontsize=9, fontweight="bold", parse_math=False)
         for axis, example in zip(line[1:], examples, strict=True):
-            for place, (text, share) in enumerate(example["predictions"]):
+            for place, (text, share, right) in enumerate(example["predictions"]):
                 text = text if len(text) <= 40 else text[:39] + "…"
                 text += "" if share is None else f"  {100 * share:.0f} %"
-                right = example["predictions"][place][0].lower() == example["label"].lower()
                 axis.text(0, 0.85 - 0.33 * place, text, color=RIGHT if right else WRONG, fontsize=10, va="top",
                           fontweight="bold" if right else "normal", parse_math=False)  # fmt: skip
     for axis, title in zip(axes[0], TITLES, strict=True):

@@ -1,14 +1,14 @@
-"""The model card, rendered from the stored facts of a run; a fact that is missing drops its section."""
+"""The model card, rendered from the stored facts of a run and its evaluations."""
 
 import dataclasses
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..architectures import architecture
 from ..configuration.blip import VlpBlipConfig
 from ..configuration.blip2 import VlpBlip2Config
 from ..configuration.vision import VlpModifiedResNetConfig
@@ -35,14 +35,13 @@ METRIC_NAMES = {
     "reranked_image_to_text_recall_at_1": "Image to text, R@1, re-ranked by ITM",
     "reranked_image_to_text_recall_at_5": "Image to text, R@5, re-ranked by ITM",
     "reranked_image_to_text_recall_at_10": "Image to text, R@10, re-ranked by ITM",
-    "itm_accuracy": "ITM accuracy on pairs and their hardest wrong captions",
+    "itm_accuracy": "ITM accuracy on pairs and hardest wrong captions",
     "itm_accuracy_matched": "ITM accuracy on pairs",
-    "itm_accuracy_unmatched": "ITM accuracy on images with their hardest wrong captions",
-    "vqa_accuracy": "VQA accuracy",
+    "itm_accuracy_unmatched": "ITM accuracy on hardest wrong captions",
+    "vqa_accuracy": "VQA accuracy, answers generated",
     "vqa_accuracy_ranked": "VQA accuracy, answers ranked",
-    "vqa_accuracy_generated": "VQA accuracy, answers written",
     "nlvr_accuracy": "NLVR accuracy",
-    "caption_exact": "Captions that are exactly the name",
+    "caption_exact": "Captions, exact matches",
     "bleu_1": "Captions, BLEU-1",
     "bleu_2": "Captions, BLEU-2",
     "bleu_3": "Captions, BLEU-3",
@@ -52,157 +51,23 @@ METRIC_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a card says of every model of an architecture.
+def metric_name(name: str) -> str:
+    """A metric's name in words; METRIC@COLUMN is measured on another column than the card's first."""
+    metric, _, column = name.partition("@")
+    return METRIC_NAMES.get(metric, metric) + (f" (`{column}`)" if column else "")
 
-    Attributes:
-        text: what it is. usage: how to use it, {folder} to be filled in. examples: what the picture of examples shows.
-        pipeline_tag: the Hub's task. tag: the family, for the Hub.
+
+def usage(name: str, folder: str, prompt: str = "") -> str:
+    """A few lines of Python that use a model.
+
+    Args:
+        name: of its class. folder: where it is. prompt: what a language model's captions begin with.
     """
-
-    text: str
-    usage: str
-    pipeline_tag: str
-    tag: str
-    examples: str = ""
-
-
-def load_and_prepare(architecture: str, prepare: str, use: str) -> str:
-    """Lines that load a BLIP with its processor, prepare a picture and use the model."""
-    return f"""\
-from PIL import Image
-from vlp import {architecture}, VlpBlipProcessor
-
-processor = VlpBlipProcessor.from_pretrained("{{folder}}")
-model = {architecture}.from_pretrained("{{folder}}")
-inputs = processor({prepare}, return_tensors="pt")
-{use}
-"""
-
-
-WRITES = load_and_prepare(
-    "VlpBlipForConditionalGeneration",
-    'images=Image.open("picture.png")',
-    "print(processor.write(model.generate(**inputs, num_beams=3)))",
-)
-CAPTIONS = "with their names, and below them the captions that the model writes; green where they are the same"
-
-KINDS = {
-    "VlpClipModel": Kind(
-        text="A CLIP model (image tower and text tower in one embedding space)",
-        usage="""\
-import vlp
-from transformers import pipeline
-
-classify = pipeline("zero-shot-image-classification", model="{folder}")
-classify("picture.png", candidate_labels=["a cat", "a dog", "a rocket"])
-""",
-        examples="with the model's three best names; green where the first is right",
-        pipeline_tag="zero-shot-image-classification",
-        tag="clip",
-    ),
-    "VlpBlipForPreTraining": Kind(
-        text="A BLIP model (it compares images and texts, matches them, and writes captions)",
-        usage=WRITES,
-        examples=CAPTIONS,
-        pipeline_tag="image-to-text",
-        tag="blip",
-    ),
-    "VlpBlipForConditionalGeneration": Kind(
-        text="A BLIP model that writes captions of images",
-        usage=WRITES,
-        examples=CAPTIONS,
-        pipeline_tag="image-to-text",
-        tag="blip",
-    ),
-    "VlpBlipForImageTextRetrieval": Kind(
-        text="A BLIP model that finds images for texts and texts for images, by comparing (ITC) and matching (ITM)",
-        usage=load_and_prepare(
-            "VlpBlipForImageTextRetrieval",
-            'images=[Image.open("picture.png")], text=["a cat", "a dog", "a rocket"]',
-            "print(model(**inputs).itm_logits.softmax(dim=-1)[:, 1])  # how likely each text is the picture's",
-        ),
-        pipeline_tag="zero-shot-image-classification",
-        tag="blip",
-    ),
-    "VlpBlipForQuestionAnswering": Kind(
-        text="A BLIP model that answers questions about images",
-        usage=load_and_prepare(
-            "VlpBlipForQuestionAnswering",
-            'images=Image.open("picture.png"), text="what colour is it?"',
-            "print(processor.write(model.generate(**inputs, num_beams=3)))",
-        ),
-        examples="with a given answer, and below it the one that the model writes; green where they are the same",
-        pipeline_tag="visual-question-answering",
-        tag="blip",
-    ),
-    "VlpBlipForVisualReasoning": Kind(
-        text="A BLIP model that tells whether a sentence is true of two images",
-        usage=load_and_prepare(
-            "VlpBlipForVisualReasoning",
-            'images=[Image.open("left.png"), Image.open("right.png")], text=["both are red"]',
-            """\
-pair = inputs["pixel_values"][None]  # one sentence, its two images
-print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # how likely it is true""",
-        ),
-        pipeline_tag="visual-question-answering",
-        tag="blip",
-    ),
-}
-
-
-FINDS = """\
-from PIL import Image
-from vlp import {architecture}, VlpBlipProcessor
-
-processor = VlpBlipProcessor.from_pretrained("{{folder}}")
-model = {architecture}.from_pretrained("{{folder}}")
-inputs = processor(images=[Image.open("picture.png")], text=["a cat", "a dog", "a rocket"], return_tensors="pt")
-print(model(**inputs).itm_logits.softmax(dim=-1)[:, 1])  # how likely each text is the picture's
-"""
-FOUND = "with their names, and below them the three that the model finds for them; green where they are the same"
-
-KINDS |= {
-    "VlpBlip2ForPreTraining": Kind(
-        text="A BLIP-2 model after stage 1 (its Q-Former reads a frozen image tower, and compares and matches texts)",
-        usage=FINDS.format(architecture="VlpBlip2ForImageTextRetrieval"),
-        examples=FOUND,
-        pipeline_tag="zero-shot-image-classification",
-        tag="blip-2",
-    ),
-    "VlpBlip2ForImageTextRetrieval": Kind(
-        text="A BLIP-2 model that finds images for texts and texts for images, by comparing (ITC) and matching (ITM)",
-        usage=FINDS.format(architecture="VlpBlip2ForImageTextRetrieval"),
-        examples=FOUND,
-        pipeline_tag="zero-shot-image-classification",
-        tag="blip-2",
-    ),
-    "VlpBlip2ForConditionalGeneration": Kind(
-        text="A BLIP-2 model (a frozen language model writes about what a Q-Former reads of a frozen image tower)",
-        usage="""\
-from PIL import Image
-from vlp import VlpBlip2ForConditionalGeneration, VlpBlip2Processor
-
-processor = VlpBlip2Processor.from_pretrained("{folder}")
-model = VlpBlip2ForConditionalGeneration.from_pretrained("{folder}")
-inputs = processor(images=Image.open("picture.png"), text="{prompt}", return_tensors="pt")
-print(processor.write(model.generate(**inputs, max_new_tokens=20)))
-""",
-        examples="with their names, and below them what the model writes{prompts}; green where they are the same",
-        pipeline_tag="image-text-to-text",
-        tag="blip-2",
-    ),
-}
-
-
-def usage(architecture: str, folder: str, prompt: str = "") -> str:
-    """A few lines of Python that use a model in a folder; `prompt` is what a language model's captions begin with."""
-    return KINDS[architecture].usage.format(folder=folder, prompt=prompt or "a picture of")
+    return architecture(name).card.usage.format(folder=folder, prompt=prompt or "a picture of")
 
 
 def in_its_language(lines: str, language: str) -> str:
-    """Lines of use whose texts are of the language that a model reads."""
+    """Lines of usage with texts in the language of the model."""
     if language != "vi":
         return lines
     lines = lines.replace(
@@ -212,32 +77,36 @@ def in_its_language(lines: str, language: str) -> str:
 
 
 def task_of(metric: str) -> tuple[str, str, str]:
-    """A metric's task on the Hub, that task's name, and the kind of the metric."""
+    """A metric's task on the Hub, that task's name, and the type of the metric."""
     if metric.startswith("zero_shot"):
         return "zero-shot-image-classification", "Zero-shot image classification", "accuracy"
-    if metric in ("caption_exact", "bleu_4", "cider"):
-        kind = {"caption_exact": "exact_match", "bleu_4": "bleu", "cider": "cider"}[metric]
-        return "image-to-text", "Image captioning", kind
+    captioning = {"caption_exact": "exact_match", "rouge_l": "rouge", "cider": "cider"}
+    if metric.startswith("bleu") or metric in captioning:
+        return "image-to-text", "Image captioning", captioning.get(metric, "bleu")
     if metric.startswith(("vqa", "nlvr")):
         return "visual-question-answering", "Visual question answering and reasoning", "accuracy"
-    return ("zero-shot-image-classification", "Image-text retrieval",
-            "accuracy" if metric == "itm_accuracy" else "recall")  # fmt: skip
+    if metric.startswith("itm"):
+        return "zero-shot-image-classification", "Image-text matching", "accuracy"
+    return "zero-shot-image-classification", "Image-text retrieval", "recall"
 
 
 def shown(metric: str, value: float) -> str:
-    """A metric as papers give it: in per cent, CIDEr as 100 times its value."""
+    """A metric as papers report it: in per cent, CIDEr times 100."""
     return f"{100 * value:.2f}" if metric == "cider" else f"{100 * value:.2f} %"
 
 
 def evaluation_table(results: dict) -> str:
-    """What `vlp.training.evaluate` found, in Markdown: a line of what was measured, and the metrics with intervals."""
-    arguments = results["arguments"]
-    column = arguments["class_column"] if arguments["task"] == "zero-shot" else arguments["caption_column"]
+    """The results of an evaluation in Markdown: a sentence about what was evaluated, and the metrics with intervals."""
+    arguments, classes = results["arguments"], results["classes"]
+    zero_shot = arguments["task"] == "zero-shot"
+    column = arguments["class_column"] if zero_shot else arguments["caption_column"]
+    pictures = results.get("pictures", results["rows"])
+    rows = "" if pictures == results["rows"] else f" ({results['rows']:,} rows)"
     lines = [
-        f"{arguments['task']} on {results['rows']:,} rows of {arguments['dataset']}, split `{arguments['split']}`"
+        f"Task {arguments['task']} on {pictures:,} pictures{rows} of {arguments['dataset']}, {split_name(arguments)}"
         + (f", column `{column}`" if column else "")
-        + (f", over {results['classes']:,} names" if results["classes"] else "")
-        + (f"; templates `{arguments['templates']}`" if arguments["task"] == "zero-shot" else "")
+        + (f", {classes:,} classes" if classes else "")
+        + (f", templates `{arguments['templates']}`" if zero_shot else "")
         + ".",
         "",
         "| metric | value | 95 % interval |",
@@ -246,25 +115,32 @@ def evaluation_table(results: dict) -> str:
     for name, value in results["metrics"].items():
         bounds = results["intervals"].get(name)
         interval = f"{shown(name, bounds[0])} – {shown(name, bounds[1])}" if bounds else ""
-        lines.append(f"| {METRIC_NAMES[name]} | {shown(name, value)} | {interval} |")
+        lines.append(f"| {metric_name(name)} | {shown(name, value)} | {interval} |")
     return "\n".join(lines) + "\n"
 
 
+def split_name(arguments: dict) -> str:
+    """The split, or the rows that were held out, in words."""
+    split = arguments["split"]
+    return f"rows with {split}" if "=" in split else f"split `{split}`"
+
+
 def failures(evaluations: list[dict]) -> list[str]:
-    """What is known to go wrong, by the evaluations of zero-shot classification."""
+    """Known failures, from the evaluations of zero-shot classification."""
     lines = []
     for results in evaluations:
         groups = results.get("groups") or {}
         if groups:
             worst_first = sorted(groups.items(), key=lambda item: item[1]["zero_shot_top1"])
-            told = ", ".join(f"{name} {each['zero_shot_top1']:.0%} (of {each['rows']})" for name, each in worst_first)
-            told = told.replace("%", " %")
+            accuracies = ", ".join(
+                f"{name} {100 * each['zero_shot_top1']:.0f} % (of {each['rows']})" for name, each in worst_first
+            )
             column = results["arguments"]["class_column"] or results["arguments"]["caption_column"]
             group = results["arguments"]["group_column"]
-            lines.append(f"The right name (`{column}`) first, by {group}: {told}.")
-        pairs = [f"“{right}” for “{said}”" for right, said, _ in results.get("most_confused", [])[:8]]
+            lines.append(f"Zero-shot top-1 accuracy (`{column}`) by {group}: {accuracies}.")
+        pairs = [f"“{right}” for “{predicted}”" for right, predicted, _ in results.get("most_confused", [])[:8]]
         if pairs:
-            lines.append(f"Among what it takes for something else: {', '.join(pairs)}.")
+            lines.append(f"It mistakes, among others, {', '.join(pairs)}.")
     return lines
 
 
@@ -286,46 +162,34 @@ KNOWN_DATA = {
 
 
 def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
-    """Write README.md, its pictures and results.json into a folder that holds a saved model.
+    """Write README.md, its pictures and results.json into a folder with a saved model and its `evaluations`.
 
     Args:
-        results: the facts that `training.run.publish` collects.
-        examples: {"image", "label", "predictions": [(name, probability), ...]} each.
+        results: the facts of the run, as `training.publish.collect_results` returns them.
+        examples: {"image", "label", "predictions": [(text, probability or None, whether it is right), ...]} each.
     """
     results = results | {"examples": [{k: v for k, v in example.items() if k != "image"} for example in examples]}
     (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     if results["history"]:
         plot_history(results["history"], results["losses"], folder / "loss.png")
     if len(results["evaluations"]) > 1:
-        plot_metrics(results["evaluations"], METRIC_NAMES, folder / "metrics.png")
+        plot_metrics(results["evaluations"], metric_name, folder / "metrics.png")
     if examples:
         plot_examples(examples, folder / "examples.png")
     render_card(folder).save(folder / "README.md")
 
 
 def render_card(folder: Path) -> ModelCard:
-    """The card of a folder, from its results.json and config.json alone."""
+    """The card of a folder, from its results.json, config.json and evaluations alone."""
     results = json.loads((folder / RESULTS).read_text())
     config, arguments, evaluations = config_of(folder), results["arguments"], folder / "evaluations"
-    architecture = config.architectures[0]
-    kind = KINDS[architecture]
+    name = config.architectures[0]
+    kind = architecture(name).card
     found = [json.loads(path.read_text()) for path in sorted(evaluations.glob("*.json"))]
     data = KNOWN_DATA.get(arguments["dataset_name"], {})
     weights_license, weights = data.get("weights", ("apache-2.0", "Apache-2.0"))
     title = data.get("title") or data_name(arguments["dataset_name"])
-    metrics = [
-        EvalResult(
-            task_type=task_of(name)[0],
-            task_name=task_of(name)[1],
-            dataset_type=data_name(arguments["eval_dataset_name"] or arguments["dataset_name"]),
-            dataset_name=title,
-            dataset_split=arguments["hold_out"] or arguments["eval_split"],
-            metric_type=task_of(name)[2],
-            metric_name=METRIC_NAMES[name],
-            metric_value=round(value, 4),
-        )
-        for name, value in results["metrics"].items()
-    ]
+    metrics = [eval_result(each, metric, value) for each in found for metric, value in each["metrics"].items()]
     card_data = ModelCardData(
         language=arguments["language"].split(",") if "," in arguments["language"] else arguments["language"],
         license=weights_license,
@@ -342,11 +206,10 @@ def render_card(folder: Path) -> ModelCard:
         name=name_of(arguments),
         kind=dataclasses.replace(kind, examples=kind.examples.format(prompts=after_prompts(arguments))),
         usage=in_its_language(
-            usage(architecture, arguments["hub_model_id"] or arguments["output_dir"], arguments.get("prompt", "")),
+            usage(name, arguments["hub_model_id"] or arguments["output_dir"], arguments.get("prompt", "")),
             arguments["language"],
         ),
         architecture=describe_architecture(config),
-        metric_rows=[(METRIC_NAMES[name], shown(name, value)) for name, value in results["metrics"].items()],
         data_title=title,
         weights=weights,
         failures=failures(found),
@@ -355,7 +218,7 @@ def render_card(folder: Path) -> ModelCard:
         unseen=f"the rows {arguments['hold_out']}"
         if arguments["hold_out"]
         else f"the split `{arguments['eval_split']}`",
-        options={k: v for k, v in arguments.items() if k in SHOWN_OPTIONS and (v or k == "seed")},
+        options={k: v for k, v in arguments.items() if k in results["shown_options"] and (v or k == "seed")},
         evaluations=[evaluation_table(each) for each in found],
         confusions=[f"evaluations/{path.name}" for path in sorted(evaluations.glob("*.png"))],
         pictures=[(name, text) for name, text in PICTURES.items() if (folder / name).exists()],
@@ -385,14 +248,23 @@ PICTURES = {
     "matching.png": "What of a picture speaks for each word of its caption: Grad-CAM of the matching head (ITM).",
 }
 
-SHOWN_OPTIONS = (
-    "augmentation", "templates", "template_share", "tag_share", "group_captions", "per_device_train_batch_size",
-    "micro_batch_size", "gradient_accumulation_steps", "loss", "exclude_duplicates", "learning_rate", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "layer_decay", "warmup_steps", "max_train_steps", "max_train_minutes",
-    "max_grad_norm", "ema_decay", "momentum", "queue_size", "alpha", "alpha_epochs", "global_negatives",
-    "contrastive_share", "label_smoothing", "stage", "prompt", "lora_rank",
-    "lock_image_tower", "lock_text_tower", "patch_dropout", "seed",
-)  # fmt: skip
+
+def eval_result(results: dict, metric: str, value: float) -> EvalResult:
+    """A metric of an evaluation for the card's metadata."""
+    arguments = results["arguments"]
+    task_type, task_name, metric_type = task_of(metric)
+    column = arguments["class_column"] or arguments["caption_column"]
+    return EvalResult(
+        task_type=task_type,
+        task_name=task_name,
+        dataset_type=arguments["dataset"],
+        dataset_name=KNOWN_DATA.get(arguments["dataset"], {}).get("title", arguments["dataset"]),
+        dataset_config=None if column == "caption" else column,
+        dataset_split=arguments["split"],
+        metric_type=metric_type,
+        metric_name=metric_name(metric),
+        metric_value=round(value, 4),
+    )
 
 
 def data_name(name: str) -> str:

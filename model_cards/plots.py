@@ -1,6 +1,7 @@
 """Pictures for the card."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 RIGHT, WRONG = "#1a7f37", "#57606a"
@@ -45,8 +46,8 @@ def plot_examples(examples: list[dict], path: Path, columns: int = 4) -> None:
     for axis, example in zip(axes.flat, examples, strict=False):
         axis.imshow(example["image"])
         axis.set_title(example["label"], fontsize=9, fontweight="bold", wrap=True, parse_math=False)
-        for line, (name, probability) in enumerate(example["predictions"]):
-            colour = RIGHT if name == example["label"] else WRONG
+        for line, (name, probability, right) in enumerate(example["predictions"]):
+            colour = RIGHT if right else WRONG
             short = name if len(name) <= 26 else name[:25] + "…"
             share = "" if probability is None else f"  {100 * probability:.0f} %"
             axis.text(0.5, -0.06 - 0.11 * line, short + share, color=colour, fontsize=8,
@@ -138,14 +139,14 @@ def plot_heatmaps(rows: list[tuple], path: Path, most: int = 6) -> None:
     plt.close(figure)
 
 
-def plot_metrics(evaluations: list[dict], names: dict[str, str], path: Path) -> None:
+def plot_metrics(evaluations: list[dict], title: Callable[[str], str], path: Path) -> None:
     """Each metric of several evaluations over the optimiser steps, in per cent."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.2), dpi=110)
-    for name in [name for name in evaluations[-1] if name in names and name != "cider"]:
+    for name in [name for name in evaluations[-1] if name not in ("step", "cider")]:
         entries = [entry for entry in evaluations if name in entry]
         axis.plot([e["step"] for e in entries], [100 * e[name] for e in entries], marker="o", markersize=3,
-                  linewidth=1, label=names[name])  # fmt: skip
+                  linewidth=1, label=title(name).replace("`", ""))  # fmt: skip
     axis.set_xlabel("optimiser step")
     axis.set_ylabel("%")
     axis.legend(frameon=False, fontsize=6, bbox_to_anchor=(1, 1), loc="upper left")

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip import VlpBlipConfig
-from .blip import VlpBlipPreTrainedModel
+from .blip import VlpBlipForPreTraining, VlpBlipPreTrainedModel
 from .med import LMHead, Memory, decode, next_token_loss
 
 # Shapes: B images, T texts, N tokens of a text, C channels, S image side, V vocabulary
@@ -33,6 +33,16 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
         super().__init__(config, encoder=False, decoder=True)
         self.lm_head = LMHead(config.text_config)
         self.post_init()
+
+    @classmethod
+    def sharing(cls, model: VlpBlipForPreTraining) -> "VlpBlipForConditionalGeneration":
+        """The decoder of a pre-training model, on the same weights in memory; for generation, not for training."""
+        with torch.device("meta"):
+            decoder = cls(model.config)
+            for name, adapter in getattr(model, "peft_config", {}).items():
+                decoder.add_adapter(adapter, name)
+        decoder.load_state_dict(model.state_dict(), strict=False, assign=True)
+        return decoder.eval()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder

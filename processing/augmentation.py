@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
 from .clip import resize_and_crop
+from .pictures import to_rgb
 
 # Shapes: B images, S side
 
@@ -32,9 +33,9 @@ class PerImage:
         if self.crop == "middle":
             return resize_and_crop(image, self.side)
         if self.crop == "squeeze":
-            return image.convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC)
+            return to_rgb(image).resize((self.side, self.side), Image.Resampling.BICUBIC)
         left, top, width, height = random_box(image.width, image.height, rng, (self.scale, 1.0))
-        image = image.convert("RGB")
+        image = to_rgb(image)
         image = tv.resized_crop(
             image, top, left, height, width, [self.side, self.side], tv.InterpolationMode.BICUBIC, antialias=True
         )
@@ -90,80 +91,70 @@ def random_box(
     return (width - side_w) // 2, (height - side_h) // 2, side_w, side_h
 
 
-class StrongAugmentation:
-    """For small data: every image of a batch is turned, scaled, stretched, shifted, redrawn and recoloured on its own.
+# Strong augmentation, for small data. Tuned on a design that was held out of the training data.
+DEGREES, SCALE, STRETCH, SHEARED = 12.0, (0.7, 1.25), 0.15, 0.15  # ranges of the affine map
+SHIFT = 0.12  # its shift, as a share of the side
+RESTYLED = 0.48  # share of the images with thicker or thinner lines, a blur, sharper edges or an outline
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.2, 0.24, 0.36, 0.036  # ranges, as of torchvision's ColorJitter
+GREY = 0.05  # share of the images that lose their colours
+
+
+def strong_augmentation(images: Tensor) -> Tensor:
+    """Rotate, scale, stretch, shift, restyle and recolour each image of a batch independently.
 
     torchvision's transforms draw once for a whole batch; these draw for each image, in vectorised steps. The colours
-    stay recognisable: what a picture shows may hang on them (flags, hearts).
+    stay recognisable because the meaning may depend on them (flags, hearts).
 
     Args:
-        degrees, scale, stretch, shear, shift: ranges of the affine map; shift is a share of the side.
-        restyle: share of images that get thicker or thinner dark lines, a blur, sharper edges or an outline.
-        brightness, contrast, saturation, hue: ranges about no change, as torchvision's ColorJitter.
-        grey_share: share of images that lose their colours.
+        images: (B, 3, S, S) floats from 0 to 1.
+
+    Returns:
+        The same shape and range.
     """
+    return recolour(restyle(move(images))).clamp_(0, 1)
 
-    def __init__(
-        self,
-        degrees: float = 12.0,
-        scale: tuple[float, float] = (0.7, 1.25),
-        stretch: float = 0.15,
-        shear: float = 0.15,
-        shift: float = 0.12,
-        restyle: float = 0.48,
-        brightness: float = 0.2,
-        contrast: float = 0.24,
-        saturation: float = 0.36,
-        hue: float = 0.036,
-        grey_share: float = 0.05,
-    ):
-        self.degrees, self.scale, self.stretch, self.shear, self.shift = degrees, scale, stretch, shear, shift
-        self.restyle_share, self.grey_share = restyle, grey_share
-        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) floats from 0 to 1 -> the same."""
-        return self.recolour(self.restyle(self.move(images))).clamp_(0, 1)
+def move(images: Tensor) -> Tensor:
+    count, device = len(images), images.device
+    angle = uniform(count, -DEGREES, DEGREES, device) * math.pi / 180
+    scale = uniform(count, *SCALE, device)
+    stretch = torch.exp(uniform(count, -STRETCH, STRETCH, device))
+    shear = uniform(count, -SHEARED, SHEARED, device)
+    shift_x, shift_y = (uniform(count, -2 * SHIFT, 2 * SHIFT, device) for _ in range(2))
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    rows = [
+        torch.stack([cos * stretch, shear / scale - sin, shift_x], 1),
+        torch.stack([sin, cos / stretch, shift_y], 1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    # Zero padding of the negative: what comes in from outside is white, the ground of most drawings.
+    return 1 - F.grid_sample(1 - images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-    def move(self, images: Tensor) -> Tensor:
-        count, device = len(images), images.device
-        angle = uniform(count, -self.degrees, self.degrees, device) * math.pi / 180
-        scale = uniform(count, *self.scale, device)
-        stretch = torch.exp(uniform(count, -self.stretch, self.stretch, device))
-        shear = uniform(count, -self.shear, self.shear, device)
-        shift_x, shift_y = (uniform(count, -2 * self.shift, 2 * self.shift, device) for _ in range(2))
-        cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
-        rows = [
-            torch.stack([cos * stretch, shear / scale - sin, shift_x], 1),
-            torch.stack([sin, cos / stretch, shift_y], 1),
-        ]
-        grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-        # Zero padding of the negative: what comes in from outside is white, the ground of most drawings.
-        return 1 - F.grid_sample(1 - images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-    def restyle(self, images: Tensor) -> Tensor:
-        """Redraw some images in another hand: each of five kinds for its share of them. Changes `images` in place."""
-        kind = torch.rand(len(images), device=images.device) / max(self.restyle_share, 1e-9)
-        for low, high, redraw in ((0.0, 0.25, thicken), (0.25, 0.375, thin), (0.375, 0.625, blur),
-                                  (0.625, 0.8125, sharpen), (0.8125, 1.0, outline)):  # fmt: skip
-            rows = ((kind >= low) & (kind < high)).nonzero()[:, 0]
-            if len(rows):
-                images[rows] = redraw(images[rows])
-        return images
+def restyle(images: Tensor) -> Tensor:
+    """Redraw some images in another hand: each of five kinds for its share of them. Changes `images` in place."""
+    kind = torch.rand(len(images), device=images.device) / RESTYLED
+    for low, high, redraw in ((0.0, 0.25, thicken), (0.25, 0.375, thin), (0.375, 0.625, blur),
+                              (0.625, 0.8125, sharpen), (0.8125, 1.0, outline)):  # fmt: skip
+        rows = ((kind >= low) & (kind < high)).nonzero()[:, 0]
+        if len(rows):
+            images[rows] = redraw(images[rows])
+    return images
 
-    def recolour(self, images: Tensor) -> Tensor:
-        """Brightness, contrast, saturation and hue are linear in RGB: one 3 x 3 matrix and an offset for each image."""
-        count, device = len(images), images.device
-        brightness = uniform(count, 1 - self.brightness, 1 + self.brightness, device)
-        contrast = uniform(count, 1 - self.contrast, 1 + self.contrast, device)
-        saturation = uniform(count, 1 - self.saturation, 1 + self.saturation, device)
-        saturation = saturation * (torch.rand(count, device=device) >= self.grey_share)
-        grey = torch.tensor([0.299, 0.587, 0.114], device=device).expand(3, 3)  # ITU-R 601, as torchvision
-        saturate = torch.lerp(grey, torch.eye(3, device=device), saturation[:, None, None])
-        turn = hue_rotation(uniform(count, -self.hue, self.hue, device) * 2 * math.pi)
-        matrix = (brightness * contrast)[:, None, None] * (turn @ saturate)  # (B, 3, 3)
-        offset = (1 - contrast) * brightness * images.mean(dim=(1, 2, 3))
-        return torch.baddbmm(offset[:, None, None], matrix, images.flatten(2)).view_as(images)
+
+def recolour(images: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue are linear in RGB: one 3 x 3 matrix and an offset for each image."""
+    count, device = len(images), images.device
+    brightness = uniform(count, 1 - BRIGHTNESS, 1 + BRIGHTNESS, device)
+    contrast = uniform(count, 1 - CONTRAST, 1 + CONTRAST, device)
+    saturation = uniform(count, 1 - SATURATION, 1 + SATURATION, device)
+    saturation = saturation * (torch.rand(count, device=device) >= GREY)
+    grey = torch.tensor([0.299, 0.587, 0.114], device=device).expand(3, 3)  # ITU-R 601, as torchvision
+    saturate = torch.lerp(grey, torch.eye(3, device=device), saturation[:, None, None])
+    turn = hue_rotation(uniform(count, -HUE, HUE, device) * 2 * math.pi)
+    matrix = (brightness * contrast)[:, None, None] * (turn @ saturate)  # (B, 3, 3)
+    offset = (1 - contrast) * brightness * images.mean(dim=(1, 2, 3))
+    return torch.baddbmm(offset[:, None, None], matrix, images.flatten(2)).view_as(images)
 
 
 def thicken(images: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterable
 
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -23,13 +22,12 @@ def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
 
 
 class VlpBlipImageProcessor(VlpClipImageProcessor):
-    """BLIP's evaluation preprocessing: the whole image, converted to RGB, then squeezed into a square (bicubic)."""
+    """BLIP's evaluation preprocessing: the whole image, converted to RGB, then resized to a square (bicubic)."""
 
     size = {"height": 384, "width": 384}
+    default_to_square = True
     do_center_crop = False
-
-    def process_image(self, image, do_rescale: bool | None = None, **kwargs) -> Image.Image:
-        return super().process_image(image, do_rescale, **kwargs).convert("RGB")
+    rgb_before_resize = True
 
 
 class VlpBlipProcessor(VlpClipProcessor):

@@ -1,47 +1,63 @@
 """Images and captions for CLIP."""
 
+import os
+
 import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
 
 from ..modeling_vlp.publishing import PublishesCode
-
-# Image.MAX_IMAGE_PIXELS guards against decompression bombs: twice as many pixels raise Image.DecompressionBombError.
+from .pictures import from_array, is_array, read_picture, to_rgb, upright_and_opaque
 
 
 def resize_and_crop(image: Image.Image, side: int, resample: int = PILImageResampling.BICUBIC) -> Image.Image:
-    """Scale the shorter side to `side` pixels, cut the square in the middle, then convert to RGB.
+    """Scale the shorter side to `side` pixels, crop the square in the middle, then convert to RGB.
 
-    Exactly OpenAI's order and rounding (clip/clip.py, `_transform`; torchvision's Resize and CenterCrop): palette and
-    transparent images are resized before they lose their mode.
+    Exactly OpenAI's order and rounding (clip/clip.py, `_transform`; torchvision's Resize and CenterCrop): palette
+    images are resized before they lose their mode.
+
+    Args:
+        image: as `read_picture` returns it.
+
+    Returns:
+        An RGB image of `side` x `side` pixels.
     """
-    image = crop_middle(scale_shorter_side(image, side, resample), side, side)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return to_rgb(crop_middle(scale_shorter_side(image, side, resample), side, side))
 
 
-def scale_shorter_side(image: Image.Image, side: int, resample: int) -> Image.Image:
-    width, height = image.size
-    if width <= height:
-        size = (side, int(side * height / width))
-    else:
-        size = (int(side * width / height), side)
-    return image if size == image.size else image.resize(size, resample)
+def scale_shorter_side(image: Image.Image, side: int, resample: int, longest: int | None = None) -> Image.Image:
+    """Scale the shorter side to `side` pixels, or to less if the longer one would be above `longest`."""
+    height, width = get_size_with_aspect_ratio((image.height, image.width), side, longest)
+    return image if (width, height) == image.size else image.resize((width, height), resample)
 
 
 def crop_middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Crop a rectangle in the middle; beyond the border it is black, as torchvision pads."""
     left = int(round((image.width - width) / 2.0))
     top = int(round((image.height - height) / 2.0))
-    return image.crop((left, top, left + width, top + height))  # beyond the border: black, as torchvision pads
+    return image.crop((left, top, left + width, top + height))
 
 
 class VlpClipImageProcessor(PilBackend):
-    """OpenAI's evaluation preprocessing, bit for bit, with the names of transformers' CLIPImageProcessor.
+    """OpenAI's evaluation preprocessing, with the names of transformers' CLIPImageProcessor.
 
-    Accepts PIL images (any mode), and numpy arrays or tensors, channels first or last, of values 0 to 255 (0 to 1 with
-    `do_rescale=False`). Returns `pixel_values` (B, 3, S, S).
+    Accepts what `read_picture` reads: paths, PIL images of any mode, arrays and tensors with channels first or last.
+    Opaque pictures with eight bits per channel give OpenAI's pixel values to the bit. Unlike OpenAI's, pictures are
+    turned as their EXIF orientation says, transparent pixels are laid on white, and 16-bit values are scaled (see
+    `upright_and_opaque`). Returns `pixel_values` (B, 3, S, S).
+
+    Raises ValueError (PictureError) for a picture that cannot be read, and ValueError for an option that it does not
+    support.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -55,39 +71,73 @@ class VlpClipImageProcessor(PilBackend):
     do_rescale = True
     rescale_factor = 1 / 255
     do_normalize = True
-    do_convert_rgb = True  # always: a model has three channels; the name is there for those who read it
+    do_convert_rgb = True
+    rgb_before_resize = False
 
-    def process_image(self, image, do_rescale: bool | None = None, **kwargs) -> Image.Image:
-        """Any image-like thing as a PIL image, its mode kept: the conversion to RGB comes after the crop."""
-        if isinstance(image, Image.Image):
-            return image
-        array = np.asarray(image)
-        if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
-            array = np.moveaxis(array, 0, -1)
-        if array.ndim == 3 and array.shape[-1] == 1:
-            array = array[..., 0]
-        if array.ndim not in (2, 3):
-            raise ValueError(f"An image must have 2 or 3 dimensions, got an array of shape {array.shape}.")
-        if array.dtype != np.uint8:
-            array = np.clip(np.rint(array * (255 if do_rescale is False else 1)), 0, 255).astype(np.uint8)
-        return Image.fromarray(array)
+    def fetch_images(self, image_url_or_urls):
+        """Paths become pictures; URLs are refused."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(item) for item in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return read_picture(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
 
-    def _preprocess(self, images, do_resize, size, resample, do_center_crop, crop_size, do_convert_rgb, **kwargs):
-        do_normalize, return_tensors = kwargs["do_normalize"], kwargs.get("return_tensors")
-        mean = torch.tensor(kwargs["image_mean"]).view(3, 1, 1)
-        std = torch.tensor(kwargs["image_std"]).view(3, 1, 1)
+    def process_image(self, image, input_data_format=None, **kwargs) -> tuple[Image.Image, bool]:
+        """A picture to resize, and whether its values were floats from 0 to 1.
+
+        Args:
+            image: a PIL image, an array or a tensor.
+            input_data_format: "channels_first", "channels_last", or None to infer it from the shape.
+        """
+        if not is_array(image):
+            return read_picture(image), False
+        layout = {None: None, ChannelDimension.FIRST: "first", ChannelDimension.LAST: "last", "none": None}
+        if input_data_format not in layout:
+            raise ValueError(f"input_data_format must be channels_first or channels_last, got {input_data_format!r}.")
+        picture, unit_range = from_array(image, layout[input_data_format])
+        return upright_and_opaque(picture), unit_range
+
+    def _preprocess(
+        self, images: list[tuple[Image.Image, bool]], do_resize, size, resample, do_center_crop, crop_size, do_rescale,
+        rescale_factor, do_normalize, image_mean, image_std, return_tensors=None, **kwargs,
+    ) -> BatchFeature:  # fmt: skip
+        refuse_unsupported(size if do_resize else None, **kwargs)
         pixel_values = []
-        for image in images:
+        for image, unit_range in images:
+            image = to_rgb(image) if self.rgb_before_resize else image
             if do_resize and size.shortest_edge:
-                image = scale_shorter_side(image, size.shortest_edge, resample)
+                image = scale_shorter_side(image, size.shortest_edge, resample, size.longest_edge)
             elif do_resize:
                 image = image.resize((size.width, size.height), resample)
             if do_center_crop:
                 image = crop_middle(image, crop_size.width, crop_size.height)
-            # A model has three channels: an image is never left in another mode.
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-            pixel_values.append((pixels - mean) / std if do_normalize else pixels)
+            pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).float()
+            pixels = pixels / 255 if unit_range else pixels
+            if do_rescale:  # by division: OpenAI's values to the bit
+                pixels = pixels / 255 if rescale_factor == 1 / 255 else pixels * rescale_factor
+            if do_normalize:
+                pixels = (pixels - as_channels(image_mean)) / as_channels(image_std)
+            pixel_values.append(pixels)
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+def refuse_unsupported(
+    size: SizeDict | None, do_convert_rgb: bool | None = None, do_pad: bool | None = None, data_format=None, **kwargs
+) -> None:
+    """Raise ValueError, with the value, for options of transformers' image processors that ours do not support."""
+    if size is not None and not (size.shortest_edge or (size.height and size.width)):
+        raise ValueError(f"size must have shortest_edge, or height and width, got {dict(size)}.")
+    if do_convert_rgb is False:
+        raise ValueError("do_convert_rgb=False is not supported: the models take three channels.")
+    if do_pad:
+        raise ValueError("do_pad=True is not supported: images are cropped or resized to one size.")
+    if data_format not in (None, ChannelDimension.FIRST):
+        raise ValueError(f"data_format={data_format!r} is not supported: pixel_values are (B, 3, S, S).")
+
+
+def as_channels(values: float | tuple[float, ...]) -> torch.Tensor:
+    """One value, or one for each channel, as (3, 1, 1) or (1, 1, 1)."""
+    return torch.tensor(values).view(-1, 1, 1)
 
 
 class VlpClipProcessor(PublishesCode, ProcessorMixin):

@@ -6,6 +6,7 @@ import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -13,9 +14,7 @@ from ..errors import ArgumentError
 from .arguments import TrainingArguments, add_options
 from .data.capfilt import CapFiltArguments
 from .data.shards import ShardsArguments
-from .families.blip import BlipArguments
-from .families.blip2 import Blip2Arguments
-from .families.clip import ClipArguments
+from .families import FAMILIES
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -29,22 +28,7 @@ class Task:
     text: str
 
 
-TASKS = {
-    "clip": Task(
-        ClipArguments,
-        "clip-emoji",
-        "Pre-train CLIP on pairs of images and captions, evaluate it, and write a folder to publish",
-    ),
-    "blip": Task(
-        BlipArguments,
-        "blip-emoji",
-        "Pre-train or fine-tune BLIP on pairs of images and captions, evaluate it, and write a folder to publish",
-    ),
-    "blip2": Task(
-        Blip2Arguments,
-        "blip2-emoji",
-        "Pre-train BLIP-2, stage 1 or 2, on pairs of images and captions, evaluate it, and write a folder to publish",
-    ),
+TASKS = {family.name: Task(family.arguments, family.recipe, family.text) for family in FAMILIES.values()} | {
     "capfilt": Task(
         CapFiltArguments, "capfilt", "Caption web images and filter captions with fine-tuned BLIPs (CapFilt)"
     ),
@@ -68,7 +52,7 @@ def parse(arguments: list[str], task: str = "clip"):
     return TASKS[task].arguments(**parsed)
 
 
-def read_recipe(name: str, kind: type[TrainingArguments] = ClipArguments) -> dict:
+def read_recipe(name: str, kind: type[TrainingArguments]) -> dict:
     """The options in a recipe of the package (by name) or in a YAML file (by path)."""
     path = Path(name)
     if not path.suffix:
@@ -89,12 +73,20 @@ def read_recipe(name: str, kind: type[TrainingArguments] = ClipArguments) -> dic
             raise ArgumentError(
                 f"{path}: {key!r} is no option of {task}; `accelerate launch training {task} --help` lists them."
             )
-        expected = typing.get_args(types[key]) or (types[key],)
+        expected = kinds_of(types[key])
         if float in expected and isinstance(value, (int, str)) and is_number(value):
             values[key] = float(value)  # YAML reads 5e-4, without a dot, as text
         elif type(value) not in expected and not (value is None and type(None) in expected):
             raise ArgumentError(f"{path}: {key} must be of type {types[key]}, got {value!r}.")
     return values
+
+
+def kinds_of(annotation) -> tuple[type, ...]:
+    """The types of an option's values."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return tuple({type(choice) for choice in arguments})
+    return arguments or (annotation,)
 
 
 def is_number(value: int | str) -> bool:

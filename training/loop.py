@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from .arguments import TrainingArguments
 from .data.batches import BadRows, Batch
+from .evaluation.pictures import Pictures
 from .machine.optim import learning_rate_factor
 from .objectives.base import Objective
 
@@ -34,19 +36,22 @@ class Progress:
 
 @dataclass
 class Run:
-    """The parts of a run, as `run.py` put them together."""
+    """The parts of a run, as `set_up` makes them."""
 
     arguments: TrainingArguments
     accelerator: Accelerator
+    rows: Dataset | None  # to train on; None for shards
+    processor: ProcessorMixin
     model: PreTrainedModel  # what is trained
     objective: Objective
     wrapped: torch.nn.Module  # the objective, as Accelerate wrapped it
     optimizer: torch.optim.Optimizer
-    batches: Iterator[Batch]
     to_pixel_values: Callable[[Tensor], Tensor]
     total_steps: int | None
     bad_rows: BadRows
     average: AveragedModel | None = None
+    evaluations: list[Pictures] = field(default_factory=list)  # the prepared data of each evaluation task
+    batches: Iterator[Batch] | None = None  # set when the run is where it starts or resumes
     progress: Progress = field(default_factory=Progress)
     interrupted: bool = False
 

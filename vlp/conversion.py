@@ -35,12 +35,12 @@ from transformers import (
     SiglipProcessor,
 )
 
-import vlp
-
+from .architectures import ARCHITECTURES, architecture
 from .configuration.clip import VlpClipConfig
 from .configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig
 from .files import TEACHER_FILE, check_output, start_anew, state_folder, write_whole
 from .modeling_vlp.blip2_writer import PREFIX
+from .modeling_vlp.clip import VlpClipModel
 from .modeling_vlp.exchange import lavis, open_clip, openai, salesforce
 from .modeling_vlp.exchange import transformers as peer
 from .modeling_vlp.exchange.files import read_tensors
@@ -86,7 +86,7 @@ class Checkpoint:
         stored = getattr(self.config, "store_language_model", None)
         if any(name.startswith(PREFIX) for name in self.tensors):
             self.config.store_language_model = True
-        model = getattr(vlp, self.architecture)(self.config)
+        model = architecture(self.architecture).model(self.config)
         model.load_state_dict(self.tensors)
         if stored is not None:
             model.config.store_language_model = stored
@@ -111,9 +111,9 @@ def read_source(source: Path, options) -> Checkpoint:
 
 
 def from_vlp(folder: Path, config: PreTrainedConfig) -> Checkpoint:
-    architecture = config.architectures[0]
-    model = getattr(vlp, architecture).from_pretrained(folder)
-    found = Checkpoint(architecture, model.config, model.state_dict(), usual_images(config))
+    name = config.architectures[0]
+    model = architecture(name).model.from_pretrained(folder)
+    found = Checkpoint(name, model.config, model.state_dict(), usual_images(config))
     if (folder / "tokenizer_config.json").is_file():
         processor = AutoProcessor.from_pretrained(folder)
         found.images, found.tokenizer = processor.image_processor, processor.tokenizer
@@ -123,18 +123,29 @@ def from_vlp(folder: Path, config: PreTrainedConfig) -> Checkpoint:
 
 
 def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
-    architecture = peer.architecture_of(config)
+    name = name_of_peer((config.architectures or ["none"])[0])
     ours, state = peer.config_from(config), weights_of(folder)
     words = "text_decoder.bert.embeddings.word_embeddings.weight"
     if words in state:  # what is read and what is written have the same, which is stored once
         state.setdefault("text_decoder.cls.predictions.decoder.weight", state[words])
-    found = assemble(architecture, ours, state, peer.rules_of(ours, architecture), peer.IGNORED)
+    found = assemble(name, ours, state, peer.rules_of(ours, name), peer.IGNORED)
     if list(folder.glob("*processor_config.json")):
         theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
         found.images = (VlpClipImageProcessor if found.is_clip else VlpBlipImageProcessor)(**image_options(theirs))
     if (folder / "tokenizer_config.json").is_file():
         found.tokenizer = tokenizer_of(found, str(folder))
     return found
+
+
+def name_of_peer(theirs: str) -> str:
+    """The name of our model for a class of transformers. Raises ExchangeError if there is none."""
+    if theirs == "SiglipModel":
+        return VlpClipModel.__name__
+    # Of two that have the same peer, the later is the one that their checkpoint is: it has no language modelling head.
+    found = {row.peer: row.model.__name__ for row in ARCHITECTURES if row.peer}
+    if theirs not in found:
+        raise ExchangeError(f"{theirs} is not among the architectures that vlp converts: {', '.join(found)}.")
+    return found[theirs]
 
 
 def from_open_clip(folder: Path) -> Checkpoint:
@@ -155,10 +166,10 @@ def from_file(path: Path, options) -> Checkpoint:
     if lavis.is_blip2(state):
         found = from_lavis(path, state, options)
     elif any(name.startswith("visual_encoder.") for name in state):
-        architecture = salesforce.architecture_of(state)
+        name = salesforce.architecture_of(state)
         config = salesforce.config_from(state, **heads)
         ignored = f"{salesforce.IGNORED}|{salesforce.TEACHER}"
-        found = assemble(architecture, config, state, salesforce.RULES[architecture], ignored)
+        found = assemble(name, config, state, salesforce.RULES[name], ignored)
         found.teacher = salesforce.teacher_from(state, config)
     elif any(name.startswith("visual.") for name in state):
         act = options.hidden_act or ("quick_gelu" if openai.is_openai(state) else None)
@@ -177,43 +188,41 @@ def from_file(path: Path, options) -> Checkpoint:
 def from_lavis(path: Path, state: State, options) -> Checkpoint:
     """A BLIP-2 of LAVIS, whose files hold what was trained alone."""
     if options.image_tower:
-        state = {name: value for name, value in state.items() if not name.startswith("visual_encoder.")}
+        state = {key: value for key, value in state.items() if not key.startswith("visual_encoder.")}
         state |= lavis.tower_from(read_tensors(Path(options.image_tower)))
     elif not any(name.startswith("visual_encoder.") for name in state):
         raise ExchangeError(
             f"{path} has no image tower, which LAVIS keeps in a file of its own: pass --image_tower eva_vit_g.pth (or "
             "clip_vit_L.pth)."
         )
-    architecture, text = lavis.architecture_of(state), None
-    if architecture == "VlpBlip2ForConditionalGeneration":
+    name, text = lavis.architecture_of(state), None
+    if name == "VlpBlip2ForConditionalGeneration":
         if not options.language_model:
             raise ExchangeError(f"{path} is of stage 2, and has no language model: name it with --language_model.")
         text = AutoConfig.from_pretrained(options.language_model)
     vision = lavis.vision_config_from(state, options.vision_heads)
     config = lavis.config_from(state, vision, text, options.text_heads)
     config.language_model_name_or_path = options.language_model
-    return assemble(architecture, config, lavis.with_joint_bias(state), lavis.rules_of(config), lavis.IGNORED)
+    return assemble(name, config, lavis.with_joint_bias(state), lavis.rules_of(config), lavis.IGNORED)
 
 
-def assemble(
-    architecture: str, config: PreTrainedConfig, state: State, rules: tuple[Rule, ...], ignored: str
-) -> Checkpoint:
+def assemble(name: str, config: PreTrainedConfig, state: State, rules: tuple[Rule, ...], ignored: str) -> Checkpoint:
     """Our tensors from theirs; a temperature that they do not have is that of a new model."""
     with torch.device("meta"):
-        model = getattr(vlp, architecture)(config)
+        model = architecture(name).model(config)
         wanted = model.state_dict()
-    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if name.startswith(PREFIX) and source in state:  # a language model's tied weights are stored once
-            state.setdefault(name, state[source])
-    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    for key, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if key.startswith(PREFIX) and source in state:  # a language model's tied weights are stored once
+            state.setdefault(key, state[source])
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     without = {"temp"} - state.keys() if "temp" in wanted else set()
-    tensors = read(state, {name: value for name, value in wanted.items() if name not in without}, rules, ignored)
+    tensors = read(state, {key: value for key, value in wanted.items() if key not in without}, rules, ignored)
     notes = []
     if without:
         tensors["temp"] = torch.tensor(config.temperature_init_value)
         notes.append(f"the source has no temperature: it is {config.temperature_init_value}, that of a new model")
-    config.architectures = [architecture]
-    return Checkpoint(architecture, config, tensors, usual_images(config), notes=notes)
+    config.architectures = [name]
+    return Checkpoint(name, config, tensors, usual_images(config), notes=notes)
 
 
 def usual_images(config: PreTrainedConfig) -> VlpClipImageProcessor:
@@ -274,8 +283,11 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
             write_whole(state_folder(target), lambda fresh: save_file(found.teacher, fresh / TEACHER_FILE))
         return []
     if to == "transformers":
+        theirs = architecture(found.architecture).peer
+        if theirs is None:
+            raise ExchangeError(f"transformers has no class for {found.architecture}.")
         image_token = room_for_image_token(found) if found.writes_by_language_model else None
-        config = peer.config_to(found.config, found.architecture, image_token)
+        config = peer.config_to(found.config, theirs, image_token)
         state, left_out = write(found.tensors, peer.rules_of(found.config, found.architecture))
         write_folder(target, lambda fresh: save_transformers(found, config, state, fresh))
         return left_out

@@ -1,4 +1,4 @@
-"""Errors that a user can fix; programs print their message on one line, without a traceback."""
+"""Errors that a user can fix; the programs print their message on one line, without a traceback."""
 
 
 class ArgumentError(ValueError):
@@ -6,8 +6,12 @@ class ArgumentError(ValueError):
 
 
 class ResumeError(ValueError):
-    """A state that cannot be gone on from."""
+    """A state that a run cannot be resumed from."""
 
 
 class BadDataError(RuntimeError):
     """More rows are bad than the run allows."""
+
+
+class UnsupportedModelError(ValueError):
+    """A model that cannot be loaded, or does not support the task; the message says what to do."""

@@ -35,16 +35,6 @@ BLIP_VISION = (
     ),
     Rule(r"(vision_model\.\S+)", r"\1"),
 )
-# Their names of what vlp's architectures are called; there is no class there for the others.
-ARCHITECTURES = {
-    "VlpClipModel": "CLIPModel",
-    "VlpBlipForConditionalGeneration": "BlipForConditionalGeneration",
-    "VlpBlipForImageTextRetrieval": "BlipForImageTextRetrieval",
-    "VlpBlipForQuestionAnswering": "BlipForQuestionAnswering",
-    "VlpBlip2ForImageTextRetrieval": "Blip2ForImageTextRetrieval",
-    "VlpBlip2ForConditionalGeneration": "Blip2ForConditionalGeneration",
-}
-EXPORTED = ARCHITECTURES | {"VlpBlip2ForPreTraining": "Blip2ForImageTextRetrieval"}  # without what it writes by
 BLIP2 = (
     Rule(r"vision_norm\.(weight|bias)", r"vision_model.post_layernorm.\1"),
     *BLIP_VISION,
@@ -54,11 +44,6 @@ BLIP2 = (
     *lavis.qformer("qformer", "attention", "embeddings", "qformer.layernorm"),
 )
 HEADS = (Rule(r"((?:vision_proj|text_proj|itm_head)\.\S+)", r"\1"),)  # transformers has no temperature
-RULES = (
-    {"VlpClipModel": CLIP}
-    | {name: BLIP2 for name in EXPORTED if name.startswith("VlpBlip2")}
-    | {name: (*BLIP_VISION, *HEADS, *salesforce.TEXTS[name]) for name in ARCHITECTURES if name in salesforce.TEXTS}
-)
 IGNORED = r".*\.position_ids"
 
 VISION_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
@@ -77,10 +62,12 @@ QFORMER_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attenti
 
 
 def rules_of(config: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, architecture: str) -> tuple[Rule, ...]:
-    """Where the tensors of one of our models stand. Raises ExchangeError where transformers has no such model."""
-    if architecture not in RULES:
-        raise ExchangeError(f"transformers has no class for {architecture}.")
-    return SIGLIP if is_siglip(config) else RULES[architecture]
+    """Where the tensors of one of our models are in theirs."""
+    if isinstance(config, VlpBlip2Config):
+        return BLIP2
+    if isinstance(config, VlpClipConfig):
+        return SIGLIP if is_siglip(config) else CLIP
+    return (*BLIP_VISION, *HEADS, *salesforce.TEXTS[architecture])
 
 
 def is_siglip(ours: PreTrainedConfig) -> bool:
@@ -89,17 +76,6 @@ def is_siglip(ours: PreTrainedConfig) -> bool:
     if kinds.count("vlp_siglip_vit") + kinds.count("vlp_siglip_text") == 1:
         raise ExchangeError("transformers' SiglipModel has both its towers, or neither.")
     return kinds[0] == "vlp_siglip_vit"
-
-
-def architecture_of(config: PreTrainedConfig) -> str:
-    """Which of our models a folder of transformers is. Raises ExchangeError where it is none."""
-    theirs = (config.architectures or ["none"])[0]
-    if theirs == "SiglipModel":
-        return "VlpClipModel"
-    for ours, name in ARCHITECTURES.items():
-        if name == theirs:
-            return ours
-    raise ExchangeError(f"{theirs} is not among the architectures that vlp reads: {', '.join(ARCHITECTURES.values())}.")
 
 
 def config_from(theirs: CLIPConfig | BlipConfig | Blip2Config) -> VlpClipConfig | VlpBlipConfig | VlpBlip2Config:
@@ -142,7 +118,7 @@ def siglip_config_to(ours: VlpClipConfig) -> SiglipConfig:
 
 def blip2_config_from(theirs: Blip2Config, vision: dict) -> VlpBlip2Config:
     """Our configuration from theirs; the language model, where there is one, is kept in the checkpoint, as theirs."""
-    writes = theirs.architectures[0] == ARCHITECTURES["VlpBlip2ForConditionalGeneration"]
+    writes = theirs.architectures[0] == "Blip2ForConditionalGeneration"
     qformer = pick(theirs.qformer_config, QFORMER_FIELDS)
     qformer["bos_token_id"] = min(30522, qformer["vocab_size"] - 1)  # [DEC] stands after BERT's vocabulary
     qformer["eos_token_id"] = min(102, qformer["vocab_size"] - 1)
@@ -180,20 +156,22 @@ def blip2_config_to(ours: VlpBlip2Config, writes: bool, image_token_id: int | No
 
 
 def config_to(
-    ours: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, architecture: str, image_token_id: int | None = None
+    ours: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, peer: str, image_token_id: int | None = None
 ) -> CLIPConfig | BlipConfig | Blip2Config:
-    """Their configuration from ours. Raises ExchangeError where transformers has no such model.
+    """Their configuration from ours.
 
     Args:
-        image_token_id: of BLIP-2 with a language model, what stands for a query in a text.
+        peer: the name of their class.
+        image_token_id: of BLIP-2 with a language model, the token that stands for a query in a text.
+
+    Raises:
+        ExchangeError: if their class has no such towers.
     """
-    if architecture not in EXPORTED:
-        raise ExchangeError(f"transformers has no class for {architecture}.")
     if ours.vision_config.model_type == "vlp_modified_resnet":
         raise ExchangeError("transformers has no ModifiedResNet.")
     vision = pick(ours.vision_config, VISION_FIELDS)
     if isinstance(ours, VlpBlip2Config):
-        theirs = blip2_config_to(ours, architecture == "VlpBlip2ForConditionalGeneration", image_token_id)
+        theirs = blip2_config_to(ours, peer == "Blip2ForConditionalGeneration", image_token_id)
     elif is_siglip(ours):
         theirs = siglip_config_to(ours)
         theirs.architectures = ["SiglipModel"]
@@ -210,7 +188,7 @@ def config_to(
             vision_config=vision, text_config=text, image_text_hidden_size=ours.image_text_hidden_size,
             projection_dim=ours.image_text_hidden_size,
         )  # fmt: skip
-    theirs.architectures = [EXPORTED[architecture]]
+    theirs.architectures = [peer]
     return theirs
 
 

@@ -1,6 +1,8 @@
 """The card is rendered from facts; a fact that is missing drops its section. Run: pytest tests/test_model_cards.py"""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from conftest import tiny_config
@@ -40,9 +42,23 @@ def facts(**changes) -> dict:
         processes=2,
         hardware="2 CPU cores",
         versions={"torch": "2"},
+        shown_options=["learning_rate", "seed", "patch_dropout", "layer_decay"],
         arguments=arguments,
     )
     return results | changes
+
+
+def save_evaluation(folder: Path, name: str = "emoji-test-zero-shot", column: str = "caption", **changes) -> None:
+    """An evaluation as `training.evaluation.results` writes it."""
+    arguments = {"task": "zero-shot", "dataset": "emoji", "split": "test", "class_column": None, "templates": "name",
+                 "caption_column": column, "group_column": "group"}  # fmt: skip
+    evaluation = {"rows": 60, "pictures": 50, "classes": 40, "arguments": arguments,
+                  "metrics": {"zero_shot_top1": 0.5}, "intervals": {"zero_shot_top1": [0.4, 0.6]},
+                  "most_confused": [["cat", "dog", 3]],
+                  "groups": {"food": {"zero_shot_top1": 0.75, "rows": 30},
+                             "flags": {"zero_shot_top1": 0.1, "rows": 20}}}  # fmt: skip
+    (folder / "evaluations").mkdir(exist_ok=True)
+    (folder / f"evaluations/{name}.json").write_text(json.dumps(evaluation | changes))
 
 
 @pytest.mark.parametrize("tower", ["vit", "resnet"])
@@ -50,22 +66,27 @@ def test_every_fact_is_told(tmp_path, tower):
     tiny_config(tower, architectures=["VlpClipModel"]).save_pretrained(tmp_path)
     history = [{"step": step, "samples": step, "contrastive": 5 / step} for step in range(1, 20)]
     history[-1]["matching"] = 0.5  # a loss that begins late
-    example = {"image": Image.new("RGB", (8, 8)), "label": "a $ sign", "predictions": [("cat", 0.7), ("$x^{$", 0.3)]}
+    example = {
+        "image": Image.new("RGB", (8, 8)),
+        "label": "a $ sign",
+        "predictions": [("cat", 0.7, True), ("$x^{$", 0.3, False)],
+    }
     evaluations = [{"step": step, "zero_shot_top1": step / 100, "cider": 1.0} for step in (5, 10, 19)]
+    save_evaluation(tmp_path)
     write_card(tmp_path, facts(history=history, losses=["contrastive", "matching"], evaluations=evaluations),
                [example] * 3)  # fmt: skip
     card = ModelCard.load(tmp_path / "README.md")
-    for text in ("1,234,567", "1,234 optimiser steps", "5,678 samples", "25.00 %", "empty caption: 2", "CC BY 4.0",
-                 "learning_rate | 0.001", "seed | 3", "over 10 names", "con mèo", "50 pairs of the split `test`",
-                 "loss.png", "metrics.png",
+    for text in ("1,234,567", "1,234 optimiser steps", "5,678 samples", "50.00 %", "empty caption: 2", "CC BY 4.0",
+                 "learning_rate | 0.001", "seed | 3", "40 classes", "con mèo", "never saw the split `test`",
+                 "2 processes", "loss.png", "metrics.png",
                  "examples.png", "ViT, 3 layers" if tower == "vit" else "ModifiedResNet, 1-2-1"):  # fmt: skip
         assert text in card.content, text
     assert "patch_dropout" not in card.content
     assert card.data.language == "vi" and card.data.datasets == ["me/pairs"]
-    assert {r.metric_name: r.metric_value for r in card.data.eval_results}["Zero-shot top-1 accuracy"] == 0.25
+    assert {r.metric_name: r.metric_value for r in card.data.eval_results}["Zero-shot top-1 accuracy"] == 0.5
     assert Image.open(tmp_path / "examples.png").width > 200
     stored = json.loads((tmp_path / "results.json").read_text())
-    assert stored["examples"][0]["predictions"][0] == ["cat", 0.7]
+    assert stored["examples"][0]["predictions"][0] == ["cat", 0.7, True]
 
 
 def test_a_seed_of_nought_is_told(tmp_path):
@@ -99,17 +120,49 @@ def test_evaluations_and_known_failures_are_told(tmp_path):
     found = facts()
     found["arguments"] |= {"dataset_name": "emoji", "data_license": None, "language": "en,vi"}
     write_card(tmp_path, found, [])
-    (tmp_path / "evaluations").mkdir()
-    arguments = {"task": "zero-shot", "dataset": "emoji", "split": "test", "class_column": None, "templates": "name",
-                 "caption_column": "caption", "group_column": "group"}  # fmt: skip
-    evaluation = {"rows": 50, "classes": 40, "arguments": arguments, "metrics": {"zero_shot_top1": 0.5},
-                  "intervals": {"zero_shot_top1": [0.4, 0.6]}, "most_confused": [["cat", "dog", 3]],
-                  "groups": {"food": {"zero_shot_top1": 0.75, "rows": 30}, "flags": {"zero_shot_top1": 0.1, "rows": 20}}}  # fmt: skip # noqa: E501
-    (tmp_path / "evaluations/emoji-test-zero-shot.json").write_text(json.dumps(evaluation))
+    save_evaluation(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "evaluations/emoji-test-zero-shot.png")
     card = render_card(tmp_path)
-    for text in ("zero-shot on 50 rows of emoji, split `test`, over 40 names", "| 50.00 % | 40.00 % – 60.00 % |",
-                 "The right name (`caption`) first, by group: flags 10 % (of 20), food 75 % (of 30)", "“cat” for “dog”",
+    for text in ("Task zero-shot on 50 pictures (60 rows) of emoji, split `test`, 40 classes",
+                 "| 50.00 % | 40.00 % – 60.00 % |", "“cat” for “dog”",
+                 "Zero-shot top-1 accuracy (`caption`) by group: flags 10 % (of 20), food 75 % (of 30)",
                  "evaluations/emoji-test-zero-shot.png", "shared alike"):  # fmt: skip
         assert text in card.content, text
     assert card.data.license == "cc-by-sa-4.0" and card.data.language == ["en", "vi"]
+
+
+SHIPPED = sorted(path.parent for path in Path(__file__).parents[2].glob("model_cards/*/README.md"))
+
+
+def figures(card: str) -> list[tuple[str, str, str]]:
+    """(data and task, metric, value) of every row of a card's tables of results."""
+    found, sentence = [], ""
+    for line in card.splitlines():
+        if line.startswith("Task "):
+            sentence = line
+        row = re.fullmatch(r"\| (.+?) \| ([\d.]+(?: %)?) \|(?: .*\|)?", line)
+        if row and sentence:
+            found.append((sentence, row[1], row[2]))
+        if line.startswith("## "):
+            sentence = ""
+    return found
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_a_card_has_one_figure_for_each_metric(folder):
+    """The same metric on the same data and column is there once, in its text and in its metadata."""
+    card = ModelCard.load(folder / "README.md")
+    rows = figures(card.text)
+    assert len(rows) >= 9
+    keys = [(re.sub(r"^Task \S+ on ", "", data), metric) for data, metric, _ in rows]
+    assert len(set(keys)) == len(keys)
+    metadata = [(r.dataset_type, r.dataset_config, r.dataset_split, r.metric_name) for r in card.data.eval_results]
+    assert len(set(metadata)) == len(metadata) == len(rows)
+    assert sorted(f"{100 * r.metric_value:.2f}" for r in card.data.eval_results) == sorted(
+        value.removesuffix(" %") for _, _, value in rows
+    )
+
+
+def test_two_figures_of_one_metric_would_be_found():
+    card = "## Results\n\nTask itm on 5 pictures of x, split `t`.\n\n| BLEU-4 | 35.65 % | |\n| BLEU-4 | 38.49 % | |\n"
+    assert [row[1:] for row in figures(card)] == [("BLEU-4", "35.65 %"), ("BLEU-4", "38.49 %")]

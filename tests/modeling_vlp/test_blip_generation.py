@@ -6,8 +6,7 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import BlipConfig, BlipForConditionalGeneration, TextStreamer
 from vlp.modeling_vlp.exchange.places import read
-from vlp.modeling_vlp.exchange.transformers import IGNORED
-from vlp.modeling_vlp.exchange.transformers import RULES as ALL_RULES
+from vlp.modeling_vlp.exchange.transformers import IGNORED, rules_of
 from vlp.processing.blip import train_tokenizer
 
 import vlp
@@ -17,7 +16,7 @@ VISION = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "intermediate_si
 TEXT = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 4, "max_position_embeddings": 40}  # fmt: skip
 TOKENS = {"pad_token_id": 0, "bos_token_id": 118}
-RULES = ALL_RULES["VlpBlipForConditionalGeneration"]
+RULES = rules_of(vlp.VlpBlipConfig(), "VlpBlipForConditionalGeneration")
 
 
 def load_from_transformers(ours: vlp.VlpBlipForConditionalGeneration, theirs: BlipForConditionalGeneration) -> None:
@@ -169,9 +168,8 @@ def test_captions_can_be_streamed(capsys):
 def test_a_usual_length_is_no_cause_for_a_warning(recwarn):
     """Twenty new tokens, as transformers has it, where nothing says how many."""
     from conftest import tiny_blip
-    from vlp.training.evaluation.blip import captioner
 
-    writer, pixels = captioner(tiny_blip().eval()), torch.randn(1, 3, 32, 32)
+    writer, pixels = vlp.VlpBlipForConditionalGeneration.sharing(tiny_blip().eval()), torch.randn(1, 3, 32, 32)
     plain = writer.generate(pixels, do_sample=False, eos_token_id=-1)
     assert plain.shape == (1, 21) and not [w for w in recwarn if "max_length" in str(w.message)]
     assert torch.equal(plain, writer.generate(pixels, do_sample=False, eos_token_id=-1, max_length=21))

@@ -2,16 +2,10 @@
 
 import pytest
 import torch
-from conftest import CAPTIONS, tiny_blip, tiny_pair
-from PIL import Image
-from test_evaluation import coloured_rows
+from conftest import CAPTIONS, tiny_blip
 from vlp.modeling_vlp import attention
 from vlp.modeling_vlp.heatmaps import attention_maps, by_word, matching_maps, to_grid
 from vlp.processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, train_tokenizer
-from vlp.training.data.rows import CaptionChooser
-from vlp.training.evaluation.base import Evaluator
-from vlp.training.evaluation.blip import BlipEvaluator, captioner
-from vlp.training.evaluation.pictures import draw_pictures
 
 import vlp
 
@@ -26,7 +20,7 @@ def parts(tower: str = "vit"):
 @pytest.mark.parametrize("tower", ["vit", "resnet"])
 def test_a_map_for_each_word_that_is_written(tower):
     model, processor, pixels = parts(tower)
-    writer = captioner(model)
+    writer = vlp.VlpBlipForConditionalGeneration.sharing(model)
     before = writer.config._attn_implementation
     heat = attention_maps(writer, processor, pixels, num_beams=1, max_length=9)
     assert heat.words and len(heat.maps) == len(heat.words)
@@ -95,18 +89,3 @@ def test_patches_that_make_no_square():
     assert to_grid(torch.rand(3, 17)).shape == (3, 4, 4) and to_grid(torch.rand(3, 16)).shape == (3, 4, 4)
     with pytest.raises(ValueError, match="15 tokens of an image make no square"):
         to_grid(torch.rand(3, 15))
-
-
-def test_all_that_a_model_can_show_is_drawn(tmp_path):
-    model, processor, _ = parts()
-    rows = coloured_rows()
-    (tmp_path / "blip").mkdir()
-    (tmp_path / "clip").mkdir()
-    draw_pictures(model, processor, BlipEvaluator(rows, CaptionChooser(), "image", 10**6), tmp_path / "blip")
-    assert {path.name for path in (tmp_path / "blip").iterdir()} == {"retrieval.png", "attention.png", "matching.png"}
-    assert all(Image.open(path).width > 200 for path in (tmp_path / "blip").iterdir())
-    draw_pictures(*tiny_pair(), Evaluator(rows, CaptionChooser(), "image", 10**6), tmp_path / "clip")
-    assert {path.name for path in (tmp_path / "clip").iterdir()} == {"retrieval.png"}
-    writer = vlp.VlpBlipForConditionalGeneration(model.config).eval()
-    draw_pictures(writer, processor, BlipEvaluator(rows, CaptionChooser(), "image", 10**6), tmp_path)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"attention.png"}

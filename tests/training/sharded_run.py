@@ -2,9 +2,9 @@
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from vlp.training import run
+from vlp.training import run, setup
 
-make_accelerator = run.make_accelerator
+make_accelerator = setup.make_accelerator
 
 
 def make_sharding_accelerator(arguments):
@@ -17,6 +17,6 @@ def make_sharding_accelerator(arguments):
     return accelerator
 
 
-run.make_accelerator = make_sharding_accelerator
+setup.make_accelerator = make_sharding_accelerator
 if __name__ == "__main__":
     run.main()

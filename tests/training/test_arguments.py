@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 from vlp.processing.prompts import TEMPLATES
+from vlp.training.arguments import names_of
 from vlp.training.command_line import RECIPES, TASKS, build_parser, parse
-from vlp.training.families.blip import new_config
+from vlp.training.families.blip import BlipArguments, new_config
+from vlp.training.families.clip import ClipArguments
 
 import vlp
 from vlp.errors import ArgumentError
@@ -128,7 +130,6 @@ def test_mistakes_in_a_file_are_named(tmp_path, content, message):
         (["--learning_rate", "-1"], "must be positive, got -1.0"),
         (["--warmup_steps", "-1"], "must not be negative, got -1"),
         (["--tag_share", "1.5"], "between 0 and 1, got 1.5"),
-        (["--loss", "triplet"], "one of softmax, sigmoid, got 'triplet'"),
         (["--lock_image_tower", "--lock_text_tower"], "Nothing is left to train"),
         (["--text_tower", "x"], "needs --tokenizer_name"),
         (["--eval_split", "train"], "is what is trained on"),
@@ -148,3 +149,22 @@ def test_mistakes_in_a_file_are_named(tmp_path, content, message):
 def test_wrong_options_are_refused_before_anything_is_loaded(words, message):
     with pytest.raises(ArgumentError, match=message):
         parse(words)
+
+
+def test_choices_are_in_the_help_and_checked_everywhere(capsys):
+    assert "{softmax,sigmoid}" in build_parser("clip").format_help()
+    with pytest.raises(SystemExit):
+        parse(["--loss", "triplet"])
+    assert "invalid choice: 'triplet'" in capsys.readouterr().err
+    with pytest.raises(ArgumentError, match="--loss must be one of softmax, sigmoid, got 'triplet'"):
+        ClipArguments(loss="triplet")
+
+
+def test_options_say_what_a_resumed_run_is_bound_to_and_what_the_card_shows():
+    options = ClipArguments()
+    bound, shown = names_of(options, "bound"), names_of(options, "shown")
+    assert {"dataset_name", "tag_column", "caption_column", "tokenizer_name", "seed", "loss"} <= set(bound)
+    assert {"learning_rate", "max_train_steps", "report_to", "output_dir"}.isdisjoint(bound)
+    assert {"learning_rate", "seed", "loss"} <= set(shown) and "output_dir" not in shown
+    blip = names_of(BlipArguments(), "bound")
+    assert {"answer_column", "label_column", "second_image_column", "task"} <= set(blip)

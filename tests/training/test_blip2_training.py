@@ -139,7 +139,7 @@ def test_the_folder_of_stage_1_finds(stage_1, monkeypatch):
     assert output.logits_per_image.argmax(1)[0] == 0
     card = ModelCard.load(stage_1 / "README.md")
     assert "blip-2" in card.data.tags
-    for text in ("3 queries, 2 layers of 32", "frozen", "examples.png", "the three that the model finds"):
+    for text in ("3 queries, 2 layers of 32", "frozen", "examples.png", "the three best matches"):
         assert text in card.text, text
     assert "tensor" in what_the_card_says(stage_1)
 
@@ -149,7 +149,7 @@ def test_stage_2_learns_to_tell_what_is_seen(stage_2):
     assert results["losses"] == ["lm"] and results["history"][-1]["lm"] < results["history"][0]["lm"] / 3
     assert results["metrics"]["caption_exact"] >= 0.85
     example = results["examples"][0]
-    assert len(example["predictions"]) == 2 and example["predictions"][0][0] == example["label"]
+    assert len(example["predictions"]) == 2 and example["predictions"][0][2]
     assert not [name for name in load_file(stage_2 / "model.safetensors") if name.startswith("language_model.")]
     state = load_file(states(state_folder(stage_2))[-1] / "model.safetensors")
     assert "model.language_projection.weight" in state
@@ -169,7 +169,7 @@ def test_the_folder_of_stage_2_writes(stage_2, language_model):
     assert "A orange card" in told[0]["generated_text"]
     card = ModelCard.load(stage_2 / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text"
-    assert "what the model writes after “it is” and “what is it?”; green" in card.text
+    assert "the generated text after “it is” and “what is it?”; green" in card.text
     assert "llama, 2 layers of 32), frozen" in card.text and str(language_model.parent) not in card.text
     assert "card" in what_the_card_says(stage_2)
 
@@ -316,7 +316,7 @@ def test_wrong_options_are_refused(pairs, towers, stage_1, tmp_path):
     clip = str(towers / "clip")
     for changes, message in (
         (dict(), "BLIP-2 needs --vision_tower"),
-        (dict(vision_tower=clip, stage=3), "--stage must be 1 or 2, got 3"),
+        (dict(vision_tower=clip, stage=3), "--stage must be one of 1, 2, got 3"),
         (dict(vision_tower=clip, stage=2), "--stage 2 needs --language_model_name_or_path"),
         (dict(vision_tower=clip, language_model_name_or_path="x"), "is for --stage 2"),
         (dict(vision_tower=clip, prompt="x"), "--prompt and --example_prompts are for --stage 2"),

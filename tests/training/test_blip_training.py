@@ -17,13 +17,12 @@ from conftest import what_the_card_says
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from torch.testing import assert_close
 from transformers import AutoProcessor, pipeline
-from vlp.modeling_vlp.ranking import rank, rank_by_matching, rerank
+from vlp.modeling_vlp.ranking import rank
 from vlp.training.data.capfilt import CapFiltArguments, capfilt
+from vlp.training.data.rows import picture_id
 from vlp.training.data.shards import ShardsArguments, write_shards
 from vlp.training.data.sources import load_rows
-from vlp.training.evaluation.blip import caption_metrics
 from vlp.training.families.blip import BlipArguments
 from vlp.training.run import train
 
@@ -87,7 +86,7 @@ def test_a_run_learns_to_compare_to_match_and_to_write(trained):
     for name in ("text_to_image_recall_at_1", "reranked_image_to_text_recall_at_1", "caption_exact", "itm_accuracy"):
         assert metrics[name] >= 0.9, (name, metrics[name])
     assert [entry["step"] for entry in results["evaluations"]] == [100, 200, 220]
-    assert all(example["predictions"][0][0] == example["label"] for example in results["examples"])
+    assert all(example["predictions"][0][2] for example in results["examples"])
 
 
 def test_the_folder_holds_the_model_and_the_state_holds_the_teacher(trained):
@@ -128,7 +127,7 @@ def test_the_card_tells_the_captions(trained):
     assert card.data.pipeline_tag == "image-to-text" and "blip" in card.data.tags
     names = {result.metric_name for result in card.data.eval_results}
     assert {"Captions, CIDEr", "Text to image, R@1, re-ranked by ITM"} <= names
-    for text in ("Mixture of encoder and decoder", "examples.png", "num_beams=3", "captions that the model writes"):
+    for text in ("Mixture of encoder and decoder", "examples.png", "num_beams=3", "captions that the model generates"):
         assert text in card.content, text
     assert what_the_card_says(trained) == "['a red card']\n"
 
@@ -233,14 +232,14 @@ def tuned(pairs, trained, tmp_path_factory) -> tuple[Path, Path]:
 def test_fine_tuning_to_write_and_to_match(pairs, tuned, tmp_path):
     write, match = tuned
     results = json.loads((write / "results.json").read_text())
-    assert results["losses"] == ["lm"] and set(results["metrics"]) == {"caption_exact", "bleu_4", "cider"}
+    assert results["losses"] == ["lm"] and {"caption_exact", "bleu_4", "cider"} <= set(results["metrics"])
     assert results["metrics"]["caption_exact"] >= 0.9
     writer = vlp.VlpBlipForConditionalGeneration.from_pretrained(write)
     processor = AutoProcessor.from_pretrained(write)
     inputs = processor(images=Image.new("RGB", (20, 20), "red"), text="a picture of", return_tensors="pt")
     begun = inputs["input_ids"].shape[1] - 1  # the prompt's words are new to this small vocabulary
     assert processor.write(writer.generate(**inputs)[:, begun:]) == ["a red card"]
-    assert "tensor([" in what_the_card_says(match) and "writes captions" in (write / "README.md").read_text()
+    assert "tensor([" in what_the_card_says(match) and "generates captions" in (write / "README.md").read_text()
     results = json.loads((match / "results.json").read_text())
     assert results["losses"] == ["itc", "itm"] and "cider" not in results["metrics"]
     assert results["metrics"]["itm_accuracy"] >= 0.8
@@ -299,7 +298,10 @@ def test_capfilt_keeps_what_matches_and_can_be_gone_on_with(web, tuned, tmp_path
     rows = load_rows(str(tmp_path / "new"), "train", "image")
     dropped = datasets.Dataset.from_parquet([str(p) for p in sorted((tmp_path / "new" / "dropped").glob("*.parquet"))])
     assert len(rows) + len(dropped) == 30
-    right = {str(n): f"a {c} card" for n, c in enumerate(COLOURS * 2)}
+    right = {
+        picture_id(row, "image"): f"a {COLOURS[n % 8]} card"
+        for n, row in enumerate(load_rows(str(web), "train", "image"))
+    }
     kept = [row for row in rows if row["source"] == "web"]
     assert sum(row["caption"] == right[row["image_id"]] for row in kept) >= 0.8 * len(kept) > 3
     lost = [row for row in dropped if row["source"] == "web"]
@@ -345,58 +347,3 @@ def test_going_on_from_a_folder_keeps_what_it_knows(pairs, trained, tmp_path):
     train(arguments(pairs, tmp_path / "more", model_name_or_path=str(trained), max_train_steps=1, learning_rate=1e-9))
     metrics = json.loads((tmp_path / "more" / "results.json").read_text())["metrics"]
     assert metrics == json.loads((trained / "results.json").read_text())["metrics"]
-
-
-def test_caption_metrics_of_hand_made_cases():
-    same = caption_metrics(
-        ["a red cat on a mat", "one blue dog barks"], [["a red cat on a mat"], ["one blue dog barks"]]
-    )
-    assert same["caption_exact"] == 1.0 and same["bleu_4"] == pytest.approx(1.0) and same["cider"] == pytest.approx(10)
-    other = caption_metrics(["x", "y"], [["a red cat on a mat"], ["one blue dog barks"]])
-    assert other["caption_exact"] == 0.0 and other["cider"] == 0.0 and other["bleu_4"] < 1e-6
-    either = caption_metrics(["b"], [["a", "b"]])
-    assert either["caption_exact"] == 1.0
-
-
-class Oracle:
-    """Matches a text (its first token a number) with the image of that number."""
-
-    device = torch.device("cpu")
-    temp = torch.tensor(0.05)
-
-    def match(self, ids, mask, images):
-        right = (ids[:, 0].view(len(images), -1) == images[:, None]).flatten().float()
-        return torch.stack([-right, 5 * right], dim=1)
-
-
-@pytest.mark.parametrize("posterior", [False, True])
-def test_reranking_puts_what_matches_first_and_the_rest_last(posterior):
-    similarity = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
-    similarity[range(5), range(5)] = 0.9 * similarity.max()  # right ones among the best, but not the best
-    texts = torch.arange(5)[:, None]
-    ranking = rank_by_matching(
-        Oracle(), lambda numbers: numbers, texts, similarity, top_k=3, batch_size=6, posterior=posterior
-    )
-    for scores, cosine in ((ranking.image_to_text, similarity), (ranking.text_to_image, similarity.T)):
-        best = cosine.topk(3, dim=1).indices
-        for row in range(5):
-            if row in best[row]:
-                assert scores[row].argmax() == row
-            matched = torch.zeros(5, dtype=torch.bool)
-            matched[best[row]] = True
-            assert scores[row][matched].min() > scores[row][~matched].max()
-
-
-def test_scores_are_those_of_the_original_or_log_posteriors():
-    """Where ITM gives the odds of the truth to ITC's belief, the posterior is the truth, but for a constant."""
-    generator = torch.Generator().manual_seed(0)
-    similarity, truth = torch.rand(4, 6, generator=generator), torch.rand(4, 6, generator=generator).softmax(1)
-    odds = (truth / (similarity / 0.1).softmax(1)).log()
-    logits = torch.stack([1.0 - odds / 3, 1.0 + 2 * odds / 3], dim=-1)
-
-    def match(queries, candidates):
-        return logits[queries[:, None], candidates].flatten(0, 1)
-
-    assert_close(rerank(similarity, 6, match, 8), similarity + logits[..., 1])
-    posterior = rerank(similarity, 6, match, 8, temperature=0.1)
-    assert_close(posterior.softmax(dim=1), truth)

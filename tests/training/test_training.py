@@ -40,10 +40,9 @@ from transformers import (
     pipeline,
 )
 from vlp.training import command_line
-from vlp.training.data.rows import CaptionChooser
 from vlp.training.data.sources import load_rows
-from vlp.training.evaluation.base import Evaluator
-from vlp.training.families.clip import ClipArguments
+from vlp.training.evaluation.results import evaluate_model, metrics_of
+from vlp.training.families.clip import CLIP, ClipArguments
 from vlp.training.machine import hardware, hub
 from vlp.training.machine.optim import learning_rate_factor, levels_below_top, make_optimizer, parameter_groups
 from vlp.training.objectives.clip import ClipObjective
@@ -106,7 +105,10 @@ def test_a_run_learns_and_leaves_a_folder_to_publish(trained):
     files = {path.name for path in trained.iterdir()}
     model = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     pictures = {"loss.png", "metrics.png", "examples.png", "retrieval.png"}
-    assert files == model | pictures | {"README.md", "results.json", "training_arguments.yaml"}
+    assert files == model | pictures | {"README.md", "evaluations", "results.json", "training_arguments.yaml"}
+    assert {path.name for path in (trained / "evaluations").glob("*.json")} == {
+        "pairs-test-zero-shot.json", "pairs-test-retrieval.json",
+    }  # fmt: skip
     results = json.loads((trained / "results.json").read_text())
     assert results["metrics"]["zero_shot_top1"] == 1.0 and results["metrics"]["zero_shot_top5"] == 1.0
     assert results["metrics"]["text_to_image_recall_at_1"] == 1.0
@@ -139,7 +141,7 @@ def test_the_card_is_rendered_from_the_facts(trained):
     card = ModelCard.load(trained / "README.md")
     assert card.data.pipeline_tag == "zero-shot-image-classification" and card.data.license == "apache-2.0"
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    assert values["Zero-shot top-1 accuracy"] == 1.0 and len(values) == 8
+    assert values["Zero-shot top-1 accuracy"] == 1.0 and len(values) == 9
     for text in ("ViT, 2 layers of 32", "examples.png", "loss.png", "120 optimiser steps", f'model="{trained.name}"'):
         assert text in card.content, text
 
@@ -171,9 +173,9 @@ def test_matrices_may_be_published_small_and_are_measured_as_published(pairs, tm
     classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "small"))
     assert classify.model.dtype == torch.float32
     rows = load_rows(str(pairs), "test", "image")
-    evaluator = Evaluator(rows, CaptionChooser(), "image", 10**6, "caption")
+    evaluations = CLIP.evaluation(arguments(pairs, tmp_path / "small"), rows, None)
     results = json.loads((tmp_path / "small" / "results.json").read_text())["metrics"]
-    assert evaluator(model, processor) == pytest.approx(results)
+    assert metrics_of(evaluations, evaluate_model(model, processor, evaluations, 0)) == pytest.approx(results)
 
 
 def test_only_the_last_states_are_kept(pairs, tmp_path):
@@ -296,14 +298,16 @@ def test_zero_shot_on_another_data_set_of_classes(pairs, tmp_path):
     datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "classes")
     options = dict(eval_dataset_name=str(tmp_path / "classes"), eval_image_column="img", class_column="label")
     train(arguments(pairs, tmp_path / "run", max_train_steps=1, **options))
-    assert set(json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]) == {"zero_shot_top1"}
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]) == {
+        "zero_shot_top1", "zero_shot_mean_per_class",
+    }  # fmt: skip
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(pairs, tmp_path, capsys):
     """The system itself refuses to write: files may not grow past 20 KB."""
     resume = dict(resume_from_checkpoint="latest", max_train_steps=2)
     train(arguments(pairs, tmp_path / "run", max_train_steps=1))
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     state = {path: path.read_bytes() for path in states(tmp_path / "run.resume")[0].iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -313,7 +317,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(pairs, tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "warning: Could not save" in capsys.readouterr().out  # the state; the folder to publish then failed too
-    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert {path: path.read_bytes() for path in states(tmp_path / "run.resume")[0].iterdir()} == state
     assert [path.name for path in states(tmp_path / "run.resume")] == ["step-0000001"]
 

@@ -61,8 +61,8 @@ def test_every_tab_does_its_work(demo, place):
     assert len(demo.search(CLIP, ".", "a red square", None)) == 5
     assert demo.build(CLIP, "more", lambda *done: None).startswith("1 pictures")
     grown = list(demo.caption(BLIP, red))
-    ready = demo.ready(BLIP, "write")
-    assert grown[-1] == ready.write([Image.open(red)], num_beams=1)[0]
+    predictor = demo.predictor(BLIP, "caption")
+    assert grown[-1] == predictor.caption([Image.open(red)], num_beams=1)[0]
     assert len(grown) > 2 and all(len(a) <= len(b) for a, b in zip(grown, grown[1:], strict=False))
     shares, heat = demo.match(BLIP, red, "a red card")
     assert sum(shares.values()) == pytest.approx(1.0) and heat.size == Image.open(red).size
@@ -81,9 +81,9 @@ def test_what_cannot_be_is_told(demo, place):
         (lambda: demo.classify(CLIP, str(many), "a, b"), "more than 10 MB"),
         (lambda: demo.classify(CLIP, str(place / "secret.txt"), "a, b"), "cannot be read: not an image"),
         (lambda: demo.classify("runs/none", red, "a, b"), "is no folder of a model; there are model_cards/clip-tiny"),
-        (lambda: demo.match(CLIP, red, "a card"), "cannot match: it has no head"),
+        (lambda: demo.match(CLIP, red, "a card"), "cannot match: it has no matching head"),
         (lambda: demo.match(BLIP, red, " "), "Say what the picture is to be matched with"),
-        (lambda: list(demo.caption(CLIP, red)), "cannot write"),
+        (lambda: list(demo.caption(CLIP, red)), "cannot caption"),
         (lambda: list(demo.caption(BLIP, red, "x" * 1001)), "1,001 letters"),
         (lambda: demo.search(BLIP, ".", "x", None), "no index of this folder by this model yet"),
         (lambda: demo.build(CLIP, "nowhere", print), "no folder 'nowhere' in pictures"),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import vlp.commands.index as module
 from vlp.commands.index import Index, NoIndexError, build, in_cells, main
-from vlp.inference import ReadyClip, load
+from vlp.inference import VlpPredictor, load
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 
@@ -41,7 +41,7 @@ def pictures(tmp_path):
 
 def test_what_is_found_is_what_comparing_finds(model, pictures, tmp_path):
     assert build(pictures, tmp_path / "index", model, batch_size=2) == Counter({"not an image": 1})
-    index, ready = Index(tmp_path / "index"), load(model, "compare")
+    index, ready = Index(tmp_path / "index"), load(model, "embed")
     assert len(index) == 6 and {path.name for path in (tmp_path / "index").iterdir()} == {
         "embeddings.safetensors", "index.json", "pictures.parquet",
     }  # fmt: skip
@@ -60,8 +60,10 @@ def test_what_is_found_is_what_comparing_finds(model, pictures, tmp_path):
 
 def test_new_pictures_alone_are_embedded(model, pictures, tmp_path, monkeypatch):
     seen = []
-    embed = ReadyClip.embed_images
-    monkeypatch.setattr(ReadyClip, "embed_images", lambda self, images: seen.append(len(images)) or embed(self, images))
+    embed = VlpPredictor.embed_images
+    monkeypatch.setattr(
+        VlpPredictor, "embed_images", lambda self, images: seen.append(len(images)) or embed(self, images)
+    )
     build(pictures, tmp_path / "index", model)
     assert sum(seen) == 6
     before = {path: row for path, row in zip(Index(tmp_path / "index").table["path"].to_pylist(),
@@ -82,7 +84,7 @@ def test_new_pictures_alone_are_embedded(model, pictures, tmp_path, monkeypatch)
 
 def test_a_build_that_was_stopped_goes_on(model, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PART", 2)
-    embed, seen = ReadyClip.embed_images, []
+    embed, seen = VlpPredictor.embed_images, []
 
     def stops(self, images):
         if len(seen) == 2:
@@ -90,13 +92,15 @@ def test_a_build_that_was_stopped_goes_on(model, pictures, tmp_path, monkeypatch
         seen.append(len(images))
         return embed(self, images)
 
-    monkeypatch.setattr(ReadyClip, "embed_images", stops)
+    monkeypatch.setattr(VlpPredictor, "embed_images", stops)
     with pytest.raises(KeyboardInterrupt):
         build(pictures, tmp_path / "index", model, batch_size=2)
     assert not (tmp_path / "index").exists() and list((tmp_path / "index.building").iterdir())
     before = sum(seen)
     seen.clear()
-    monkeypatch.setattr(ReadyClip, "embed_images", lambda self, images: seen.append(len(images)) or embed(self, images))
+    monkeypatch.setattr(
+        VlpPredictor, "embed_images", lambda self, images: seen.append(len(images)) or embed(self, images)
+    )
     build(pictures, tmp_path / "index", model, batch_size=2)
     assert before + sum(seen) == 6 and len(Index(tmp_path / "index")) == 6
     assert not (tmp_path / "index.building").exists()
@@ -133,7 +137,7 @@ def test_faiss_finds_the_same(model, pictures, tmp_path):
     pytest.importorskip("faiss")
     build(pictures, tmp_path / "plain", model)
     build(pictures, tmp_path / "faiss", model, faiss="Flat")
-    query = load(model, "compare").embed_texts(["a red square"])[0]
+    query = load(model, "embed").embed_texts(["a red square"])[0]
     plain, other = (Index(tmp_path / name).search(query, 6) for name in ("plain", "faiss"))
     assert [hit.path for hit in plain] == [hit.path for hit in other]
     assert [hit.score for hit in plain] == pytest.approx([hit.score for hit in other], abs=1e-3)
@@ -162,7 +166,7 @@ def test_the_command_line(model, pictures, tmp_path, monkeypatch, capsys):
         (["build", "nowhere", "index", "--model", "M"], "nowhere: there is no such folder"),
         (["build", "empty", "index", "--model", "M"], "empty holds no picture"),
         (["build", "pictures", "empty/other", "--model", "M"], "empty/other holds other files"),
-        (["build", "pictures", "index", "--model", "nothing"], "nothing is no folder of vlp or transformers"),
+        (["build", "pictures", "index", "--model", "nothing"], "nothing is not a model folder of vlp or transformers"),
     ],
 )
 def test_what_is_wrong_is_told(words, message, model, pictures, tmp_path, monkeypatch):

@@ -35,7 +35,8 @@ def load_data(arguments: TrainingArguments) -> tuple:
             for column in arguments.caption_column.split(","):
                 require_text(eval_rows, column, other, "--caption_column")
     if eval_rows is not None and class_column:
-        require_column(eval_rows, class_column, arguments.eval_dataset_name or name, "--class_column")
+        for column in class_column.split(","):
+            require_column(eval_rows, column, arguments.eval_dataset_name or name, "--class_column")
     return rows, eval_rows
 
 

@@ -17,15 +17,14 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ...errors import ArgumentError, BadDataError, ResumeError
-from ...modeling_vlp.blip import VlpBlipForImageTextRetrieval
-from ...modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
-from ...processing.blip import VlpBlipProcessor, clean_caption
+from ...errors import ArgumentError, BadDataError, ResumeError, UnsupportedModelError
+from ...inference import load
+from ...processing.blip import clean_caption
+from ...processing.pictures import MAX_PIXELS, picture_bytes
 from ..arguments import EMOJI, option, require_at_least_one, require_share
-from ..families.base import require_model_type
 from ..machine.checkpoint import compare
 from ..machine.hardware import cpu_cores, use_cpu_well
-from .rows import BadRow, CaptionChooser, decode_image, describe
+from .rows import BadRow, CaptionChooser, describe, picture_id, picture_of
 from .sources import is_shards, load_rows, require_text
 
 OPTIONS_FILE = "capfilt.json"
@@ -51,7 +50,7 @@ class CapFiltArguments:
     image_column: str = option("image", "column with the images, or with their paths")
     caption_column: str = option("caption", "column with one web caption or a list of them")
     image_root: str | None = option(None, "folder that image paths start from; that of the file where not given")
-    max_image_pixels: int = option(89_478_485, "images of more pixels are skipped as decompression bombs, in pixels")
+    max_image_pixels: int = option(MAX_PIXELS, "images of more pixels are skipped as decompression bombs, in pixels")
     captioner: str | None = option(None, "folder or hub name of a BLIP that was fine-tuned with --task captioning")
     filter: str | None = option(None, "folder or hub name of a BLIP that was fine-tuned with --task retrieval")
     prompt: str = option("", "what the captioner was trained to begin with")
@@ -73,42 +72,30 @@ class CapFiltArguments:
 
 
 class CapFilt:
-    """The two models, and what they do to a batch of rows."""
+    """The captioner and the filter. Raises ArgumentError if one of them is not a BLIP with the needed head."""
 
     def __init__(self, arguments: CapFiltArguments, device: torch.device):
-        for name in (arguments.captioner, arguments.filter):
-            require_model_type(name, "vlp_blip")
-        self.arguments, self.device = arguments, device
-        self.writer = VlpBlipForConditionalGeneration.from_pretrained(arguments.captioner).eval().to(device)
-        self.writer_processor = VlpBlipProcessor.from_pretrained(arguments.captioner)
-        self.matcher = VlpBlipForImageTextRetrieval.from_pretrained(arguments.filter).eval().to(device)
-        self.matcher_processor = VlpBlipProcessor.from_pretrained(arguments.filter)
+        self.arguments = arguments
+        try:
+            self.captioner = load(arguments.captioner, "caption", device)
+            self.filter = load(arguments.filter, "match", device)
+        except UnsupportedModelError as error:
+            raise ArgumentError(str(error)) from error
 
-    @torch.inference_mode()
-    def write(self, images: list) -> list[str]:
+    def caption(self, images: list) -> list[str]:
         """A caption for each image, by nucleus sampling, which the paper finds better than beams (table 2)."""
         arguments = self.arguments
-        inputs = self.writer_processor(images=images, text=[arguments.prompt] * len(images), return_tensors="pt").to(
-            self.device
-        )
-        ids = self.writer.generate(
-            **inputs, do_sample=True, top_p=arguments.top_p, top_k=0, min_length=arguments.min_length,
-            max_length=arguments.max_length,
+        return self.captioner.caption(
+            images, arguments.prompt, num_beams=1, do_sample=True, top_p=arguments.top_p, top_k=0,
+            min_length=arguments.min_length, max_length=arguments.max_length,
         )  # fmt: skip
-        return self.writer_processor.write(ids[:, inputs["input_ids"].shape[1] - 1 :])  # without [DEC] and the prompt
 
-    @torch.inference_mode()
     def match(self, images: list, captions: list[list[str]]) -> list[list[float]]:
-        """The probability that each caption belongs to its image; each image is looked at once."""
-        processor, most = self.matcher_processor, max(map(len, captions))
-        pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
-        memory = self.matcher.text_model.read(self.matcher.encode_image(pixels).last_hidden_state)
-        # Every image gets as many texts; those that fill up are not read again below.
-        texts = [text for row in captions for text in row + [row[-1]] * (most - len(row))]
-        length = self.matcher.config.text_config.max_position_embeddings
-        ids = processor.read_texts(texts, min(length, 512))["input_ids"].to(self.device)
-        share = self.matcher.match(ids, None, memory).float().softmax(dim=-1)[:, 1].view(len(images), most).tolist()
-        return [values[: len(row)] for values, row in zip(share, captions, strict=True)]
+        """The probability that each caption matches its image; each image is encoded once."""
+        counts = torch.tensor([len(row) for row in captions])
+        index = torch.arange(len(images)).repeat_interleave(counts)
+        logits = self.filter.match(self.filter.encode_images(images), index, [text for row in captions for text in row])
+        return [part.tolist() for part in logits.softmax(dim=-1)[:, 1].split(counts.tolist())]
 
 
 def capfilt(arguments: CapFiltArguments) -> None:
@@ -133,7 +120,7 @@ def capfilt(arguments: CapFiltArguments) -> None:
         if not target.exists():
             torch.manual_seed(arguments.seed + number)  # so that a shard is the same whenever it is made
             chunk = rows.select(range(shards[number], min(shards[number] + arguments.shard_size, len(rows))))
-            causes += make_shard(pair, chunk, shards[number], target, folder / "dropped" / target.name, arguments)
+            causes += make_shard(pair, chunk, target, folder / "dropped" / target.name, arguments)
     state.wait_for_everyone()
     if state.is_main_process:
         report(folder, causes)
@@ -157,16 +144,16 @@ def prepare(folder: Path, arguments: CapFiltArguments) -> None:
     path.write_text(json.dumps(options, indent=1) + "\n")
 
 
-def make_shard(pair: CapFilt, rows, first: int, target: Path, dropped: Path, arguments: CapFiltArguments) -> Counter:
+def make_shard(pair: CapFilt, rows, target: Path, dropped: Path, arguments: CapFiltArguments) -> Counter:
     """Caption and filter some rows, and write them, whole; returns the rows that could not be used, by cause."""
     chooser = CaptionChooser(caption_column=arguments.caption_column)
     kept: list[dict] = []
     rest: list[dict] = []
     causes: Counter = Counter()
     usable = []
-    for number, row in enumerate(rows):
+    for row in rows:
         try:
-            image = decode_image(row[arguments.image_column], arguments.max_image_pixels).convert("RGB")
+            image = picture_of(row, arguments.image_column, arguments.max_image_pixels)
         except BadRow as error:
             causes[str(error)] += 1
             continue
@@ -174,16 +161,17 @@ def make_shard(pair: CapFilt, rows, first: int, target: Path, dropped: Path, arg
             captions = chooser.captions(row)
         except BadRow:
             captions = []  # an image without a caption gets one
-        usable.append((first + number, row[arguments.image_column], image, [clean_caption(text) for text in captions]))
+        identity = picture_id(row, arguments.image_column)
+        usable.append((identity, row[arguments.image_column], image, [clean_caption(text) for text in captions]))
     for start in range(0, len(usable), arguments.batch_size):
         batch = usable[start : start + arguments.batch_size]
         images = [image for _, _, image, _ in batch]
-        written = pair.write(images)
+        written = pair.caption(images)
         texts = [[*web, new] for (_, _, _, web), new in zip(batch, written, strict=True)]
-        for (row, source, _, web), captions, scores in zip(batch, texts, pair.match(images, texts), strict=True):
+        for (identity, source, _, web), captions, scores in zip(batch, texts, pair.match(images, texts), strict=True):
             for place, (caption, score) in enumerate(zip(captions, scores, strict=True)):
                 origin = "web" if place < len(web) else "synthetic"
-                facts = {"caption": caption, "source": origin, "score": score, "image_id": str(row)}
+                facts = {"caption": caption, "source": origin, "score": score, "image_id": identity}
                 good = bool(caption) and score > arguments.threshold
                 (kept if good else rest).append({"image": source} | facts if good else facts)
     features = datasets.Features({
@@ -193,17 +181,12 @@ def make_shard(pair: CapFilt, rows, first: int, target: Path, dropped: Path, arg
     for path, pairs, names in ((dropped, rest, [n for n in features if n != "image"]), (target, kept, list(features))):
         columns = {name: [entry[name] for entry in pairs] for name in names}
         if "image" in names:
-            columns["image"] = [with_bytes(image) for image in columns["image"]]
+            columns["image"] = [{"bytes": picture_bytes(image), "path": None} for image in columns["image"]]
         table = datasets.Dataset.from_dict(columns, datasets.Features({name: features[name] for name in names}))
         fresh = path.with_name(f".{path.name}.writing")
         table.to_parquet(str(fresh))
         os.replace(fresh, path)
     return causes
-
-
-def with_bytes(image: dict) -> dict:
-    """An image as its bytes, so that the new data set needs no other files."""
-    return {"bytes": image.get("bytes") or Path(image["path"]).read_bytes(), "path": None}
 
 
 def report(folder: Path, causes: Counter) -> None:

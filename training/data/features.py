@@ -2,17 +2,18 @@
 
 import json
 import os
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets.utils.py_utils import iter_batched
 from torch import Tensor
 from tqdm import tqdm
 
 from ...modeling_vlp.blip2 import VlpBlip2PreTrainedModel
-from ..evaluation.base import batched
-from .rows import BadRow, decode_image
+from .rows import BadRow, picture_of
 from .samples import SampleMaker
 
 # Shapes: R rows, M tokens of an image, D width of the tower
@@ -65,11 +66,11 @@ def compute_features(
     fresh, values, bad = path.with_suffix(".writing.npy"), None, {}
     training = model.training
     model.eval()
-    for numbers in batched(tqdm(range(len(rows)), desc="Image features", unit="image"), batch_size):
+    for numbers in iter_batched(tqdm(range(len(rows)), desc="Image features", unit="image"), batch_size):
         good, images = [], []
         for number in numbers:
             try:
-                images.append(decode_image(rows[number][image_column], max_pixels))
+                images.append(picture_of(rows[number], image_column, max_pixels))
                 good.append(number)
             except BadRow as error:
                 bad[number] = str(error)
@@ -89,13 +90,12 @@ def compute_features(
     return path
 
 
+@dataclass(kw_only=True)
 class FeatureMaker(SampleMaker):
     """Row -> Sample whose pixels are the image tower's features."""
 
-    def __init__(self, features: Features, **parts):
-        super().__init__(**parts)
-        self.features = features
+    features: Features
 
     def pixels(self, row: dict, column: str, key, rng) -> Tensor:
-        """(M, D). Raises BadRow where the row's image cannot be used."""
+        """(M, D). Raises BadRow if the row's image cannot be used."""
         return self.features[key]

@@ -1,6 +1,6 @@
 """What a row of a data set holds: its picture, its captions, answers and labels, and what is wrong with it."""
 
-import io
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -8,48 +8,52 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from ...processing.pictures import MAX_PIXELS, PictureError, read_picture
 from ...processing.prompts import TEMPLATES, prompts_for
 from ..arguments import TrainingArguments
 
-MAX_ASPECT = 1000
-
 
 class BadRow(ValueError):
-    """A row that cannot be used; its message is the cause, under which it is counted."""
+    """A row that cannot be used; the message is the cause, and bad rows are counted by cause."""
 
 
-def decode_image(source: Any, max_pixels: int) -> Image.Image:
-    """A picture from bytes, a path, or {"bytes", "path"}. Raises BadRow with the cause."""
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path")
-    if not source:
-        raise BadRow("no image")
+def picture_of(row: dict, column: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in a column, as `read_picture` reads it. Raises BadRow, with the cause, if it cannot be read."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if image.width * image.height > max_pixels:
-            raise BadRow("decompression bomb")
-        if max(image.size) > MAX_ASPECT * min(image.size):
-            raise BadRow(f"longer than {MAX_ASPECT} times its width")  # scaled to its shorter side, it would be huge
-        image.load()
-        return image
-    except BadRow:
-        raise
-    except FileNotFoundError:
-        raise BadRow("missing image file") from None
-    except Image.DecompressionBombError:
-        raise BadRow("decompression bomb") from None
-    except UnidentifiedImageError:
-        raise BadRow("not an image") from None
-    except Exception:  # Pillow's readers raise whatever a broken file makes of their arithmetic
-        raise BadRow("truncated or broken image") from None
+        return read_picture(row.get(column), max_pixels)
+    except PictureError as error:
+        raise BadRow(str(error)) from None
 
 
 def texts_of(value: Any) -> list[str]:
     """What a cell holds that is more than white space: a text, or a list of them."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]
+
+
+def captions_of(row: dict, columns: str) -> list[str]:
+    """All captions of a row, of one column or several joined by commas. Raises BadRow if there is none."""
+    captions = [text for column in columns.split(",") for text in texts_of(row.get(column))]
+    if not captions:
+        raise BadRow("empty caption")
+    return captions
+
+
+def picture_id(row: dict, image_column: str) -> str:
+    """What identifies a picture: its `image_id`, else its file's path, else its bytes, the latter two as hashes.
+
+    Rows with the same identity are rows of one picture, whose captions are all right for it.
+    """
+    if row.get("image_id") is not None:
+        return str(row["image_id"])
+    source = row[image_column]
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, bytes):
+        return f"bytes:{blake2b(source, digest_size=16).hexdigest()}"
+    return f"path:{blake2b(os.fspath(source).encode(errors='surrogatepass'), digest_size=16).hexdigest()}"
 
 
 @dataclass(kw_only=True)
@@ -67,11 +71,8 @@ class CaptionChooser:
     template_share: float = 0.0
 
     def captions(self, row: dict) -> list[str]:
-        """All captions of a row that are more than white space. Raises BadRow where there is none."""
-        captions = [text for column in self.caption_column.split(",") for text in texts_of(row.get(column))]
-        if not captions:
-            raise BadRow("empty caption")
-        return captions
+        """All captions of a row. Raises BadRow if there is none."""
+        return captions_of(row, self.caption_column)
 
     def in_one_language(self, number: int) -> "CaptionChooser":
         """The chooser of the language whose columns stand at a place."""
@@ -99,7 +100,7 @@ class CaptionChooser:
 
 def stable_id(value: Any) -> int:
     """The same 63-bit integer for the same value, in every process and run."""
-    return int.from_bytes(blake2b(str(value).lower().encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(blake2b(str(value).encode(errors="surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 def answers_of(row: dict, column: str) -> list[str]:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as tv
 
 from ...errors import BadDataError
 from ...processing.augmentation import PerImage
-from .rows import BadRow, CaptionChooser, answers_of, decode_image, describe, label_of, stable_id
+from ...processing.pictures import MAX_PIXELS
+from .rows import BadRow, CaptionChooser, answers_of, describe, label_of, picture_id, picture_of, stable_id
 
 TRIES = 1000  # rows in a row that may be bad before the data is given up
 
@@ -40,7 +40,7 @@ class SampleMaker:
     chooser: CaptionChooser
     per_image: PerImage
     image_column: str = "image"
-    max_image_pixels: int = Image.MAX_IMAGE_PIXELS or 89_478_485
+    max_image_pixels: int = MAX_PIXELS
     seed: int = 0
     cache: dict[Any, Tensor] | None = None
 
@@ -50,25 +50,17 @@ class SampleMaker:
         text, caption = self.chooser.choose(row, caption_rng)
         rng = random.Random(f"{self.seed}-{epoch}-{key}")
         pixels = self.pixels(row, self.image_column, key, rng)
-        return Sample(pixels, text, stable_id(caption), stable_id(self.image_id(row, key)))
+        return Sample(pixels, text, stable_id(caption.lower()), stable_id(picture_id(row, self.image_column)))
 
     def pixels(self, row: dict, column: str, key: Any, rng: random.Random) -> Tensor:
         """(3, S, S) uint8 of the image in a column. Raises BadRow where it cannot be used."""
         pixels = None if self.cache is None else self.cache.get((key, column))
         if pixels is None:
-            image = decode_image(row[column], self.max_image_pixels)
+            image = picture_of(row, column, self.max_image_pixels)
             pixels = tv.pil_to_tensor(self.per_image(image, rng))
             if self.cache is not None:
                 self.cache[key, column] = pixels
         return pixels
-
-    def image_id(self, row: dict, key: Any) -> Any:
-        """What tells images apart: their id, the file where one caption a row points to it, else the row."""
-        if row.get("image_id") is not None:
-            return row["image_id"]
-        source = row[self.image_column]
-        in_a_file = isinstance(source, dict) and source.get("path") and not source.get("bytes")
-        return source["path"] if in_a_file else f"row {key}"
 
 
 @dataclass(kw_only=True)

@@ -23,21 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from ...errors import ArgumentError, BadDataError
 from ...files import check_output, write_whole
+from ...processing.pictures import PictureError, extensions, formats, picture_bytes
 from ..arguments import EMOJI, TrainingArguments, option, require_at_least_one
 from ..objectives.distributed import processes
-from .rows import BadRow, describe, texts_of
+from .rows import BadRow, describe, picture_id, texts_of
 from .samples import TRIES, Sample, SampleMaker
 from .sources import load_rows
 
 INDEX = "index.json"
 TOGETHER = 4  # shards whose samples a stream mixes
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+EXTENSION = {"JPEG2000": "jp2", "MPO": "mpo", "SUN": "ras", "SPIDER": "spider"}  # where it is not the format's name
 
 
 @dataclass(kw_only=True)
@@ -293,7 +294,7 @@ class ShardDataset(IterableDataset):
             raise BadRow("broken JSON") from None
         if "txt" in files and not row.get(column):
             row[column] = files["txt"].decode("utf-8", "replace")
-        row[self.maker.image_column] = next((files[kind] for kind in IMAGES if kind in files), None)
+        row[self.maker.image_column] = next((files[kind] for kind in files if f".{kind}" in extensions()), None)
         return row
 
 
@@ -339,14 +340,16 @@ def files_of(row: dict, image_column: str, caption_column: str) -> dict[str, byt
 
     Others' readers, such as open_clip's, take the text. Raises BadRow where there is no image.
     """
-    source = row[image_column] or {}
     try:
-        content = source.get("bytes") or Path(source["path"]).read_bytes()
-        kind = Image.open(io.BytesIO(content)).format.lower()
-    except (KeyError, TypeError):
-        raise BadRow("no image") from None
-    except OSError as error:
-        raise BadRow("not an image" if isinstance(error, UnidentifiedImageError) else "missing image file") from None
-    rest = {name: value for name, value in row.items() if name != image_column}
+        content = picture_bytes(row[image_column])
+        with Image.open(io.BytesIO(content), formats=formats()) as image:
+            kind = EXTENSION.get(image.format, image.format).lower()
+    except PictureError as error:
+        raise BadRow(str(error)) from None
+    except Exception:
+        raise BadRow("not an image") from None
+    rest = {"image_id": picture_id(row, image_column)} | {
+        k: v for k, v in row.items() if k != image_column and v is not None
+    }
     text = "".join(texts_of(row.get(caption_column.split(",")[0]))[:1])
     return {kind: content, "txt": text.encode(), "json": json.dumps(rest, ensure_ascii=False, default=str).encode()}

@@ -1,56 +1,135 @@
-"""What a model makes of pictures that training never saw, drawn for its card: galleries and heat maps."""
+"""The pictures of an evaluation: usable rows, grouped by picture, and divided among the processes.
 
-from pathlib import Path
+Rows of one picture, such as one row for each of its captions, are one picture with several texts, so a table gives the
+same figures whether it has one caption per row or a list of them.
+"""
 
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import datasets
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets.utils.py_utils import iter_batched
+from PIL import Image
+from tqdm import tqdm
 
-from ...inference import ReadyBlip, ReadyClip
-from ...model_cards.plots import plot_heatmaps, plot_retrieval
-from ...modeling_vlp.blip import VlpBlipForPreTraining, VlpBlipMatcher
-from ...modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
-from ...modeling_vlp.clip import VlpClipModel
-from ...modeling_vlp.heatmaps import attention_maps, matching_maps
-from .base import Evaluator, batched
-from .blip import captioner
-
-QUERIES, FOUND, MAPPED = 4, 6, 4  # texts looked for, images shown of each, images whose heat maps are shown
-LOOKED_THROUGH = 2000  # images that a gallery looks through
+from ...errors import ArgumentError
+from ..data.rows import BadRow, answers_of, captions_of, describe, label_of, picture_id, picture_of
+from .arguments import EvaluationArguments
 
 
-def draw_pictures(model, processor, evaluator: Evaluator, folder: Path, seed: int = 0) -> None:
-    """All that the model can show, as PNG files in a folder; nothing where the evaluation data has no captions."""
-    if not evaluator.captions:
-        return
-    numbers, images = evaluator.draw(LOOKED_THROUGH, seed)
-    first = {owner: text for owner, text in reversed(list(zip(evaluator.owner, evaluator.captions, strict=True)))}
-    texts = [first[number] for number in numbers]
-    if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
-        draw_retrieval(model, processor, images, texts, folder / "retrieval.png")
-    if isinstance(model, VlpBlipMatcher):
-        draw_matching(model, processor, images[:MAPPED], texts[:MAPPED], folder / "matching.png")
-    if isinstance(model, (VlpBlipForPreTraining, VlpBlipForConditionalGeneration)):
-        draw_attention(captioner(model), processor, images[:MAPPED], texts[:MAPPED], folder / "attention.png")
+@dataclass
+class Picture:
+    """A picture and its rows.
+
+    Attributes:
+        rows: numbers of its rows, in order. texts: the captions (vqa, nlvr: the questions, the sentence) of all of
+            them, in order. sources: for each text, the number of its row. label: zero-shot, the number of its class.
+    """
+
+    rows: list[int]
+    texts: list[str] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    label: int | None = None
 
 
-def draw_retrieval(model, processor, images: list, texts: list[str], path: Path) -> None:
-    """The images that the model finds for some of the texts, among all of them."""
-    ready = (ReadyClip if isinstance(model, VlpClipModel) else ReadyBlip)(model, processor)
-    embeds = torch.cat([ready.embed_images(chunk) for chunk in batched(images, 64)])
-    scores = ready.similarity(embeds, ready.embed_texts(texts[:QUERIES])).T  # (QUERIES, images)
-    found = scores.topk(min(FOUND, len(images)), dim=1).indices.tolist()
-    rows = [
-        (text, [(images[n], texts[n] == text) for n in best]) for text, best in zip(texts[:QUERIES], found, strict=True)
-    ]
-    plot_retrieval(rows, path)
+@dataclass
+class Pictures:
+    """The pictures to evaluate on; the list is the same in every process, and each works on its own share.
+
+    Attributes:
+        items: all usable pictures, in the order of their first rows. own: numbers of this process' pictures.
+        used: usable rows of all processes. skipped: the other rows, counted by cause.
+        names: zero-shot, the names of the classes. answers: vqa, answers to rank as well as to generate.
+    """
+
+    table: datasets.Dataset
+    arguments: EvaluationArguments
+    state: PartialState
+    items: list[Picture]
+    used: int
+    skipped: Counter
+    names: list[str] | None = None
+    answers: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def own(self) -> list[int]:
+        return list(range(self.state.process_index, len(self.items), self.state.num_processes))
+
+    def image(self, number: int) -> Image.Image:
+        """The image of a picture, as `read_picture` reads it."""
+        arguments = self.arguments
+        return picture_of(self.table[self.items[number].rows[0]], arguments.image_column, arguments.max_image_pixels)
+
+    def draw(self, count: int, seed: int) -> list[int]:
+        """Numbers of some pictures, drawn at random by the seed."""
+        return torch.randperm(len(self.items), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+
+    def batches(self, items: list, text: str) -> Iterator[list]:
+        """Batches of this process' work, with a progress bar in the main process."""
+        batches = list(iter_batched(items, self.arguments.batch_size))
+        yield from tqdm(batches, desc=text, disable=not self.state.is_main_process, leave=False)
+
+    def gather(self, found: list[tuple]) -> list[tuple]:
+        """(key, ...) of all processes, ordered by their keys."""
+        return sorted(gather_object(found), key=lambda item: item[0])
 
 
-def draw_attention(writer, processor, images: list, texts: list[str], path: Path) -> None:
-    """Where the decoder looks for each word that it writes."""
-    plot_heatmaps([(image, text, attention_maps(writer, processor, ReadyBlip(writer, processor).pixels([image])))
-                   for image, text in zip(images, texts, strict=True)], path)  # fmt: skip
+def find_pictures(
+    table: datasets.Dataset, arguments: EvaluationArguments, state: PartialState,
+    labels: list[int | None] | None = None, names: list[str] | None = None,
+) -> Pictures:  # fmt: skip
+    """Check the rows, each in one process, and group the usable ones by picture.
+
+    Args:
+        table: rows whose images are not decoded yet.
+        labels: zero-shot, the number of each row's class, None if it has none; names: of the classes.
+
+    Raises:
+        ArgumentError: if no row is usable.
+    """
+    table = table.select(range(min(len(table), arguments.max_samples or len(table))))
+    found, skipped = [], Counter()
+    for number in range(state.process_index, len(table), state.num_processes):
+        row = table[number]
+        try:
+            picture_of(row, arguments.image_column, arguments.max_image_pixels)
+            found.append((number, *key_and_texts(row, number, arguments, labels)))
+        except BadRow as error:
+            skipped[str(error)] += 1
+    found = sorted(gather_object(found), key=lambda item: item[0])
+    skipped = sum(gather_object([skipped]), Counter())
+    if not found:
+        raise ArgumentError(f"The evaluation data has no usable row: {describe(skipped)}.")
+    pictures: dict[tuple, Picture] = {}
+    for number, key, texts in found:
+        picture = pictures.setdefault(key, Picture([], label=None if labels is None else labels[number]))
+        picture.rows.append(number)
+        picture.texts += texts
+        picture.sources += [number] * len(texts)
+    return Pictures(table, arguments, state, list(pictures.values()), len(found), skipped, names)
 
 
-def draw_matching(matcher, processor, images: list, texts: list[str], path: Path) -> None:
-    """What of an image speaks for each word of its text."""
-    plot_heatmaps([(image, text, matching_maps(matcher, processor, ReadyBlip(matcher, processor).pixels([image]), text))
-                   for image, text in zip(images, texts, strict=True)], path)  # fmt: skip
+def key_and_texts(
+    row: dict, number: int, arguments: EvaluationArguments, labels: list[int | None] | None
+) -> tuple[tuple, list[str]]:
+    """What rows of one picture have in common, and the texts of a row. Raises BadRow if the task cannot use it."""
+    identity, task = picture_id(row, arguments.image_column), arguments.task
+    if task == "zero-shot":
+        if labels is None or labels[number] is None:
+            raise BadRow("no label")
+        return (identity, labels[number]), []
+    texts = captions_of(row, arguments.caption_column)
+    if task == "vqa":
+        answers_of(row, arguments.answer_column)
+    if task == "nlvr":
+        picture_of(row, arguments.second_image_column, arguments.max_image_pixels)
+        label_of(row, arguments.label_column)
+        return (identity, number), texts
+    return (identity,), texts

@@ -1,7 +1,8 @@
-"""BLIP's parts of a run: processor, model, objective, evaluation. Wrong options end here, with what to do."""
+"""The BLIP family."""
 
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,55 +18,68 @@ from ...modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTrai
 from ...modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from ...modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
 from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, load_tokenizer, token_ids, train_tokenizer
-from ..arguments import TrainingArguments, option, require_at_least_one, require_one_of, require_share
+from ..arguments import TrainingArguments, option, require_at_least_one, require_share
 from ..data.rows import CaptionChooser, caption_texts, texts_of
 from ..data.samples import QuestionMaker, ReasoningMaker, SampleMaker
 from ..data.sources import require_column, require_text
-from ..evaluation.base import Evaluator
-from ..evaluation.blip import BlipEvaluator
-from ..evaluation.blip_tasks import QuestionEvaluator, ReasoningEvaluator
+from ..evaluation.pictures import Pictures
 from ..objectives.blip import BlipObjective
 from ..objectives.blip_tasks import AnsweringObjective, CaptioningObjective, ReasoningObjective
 from ..objectives.momentum import Teacher
-from .base import check_fields, require_model_type
+from .base import Family, check_fields, evaluation_tasks, extend, require_model_type
 
 
 @dataclass(kw_only=True)
 class BlipArguments(TrainingArguments):
     """BLIP: compare, match and write. The defaults are those of salesforce/BLIP, configs/pretrain.yaml."""
 
-    max_length: int = option(30, "most tokens in a caption, start and end included")
+    max_length: int = option(30, "most tokens in a caption, start and end included", bound=True)
     vocab_size: int = option(30524, "entries of the tokenizer trained on the captions, where no tokenizer is named")
-    crop_scale: float = option(0.2, "least share (0 to 1) of an image's area that augmentation crop keeps")
-    horizontal_flip: bool = option(True, "augmentation crop also mirrors half of the images")
-    random_augment: bool = option(True, "augmentation crop also applies BLIP's RandomAugment(2, 5)")
-    per_device_train_batch_size: int = option(75, "pairs in a step of each process")
-    learning_rate: float = option(3e-4, "peak learning rate")
-    weight_decay: float = option(0.05, "decay of weight matrices; gains, biases, temperature and positions have none")
-    adam_beta2: float = option(0.999, "second moment's decay")
-    adam_epsilon: float = option(1e-8, "what AdamW adds to its denominator")
-    max_grad_norm: float = option(0.0, "gradient norm to clip at; 0 for none")
-    warmup_steps: int = option(3000, "optimiser steps of linear warm-up")
+    crop_scale: float = option(0.2, "least share (0 to 1) of an image's area that augmentation crop keeps", bound=True)
+    horizontal_flip: bool = option(True, "augmentation crop also mirrors half of the images", bound=True)
+    random_augment: bool = option(True, "augmentation crop also applies BLIP's RandomAugment(2, 5)", bound=True)
+    per_device_train_batch_size: int = option(75, "pairs in a step of each process", bound=True, shown=True)
+    learning_rate: float = option(3e-4, "peak learning rate", shown=True)
+    weight_decay: float = option(
+        0.05, "decay of weight matrices; gains, biases, temperature and positions have none", shown=True
+    )
+    adam_beta2: float = option(0.999, "second moment's decay", shown=True)
+    adam_epsilon: float = option(1e-8, "what AdamW adds to its denominator", shown=True)
+    max_grad_norm: float = option(0.0, "gradient norm to clip at; 0 for none", shown=True)
+    warmup_steps: int = option(3000, "optimiser steps of linear warm-up", shown=True)
     num_train_epochs: float = option(20.0, "passes over the data, where neither steps nor minutes are given")
 
     # BLIP
-    task: str = option(
-        "pretrain", "pretrain (all three losses), captioning, retrieval, vqa (questions) or nlvr (two images)"
+    task: Literal["pretrain", "captioning", "retrieval", "vqa", "nlvr"] = option(
+        "pretrain",
+        "pretrain (all three losses), captioning, retrieval, vqa (questions) or nlvr (two images)",
+        bound=True,
     )
     fine_tune_image_size: int | None = option(
         None, "side of the images to go on with, in pixels; positions are resampled; the model's own where not given"
     )
-    answer_column: str = option("answers", "vqa: column with the answers, each as often as given; the caption asks")
-    second_image_column: str = option("second_image", "nlvr: column with the image on the right")
-    label_column: str = option("label", "nlvr: column with whether the caption is true of both images (or 1, 0)")
-    prompt: str = option("", 'what captions begin with where the task is captioning; the paper: "a picture of "')
-    momentum: float = option(0.995, "how much of itself the momentum teacher keeps at each step (0 to 1)")
-    queue_size: int = option(57600, "pairs whose features the teacher remembers")
-    alpha: float = option(0.4, "the teacher's part (0 to 1) in the targets of the contrastive loss")
-    alpha_epochs: float = option(2.0, "passes over the data in which alpha grows from 0")
-    global_negatives: bool = option(False, "draw hard negatives from the batches of all processes, not of each one")
+    answer_column: str = option(
+        "answers", "vqa: column with the answers, each as often as given; the caption asks", bound=True
+    )
+    second_image_column: str = option("second_image", "nlvr: column with the image on the right", bound=True)
+    label_column: str = option(
+        "label", "nlvr: column with whether the caption is true of both images (or 1, 0)", bound=True
+    )
+    prompt: str = option(
+        "", 'what captions begin with where the task is captioning; the paper: "a picture of "', bound=True, shown=True
+    )
+    momentum: float = option(0.995, "how much of itself the momentum teacher keeps at each step (0 to 1)", shown=True)
+    queue_size: int = option(57600, "pairs whose features the teacher remembers", bound=True, shown=True)
+    alpha: float = option(0.4, "the teacher's part (0 to 1) in the targets of the contrastive loss", shown=True)
+    alpha_epochs: float = option(2.0, "passes over the data in which alpha grows from 0", shown=True)
+    global_negatives: bool = option(
+        False, "draw hard negatives from the batches of all processes, not of each one", bound=True, shown=True
+    )
     contrastive_share: float = option(
-        0.0, "share of the run (0 to 1), at its start, that compares alone: for towers that begin from nothing"
+        0.0,
+        "share of the run (0 to 1), at its start, that compares alone: for towers that begin from nothing",
+        bound=True,
+        shown=True,
     )
     rerank_top_k: int = option(128, "candidates of each query that evaluation has matched (ITM) again")
     rerank_posterior: bool = option(
@@ -75,7 +89,6 @@ class BlipArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        require_one_of("task", self.task, ("pretrain", "captioning", "retrieval", "vqa", "nlvr"))
         if self.fine_tune_image_size and not self.model_name_or_path:
             raise ArgumentError("--fine_tune_image_size needs --model_name_or_path, the model to go on from.")
         if self.prompt and self.task != "captioning":
@@ -84,6 +97,10 @@ class BlipArguments(TrainingArguments):
         require_at_least_one(self, "queue_size", "rerank_top_k", "eval_num_beams")
         if self.alpha_epochs < 0:
             raise ArgumentError(f"--alpha_epochs must not be negative, got {self.alpha_epochs}.")
+
+    def own_parts(self) -> tuple[str, str] | None:
+        kind = {"vqa": VlpBlipForQuestionAnswering, "nlvr": VlpBlipForVisualReasoning}.get(self.task)
+        return None if kind is None else (kind.__name__, f"--task {self.task}")
 
 
 MODELS = {
@@ -157,6 +174,8 @@ def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlip
                 raise ArgumentError(f"--fine_tune_image_size: {error}") from error
             side = arguments.fine_tune_image_size
             processor.image_processor.size = {"height": side, "width": side}
+        arguments.image_size = model.config.vision_config.image_size
+        arguments.vocab_size = model.config.text_config.vocab_size
     else:
         model = kind(new_config(arguments, processor.tokenizer))
     if arguments.gradient_checkpointing:
@@ -175,12 +194,6 @@ def load_model(name: str, task: str) -> VlpBlipPreTrainedModel:
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise ArgumentError(f"{name} lacks what --task {task} needs: {missing}, ... Name a pre-trained folder.")
     return model
-
-
-def adopt_sizes(arguments: BlipArguments, model: VlpBlipPreTrainedModel) -> None:
-    """Let the options tell what a model that is gone on from is, not what a recipe would have made."""
-    arguments.image_size = model.config.vision_config.image_size
-    arguments.vocab_size = model.config.text_config.vocab_size
 
 
 def make_objective(arguments: BlipArguments, model, processor: VlpBlipProcessor, steps_per_epoch: float | None):
@@ -216,32 +229,55 @@ def make_teacher(arguments: BlipArguments, model) -> Teacher:
     return teacher
 
 
-def make_evaluator(arguments: BlipArguments, chooser: CaptionChooser, eval_rows, rows) -> Evaluator:
-    common = (eval_rows, chooser, arguments.image_column, arguments.max_image_pixels)
-    beams = dict(batch_size=arguments.eval_batch_size, num_beams=arguments.eval_num_beams,
-                 max_length=arguments.max_length, top_k=arguments.rerank_top_k)  # fmt: skip
+def make_evaluation(arguments: BlipArguments, rows, train_rows) -> list[Pictures]:
+    """Retrieval, matching and captioning after pre-training; after fine-tuning, the tasks that it was for."""
+    generation = {"num_beams": arguments.eval_num_beams}
     if arguments.task == "vqa":
-        require_text(eval_rows, arguments.answer_column, "the evaluation data", "--answer_column")
-        answers = sorted({answer for row in rows[arguments.answer_column] for answer in texts_of(row)})
-        return QuestionEvaluator(*common, answer_column=arguments.answer_column, answers=answers, **beams)
+        answers: list[str] = []
+        if train_rows is not None:
+            require_text(train_rows, arguments.answer_column, arguments.dataset_name, "--answer_column")
+            answers = sorted({answer for row in train_rows[arguments.answer_column] for answer in texts_of(row)})
+        settings = {"answer_column": arguments.answer_column, "answer_top_k": arguments.rerank_top_k} | generation
+        return evaluation_tasks(arguments, rows, [{"task": "vqa"} | settings], answers)
     if arguments.task == "nlvr":
-        columns = dict(second_image_column=arguments.second_image_column, label_column=arguments.label_column)
-        return ReasoningEvaluator(*common, batch_size=arguments.eval_batch_size, **columns)
-    return BlipEvaluator(
-        *common, task=arguments.task, prompt=arguments.prompt, rerank_posterior=arguments.rerank_posterior, **beams
-    )
+        columns = {"second_image_column": arguments.second_image_column, "label_column": arguments.label_column}
+        return evaluation_tasks(arguments, rows, [{"task": "nlvr"} | columns])
+    tasks: list[dict] = []
+    if arguments.task != "captioning":
+        tasks += [{"task": "retrieval", "rerank_top_k": arguments.rerank_top_k,
+                   "rerank_posterior": arguments.rerank_posterior}, {"task": "itm"}]  # fmt: skip
+    if arguments.task != "retrieval":
+        tasks.append({"task": "captioning", "prompt": arguments.prompt} | generation)
+    return evaluation_tasks(arguments, rows, tasks)
 
 
-def make_maker(arguments: BlipArguments, rows, model, processor, **parts) -> SampleMaker:
-    """What makes samples of rows. Raises ArgumentError where a column that the task needs is not there."""
+def make_samples(arguments: BlipArguments, rows, model, processor, maker: SampleMaker) -> SampleMaker:
+    """Plain pairs, questions with their answers (vqa) or pairs of images (nlvr).
+
+    Raises ArgumentError if a column that the task needs is missing.
+    """
     if arguments.task == "vqa":
         if rows is not None:
             require_text(rows, arguments.answer_column, arguments.dataset_name, "--answer_column")
-        return QuestionMaker(answer_column=arguments.answer_column, **parts)
+        return extend(maker, QuestionMaker, answer_column=arguments.answer_column)
     if arguments.task == "nlvr":
         columns = {"second_image_column": arguments.second_image_column, "label_column": arguments.label_column}
         for option, column in columns.items():
             if rows is not None:
                 require_column(rows, column, arguments.dataset_name, f"--{option}")
-        return ReasoningMaker(**columns, **parts)
-    return SampleMaker(**parts)
+        return extend(maker, ReasoningMaker, **columns)
+    return maker
+
+
+BLIP = Family(
+    name="blip",
+    text="Pre-train or fine-tune BLIP on pairs of images and captions, evaluate it, and write a folder to publish",
+    recipe="blip-emoji",
+    arguments=BlipArguments,
+    config=new_config,
+    processor=make_processor,
+    model=make_model,
+    objective=make_objective,
+    evaluation=make_evaluation,
+    samples=make_samples,
+)

@@ -1,8 +1,9 @@
-"""BLIP-2's parts of a run: processor, model, objective, evaluation. Wrong options end here, with what to do."""
+"""The BLIP-2 family."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -27,11 +28,10 @@ from ..arguments import TrainingArguments, option, require_at_least_one, require
 from ..data.features import FeatureMaker, Features, compute_features
 from ..data.rows import CaptionChooser
 from ..data.samples import SampleMaker
-from ..evaluation.base import Evaluator
-from ..evaluation.blip2 import Blip2Evaluator, Blip2WriterEvaluator
+from ..evaluation.pictures import Pictures
 from ..objectives.blip2 import Blip2Objective, LanguageObjective
 from ..objectives.distributed import main_process_first
-from .base import check_fields, require_model_type
+from .base import Family, check_fields, evaluation_tasks, extend, require_model_type
 from .blip import make_tokenizer
 
 
@@ -39,19 +39,26 @@ from .blip import make_tokenizer
 class Blip2Arguments(TrainingArguments):
     """BLIP-2: a Q-Former between a frozen image tower and a frozen language model. The defaults are the paper's."""
 
-    max_length: int = option(32, "most tokens in a caption, start and end included")
+    max_length: int = option(32, "most tokens in a caption, start and end included", bound=True)
     vocab_size: int = option(30524, "entries of the tokenizer trained on the captions, where no tokenizer is named")
-    crop_scale: float = option(0.5, "least share (0 to 1) of an image's area that augmentation crop keeps")
-    horizontal_flip: bool = option(True, "augmentation crop also mirrors half of the images")
-    per_device_train_batch_size: int = option(100, "pairs in a step of each process")
-    learning_rate: float = option(1e-4, "peak learning rate")
-    weight_decay: float = option(0.05, "decay of weight matrices; gains, biases, temperature and positions have none")
-    adam_epsilon: float = option(1e-8, "what AdamW adds to its denominator")
-    max_grad_norm: float = option(0.0, "gradient norm to clip at; 0 for none")
+    crop_scale: float = option(0.5, "least share (0 to 1) of an image's area that augmentation crop keeps", bound=True)
+    horizontal_flip: bool = option(True, "augmentation crop also mirrors half of the images", bound=True)
+    per_device_train_batch_size: int = option(100, "pairs in a step of each process", bound=True, shown=True)
+    learning_rate: float = option(1e-4, "peak learning rate", shown=True)
+    weight_decay: float = option(
+        0.05, "decay of weight matrices; gains, biases, temperature and positions have none", shown=True
+    )
+    adam_epsilon: float = option(1e-8, "what AdamW adds to its denominator", shown=True)
+    max_grad_norm: float = option(0.0, "gradient norm to clip at; 0 for none", shown=True)
     num_train_epochs: float = option(10.0, "passes over the data, where neither steps nor minutes are given")
 
     # BLIP-2
-    stage: int = option(1, "1: the Q-Former learns to read the image tower; 2: to tell a language model what it read")
+    stage: Literal[1, 2] = option(
+        1,
+        "1: the Q-Former learns to read the image tower; 2: to tell a language model what it read",
+        bound=True,
+        shown=True,
+    )
     vision_tower: str | None = option(
         None, "folder or hub name of a vlp CLIP or BLIP whose image tower is read; --model_name_or_path has its own"
     )
@@ -63,9 +70,14 @@ class Blip2Arguments(TrainingArguments):
     bert_name_or_path: str | None = option(
         None, "hub name or folder of a BERT, or of a vlp BLIP, that the Q-Former starts from"
     )
-    label_smoothing: float = option(0.1, "of the contrastive loss' targets (0 to 1); LAVIS has 0.1, the paper none")
+    label_smoothing: float = option(
+        0.1, "of the contrastive loss' targets (0 to 1); LAVIS has 0.1, the paper none", shown=True
+    )
     contrastive_share: float = option(
-        0.0, "share of the run (0 to 1), at its start, that compares alone: for a Q-Former that begins from nothing"
+        0.0,
+        "share of the run (0 to 1), at its start, that compares alone: for a Q-Former that begins from nothing",
+        bound=True,
+        shown=True,
     )
     rerank_top_k: int = option(128, "candidates of each query that evaluation has matched (ITM) again")
     rerank_posterior: bool = option(
@@ -76,14 +88,12 @@ class Blip2Arguments(TrainingArguments):
     )
     language_model_file: str | None = option(None, "the GGUF file in it, where it is one")
     store_language_model: bool = option(False, "publish the language model's weights too, not where they are alone")
-    prompt: str = option("", "what every caption begins with in stage 2; it is not learnt")
+    prompt: str = option("", "what every caption begins with in stage 2; it is not learnt", bound=True, shown=True)
     example_prompts: str = option("", "prompts, joined by |, that the card shows answers to; --prompt where not given")
     eval_num_beams: int = option(5, "beams of the captions written in evaluation")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.stage not in (1, 2):
-            raise ArgumentError(f"--stage must be 1 or 2, got {self.stage}.")
         if not self.model_name_or_path and not self.vision_tower:
             raise ArgumentError(
                 "BLIP-2 needs --vision_tower, a trained CLIP or BLIP (such as runs/clip-emoji, from `make train`), or "
@@ -114,6 +124,9 @@ class Blip2Arguments(TrainingArguments):
         require_at_least_one(self, "rerank_top_k", "eval_num_beams")
         if self.vision_layers_left_out < 0:
             raise ArgumentError(f"--vision_layers_left_out must not be negative, got {self.vision_layers_left_out}.")
+
+    def own_parts(self) -> tuple[str, str] | None:
+        return (VlpBlip2ForConditionalGeneration.__name__, "--stage 2") if self.stage == 2 else None
 
 
 def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> VlpBlipProcessor | VlpBlip2Processor:
@@ -216,6 +229,12 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
         model = make_writer(arguments, processor)
         if arguments.store_language_model:
             model.config.store_language_model, model.config.language_model_name_or_path = True, None
+    if name:
+        arguments.image_size = model.config.vision_config.image_size
+        arguments.vocab_size = model.config.qformer_config.vocab_size
+        if arguments.stage == 2:
+            arguments.language_model_name_or_path = model.config.language_model_name_or_path
+            arguments.language_model_file = model.config.language_model_file
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -287,15 +306,6 @@ def name_in_blip(own: str) -> str:
     return name.replace(".query_mlp.", ".").replace(".text_mlp.", ".")
 
 
-def adopt_sizes(arguments: Blip2Arguments, model: VlpBlip2PreTrainedModel) -> None:
-    """Let the options tell what a model that is gone on from is, not what a recipe would have made."""
-    arguments.image_size = model.config.vision_config.image_size
-    arguments.vocab_size = model.config.qformer_config.vocab_size
-    if arguments.stage == 2:
-        arguments.language_model_name_or_path = model.config.language_model_name_or_path
-        arguments.language_model_file = model.config.language_model_file
-
-
 def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch: float | None):
     if arguments.stage == 2:
         tokenizer = processor.tokenizer
@@ -310,28 +320,36 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
     )
 
 
-def make_evaluator(arguments: Blip2Arguments, chooser: CaptionChooser, eval_rows, rows) -> Evaluator:
-    common = dict(batch_size=arguments.eval_batch_size, max_length=arguments.max_length)
-    places = (eval_rows, chooser, arguments.image_column, arguments.max_image_pixels)
+def make_evaluation(arguments: Blip2Arguments, rows, train_rows) -> list[Pictures]:
+    """Retrieval and matching after stage 1, captioning after stage 2."""
+    tasks: list[dict] = [{"task": "captioning", "prompt": arguments.prompt, "num_beams": arguments.eval_num_beams}]
     if arguments.stage == 1:
-        return Blip2Evaluator(
-            *places, top_k=arguments.rerank_top_k, rerank_posterior=arguments.rerank_posterior, task="retrieval",
-            **common,
-        )  # fmt: skip
-    prompts = arguments.example_prompts.split("|") if arguments.example_prompts else [arguments.prompt]
-    return Blip2WriterEvaluator(
-        *places, num_beams=arguments.eval_num_beams, prompt=arguments.prompt, example_prompts=prompts,
-        task="captioning", **common,
-    )  # fmt: skip
+        tasks = [{"task": "retrieval", "rerank_top_k": arguments.rerank_top_k,
+                  "rerank_posterior": arguments.rerank_posterior}, {"task": "itm"}]  # fmt: skip
+    return evaluation_tasks(arguments, rows, tasks)
 
 
-def make_maker(arguments: Blip2Arguments, rows, model, processor, **parts) -> SampleMaker:
-    """What makes samples of rows, of their images or of what the frozen tower gives for them, computed once."""
+def make_samples(arguments: Blip2Arguments, rows, model, processor, maker: SampleMaker) -> SampleMaker:
+    """Plain pairs, or pairs with the features of the frozen tower, which are computed once."""
     if not arguments.cache_vision_features:
-        return SampleMaker(**parts)
+        return maker
     if rows is None:
-        raise ArgumentError("--cache_vision_features needs data whose rows are known beforehand, not shards.")
+        raise ArgumentError("--cache_vision_features needs random access to the rows, which shards do not give.")
     with main_process_first():
         path = compute_features(model, processor, rows, arguments.image_column, arguments.max_image_pixels,
                                 arguments.eval_batch_size)  # fmt: skip
-    return FeatureMaker(Features(path), **parts)
+    return extend(maker, FeatureMaker, features=Features(path))
+
+
+BLIP2 = Family(
+    name="blip2",
+    text="Pre-train BLIP-2, stage 1 or 2, on pairs of images and captions, evaluate it, and write a folder to publish",
+    recipe="blip2-emoji",
+    arguments=Blip2Arguments,
+    config=new_config,
+    processor=make_processor,
+    model=make_model,
+    objective=make_objective,
+    evaluation=make_evaluation,
+    samples=make_samples,
+)

@@ -1,8 +1,9 @@
-"""CLIP's parts of a run: processor, model, objective, evaluation. Wrong options end here, with what to do."""
+"""The CLIP family."""
 
 import json
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,9 +22,9 @@ from ...processing.tokenizer import VlpClipTokenizer
 from ..arguments import TrainingArguments, option, require_at_least_one, require_one_of
 from ..data.rows import CaptionChooser, caption_texts
 from ..data.samples import SampleMaker
-from ..evaluation.base import Evaluator
+from ..evaluation.pictures import Pictures
 from ..objectives.clip import ClipObjective
-from .base import check_fields, require_model_type
+from .base import Family, check_fields, evaluation_tasks, require_model_type
 
 
 @dataclass(kw_only=True)
@@ -31,23 +32,30 @@ class ClipArguments(TrainingArguments):
     """CLIP: two towers, told to find the pairs of a batch."""
 
     # CLIP
-    clean_text: bool = option(False, "mend Unicode and HTML in captions as OpenAI's tokenizer does")
+    clean_text: bool = option(False, "mend Unicode and HTML in captions as OpenAI's tokenizer does", bound=True)
     image_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose image tower to start from")
     text_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose text tower to start from")
-    lock_image_tower: bool = option(False, "leave the image tower as it is (LiT)")
-    lock_text_tower: bool = option(False, "leave the text tower as it is")
-    patch_dropout: float | None = option(None, "share of patches (0 to 1) that a vision transformer drops in training")
-    loss: str = option("softmax", "softmax (CLIP) or sigmoid (SigLIP)")
-    micro_batch_size: int | None = option(
-        None, "pairs that a tower computes at a time, to save memory; the gradient is still the whole batch's"
+    lock_image_tower: bool = option(False, "leave the image tower as it is (LiT)", bound=True, shown=True)
+    lock_text_tower: bool = option(False, "leave the text tower as it is", bound=True, shown=True)
+    patch_dropout: float | None = option(
+        None, "share of patches (0 to 1) that a vision transformer drops in training", bound=True, shown=True
     )
-    class_column: str | None = option(None, "column with the class name (or label) for zero-shot evaluation")
+    loss: Literal["softmax", "sigmoid"] = option(
+        "softmax", "softmax (CLIP) or sigmoid (SigLIP)", bound=True, shown=True
+    )
+    micro_batch_size: int | None = option(
+        None,
+        "pairs that a tower computes at a time, to save memory; the gradient is still the whole batch's",
+        shown=True,
+    )
+    class_column: str | None = option(
+        None, "column with the class name or label for zero-shot evaluation; several, joined by commas"
+    )
     class_names: str | None = option(None, "names behind integer labels: a key of vlp.processing.prompts.CLASS_NAMES")
     eval_templates: str = option("name", "templates whose prompts are averaged for a class; see vlp.processing.prompts")
 
     def __post_init__(self):
         super().__post_init__()
-        require_one_of("loss", self.loss, ("softmax", "sigmoid"))
         if self.micro_batch_size is not None:
             require_at_least_one(self, "micro_batch_size")
         require_one_of("eval_templates", self.eval_templates, tuple(TEMPLATES))
@@ -120,6 +128,9 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
     if arguments.model_name_or_path:
         require_model_type(arguments.model_name_or_path, VlpClipConfig.model_type)
         model = AutoModel.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
+        arguments.image_size = model.config.vision_config.image_size
+        arguments.max_length = model.config.text_config.max_position_embeddings
+        arguments.vocab_size = model.config.text_config.vocab_size
     else:
         model = VlpClipModel(new_config(arguments, processor.tokenizer))
     if (arguments.loss == "sigmoid") != (model.logit_bias is not None):
@@ -137,13 +148,6 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
     return model
 
 
-def adopt_sizes(arguments: ClipArguments, model: VlpClipModel) -> None:
-    """Let the options tell what a model that is gone on from is, not what a recipe would have made."""
-    arguments.image_size = model.config.vision_config.image_size
-    arguments.max_length = model.config.text_config.max_position_embeddings
-    arguments.vocab_size = model.config.text_config.vocab_size
-
-
 def make_objective(arguments: ClipArguments, model: VlpClipModel, processor, steps_per_epoch) -> ClipObjective:
     return ClipObjective(
         model,
@@ -154,10 +158,15 @@ def make_objective(arguments: ClipArguments, model: VlpClipModel, processor, ste
     )
 
 
-def make_evaluator(arguments: ClipArguments, chooser: CaptionChooser, eval_rows, rows) -> Evaluator:
-    names = list(CLASS_NAMES[arguments.class_names]) if arguments.class_names else None
-    return Evaluator(eval_rows, chooser, arguments.image_column, arguments.max_image_pixels, arguments.class_column,
-                     names, arguments.eval_templates, arguments.eval_batch_size)  # fmt: skip
+def make_evaluation(arguments: ClipArguments, rows, train_rows) -> list[Pictures]:
+    """Zero-shot classification for each column of classes, retrieval for each column of captions that is there."""
+    tasks: list[dict] = []
+    for column in (arguments.class_column or "").split(",") if arguments.class_column else []:
+        tasks.append({"task": "zero-shot", "class_column": column, "class_names": arguments.class_names,
+                      "templates": arguments.eval_templates})  # fmt: skip
+    columns = [column for column in arguments.caption_column.split(",") if column in rows.column_names]
+    tasks += [{"task": "retrieval", "caption_column": column} for column in columns]
+    return evaluation_tasks(arguments, rows, tasks)
 
 
 def load_tower(model: VlpClipModel, tower: str, source: str) -> None:
@@ -187,6 +196,20 @@ def load_tower(model: VlpClipModel, tower: str, source: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def make_maker(arguments: ClipArguments, rows, model, processor, **parts) -> SampleMaker:
-    """What makes samples of rows."""
-    return SampleMaker(**parts)
+def make_samples(arguments: ClipArguments, rows, model, processor, maker: SampleMaker) -> SampleMaker:
+    """Plain pairs."""
+    return maker
+
+
+CLIP = Family(
+    name="clip",
+    text="Pre-train CLIP on pairs of images and captions, evaluate it, and write a folder to publish",
+    recipe="clip-emoji",
+    arguments=ClipArguments,
+    config=new_config,
+    processor=make_processor,
+    model=make_model,
+    objective=make_objective,
+    evaluation=make_evaluation,
+    samples=make_samples,
+)

@@ -7,15 +7,10 @@ from transformers import AutoConfig, PreTrainedModel
 from ...configuration.blip2 import VlpBlip2Config
 from ...errors import ArgumentError
 from ..arguments import TrainingArguments
-from ..families.blip import BlipArguments
-from ..families.blip2 import Blip2Arguments
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of every attention, in every tower
 # Of BLIP-2: the image tower is frozen, and language models of transformers have names of their own.
 BLIP2_TARGETS = r"(qformer|language_model)\..*\.([qkv]_proj|o_proj|out_proj|[qkvo])"
-
-# What is trained with parts that no other model has: adapters alone would lack them.
-OWN_PARTS = {"vqa": "VlpBlipForQuestionAnswering", "nlvr": "VlpBlipForVisualReasoning"}
 
 
 def check_lora(arguments: TrainingArguments) -> None:
@@ -23,11 +18,7 @@ def check_lora(arguments: TrainingArguments) -> None:
     base = arguments.model_name_or_path
     if not base:
         raise ArgumentError("--lora_rank needs --model_name_or_path, the model that the adapters are added to.")
-    needed, what = None, ""
-    if isinstance(arguments, BlipArguments):
-        needed, what = OWN_PARTS.get(arguments.task), f"--task {arguments.task}"
-    elif isinstance(arguments, Blip2Arguments) and arguments.stage == 2:
-        needed, what = "VlpBlip2ForConditionalGeneration", "--stage 2"
+    needed, what = arguments.own_parts() or (None, "")
     if needed and needed not in (AutoConfig.from_pretrained(base).architectures or []):
         raise ArgumentError(
             f"--lora_rank publishes adapters alone, and {what} adds parts that {base} does not have: train it without "

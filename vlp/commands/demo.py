@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import hashlib
 import os
-import queue
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,15 +15,18 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from datasets.utils.py_utils import iter_batched
+from PIL import Image
+from transformers import TextIteratorStreamer
 
-from ..inference import NotReadyError, Ready, ReadyBlip, load
+from ..errors import UnsupportedModelError
+from ..inference import BlipPredictor, Predictor, load
 from ..model_cards.plots import overlay
 from ..modeling_vlp.heatmaps import matching_maps
-from ..training.data.rows import BadRow, decode_image, describe
+from ..processing.pictures import PictureError, read_picture, to_rgb
+from ..training.data.rows import describe
 from ..training.data.sources import load_rows
-from ..training.evaluation.base import batched
-from .index import KINDS, Index, NoIndexError, build
+from .index import Index, NoIndexError, build
 
 MAX_BYTES, MAX_PIXELS = 10_000_000, 25_000_000  # of an upload
 MAX_NAMES, MAX_WORDS = 1000, 1000  # names to classify by; letters of a query or a text
@@ -52,13 +54,13 @@ class Demo:
         found = [path.parent for name in ("model_cards", "runs") for path in self.root.glob(f"{name}/*/config.json")]
         return [path.relative_to(self.root).as_posix() for path in sorted(found)]
 
-    def ready(self, name: str, use: str) -> Ready:
+    def predictor(self, name: str, use: str) -> Predictor:
         folder = inside(self.root, name, "models")
         if not (folder / "config.json").is_file():
             raise DemoError(f"{name} is no folder of a model; there are {', '.join(self.models()) or 'none'}.")
         try:
             return self.load(str(folder), use)
-        except NotReadyError as error:
+        except UnsupportedModelError as error:
             raise DemoError(str(error).replace(f"{self.root}/", "")) from error
 
     def classify(self, model: str, picture: str | None, names: str) -> dict[str, float]:
@@ -66,9 +68,12 @@ class Demo:
         listed = list(dict.fromkeys(name.strip() for name in names.replace("\n", ",").split(",") if name.strip()))
         if not 1 < len(listed) <= MAX_NAMES:
             raise DemoError(f"Give from 2 to {MAX_NAMES} names, parted by commas; there are {len(listed)}.")
-        ready = self.ready(model, "compare")
-        image, texts = ready.embed_images([opened(picture)]), [ready.embed_texts(c) for c in batched(listed, 64)]
-        shares = (ready.similarity(image, torch.cat(texts)) / ready.temperature).softmax(dim=1)[0]
+        predictor = self.predictor(model, "embed")
+        image, texts = (
+            predictor.embed_images([opened(picture)]),
+            [predictor.embed_texts(c) for c in iter_batched(listed, 64)],
+        )
+        shares = (predictor.similarity(image, torch.cat(texts)) / predictor.temperature).softmax(dim=1)[0]
         return dict(zip(listed, shares.tolist(), strict=True))
 
     def index(self, model: str, folder: str) -> Path:
@@ -84,7 +89,7 @@ class Demo:
         try:
             name = str(inside(self.root, model, "models"))
             skipped = build(
-                path, self.index(model, folder), name, ready=self.ready(model, "compare"), progress=progress
+                path, self.index(model, folder), name, predictor=self.predictor(model, "embed"), progress=progress
             )
         except NoIndexError as error:
             raise DemoError(str(error).replace(f"{self.pictures}/", "")) from error
@@ -96,19 +101,19 @@ class Demo:
             index = Index(self.index(model, folder))
         except NoIndexError:
             raise DemoError("There is no index of this folder by this model yet: build it first.") from None
-        ready = self.ready(model, "compare")
+        predictor = self.predictor(model, "embed")
         if words.strip():
-            query = ready.embed_texts([bounded(words)])[0]
+            query = predictor.embed_texts([bounded(words)])[0]
         elif picture:
-            query = ready.embed_images([opened(picture)])[0]
+            query = predictor.embed_images([opened(picture)])[0]
         else:
             raise DemoError("Say what to look for, in words or by a picture.")
         shown = []
         for hit in index.search(query, FOUND):
             try:
                 path = inside(self.pictures, str(inside(self.pictures, folder, "pictures") / hit.path), "pictures")
-                image = decode_image(str(path), MAX_PIXELS).convert("RGB")
-            except BadRow:
+                image = to_rgb(read_picture(path, MAX_PIXELS))
+            except PictureError:
                 continue  # it was there when the index was built
             image.thumbnail((256, 256))
             shown.append((image, f"{hit.path}  {hit.score:.2f}"))
@@ -116,62 +121,42 @@ class Demo:
 
     def caption(self, model: str, picture: str | None, prompt: str = "") -> Iterator[str]:
         """A caption as it grows, word by word."""
-        ready, image, streamer = self.ready(model, "write"), opened(picture), Streamer()
+        predictor, image = self.predictor(model, "caption"), opened(picture)
+        streamer = TextIteratorStreamer(predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        done: list[str | Exception] = []
 
-        def write() -> None:
+        def generate() -> None:
             try:
-                streamer.end_with(ready.write([image], bounded(prompt), num_beams=1, streamer=streamer)[0])
+                done.append(predictor.caption([image], bounded(prompt), num_beams=1, streamer=streamer)[0])
             except Exception as error:
-                streamer.end_with(error)
+                done.append(error)
+                streamer.end()
 
-        thread = threading.Thread(target=write, daemon=True)
+        thread = threading.Thread(target=generate, daemon=True)
         thread.start()
-        ids: list[int] = []
-        for item in streamer:
-            if isinstance(item, Exception):
-                raise DemoError(f"{model} could not write: {item}") from item
-            if isinstance(item, str):
-                yield item
-            else:
-                ids += item
-                yield ready.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = ""
+        for part in streamer:
+            text += part
+            yield text.strip()
         thread.join()
+        if isinstance(done[0], Exception):
+            raise DemoError(f"{model} could not generate a caption: {done[0]}") from done[0]
+        yield done[0]
 
     def match(self, model: str, picture: str | None, text: str) -> tuple[dict[str, float], Image.Image | None]:
         """How likely a text is the picture's, by a BLIP's or BLIP-2's matching head, and what speaks for it."""
         if not text.strip():
             raise DemoError("Say what the picture is to be matched with.")
-        ready, image = self.ready(model, "match"), opened(picture)
-        logits = ready.match(ready.see([image]), torch.zeros(1, dtype=torch.long), [bounded(text)])[0]
+        predictor, image = self.predictor(model, "match"), opened(picture)
+        logits = predictor.match(predictor.encode_images([image]), torch.zeros(1, dtype=torch.long), [bounded(text)])[0]
         no, yes = logits.softmax(dim=0).tolist()
         heat = None
-        if type(ready) is ReadyBlip and ready.name == "vlp_blip":
-            grid = matching_maps(ready.model, ready.processor, ready.pixels([image]), bounded(text)).maps[0]
+        if type(predictor) is BlipPredictor:
+            grid = matching_maps(
+                predictor.model, predictor.processor, predictor.prepare_images([image]), bounded(text)
+            ).maps[0]
             heat = overlay(image, grid)
         return {"they match": yes, "they do not": no}, heat
-
-
-class Streamer:
-    """What `generate` tells its tokens to, and who waits for them takes them from."""
-
-    def __init__(self):
-        self.queue: queue.Queue = queue.Queue()
-        self.begun = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.begun:  # what comes first is the prompt
-            self.queue.put(value.flatten().tolist())
-        self.begun = True
-
-    def end(self) -> None:
-        pass
-
-    def end_with(self, result: str | Exception) -> None:
-        self.queue.put(result)
-        self.queue.put(None)
-
-    def __iter__(self) -> Iterator[list[int] | str | Exception]:
-        return iter(self.queue.get, None)
 
 
 def inside(root: Path, name: str, what: str) -> Path:
@@ -189,8 +174,8 @@ def opened(picture: str | None) -> Image.Image:
     if os.path.getsize(picture) > MAX_BYTES:
         raise DemoError(f"The picture has more than {MAX_BYTES // 1_000_000} MB.")
     try:
-        return ImageOps.exif_transpose(decode_image(picture, MAX_PIXELS))
-    except BadRow as error:
+        return read_picture(picture, MAX_PIXELS)
+    except PictureError as error:
         most = f"; at most {MAX_PIXELS // 1_000_000} million pixels" if "bomb" in str(error) else ""
         raise DemoError(f"The picture cannot be read: {error}{most}.") from None
 
@@ -310,7 +295,7 @@ def main() -> None:
     except ModuleNotFoundError:
         sys.exit('error: the demo needs gradio: pip install "vlp[demo]".')
     if options.pictures and not options.pictures.is_dir():
-        sys.exit(f"error: --pictures {options.pictures}: there is no such folder (of {', '.join(sorted(KINDS))}).")
+        sys.exit(f"error: --pictures {options.pictures}: there is no such folder.")
     pictures = options.pictures or embedded_pictures(options.indexes)
     demo = Demo(Path.cwd(), pictures, options.indexes / "indexes")
     if not demo.models():

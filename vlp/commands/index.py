@@ -23,24 +23,24 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from datasets.utils.py_utils import iter_batched
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..errors import UnsupportedModelError
 from ..files import write_whole
-from ..inference import NotReadyError, Ready, load
-from ..training.data.rows import BadRow, decode_image, describe
-from ..training.evaluation.base import batched
+from ..inference import Predictor, load
+from ..processing.pictures import PictureError, extensions, read_picture
+from ..training.data.rows import describe
 
 # Shapes: N pictures, E width of the embeddings, K cells, T queries
 
-KINDS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 EXACT = 100_000  # pictures up to which every vector is compared
 PROBES = 64  # cells that are compared beyond
 PART = 4096  # pictures whose embeddings are kept on disk while an index is built: what an interruption loses at most
 SAMPLE, ROUNDS = 100_000, 8  # vectors that cells are found on, and rounds of k-means
-MAX_PIXELS = 89_478_485
 FAISS = "index.faiss"
 
 
@@ -118,11 +118,11 @@ def pictures_in(folder: Path) -> list[tuple[str, int, int]]:
         raise NoIndexError(f"{folder}: there is no such folder.")
     found = []
     for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in KINDS and path.is_file() and path.resolve().is_relative_to(root):
+        if path.suffix.lower() in extensions() and path.is_file() and path.resolve().is_relative_to(root):
             facts = path.stat()
             found.append((path.relative_to(root).as_posix(), facts.st_size, facts.st_mtime_ns))
     if not found:
-        raise NoIndexError(f"{folder} holds no picture ({', '.join(sorted(KINDS))}).")
+        raise NoIndexError(f"{folder} holds no picture ({', '.join(sorted(extensions()))}).")
     return found
 
 
@@ -132,19 +132,19 @@ def build(
     model: str,
     batch_size: int = 64,
     faiss: str | None = None,
-    ready: Ready | None = None,
+    predictor: Predictor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Counter:
     """Write an index of a folder's pictures; what an index there has of unchanged pictures is taken from it.
 
     Args:
-        model: folder or hub name of a CLIP or BLIP; `ready` where it is loaded already.
+        model: folder or hub name of a CLIP or BLIP; `predictor` if it is loaded already.
         faiss: a factory string of faiss, such as "HNSW32", to search by faiss instead.
         progress: told how many pictures are done, of how many.
 
     Returns the pictures that could not be read, by cause.
 
-    Raises NoIndexError where there is nothing to index, NotReadyError where the model does not compare.
+    Raises NoIndexError where there is nothing to index, UnsupportedModelError where the model does not compare.
     """
     folder, target = Path(folder), Path(target)
     if target.is_dir() and any(target.iterdir()) and not (target / "index.json").is_file():
@@ -152,22 +152,22 @@ def build(
     if faiss:
         import_faiss()
     pictures, skipped = pictures_in(folder), Counter()
-    ready = ready or load(model, "compare")
+    predictor = predictor or load(model, "embed")
     parts = target.with_name(target.name + ".building")
     known = Known.read(target, parts, model)
     missing, done = [picture for picture in pictures if picture not in known.places], 0
-    for part in batched(missing, PART):
+    for part in iter_batched(missing, PART):
         rows, vectors = [], []
-        for batch in batched(part, batch_size):
+        for batch in iter_batched(part, batch_size):
             readable = []
             for picture in batch:
                 try:
-                    readable.append((picture, decode_image(str(folder / picture[0]), MAX_PIXELS)))
-                except BadRow as error:
+                    readable.append((picture, read_picture(folder / picture[0])))
+                except PictureError as error:
                     skipped[str(error)] += 1
             if readable:
                 rows += [picture for picture, _ in readable]
-                vectors.append(ready.embed_images([image for _, image in readable]).half())
+                vectors.append(predictor.embed_images([image for _, image in readable]).half())
             done += len(batch)
             progress(done, len(missing))
         if rows:
@@ -302,7 +302,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def search(options) -> None:
     index = Index(options.index)
-    ready = load(index.facts["model"], "compare")
+    predictor = load(index.facts["model"], "embed")
 
     def tell(query: Tensor) -> None:
         start = time.perf_counter()
@@ -314,15 +314,15 @@ def search(options) -> None:
 
     if options.image:
         try:
-            tell(ready.embed_images([decode_image(options.image, MAX_PIXELS)])[0])
-        except BadRow as error:
+            tell(predictor.embed_images([read_picture(options.image)])[0])
+        except PictureError as error:
             raise NoIndexError(f"--image {options.image}: {error}.") from None
     elif options.words:
-        tell(ready.embed_texts([" ".join(options.words)])[0])
+        tell(predictor.embed_texts([" ".join(options.words)])[0])
     else:
         print("What to look for, one query a line; an empty line ends.", file=sys.stderr)
         for line in iter(lambda: sys.stdin.readline().strip(), ""):
-            tell(ready.embed_texts([line])[0])
+            tell(predictor.embed_texts([line])[0])
 
 
 def main() -> None:
@@ -339,7 +339,7 @@ def main() -> None:
 
             skipped = build(options.pictures, options.index, options.model, options.batch_size, options.faiss,
                             progress=progress)  # fmt: skip
-    except (NoIndexError, NotReadyError, OSError) as error:
+    except (NoIndexError, UnsupportedModelError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{len(Index(options.index)):,} pictures in {options.index}; could not be read: {describe(skipped)}.")
 

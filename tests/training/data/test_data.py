@@ -12,7 +12,7 @@ from PIL import Image
 from vlp.processing.augmentation import PerImage
 from vlp.training.data.batches import BadRows, Collator, train_loader
 from vlp.training.data.build import load_data
-from vlp.training.data.rows import BadRow, CaptionChooser, caption_texts, decode_image
+from vlp.training.data.rows import BadRow, CaptionChooser, caption_texts, picture_of
 from vlp.training.data.samples import DrawSampler, PairDataset, SampleMaker
 from vlp.training.data.sources import load_rows
 from vlp.training.families.clip import ClipArguments
@@ -147,7 +147,7 @@ def test_folder_of_parquet(tmp_path):
 def test_embedded_data():
     rows = load_rows("emoji", "test", "image")
     assert len(rows) == 1906 and set(rows["design"]) == {"twemoji"}
-    assert decode_image(rows[0]["image"], 10**6).size == (64, 64)
+    assert picture_of(rows[0], "image").size == (64, 64)
     assert "twemoji" not in load_rows("emoji", "train", "image")["design"]
 
 
@@ -214,7 +214,7 @@ def test_bad_rows_are_skipped_and_counted_by_cause():
 
 def test_too_large_an_image_is_refused_before_it_is_decoded():
     with pytest.raises(BadRow, match="decompression bomb"):
-        decode_image(picture("red", (100, 100)), max_pixels=9_999)
+        picture_of({"image": picture("red", (100, 100))}, "image", max_pixels=9_999)
 
 
 def test_too_many_bad_rows_stop_the_run():

@@ -9,6 +9,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -17,9 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_data import maker, picture
 from test_training import arguments as training_arguments
+from vlp.processing.augmentation import PerImage
+from vlp.processing.pictures import extensions
 from vlp.training.command_line import parse
 from vlp.training.data.batches import Collator, train_loader
-from vlp.training.data.rows import BadRow
+from vlp.training.data.rows import BadRow, CaptionChooser
+from vlp.training.data.samples import SampleMaker
 from vlp.training.data.shards import (
     INDEX,
     ShardDataset,
@@ -264,3 +268,31 @@ def test_a_batch_says_where_each_stream_is(seven):
     assert [list(place) for place in places] == [["0"], ["1"], ["0"], ["1"]]
     assert [place[name]["draws"] for place in places for name in place] == [4, 4, 8, 8]
     assert torch.utils.data.get_worker_info() is None
+
+
+def test_shards_keep_as_many_pictures_as_their_table(tmp_path):
+    """Rows of one picture stay one picture, by their path, their bytes or their image_id."""
+    for number, colour in enumerate(("red", "green")):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{number}.png")
+    lines = [f"{number}.png,a {word} card" for number in range(2) for word in ("plain", "bright", "small")]
+    (tmp_path / "rows.csv").write_text("\n".join(["image,caption", *lines]))
+    rows = [{"image": {"bytes": (tmp_path / f"{n}.png").read_bytes(), "path": None}, "caption": f"card {k}"}
+            for n in range(2) for k in range(3)]  # fmt: skip
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "bytes/train-0.parquet")
+    for source in ("rows.csv", "bytes"):
+        target = tmp_path / f"{source}-shards"
+        write_shards(ShardsArguments(dataset_name=str(tmp_path / source), output_dir=str(target), samples_per_shard=3))
+        maker = SampleMaker(chooser=CaptionChooser(), per_image=PerImage(16, "middle"))
+        dataset = iter(ShardDataset([expand(f"{target}/{{00000..00001}}.tar")], None, maker, seed=0))
+        samples = [next(dataset) for _ in range(6)]
+        assert len({sample.image_id for sample in samples}) == 2 and len({s.caption_id for s in samples}) >= 3, source
+        assert str(tmp_path).encode() not in (target / "00000.tar").read_bytes()  # no path of this machine
+
+
+@pytest.mark.parametrize("format", ["MPO", "AVIF", "JPEG2000", "PPM", "WEBP", "TIFF", "GIF"])
+def test_every_format_survives(format, tmp_path):
+    file = io.BytesIO()
+    options = {"save_all": True, "append_images": [Image.new("RGB", (16, 16))]} if format == "MPO" else {}
+    Image.new("RGB", (16, 16), "red").save(file, format, **options)
+    kind = next(iter(files_of({"image": {"bytes": file.getvalue()}, "caption": "red"}, "image", "caption")))
+    assert f".{kind}" in extensions(), kind

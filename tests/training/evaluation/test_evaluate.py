@@ -1,4 +1,4 @@
-"""Evaluation as a command: any model, any number of processes. Run: pytest tests/test_evaluate.py"""
+"""The command `evaluate`: any model, any number of processes."""
 
 import json
 import os
@@ -16,12 +16,14 @@ from transformers import CLIPImageProcessor, GitConfig, GitForCausalLM, GitProce
 from vlp.processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, train_tokenizer
 from vlp.processing.prompts import CLASS_NAMES
 from vlp.training import evaluate as command
-from vlp.training.evaluate import EvaluationArguments, best, evaluate, main
+from vlp.training.evaluate import evaluate, main
+from vlp.training.evaluation.arguments import EvaluationArguments
+from vlp.training.evaluation.tasks import best
 
 import vlp
 from vlp.conversion import convert
-from vlp.errors import ArgumentError
-from vlp.inference import NotReadyError, Ready, load
+from vlp.errors import ArgumentError, UnsupportedModelError
+from vlp.inference import Predictor, load
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white", "cyan"]
 
@@ -52,7 +54,7 @@ def blip(tmp_path_factory) -> Path:
     return folder
 
 
-class Perfect(Ready):
+class Perfect(Predictor):
     """A model that sees the colour of a card and knows its words."""
 
     def __init__(self):
@@ -67,14 +69,14 @@ class Perfect(Ready):
     def embed_texts(self, texts):
         return torch.stack([torch.eye(7)[next(i for i, c in enumerate(COLOURS) if c in text)] for text in texts])
 
-    def see(self, images):
+    def encode_images(self, images):
         return self.embed_images(images)
 
     def match(self, states, index, texts):
         match = (states[index] * self.embed_texts(texts)).sum(dim=1)
         return torch.stack([1 - match, match], dim=1)
 
-    def write(self, images, prompt="", **options):
+    def caption(self, images, prompt="", **options):
         return [f"{self.colour(image)} Paper, on a table." for image in images]
 
     def answer(self, images, questions, **options):
@@ -115,7 +117,7 @@ def test_equal_scores_count_against_the_model():
 
 
 def test_two_processes_find_what_one_finds(data, blip, tmp_path):
-    """Seven rows over two processes: none counts twice, none is left out."""
+    """Seven pictures over two processes: none counts twice, none is left out."""
     arguments = EvaluationArguments(dataset=str(data), split="train", task="retrieval", rerank_top_k=3, batch_size=2,
                                     resamples=20, output_dir=str(tmp_path / "one"))  # fmt: skip
     alone = evaluate(str(blip), arguments)
@@ -171,7 +173,7 @@ def test_a_captioner_that_only_transformers_has(data, tmp_path):
                                                                   max_length=8, resamples=0))  # fmt: skip
     assert results["architecture"] == "GitForCausalLM" and 0 <= results["metrics"]["bleu_4"] <= 1
     assert (tmp_path / "git/evaluations").is_dir()  # beside the checkpoint
-    with pytest.raises(NotReadyError, match="cannot match: it has no head that matches"):
+    with pytest.raises(UnsupportedModelError, match="cannot match: it has no matching head"):
         load(tmp_path / "git", "match")
 
 
@@ -179,13 +181,13 @@ def test_what_a_model_cannot_do_is_said(blip, tmp_path):
     model, processor = tiny_pair()
     model.save_pretrained(tmp_path / "clip")
     processor.save_pretrained(tmp_path / "clip")
-    for use, words in (("match", "no head that matches"), ("write", "no decoder"), ("answer", "not fine-tuned")):
-        with pytest.raises(NotReadyError, match=f"a vlp_clip, cannot {use}: .*{words}"):
+    for use, words in (("match", "no matching head"), ("caption", "no decoder"), ("answer", "not fine-tuned")):
+        with pytest.raises(UnsupportedModelError, match=f"a VlpClipModel, cannot {use}: .*{words}"):
             load(tmp_path / "clip", use)
-    with pytest.raises(NotReadyError, match="cannot answer: it was not fine-tuned"):
+    with pytest.raises(UnsupportedModelError, match="cannot answer: it was not fine-tuned"):
         load(blip, "answer")
-    with pytest.raises(NotReadyError, match="nowhere is no folder of vlp or transformers"):
-        load(tmp_path / "nowhere", "compare")
+    with pytest.raises(UnsupportedModelError, match="nowhere is not a model folder of vlp or transformers"):
+        load(tmp_path / "nowhere", "embed")
 
 
 @pytest.mark.parametrize(
@@ -194,8 +196,8 @@ def test_what_a_model_cannot_do_is_said(blip, tmp_path):
         ({"task": "vqa", "answer_column": "reply"}, "has no column 'reply'"),
         ({"task": "captioning", "caption_column": "words"}, "has no column 'words'"),
         ({"class_column": "answers"}, "must hold names or labels"),
-        ({"class_column": "colour", "class_names": "cifar10"}, "holds 'black', which --class_names does not"),
-        ({"class_column": "colour", "class_names": "no.txt"}, "no such file, and none of .*imagenet"),
+        ({"class_column": "colour", "class_names": "cifar10"}, "has 'black', which is not one of --class_names"),
+        ({"class_column": "colour", "class_names": "no.txt"}, "no such file, and not one of .*imagenet"),
         ({"split": "test"}, "no column split"),
     ],
 )

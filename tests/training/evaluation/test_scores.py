@@ -19,7 +19,9 @@ REFERENCES = [
 
 
 def test_every_metric_loads_offline_by_its_name_and_by_its_path():
-    assert NAMES == ["caption_scores", "itm_accuracy", "recall_at_k", "vqa_accuracy", "zero_shot_accuracy"]
+    assert NAMES == [
+        "caption_scores", "itm_accuracy", "nlvr_accuracy", "recall_at_k", "vqa_accuracy", "zero_shot_accuracy",
+    ]  # fmt: skip
     for name in NAMES:
         assert isinstance(load(name), evaluate.Metric)
     assert evaluate.load(str(FOLDER / "recall_at_k.py")).compute(predictions=[[1]], references=[[1]], k=[1]) == {

@@ -77,7 +77,8 @@ folder = Path(snapshot_download(name, revision=revision))
 print(json.dumps({
     "model": type(model).__name__, "processor": type(processor).__name__, "labels": sorted(x["label"] for x in best),
     "license": card.data.license, "tags": card.data.tags,
-    "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()},
+    "files": {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+              for p in folder.rglob("*") if p.is_file()},
 }))
 """
 
@@ -102,7 +103,8 @@ def test_what_one_process_pushes_another_pulls(hub, pairs, tmp_path):
     assert f"Pushed to {hub.url}/me/cards/commit/" in done.stdout
     pushed = repository.commits[repository.branches["v2"]]
     assert "model.safetensors" not in repository.commits[repository.branches["main"]]
-    local = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    run_folder = tmp_path / "run"
+    local = {str(p.relative_to(run_folder)): p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
     assert {name: value for name, value in pushed.items() if name != ".gitattributes"} == local
     for name, value in pushed.items():
         assert not any(word in name for word in ("optimizer", "queue", "teacher", "scheduler"))

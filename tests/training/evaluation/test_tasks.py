@@ -1,0 +1,176 @@
+"""The evaluation tasks, on data and models made by hand."""
+
+import dataclasses
+import io
+from collections import Counter
+
+import datasets
+import pytest
+import torch
+from accelerate import PartialState
+from conftest import tiny_blip, tiny_pair
+from PIL import Image
+from torch.nn import functional as F
+from vlp.processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, train_tokenizer
+from vlp.training.evaluation.arguments import EvaluationArguments
+from vlp.training.evaluation.results import evaluate_model, file_name, metrics_of
+from vlp.training.evaluation.tasks import embed_classes, evaluate_task, number_labels, prepare_data
+
+from vlp.errors import ArgumentError
+from vlp.inference import VlpPredictor, predictor_of
+
+COLOURS = ["red", "green", "blue", "white", "black", "yellow"]
+
+
+def png(colour: str, corner: str = "grey") -> bytes:
+    image = Image.new("RGB", (20, 24), colour)
+    image.putpixel((0, 0), Image.new("RGB", (1, 1), corner).getpixel((0, 0)))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def captions_of(colour: str) -> list[str]:
+    return [f"a {colour} card", f"{colour} paper", f"a card that is {colour}"]
+
+
+def table(rows: list[dict]) -> datasets.Dataset:
+    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+
+
+def as_lists(**more) -> datasets.Dataset:
+    return table([{"image": {"bytes": png(c), "path": None}, "caption": captions_of(c)} | more for c in COLOURS])
+
+
+def as_rows(order: list[tuple[str, int]] | None = None) -> datasets.Dataset:
+    """The same pictures with one caption per row; the rows of one picture need not be together."""
+    order = order or [(colour, number) for colour in COLOURS for number in range(3)]
+    return table([{"image": {"bytes": png(c), "path": None}, "caption": captions_of(c)[number]} for c, number in order])
+
+
+@pytest.fixture(scope="module")
+def blip():
+    model = tiny_blip().eval()
+    tokenizer = train_tokenizer([text for colour in COLOURS for text in captions_of(colour)], 118, 30)
+    images = VlpBlipImageProcessor(size={"height": 32, "width": 32})
+    return model, VlpBlipProcessor(images, tokenizer)
+
+
+def evaluate(model, processor, rows, **options) -> dict:
+    arguments = EvaluationArguments(**{"resamples": 50, "batch_size": 4, "max_length": 8} | options)
+    pictures = prepare_data(rows, arguments, PartialState())
+    use = {"captioning": "caption", "itm": "match"}.get(arguments.task, "match")
+    return evaluate_task(predictor_of(model, processor, use), pictures).metrics
+
+
+@pytest.mark.parametrize("task", ["retrieval", "itm", "captioning"])
+def test_rows_of_one_caption_give_the_figures_of_lists(task, blip):
+    """A picture with several captions is one picture, however the table has them: to the last digit."""
+    options = {"task": task} | ({"rerank_top_k": 4} if task == "retrieval" else {})
+    lists, rows = (evaluate(*blip, data, **options) for data in (as_lists(), as_rows()))
+    assert lists == rows and len(lists) >= 6
+    apart = [(colour, number) for number in range(3) for colour in COLOURS]  # rows of one picture, far apart
+    mixed = evaluate(*blip, as_rows(apart), **options)
+    assert {k: v for k, v in mixed.items() if "interval" not in k} == pytest.approx(
+        {k: v for k, v in lists.items() if "interval" not in k}
+    )
+
+
+def test_what_identifies_a_picture(tmp_path):
+    """Its image_id, else its path, else its bytes."""
+    (tmp_path / "a.png").write_bytes(png("red"))
+    (tmp_path / "b.png").write_bytes(png("red"))
+    one, two, red = str(tmp_path / "a.png"), str(tmp_path / "b.png"), png("red")
+
+    def pictures(rows: list[dict]) -> list[list[int]]:
+        found = prepare_data(table(rows), EvaluationArguments(task="retrieval"), PartialState())
+        return [picture.rows for picture in found.items]
+
+    assert pictures([{"image": path, "caption": "red"} for path in (one, two, one)]) == [[0, 2], [1]]
+    assert pictures([{"image": {"bytes": red, "path": name}, "caption": "red"} for name in "ab"]) == [[0, 1]]
+    ids = [{"image": {"bytes": red, "path": None}, "caption": "red", "image_id": number} for number in (7, 8, 7)]
+    assert pictures(ids) == [[0, 2], [1]]
+
+
+def test_bad_rows_are_skipped_and_counted():
+    rows = [{"image": {"bytes": png(c), "path": None}, "caption": f"a {c} card"} for c in COLOURS]
+    rows += [{"image": {"bytes": b"x", "path": None}, "caption": "broken"}, rows[0] | {"caption": " "}]
+    pictures = prepare_data(table(rows), EvaluationArguments(task="retrieval"), PartialState())
+    assert (len(pictures), pictures.used) == (6, 6)
+    assert pictures.skipped == Counter({"not an image": 1, "empty caption": 1})
+    with pytest.raises(ArgumentError, match="no usable row: not an image: 1"):
+        prepare_data(table(rows[6:7]), EvaluationArguments(task="retrieval"), PartialState())
+
+
+def test_zero_shot_counts_a_picture_once_for_each_of_its_classes():
+    rows = [{"image": {"bytes": png("red"), "path": None}, "name": name} for name in ("red", "red", "warm")]
+    found = prepare_data(table(rows), EvaluationArguments(class_column="name"), PartialState())
+    assert [(picture.rows, found.names[picture.label]) for picture in found.items] == [([0, 1], "red"), ([2], "warm")]
+
+
+def test_a_class_is_the_mean_of_its_prompts():
+    model, processor = tiny_pair()
+    predictor = VlpPredictor(model, processor)
+    rows = table([{"image": {"bytes": png("red"), "path": None}, "name": name} for name in ("cat", "dog")])
+    pictures = prepare_data(rows, EvaluationArguments(class_column="name", templates="simple"), PartialState())
+    from vlp.processing.prompts import TEMPLATES
+
+    mean = predictor.embed_texts([template.format("cat") for template in TEMPLATES["simple"]]).mean(dim=0)
+    torch.testing.assert_close(embed_classes(predictor, pictures)[0], F.normalize(mean, dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch():
+    predictor = VlpPredictor(*tiny_pair())
+    images = [Image.new("RGB", (30, 40), colour) for colour in COLOURS]
+    texts = ["a", "two yellow triangles and a dog", "b c"]
+    for embed, items in ((predictor.embed_images, images), (predictor.embed_texts, texts)):
+        many, one = embed(items), torch.cat([embed([item]) for item in items])
+        torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.norm(dim=-1), torch.ones(len(items)))
+
+
+def test_labels_without_a_name():
+    numbers = [0, 1, 5]
+    with pytest.raises(ArgumentError, match="numbers without names: give --class_names"):
+        number_labels(numbers, None, "label")
+    with pytest.raises(ArgumentError, match="labels range from 0 to 5, for 2 names"):
+        number_labels(numbers, ["a", "b"], "label")
+    with pytest.raises(ArgumentError, match="must hold names or labels"):
+        number_labels([["a"]], None, "label")
+    with pytest.raises(ArgumentError, match="has 'c', which is not one of --class_names"):
+        number_labels(["a", "c"], ["a", "b"], "label")
+    assert number_labels([1, -1, None, 0], ["a", "b"], "label") == ([1, None, None, 0], ["a", "b"])
+    assert number_labels(["b", "", "a"], None, "label") == ([1, None, 0], ["a", "b"])
+
+
+def test_a_model_in_training_is_evaluated_as_one_that_is_loaded(blip, tmp_path):
+    """The tasks give the same figures for a model in memory, in training mode, as for its folder."""
+    model, processor = blip
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    common = dict(batch_size=4, max_length=8)
+    evaluations = [
+        prepare_data(as_lists(), EvaluationArguments(task=task, **common), PartialState())
+        for task in ("retrieval", "itm", "captioning")
+    ]
+    outcomes = evaluate_model(model.train(), processor, evaluations, resamples=0)
+    assert model.training
+    for pictures, outcome in zip(evaluations, outcomes, strict=True):
+        from vlp.training.evaluation.tasks import use_of
+
+        from vlp.inference import load
+
+        alone = dataclasses.replace(pictures, arguments=dataclasses.replace(pictures.arguments, resamples=0))
+        assert evaluate_task(load(tmp_path, use_of(pictures.arguments)), alone).metrics == outcome.metrics
+
+
+def test_the_metrics_of_two_columns_have_two_names_and_two_files(blip):
+    rows = as_lists().add_column("caption_vi", [f"tấm {number}" for number in range(6)])
+    options = [{"task": "retrieval", "caption_column": column} for column in ("caption", "caption_vi")]
+    evaluations = [prepare_data(rows, EvaluationArguments(**each), PartialState()) for each in options]
+    metrics = metrics_of(evaluations, evaluate_model(*blip, evaluations, resamples=0))
+    assert {"text_to_image_recall_at_1", "text_to_image_recall_at_1@caption_vi"} <= metrics.keys()
+    assert [file_name(each.arguments) for each in evaluations] == [
+        "emoji-test-retrieval", "emoji-test-retrieval-caption_vi",
+    ]  # fmt: skip

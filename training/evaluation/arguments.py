@@ -1,0 +1,74 @@
+"""Options of an evaluation: the data, the task and its settings."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...errors import ArgumentError
+from ...processing.pictures import MAX_PIXELS
+from ...processing.prompts import CLASS_NAMES, TEMPLATES
+from ..arguments import EMOJI, option, require_at_least_one, require_choices
+from ..data.sources import is_shards
+
+TaskName = Literal["zero-shot", "retrieval", "captioning", "vqa", "itm", "nlvr"]
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments:
+    """The data, the task and its settings; `accelerate launch -m vlp.training.evaluate` takes them as options."""
+
+    dataset: str = option(EMOJI, "data, as --dataset_name of training; not shards")
+    dataset_config_name: str | None = option(None, "configuration of a hub data set")
+    split: str = option("test", "split to evaluate on")
+    task: TaskName = option("zero-shot", "task to evaluate")
+    image_column: str = option("image", "column with the images, or with their paths")
+    second_image_column: str = option("second_image", "nlvr: column with the image on the right")
+    image_root: str | None = option(None, "folder that image paths start from; that of the data file if not given")
+    caption_column: str = option(
+        "caption", "column with a caption or a list of captions; several columns, joined by commas; vqa: the question"
+    )
+    class_column: str | None = option(
+        None, "zero-shot: column with the class; if not given, the first column of labels, else the captions"
+    )
+    class_names: str | None = option(
+        None, f"zero-shot: names for integer labels: a file, one name per line, or one of {', '.join(CLASS_NAMES)}"
+    )
+    templates: str = option("name", f"zero-shot: prompts to average, one of {', '.join(TEMPLATES)}")
+    group_column: str | None = option(None, "zero-shot: report the accuracy for each value of this column too")
+    answer_column: str = option("answers", "vqa: column with the answers that people gave")
+    answer_list: str | None = option(None, "vqa: file of answers, one per line, to rank as well as to generate")
+    label_column: str = option("label", "nlvr: column with whether the caption is true of both images")
+    rerank_top_k: int = option(0, "retrieval: candidates of each query that are re-ranked by matching (ITM); 0: none")
+    rerank_posterior: bool = option(
+        False, "re-rank by ITC's probability times ITM's odds; else by the original's cosine plus ITM logit"
+    )
+    prompt: str = option("", "captioning: the prompt that captions begin with; it is removed again")
+    num_beams: int = option(3, "captioning, vqa: beams")
+    max_length: int = option(30, "captioning, vqa: most tokens to generate")
+    answer_top_k: int = option(128, "vqa: answers of --answer_list that are scored in full")
+    batch_size: int = option(64, "images or texts per batch, for each process")
+    max_samples: int | None = option(None, "evaluate on the first rows only; all if not given")
+    max_image_pixels: int = option(MAX_PIXELS, "larger images, in pixels, are skipped as decompression bombs")
+    resamples: int = option(1000, "bootstrap resamples for the 95 % intervals; 0: no intervals")
+    seed: int = option(0, "seed of the bootstrap")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "precision of the model")
+    output_dir: str | None = option(
+        None, "folder for the results; MODEL/evaluations, or runs/evaluations/NAME for a hub name, if not given"
+    )
+
+    def __post_init__(self):
+        require_choices(self)
+        if self.templates not in TEMPLATES:
+            raise ArgumentError(f"--templates must be one of {', '.join(TEMPLATES)}, got {self.templates!r}.")
+        require_at_least_one(self, "batch_size", "num_beams", "max_length", "max_image_pixels", "answer_top_k")
+        for name in ("resamples", "rerank_top_k"):
+            if getattr(self, name) < 0:
+                raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
+        if self.max_samples is not None:
+            require_at_least_one(self, "max_samples")
+        if is_shards(self.dataset):
+            raise ArgumentError("Evaluation needs random access to the rows: --dataset cannot be shards.")
+
+    @property
+    def text_column(self) -> str | None:
+        """The column that distinguishes evaluations of one task on one split: the classes', or the captions'."""
+        return (self.class_column or self.caption_column) if self.task == "zero-shot" else self.caption_column

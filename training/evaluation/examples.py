@@ -1,0 +1,155 @@
+"""Examples for the model card: predictions on some pictures, galleries of retrieval, and heat maps."""
+
+from pathlib import Path
+
+import torch
+from datasets.utils.py_utils import iter_batched
+from PIL import Image
+
+from ...inference import BlipPredictor, Predictor, predictor_of
+from ...model_cards.plots import plot_heatmaps, plot_retrieval
+from ...modeling_vlp.blip import VlpBlipForPreTraining, VlpBlipMatcher
+from ...modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
+from ...modeling_vlp.heatmaps import attention_maps, matching_maps
+from ...processing.pictures import to_rgb
+from ..data.rows import answers_of
+from .pictures import Pictures
+from .scores import plain_answer, words
+from .tasks import embed_classes, use_of
+
+COUNT = 12  # pictures with predictions
+QUERIES, FOUND, MAPPED = 4, 6, 4  # texts in the gallery, images for each, images with heat maps
+SEARCHED = 2000  # images that the gallery is searched in
+
+Example = dict  # {"image", "label", "predictions": [(text, probability or None, whether it is right), ...]}
+
+
+def make_examples(model, processor, evaluations: list[Pictures], prompts: list[str], seed: int = 0) -> list[Example]:
+    """Predictions on some pictures, drawn by the seed; empty if no task of the evaluation has examples.
+
+    Args:
+        evaluations: the data of each task that the model was evaluated on. prompts: captions are generated after each.
+    """
+    by_task = {pictures.arguments.task: pictures for pictures in reversed(evaluations)}
+    for task, make in EXAMPLES.items():
+        if task in by_task:
+            predictor = predictor_of(model, processor, use_of(by_task[task].arguments))
+            return make(predictor, by_task[task], by_task[task].draw(COUNT, seed), prompts)
+    return []
+
+
+def caption_examples(predictor, pictures: Pictures, chosen: list[int], prompts: list[str]) -> list[Example]:
+    """Each picture's first caption, and the one that is generated after each prompt."""
+    images, arguments = [pictures.image(number) for number in chosen], pictures.arguments
+    options = dict(num_beams=arguments.num_beams, max_length=arguments.max_length)
+    captions = [predictor.caption(images, prompt, **options) for prompt in prompts]
+    examples = []
+    for number, image, generated in zip(chosen, images, zip(*captions, strict=True), strict=True):
+        texts = pictures.items[number].texts
+        references = [words(text) for text in texts]
+        examples.append(example(image, texts[0], [(text, None, words(text) in references) for text in generated]))
+    return examples
+
+
+def answer_examples(predictor, pictures: Pictures, chosen: list[int], prompts: list[str]) -> list[Example]:
+    """The first answer that was given to each picture's first question, and the generated one."""
+    images, arguments = [pictures.image(number) for number in chosen], pictures.arguments
+    questions = [pictures.items[number].texts[0] for number in chosen]
+    answers = predictor.answer(images, questions, num_beams=arguments.num_beams, max_length=arguments.max_length)
+    examples = []
+    for number, image, answer in zip(chosen, images, answers, strict=True):
+        given = answers_of(pictures.table[pictures.items[number].sources[0]], arguments.answer_column)
+        right = plain_answer(answer) in [plain_answer(text) for text in given]
+        examples.append(example(image, given[0], [(answer, None, right)]))
+    return examples
+
+
+def class_examples(predictor: Predictor, pictures: Pictures, chosen: list[int], prompts: list[str]) -> list[Example]:
+    """Each picture's class, and the three most probable ones."""
+    images, classes = [pictures.image(number) for number in chosen], embed_classes(predictor, pictures)
+    scores = predictor.similarity(predictor.embed_images(images), classes) / predictor.temperature
+    top, examples = scores.softmax(dim=1).topk(min(3, len(pictures.names))), []
+    for number, image, values, indices in zip(chosen, images, top.values, top.indices, strict=True):
+        label = pictures.items[number].label
+        guesses = [(pictures.names[k], p, k == label) for p, k in zip(values.tolist(), indices.tolist(), strict=True)]
+        examples.append(example(image, pictures.names[label], guesses))
+    return examples
+
+
+def match_examples(predictor, pictures: Pictures, chosen: list[int], prompts: list[str]) -> list[Example]:
+    """Each picture's first text, and the three texts that match it best, among the candidates by similarity."""
+    images = [pictures.image(number) for number in chosen]
+    texts = [text for picture in pictures.items for text in picture.texts]
+    embeds = torch.cat([predictor.embed_texts(batch) for batch in iter_batched(texts, 64)])
+    similarity = predictor.similarity(predictor.embed_images(images), embeds)
+    candidates = similarity.topk(min(max(3, pictures.arguments.rerank_top_k), len(texts)), dim=1)
+    states, examples = predictor.encode_images(images), []
+    for place, (number, image) in enumerate(zip(chosen, images, strict=True)):
+        listed = [texts[k] for k in candidates.indices[place].tolist()]
+        logits = predictor.match(states[place : place + 1], torch.zeros(len(listed), dtype=torch.long), listed)
+        order = (candidates.values[place] + logits[:, 1]).argsort(descending=True)[:3].tolist()
+        own = pictures.items[number].texts
+        examples.append(example(image, own[0], [(listed[k], None, listed[k] in own) for k in order]))
+    return examples
+
+
+EXAMPLES = {
+    "captioning": caption_examples,
+    "vqa": answer_examples,
+    "zero-shot": class_examples,
+    "itm": match_examples,
+}
+
+
+def example(image: Image.Image, label: str, predictions: list[tuple]) -> Example:
+    return {"image": to_rgb(image), "label": label, "predictions": predictions}
+
+
+# --- galleries and heat maps ------------------------------------------------------------------------------------------
+
+
+def draw_galleries(model, processor, evaluations: list[Pictures], folder: Path, seed: int = 0) -> None:
+    """Draw what the model supports, as PNG files in a folder; nothing if no task of the evaluation has texts."""
+    pictures = next((each for each in evaluations if each.arguments.task in ("retrieval", "captioning", "itm")), None)
+    if pictures is None:
+        return
+    numbers = pictures.draw(SEARCHED, seed)
+    images = [to_rgb(pictures.image(number)) for number in numbers]
+    texts = [pictures.items[number].texts[0] for number in numbers]
+    if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
+        draw_retrieval(predictor_of(model, processor, "embed"), images, texts, folder / "retrieval.png")
+    if isinstance(model, VlpBlipMatcher):
+        draw_matching(model, processor, images[:MAPPED], texts[:MAPPED], folder / "matching.png")
+    if isinstance(model, (VlpBlipForPreTraining, VlpBlipForConditionalGeneration)):
+        captioner = predictor_of(model, processor, "caption")
+        draw_attention(captioner, images[:MAPPED], texts[:MAPPED], folder / "attention.png")
+
+
+def draw_retrieval(predictor: Predictor, images: list, texts: list[str], path: Path) -> None:
+    """The images that the model retrieves for some of the texts, among all of them."""
+    embeds = torch.cat([predictor.embed_images(batch) for batch in iter_batched(images, 64)])
+    scores = predictor.similarity(embeds, predictor.embed_texts(texts[:QUERIES])).T  # (QUERIES, images)
+    found = scores.topk(min(FOUND, len(images)), dim=1).indices.tolist()
+    rows = [
+        (text, [(images[n], texts[n] == text) for n in best]) for text, best in zip(texts[:QUERIES], found, strict=True)
+    ]
+    plot_retrieval(rows, path)
+
+
+def draw_attention(predictor: BlipPredictor, images: list, texts: list[str], path: Path) -> None:
+    """Where the decoder looks for each word that it generates."""
+    rows = [
+        (image, text, attention_maps(predictor.model, predictor.processor, predictor.prepare_images([image])))
+        for image, text in zip(images, texts, strict=True)
+    ]
+    plot_heatmaps(rows, path)
+
+
+def draw_matching(model, processor, images: list, texts: list[str], path: Path) -> None:
+    """Which parts of an image support each word of its text."""
+    predictor = predictor_of(model, processor, "match")
+    rows = [
+        (image, text, matching_maps(model, processor, predictor.prepare_images([image]), text))
+        for image, text in zip(images, texts, strict=True)
+    ]
+    plot_heatmaps(rows, path)

@@ -1,0 +1,105 @@
+"""The results of an evaluation as files: JSON, a table in Markdown and a picture of the confusions."""
+
+import dataclasses
+import json
+import platform
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ...inference import predictor_of
+from ...model_cards.card import evaluation_table
+from ...model_cards.plots import plot_confusion
+from ..arguments import publishable
+from ..data.rows import describe
+from .arguments import EvaluationArguments
+from .pictures import Pictures
+from .tasks import Outcome, evaluate_task, use_of
+
+INTERVAL = "_interval"
+
+
+def evaluate_model(model: PreTrainedModel, processor, evaluations: list[Pictures], resamples: int) -> list[Outcome]:
+    """Evaluate a model in memory on each task, in evaluation mode; its mode is restored. Called by every process.
+
+    Args:
+        evaluations: the prepared data of each task. resamples: of the bootstrap, for the intervals; 0: no intervals.
+    """
+    training, outcomes = model.training, []
+    model.eval()
+    for pictures in evaluations:
+        arguments = dataclasses.replace(pictures.arguments, resamples=resamples)
+        predictor = predictor_of(model, processor, use_of(arguments))
+        outcomes.append(evaluate_task(predictor, dataclasses.replace(pictures, arguments=arguments)))
+    model.train(training)
+    return outcomes
+
+
+def metrics_of(evaluations: list[Pictures], outcomes: list[Outcome]) -> dict[str, float]:
+    """The metrics of all tasks, without intervals.
+
+    A metric that is measured on several columns, such as those of two languages, is named METRIC@COLUMN from the
+    second one on.
+    """
+    metrics: dict[str, float] = {}
+    for pictures, outcome in zip(evaluations, outcomes, strict=True):
+        for name, value in values_of(outcome).items():
+            metrics[name if name not in metrics else f"{name}@{pictures.arguments.text_column}"] = value
+    return metrics
+
+
+def values_of(outcome: Outcome) -> dict[str, float]:
+    return {name: value for name, value in outcome.metrics.items() if not name.endswith(INTERVAL)}
+
+
+def results_of(name: str, architecture: str, pictures: Pictures, outcome: Outcome, device: str) -> dict:
+    """What is stored of an evaluation.
+
+    Args:
+        name: of the model. architecture: its class.
+    """
+    results = {
+        "model": name,
+        "architecture": architecture,
+        "metrics": values_of(outcome),
+        "intervals": {key.removesuffix(INTERVAL): value for key, value in outcome.metrics.items()
+                      if key.endswith(INTERVAL)},
+        "rows": pictures.used,
+        "pictures": len(pictures),
+        "skipped": describe(pictures.skipped),
+        "classes": len(pictures.names) if pictures.names else None,
+        "groups": outcome.groups,
+        "processes": pictures.state.num_processes,
+        "device": device,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "arguments": publishable(dataclasses.asdict(pictures.arguments)),
+    }  # fmt: skip
+    if outcome.confusion:
+        names = pictures.names
+        wrong = Counter(
+            (names[label], names[predicted]) for label, predicted in outcome.confusion if label != predicted
+        )
+        results["most_confused"] = [[*pair, count] for pair, count in wrong.most_common(20)]
+    return results
+
+
+def write_results(folder: Path, results: dict, pictures: Pictures, outcome: Outcome) -> Path:
+    """Write the results into a folder; returns the path of the JSON file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{file_name(pictures.arguments)}.json"
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    table = evaluation_table(results)
+    if outcome.confusion:
+        plot_confusion(outcome.confusion, pictures.names, path.with_suffix(".png"))
+        table += f"\n![Predicted classes for each class]({path.stem}.png)\n"
+    path.with_suffix(".md").write_text(table)
+    return path
+
+
+def file_name(arguments: EvaluationArguments) -> str:
+    """What distinguishes the evaluations of a model: data, split, task, and the column unless it is `caption`."""
+    parts = [Path(arguments.dataset).stem, arguments.split, arguments.task]
+    parts += [column for column in (arguments.text_column,) if column != "caption"]
+    return "-".join(part.replace("/", "_") for part in parts)

@@ -1,0 +1,402 @@
+"""The evaluation tasks: zero-shot classification, retrieval, matching, captioning, VQA and NLVR.
+
+There is one implementation of each, which training, the command `evaluate`, the model card and the demo use. Each task
+works on this process' share of the pictures, gathers the predictions of all processes and computes the metrics from
+them, so the figures do not depend on the number of processes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...errors import ArgumentError
+from ...inference import Predictor
+from ...modeling_vlp.ranking import candidates_of, rerank
+from ...processing.prompts import CLASS_NAMES, prompts_for, read_names
+from ..data.rows import answers_of, label_of, picture_of
+from ..data.sources import require_column, require_text
+from .arguments import EvaluationArguments
+from .metrics import load as load_metric
+from .pictures import Pictures, find_pictures
+
+# Shapes: I images, T texts, P pairs, K classes, E embedding, Q queries
+
+DEPTH = 10  # ranks that are kept for each query: recall at 1, 5 and 10 needs no more
+
+
+@dataclass
+class Outcome:
+    """The metrics of a task, with their 95 % intervals under NAME_interval; shares are from 0 to 1.
+
+    Attributes:
+        confusion: zero-shot, (class, predicted class) of every picture.
+        groups: zero-shot, accuracy and number of pictures for each value of `group_column`.
+    """
+
+    metrics: dict
+    confusion: list[tuple[int, int]] = field(default_factory=list)
+    groups: dict[str, dict] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: what the model must support (see `architectures.USES`), and the function that evaluates it."""
+
+    use: str
+    run: Callable[[Predictor, Pictures], Outcome]
+
+
+def use_of(arguments: EvaluationArguments) -> str:
+    """The use that the model must support."""
+    if arguments.task == "retrieval" and arguments.rerank_top_k:
+        return "match"
+    return TASKS[arguments.task].use
+
+
+def evaluate_task(predictor: Predictor, pictures: Pictures) -> Outcome:
+    """Evaluate a model on the task that `pictures.arguments` names; called by every process."""
+    return TASKS[pictures.arguments.task].run(predictor, pictures)
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------
+
+
+def prepare_data(
+    table: datasets.Dataset, arguments: EvaluationArguments, state: PartialState, answers: list[str] | None = None
+) -> Pictures:
+    """Check that the table has the columns that the task needs, and find its usable pictures.
+
+    Args:
+        answers: vqa, answers to rank; those of the file `answer_list` if not given.
+
+    Raises:
+        ArgumentError: if a column is missing or of another type, or no row is usable.
+    """
+    data = arguments.dataset
+    if arguments.group_column:
+        require_column(table, arguments.group_column, data, "--group_column")
+    if arguments.task == "zero-shot":
+        labels, names = labels_of(table, arguments)
+        return find_pictures(table, arguments, state, labels, names)
+    for column in arguments.caption_column.split(","):
+        require_text(table, column, data, "--caption_column")
+    if arguments.task == "vqa":
+        require_text(table, arguments.answer_column, data, "--answer_column")
+    if arguments.task == "nlvr":
+        require_column(table, arguments.second_image_column, data, "--second_image_column")
+        require_column(table, arguments.label_column, data, "--label_column")
+    pictures = find_pictures(table, arguments, state)
+    pictures.answers = answer_list(arguments) if answers is None else answers
+    return pictures
+
+
+def answer_list(arguments: EvaluationArguments) -> list[str]:
+    """The lines of the file `answer_list`, without duplicates. Raises ArgumentError if it is missing."""
+    if not arguments.answer_list:
+        return []
+    path = Path(arguments.answer_list)
+    if not path.is_file():
+        raise ArgumentError(f"--answer_list {path}: no such file.")
+    return list(dict.fromkeys(line.strip() for line in path.read_text().splitlines() if line.strip()))
+
+
+def labels_of(table: datasets.Dataset, arguments: EvaluationArguments) -> tuple[list[int | None], list[str]]:
+    """The number of each row's class, None if it has none, and the names of the classes."""
+    features = table.features
+    labelled = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    column = arguments.class_column or (labelled or [arguments.caption_column])[0]
+    require_column(table, column, arguments.dataset, "--class_column")
+    values, names = table[column], getattr(features[column], "names", None)
+    if arguments.class_names:
+        known = CLASS_NAMES.get(arguments.class_names)
+        if known is None and not Path(arguments.class_names).is_file():
+            raise ArgumentError(
+                f"--class_names {arguments.class_names}: no such file, and not one of {', '.join(CLASS_NAMES)}."
+            )
+        names = list(known or read_names(Path(arguments.class_names)))
+    return number_labels(list(values), names, column)
+
+
+def number_labels(values: list, names: list[str] | None, column: str) -> tuple[list[int | None], list[str]]:
+    """The number of each label's class, and the names of the classes.
+
+    Args:
+        values: names or numbers; None, -1 and "" are rows without a label. names: of the classes; if not given, the
+            distinct values. column: for the message of an error.
+
+    Raises:
+        ArgumentError: if the values are neither names nor numbers, or a label has no name.
+    """
+    given = [value for value in values if value not in (None, -1, "")]
+    if not given or not isinstance(given[0], (int, str)):
+        raise ArgumentError(f"--class_column {column} must hold names or labels, not {values[0]!r}.")
+    if isinstance(given[0], str):
+        names = names or sorted(set(given))
+        numbers = {name: number for number, name in enumerate(names)}
+        if unknown := sorted(set(given) - numbers.keys()):
+            raise ArgumentError(f"--class_column {column} has {unknown[0]!r}, which is not one of --class_names.")
+        return [numbers.get(value) for value in values], names
+    if names is None:
+        raise ArgumentError(f"--class_column {column} has numbers without names: give --class_names.")
+    if not 0 <= min(given) <= max(given) < len(names):
+        raise ArgumentError(
+            f"--class_column {column}: labels range from {min(given)} to {max(given)}, for {len(names)} names."
+        )
+    return [None if value in (None, -1) else value for value in values], names
+
+
+def transposed(found: list[tuple]) -> list[list]:
+    return [list(column) for column in zip(*found, strict=True)]
+
+
+def bootstrap(arguments: EvaluationArguments) -> dict:
+    return {"resamples": arguments.resamples, "seed": arguments.seed}
+
+
+# --- zero-shot classification -----------------------------------------------------------------------------------------
+
+
+def zero_shot(predictor: Predictor, pictures: Pictures) -> Outcome:
+    """Accuracy of classification by the prompts of the classes' names."""
+    arguments, names, found = pictures.arguments, pictures.names, []
+    classes = embed_classes(predictor, pictures)
+    for batch in pictures.batches(pictures.own, "images"):
+        similarity = predictor.similarity(predictor.embed_images([pictures.image(n) for n in batch]), classes)
+        labels = torch.tensor([pictures.items[number].label for number in batch])
+        ranked = best(similarity, labels[:, None] == torch.arange(len(names)))
+        found += list(zip(batch, ranked, labels.tolist(), strict=True))
+    numbers, ranked, labels = transposed(pictures.gather(found))
+    metrics = load_metric("zero_shot_accuracy").compute(
+        predictions=ranked, references=labels, k=[k for k in (1, 5) if k < len(names)], **bootstrap(arguments)
+    )
+    confusion = [(label, predicted[0]) for label, predicted in zip(labels, ranked, strict=True)]
+    hits = [label == predicted for label, predicted in confusion]
+    return Outcome(metrics, confusion, by_group(pictures, numbers, hits))
+
+
+def embed_classes(predictor: Predictor, pictures: Pictures) -> Tensor:
+    """The embedding of each class, (K, E): the mean of its prompts, of unit length (openai/CLIP, notebooks)."""
+    prompts = [text for texts in prompts_for(pictures.names, pictures.arguments.templates) for text in texts]
+    embeds = torch.cat([predictor.embed_texts(batch) for batch in pictures.batches(prompts, "classes")])
+    return F.normalize(embeds.view(len(pictures.names), -1, embeds.shape[-1]).mean(dim=1), dim=-1)
+
+
+def by_group(pictures: Pictures, numbers: list[int], hits: list[bool]) -> dict[str, dict]:
+    """For each value of `group_column`, the accuracy and the number of pictures."""
+    column, groups = pictures.arguments.group_column, {}
+    if not column:
+        return {}
+    values = list(pictures.table[column])
+    for number, hit in zip(numbers, hits, strict=True):
+        groups.setdefault(str(values[pictures.items[number].rows[0]]), []).append(hit)
+    return {name: {"zero_shot_top1": sum(h) / len(h), "rows": len(h)} for name, h in sorted(groups.items())}
+
+
+def best(scores: Tensor, correct: Tensor) -> list[list[int]]:
+    """The DEPTH best targets of each query by scores (Q, N); of equal scores, the wrong targets come first."""
+    first = correct.int().argsort(dim=1, stable=True)  # wrong before right
+    order = scores.gather(1, first).argsort(dim=1, descending=True, stable=True)
+    return first.gather(1, order)[:, :DEPTH].tolist()
+
+
+# --- retrieval and matching -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Embedded:
+    """All pictures and texts, embedded by the processes together.
+
+    Attributes:
+        similarity: cosines (I, T). owner: (T,) the picture of each text. texts: all texts.
+        states: (own pictures, M, D), what texts are matched with; None if matching was not asked for.
+    """
+
+    similarity: Tensor
+    owner: Tensor
+    texts: list[str]
+    states: Tensor | None = None
+
+
+def embed(predictor: Predictor, pictures: Pictures, states: bool) -> Embedded:
+    images, texts, own_states = [], [], []
+    for batch in pictures.batches(pictures.own, "images"):
+        loaded = [pictures.image(number) for number in batch]
+        images += zip(batch, predictor.embed_images(loaded), strict=True)
+        if states:
+            own_states.append(predictor.encode_images(loaded))
+    places = [(number, place) for number in pictures.own for place in range(len(pictures.items[number].texts))]
+    for batch in pictures.batches(places, "texts"):
+        embeds = predictor.embed_texts([pictures.items[number].texts[place] for number, place in batch])
+        texts += zip(batch, embeds, strict=True)
+    _, image_embeds = transposed(pictures.gather(images))
+    places, text_embeds = transposed(pictures.gather(texts))
+    return Embedded(
+        similarity=predictor.similarity(torch.stack(image_embeds), torch.stack(text_embeds)),
+        owner=torch.tensor([number for number, _ in places]),
+        texts=[pictures.items[number].texts[place] for number, place in places],
+        states=torch.cat(own_states) if own_states else None,
+    )
+
+
+def retrieval(predictor: Predictor, pictures: Pictures) -> Outcome:
+    """Recall of images for texts and of texts for images, and again after re-ranking by matching."""
+    found = embed(predictor, pictures, states=pictures.arguments.rerank_top_k > 0)
+    metrics = recalls(found, found.similarity, found.similarity.T, "", pictures)
+    if pictures.arguments.rerank_top_k:
+        to_texts, to_images = rerank_pairs(predictor, pictures, found)
+        metrics |= recalls(found, to_texts, to_images, "reranked_", pictures)
+    return Outcome(metrics)
+
+
+def recalls(found: Embedded, to_texts: Tensor, to_images: Tensor, prefix: str, pictures: Pictures) -> dict:
+    """Recalls, given scores (I, T) of the texts for each image and (T, I) of the images for each text."""
+    metric, result = load_metric("recall_at_k"), {}
+    right = found.owner == torch.arange(len(to_texts))[:, None]  # (I, T)
+    of_image = [row.nonzero()[:, 0].tolist() for row in right]
+    for name, scores, correct, references, groups in (
+        ("text_to_image", to_images, right.T, found.owner[:, None].tolist(), found.owner.tolist()),
+        ("image_to_text", to_texts, right, of_image, list(range(len(of_image)))),
+    ):
+        ranked = [row for start in range(0, len(scores), 1024)
+                  for row in best(scores[start : start + 1024], correct[start : start + 1024])]  # fmt: skip
+        values = metric.compute(
+            predictions=ranked, references=references, groups=groups, **bootstrap(pictures.arguments)
+        )
+        result |= {f"{prefix}{name}_{key}": value for key, value in values.items()}
+    return result
+
+
+def rerank_pairs(predictor: Predictor, pictures: Pictures, found: Embedded) -> tuple[Tensor, Tensor]:
+    """Scores (I, T) and (T, I) after matching each query's best candidates (see `modeling_vlp.ranking`).
+
+    A pair is matched once, in the process of its image.
+    """
+    similarity, arguments, own = found.similarity, pictures.arguments, pictures.own
+    texts, images = (candidates_of(each, arguments.rerank_top_k) for each in (similarity, similarity.T))
+    pairs = (texts | images.T)[own].nonzero().tolist()  # (place among own images, text)
+    matched = match(predictor, pictures, found, pairs).tolist()
+    logits = torch.zeros(*similarity.shape, 2)
+    for (image, text), row in pictures.gather(
+        [((own[place], text), row) for (place, text), row in zip(pairs, matched, strict=True)]
+    ):
+        logits[image, text] = torch.tensor(row)
+    temperature = predictor.temperature if arguments.rerank_posterior else None
+    return (
+        rerank(similarity, texts, logits, temperature),
+        rerank(similarity.T, images, logits.transpose(0, 1), temperature),
+    )
+
+
+def match(predictor: Predictor, pictures: Pictures, found: Embedded, pairs: list) -> Tensor:
+    """ITM logits (P, 2) of pairs (place among this process' images, number of the text)."""
+    logits = [torch.zeros(0, 2)]
+    for batch in pictures.batches(pairs, "matching"):
+        images, index = torch.tensor([image for image, _ in batch]).unique(return_inverse=True)
+        logits.append(predictor.match(found.states[images], index, [found.texts[number] for _, number in batch]))
+    return torch.cat(logits)
+
+
+def itm(predictor: Predictor, pictures: Pictures) -> Outcome:
+    """Accuracy of matching on every pair, and on every picture with its hardest wrong text by similarity."""
+    found, own = embed(predictor, pictures, states=True), pictures.own
+    right = found.owner == torch.arange(len(found.similarity))[:, None]  # (I, T)
+    hardest = found.similarity.masked_fill(right, float("-inf")).argmax(dim=1)
+    pairs = []
+    for place, image in enumerate(own):
+        pairs += [(place, text, 1) for text in right[image].nonzero()[:, 0].tolist()]
+        if not right[image].all():
+            pairs.append((place, int(hardest[image]), 0))
+    logits = match(predictor, pictures, found, [pair[:2] for pair in pairs])
+    predicted = [
+        ((own[place], text), prediction, label)
+        for (place, text, label), prediction in zip(pairs, logits.argmax(dim=1).tolist(), strict=True)
+    ]
+    keys, predictions, labels = transposed(pictures.gather(predicted))
+    return Outcome(
+        load_metric("itm_accuracy").compute(
+            predictions=predictions, references=labels, groups=[image for image, _ in keys],
+            **bootstrap(pictures.arguments),
+        )
+    )  # fmt: skip
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def captioning(predictor: Predictor, pictures: Pictures) -> Outcome:
+    """Scores of generated captions against all captions of each picture."""
+    arguments, found = pictures.arguments, []
+    for batch in pictures.batches(pictures.own, "captions"):
+        captions = predictor.caption([pictures.image(number) for number in batch], arguments.prompt,
+                                     num_beams=arguments.num_beams, max_length=arguments.max_length)  # fmt: skip
+        found += zip(batch, captions, strict=True)
+    numbers, captions = transposed(pictures.gather(found))
+    references = [pictures.items[number].texts for number in numbers]
+    return Outcome(
+        load_metric("caption_scores").compute(predictions=captions, references=references, **bootstrap(arguments))
+    )
+
+
+def vqa(predictor: Predictor, pictures: Pictures) -> Outcome:
+    """Accuracy of generated answers, and of the best answers of a list if there is one."""
+    arguments, found = pictures.arguments, []
+    places = [(number, place) for number in pictures.own for place in range(len(pictures.items[number].texts))]
+    for batch in pictures.batches(places, "answers"):
+        images = [pictures.image(number) for number, _ in batch]
+        questions = [pictures.items[number].texts[place] for number, place in batch]
+        answers = predictor.answer(images, questions, num_beams=arguments.num_beams, max_length=arguments.max_length)
+        ranked = answers
+        if pictures.answers:
+            ranked = predictor.rank_answers(images, questions, pictures.answers, arguments.answer_top_k)
+        given = [
+            answers_of(pictures.table[pictures.items[number].sources[place]], arguments.answer_column)
+            for number, place in batch
+        ]
+        found += zip(batch, answers, ranked, given, strict=True)
+    keys, answers, ranked, given = transposed(pictures.gather(found))
+    groups, metric = [number for number, _ in keys], load_metric("vqa_accuracy")
+
+    def score(predictions: list[str]) -> dict:
+        return metric.compute(predictions=predictions, references=given, groups=groups, **bootstrap(arguments))
+
+    metrics = score(answers)
+    if pictures.answers:
+        metrics |= {name.replace("accuracy", "accuracy_ranked"): value for name, value in score(ranked).items()}
+    return Outcome(metrics)
+
+
+def nlvr(predictor: Predictor, pictures: Pictures) -> Outcome:
+    """Accuracy of deciding whether each sentence is true of its two pictures."""
+    arguments, found = pictures.arguments, []
+    places = [(number, place) for number in pictures.own for place in range(len(pictures.items[number].texts))]
+    for batch in pictures.batches(places, "pairs"):
+        rows = [pictures.table[pictures.items[number].sources[place]] for number, place in batch]
+        left, right = (
+            [picture_of(row, column, arguments.max_image_pixels) for row in rows]
+            for column in (arguments.image_column, arguments.second_image_column)
+        )
+        texts = [pictures.items[number].texts[place] for number, place in batch]
+        predictions = predictor.reason(left, right, texts).argmax(dim=1).tolist()
+        found += zip(batch, predictions, [label_of(row, arguments.label_column) for row in rows], strict=True)
+    keys, predictions, labels = transposed(pictures.gather(found))
+    return Outcome(
+        load_metric("nlvr_accuracy").compute(
+            predictions=predictions, references=labels, groups=[number for number, _ in keys], **bootstrap(arguments)
+        )
+    )
+
+
+TASKS = {
+    "zero-shot": Task("embed", zero_shot),
+    "retrieval": Task("embed", retrieval),
+    "itm": Task("match", itm),
+    "captioning": Task("caption", captioning),
+    "vqa": Task("answer", vqa),
+    "nlvr": Task("reason", nlvr),
+}

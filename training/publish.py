@@ -1,0 +1,96 @@
+"""What a run leaves: the folder to publish, with the model, its processor, its evaluations and its card."""
+
+import dataclasses
+import platform
+import textwrap
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from ..files import state_folder, write_whole
+from ..model_cards.card import metric_name, shown, usage, write_card
+from ..modeling_vlp.exchange.bundle import add_code
+from .arguments import names_of, publishable
+from .evaluation.examples import draw_galleries, make_examples
+from .evaluation.results import metrics_of, results_of, write_results
+from .evaluation.tasks import Outcome
+from .loop import Run
+from .machine.checkpoint import store_matrices
+from .machine.hub import push
+
+
+def publish(run: Run, model: PreTrainedModel, outcomes: list[Outcome]) -> None:
+    """Write the folder to publish, whole or not at all, push it if asked, and print how to use it.
+
+    Args:
+        outcomes: of the final evaluation, one for each of the run's tasks.
+
+    Raises:
+        OSError: if the folder cannot be written or pushed; an earlier one then stays as it was.
+    """
+    arguments, folder = run.arguments, Path(run.arguments.output_dir)
+    results = collect_results(run, model, metrics_of(run.evaluations, outcomes))
+    prompt = getattr(arguments, "prompt", "")
+    prompts = (getattr(arguments, "example_prompts", "") or prompt).split("|")
+
+    def write(fresh: Path) -> None:
+        model.save_pretrained(fresh)
+        store_matrices(fresh, getattr(torch, arguments.publish_dtype))
+        run.processor.save_pretrained(fresh)
+        (fresh / "training_arguments.yaml").write_text(yaml.safe_dump(results["arguments"], sort_keys=False))
+        for pictures, outcome in zip(run.evaluations, outcomes, strict=True):
+            found = results_of(folder.name, type(model).__name__, pictures, outcome, run.accelerator.device.type)
+            write_results(fresh / "evaluations", found, pictures, outcome)
+        examples = make_examples(model, run.processor, run.evaluations, prompts)
+        draw_galleries(model, run.processor, run.evaluations, fresh)
+        write_card(fresh, results, examples)
+        if arguments.hub_bundle:
+            add_code(fresh)
+
+    write_whole(folder, write)
+    print_results(run, results)
+    if arguments.push_to_hub:
+        print(f"Pushed to {push(folder, arguments)}.")
+    print(f"""
+The model, its processor and its card are in {folder}, the state to resume from in {state_folder(folder)}.
+Use it:
+
+{textwrap.indent(usage(type(model).__name__, str(folder), prompt), "    ")}""")
+
+
+def collect_results(run: Run, model: PreTrainedModel, metrics: dict[str, float]) -> dict:
+    """The facts of a run, which the card is rendered from."""
+    arguments, progress = run.arguments, run.progress
+    options = dataclasses.asdict(arguments)
+    cores = f"{torch.get_num_threads()} CPU cores"
+    return {
+        "metrics": metrics,
+        "evaluations": progress.evaluations,
+        "history": progress.history,
+        "steps": progress.step,
+        "samples": progress.samples,
+        "training_seconds": round(progress.seconds, 1),
+        "training_pairs": len(run.rows) if run.rows is not None else None,
+        "evaluation_pairs": run.evaluations[0].used if run.evaluations else None,
+        "classes": next((len(each.names) for each in run.evaluations if each.names), None),
+        "losses": progress.losses,
+        "bad_rows": run.bad_rows.describe(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "precision": run.accelerator.mixed_precision,
+        "processes": run.accelerator.num_processes,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cores,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "shown_options": names_of(arguments, "shown"),
+        "arguments": publishable(options),
+    }
+
+
+def print_results(run: Run, results: dict) -> None:
+    """Print how long the run was, and its metrics."""
+    progress = run.progress
+    print(f"{progress.samples:,} samples in {progress.step:,} steps, {progress.seconds:.0f} s of training.")
+    print(f"Skipped rows: {results['bad_rows']}.")
+    for name, value in results["metrics"].items():
+        print(f"  {metric_name(name):60s} {shown(name, value):>8s}")

@@ -1,0 +1,45 @@
+"""What a state says beside its tensors, and resuming from it."""
+
+import dataclasses
+from pathlib import Path
+
+from accelerate.utils import gather_object
+
+from .arguments import names_of
+from .data.sources import is_shards
+from .loop import Progress, Run
+from .machine.checkpoint import load_state
+
+
+def state_facts(run: Run) -> dict:
+    """Where the run is, and what a resumed run must share with it; called by every process."""
+    arguments, accelerator = run.arguments, run.accelerator
+    recipe = {name: getattr(arguments, name) for name in names_of(arguments, "bound")}
+    recipe["ema_decay"] = bool(arguments.ema_decay)
+    progress = dataclasses.asdict(run.progress)
+    if is_shards(arguments.dataset_name):  # each stream of shards belongs to one worker of one process
+        recipe |= {"num_workers": arguments.num_workers, "processes": accelerator.num_processes}
+        workers, rank = max(1, arguments.num_workers), accelerator.process_index
+        own = {number: place for number, place in run.progress.places.items() if int(number) // workers == rank}
+        progress["places"] = {number: place for part in gather_object([own]) for number, place in part.items()}
+    return {
+        "model_config": run.model.config.to_dict(),
+        "recipe": recipe,
+        "progress": progress,
+        "bad_rows": list(run.bad_rows.causes.items()),
+    }
+
+
+def resume(run: Run, path: Path) -> None:
+    """Resume a run from a state. Learning rate, decay and the like are those of the run's options, not the state's.
+
+    Raises:
+        ResumeError: if the state is of another model or recipe; the message says what differs.
+    """
+    options = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
+    facts = load_state(run.accelerator, path, state_facts(run))
+    for group, values in zip(run.optimizer.param_groups, options, strict=True):
+        group.update(values)
+    run.progress = Progress(**facts["progress"])
+    run.bad_rows.causes = {key: cause for key, cause in facts["bad_rows"]}
+    run.accelerator.print(f"Resumed from {path}, step {run.progress.step}.")

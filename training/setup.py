@@ -1,0 +1,194 @@
+"""Setting up a run: data, processor, model, objective, optimiser and batches."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import Dataset
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Sampler
+from transformers.utils import logging as transformers_logging
+
+from ..files import check_output, start_anew, state_folder
+from ..processing.augmentation import PerImage, ToPixelValues, strong_augmentation
+from .arguments import TrainingArguments
+from .data.batches import BadRows, Collator, train_loader
+from .data.build import load_data
+from .data.rows import CaptionChooser, make_chooser, stable_id
+from .data.samples import DrawSampler, PairDataset, SampleMaker
+from .data.shards import ShardDataset, expand
+from .families import Family
+from .loop import Run
+from .machine.adapters import add_lora, check_lora
+from .machine.checkpoint import find_state
+from .machine.hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
+from .machine.hub import check_access
+from .machine.optim import make_optimizer, parameter_groups
+from .machine.sharding import let_layers_be_read, make_shardable, repeated_layers
+from .resume import resume
+
+
+def set_up(arguments: TrainingArguments, family: Family) -> Run:
+    """Everything that a run needs, resumed from a state if the options say so. Raises as `run.train` does."""
+    check_output(arguments.output_dir)
+    if arguments.push_to_hub:
+        check_access()
+    if arguments.lora_rank:
+        check_lora(arguments)
+    if not arguments.model_name_or_path:
+        family.config(arguments, None)  # refuse an impossible configuration before anything is loaded
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.disable_progress_bar()
+    accelerator = make_accelerator(arguments)
+    if accelerator.device.type == "cpu":
+        use_cpu_well(arguments.num_threads or max(1, cpu_cores() // accelerator.num_processes))
+    set_seed(arguments.seed)
+    rows, eval_rows = load_data(arguments)
+    chooser = make_chooser(arguments)
+    processor = family.processor(arguments, rows, chooser)
+    model = family.model(arguments, processor)
+    if arguments.lora_rank:
+        add_lora(model, arguments.lora_rank, arguments.model_name_or_path)
+    run = make_run(arguments, family, accelerator, rows, processor, model)
+    if eval_rows is not None:
+        run.evaluations = family.evaluation(arguments, eval_rows, rows)
+    state = None
+    if arguments.resume_from_checkpoint:
+        state = find_state(arguments.resume_from_checkpoint, arguments.output_dir)
+    if accelerator.is_main_process:
+        describe_run(run)
+        if state is None:
+            start_anew(state_folder(arguments.output_dir))
+    accelerator.wait_for_everyone()
+    start_trackers(arguments, accelerator)
+    if state is not None:
+        resume(run, state)
+    collator = Collator(processor, arguments.max_length, getattr(arguments, "prompt", ""))
+    dataset, sampler = make_dataset(run, make_maker(run, family, chooser))
+    run.batches = iter(train_loader(arguments, dataset, sampler, collator))
+    return run
+
+
+def make_run(
+    arguments: TrainingArguments, family: Family, accelerator: Accelerator, rows: Dataset | None, processor, model
+) -> Run:
+    """The run with its objective and optimiser, as Accelerate wraps them; its batches do not start yet."""
+    size = len(rows) if rows is not None else arguments.shard_size
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+    objective = family.objective(arguments, model, processor, size / batch if size else None)
+    if accelerator.is_fsdp2:
+        make_shardable(objective)
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = repeated_layers(objective)
+    groups = parameter_groups(model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay)
+    optimizer = make_optimizer(groups, arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon)
+    average = None
+    objective.to(accelerator.device)
+    if arguments.ema_decay:
+        average = AveragedModel(model, multi_avg_fn=growing_average(arguments.ema_decay), use_buffers=True)
+        accelerator.register_for_checkpointing(average)
+    if arguments.torch_compile:
+        objective.compile()
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    if accelerator.is_fsdp2:
+        let_layers_be_read(objective)
+    wrapped.train()
+    set_seed(arguments.seed + accelerator.process_index)  # from here on, each process draws its own augmentation
+    return Run(
+        arguments=arguments,
+        accelerator=accelerator,
+        rows=rows,
+        processor=processor,
+        model=model,
+        objective=objective,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        to_pixel_values=to_pixel_values(arguments, processor.image_processor),
+        total_steps=total_steps(arguments, size, batch),
+        bad_rows=BadRows(arguments.max_bad_share, len(rows) if rows is not None else None),
+        average=average,
+    )
+
+
+def describe_run(run: Run) -> None:
+    """Print the model, the machine and the data of a run."""
+    arguments, accelerator = run.arguments, run.accelerator
+    count = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
+    pairs = "shards" if run.rows is None else f"{len(run.rows):,} pairs"
+    evaluated = f"{run.evaluations[0].used:,} to evaluate on" if run.evaluations else "no evaluation"
+    print(f"Model: {count:.1f} M parameters, precision {accelerator.mixed_precision}.")
+    print(
+        f"Machine: {accelerator.num_processes} x {accelerator.device.type}, {torch.get_num_threads()} CPU threads each."
+    )
+    print(f"Data: {arguments.dataset_name}, {pairs} to train on, {evaluated}.")
+
+
+def to_pixel_values(arguments: TrainingArguments, image_processor) -> Callable[[Tensor], Tensor]:
+    """What is done to a batch of images on the device; nothing to cached features."""
+    if getattr(arguments, "cache_vision_features", False):
+        return lambda states: states
+    augment = strong_augmentation if arguments.augmentation == "strong" else None
+    return ToPixelValues(image_processor.image_mean, image_processor.image_std, augment)
+
+
+def growing_average(decay: float):
+    """EMA whose decay grows with the steps, (1 + n) / (10 + n), up to `decay`, so the random start fades quickly."""
+
+    @torch.no_grad()
+    def update(averaged, current, count):
+        count = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averaged, current, count)
+
+    return update
+
+
+def total_steps(arguments: TrainingArguments, size: int | None, batch: int) -> int | None:
+    """Optimiser steps of the whole schedule; None if minutes alone end it."""
+    if arguments.max_train_steps or arguments.max_train_minutes:
+        return arguments.max_train_steps
+    return max(1, math.ceil(size * arguments.num_train_epochs / batch))
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def make_maker(run: Run, family: Family, chooser: CaptionChooser) -> SampleMaker:
+    """What makes samples of the run's rows."""
+    arguments = run.arguments
+    maker = SampleMaker(
+        chooser=chooser,
+        per_image=per_image(arguments, run.processor),
+        image_column=arguments.image_column,
+        max_image_pixels=arguments.max_image_pixels,
+        seed=arguments.seed,
+        cache={} if arguments.cache_images else None,
+    )
+    return family.samples(arguments, run.rows, run.model, run.processor, maker)
+
+
+def per_image(arguments: TrainingArguments, processor) -> PerImage:
+    """What is done to each image after decoding: a random crop, or what the image processor does."""
+    if arguments.augmentation == "crop":
+        return PerImage(arguments.image_size, "random", arguments.crop_scale, arguments.horizontal_flip,
+                        arguments.random_augment)  # fmt: skip
+    return PerImage(arguments.image_size, "middle" if processor.image_processor.do_center_crop else "squeeze")
+
+
+def make_dataset(run: Run, maker: SampleMaker) -> tuple[PairDataset | ShardDataset, Sampler | None]:
+    """The data and their order, from where the run is: rows by number with a sampler, or a stream of shards."""
+    arguments, rows = run.arguments, run.rows
+    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
+    if rows is None:
+        sources = [expand(source) for source in arguments.dataset_name.split("::")]
+        weights = [float(weight) for weight in arguments.shard_weights.split("::")] if arguments.shard_weights else None
+        batches = run.progress.samples // (arguments.per_device_train_batch_size * processes)
+        places = run.progress.places
+        return ShardDataset(sources, weights, maker, arguments.seed, rank, processes, places, batches), None
+    column = rows[arguments.caption_column.split(",")[0]] if arguments.group_captions > 1 else None
+    groups = None if column is None else [stable_id(str(value).lower()) for value in column]
+    sampler = DrawSampler(
+        len(rows), arguments.seed, rank, processes, run.progress.samples, groups, arguments.group_captions
+    )
+    return PairDataset(rows, maker), sampler

@@ -1,0 +1,323 @@
+"""The model types and architectures of vlp: one row for each, from which registration, loading and cards follow."""
+
+from dataclasses import dataclass
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .configuration.blip import VlpBlipConfig
+from .configuration.blip2 import VlpBlip2Config
+from .configuration.clip import VlpClipConfig
+from .configuration.text import VlpBlipTextConfig, VlpClipTextConfig, VlpQFormerConfig, VlpSiglipTextConfig
+from .configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig
+from .modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTraining
+from .modeling_vlp.blip2 import VlpBlip2ForImageTextRetrieval, VlpBlip2ForPreTraining
+from .modeling_vlp.blip2_writer import VlpBlip2ForConditionalGeneration
+from .modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
+from .modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
+from .modeling_vlp.clip import VlpClipModel
+from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor
+from .processing.blip2 import VlpBlip2Processor
+from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
+from .processing.tokenizer import VlpClipTokenizer
+
+PIPELINE = "vlp.processing.pipeline.VlpZeroShotImageClassificationPipeline"  # by name: imported when it is used
+USES = ("embed", "match", "caption", "answer", "reason")
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """A configuration, and the classes that prepare its inputs."""
+
+    config: type[PreTrainedConfig]
+    processor: type[ProcessorMixin]
+    image_processor: type
+    tokenizer: type
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says of every model of an architecture.
+
+    Attributes:
+        text: what the model is. usage: Python lines that use it, with {folder} to fill in.
+        pipeline_tag: the Hub's task. tag: the model family, for the Hub.
+        examples: what the picture of examples shows.
+    """
+
+    text: str
+    usage: str
+    pipeline_tag: str
+    tag: str
+    examples: str = ""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model class.
+
+    Attributes:
+        model: the class. auto: the Auto classes that load it by its configuration.
+        uses: for each of USES that a checkpoint of this architecture supports, the class to load it with.
+        card: what its model card says. peer: the class of transformers with the same architecture.
+    """
+
+    model: type[PreTrainedModel]
+    uses: dict[str, type[PreTrainedModel]]
+    card: Card
+    auto: tuple[type, ...] = ()
+    peer: str | None = None
+
+
+MODEL_TYPES = [
+    ModelType(VlpClipConfig, VlpClipProcessor, VlpClipImageProcessor, VlpClipTokenizer),
+    ModelType(VlpBlipConfig, VlpBlipProcessor, VlpBlipImageProcessor, PreTrainedTokenizerFast),
+    ModelType(VlpBlip2Config, VlpBlip2Processor, VlpBlipImageProcessor, PreTrainedTokenizerFast),
+]
+TOWERS = (
+    VlpViTConfig, VlpSiglipViTConfig, VlpBlipViTConfig, VlpModifiedResNetConfig,
+    VlpClipTextConfig, VlpSiglipTextConfig, VlpBlipTextConfig, VlpQFormerConfig,
+)  # fmt: skip
+
+
+def load_and_use(architecture: str, inputs: str, use: str, processor: str = "VlpBlipProcessor") -> str:
+    """Python lines that load a model with its processor, prepare inputs and use the model."""
+    return f"""\
+from PIL import Image
+from vlp import {architecture}, {processor}
+
+processor = {processor}.from_pretrained("{{folder}}")
+model = {architecture}.from_pretrained("{{folder}}")
+inputs = processor({inputs}, return_tensors="pt")
+{use}
+"""
+
+
+CLASSIFY = """\
+import vlp
+from transformers import pipeline
+
+classify = pipeline("zero-shot-image-classification", model="{folder}")
+classify("picture.png", candidate_labels=["a cat", "a dog", "a rocket"])
+"""
+CAPTION = load_and_use(
+    "VlpBlipForConditionalGeneration",
+    'images=Image.open("picture.png")',
+    "print(processor.write(model.generate(**inputs, num_beams=3)))",
+)
+CAPTIONS = "with their names, and below them the captions that the model generates; green where they are the same"
+FOUND = "with their names, and below them the three best matches; green where they are the same"
+
+
+def match_texts(architecture: str) -> str:
+    return load_and_use(
+        architecture,
+        'images=[Image.open("picture.png")], text=["a cat", "a dog", "a rocket"]',
+        "print(model(**inputs).itm_logits.softmax(dim=-1)[:, 1])  # the probability that each text matches the picture",
+    )
+
+
+ARCHITECTURES = [
+    Architecture(
+        VlpClipModel,
+        uses={"embed": VlpClipModel},
+        auto=(AutoModel, AutoModelForZeroShotImageClassification),
+        peer="CLIPModel",
+        card=Card(
+            text="A CLIP model (image tower and text tower in one embedding space)",
+            usage=CLASSIFY,
+            examples="with the model's three best names; green where the first is right",
+            pipeline_tag="zero-shot-image-classification",
+            tag="clip",
+        ),
+    ),
+    Architecture(
+        VlpBlipForPreTraining,
+        uses={
+            "embed": VlpBlipForImageTextRetrieval,
+            "match": VlpBlipForImageTextRetrieval,
+            "caption": VlpBlipForConditionalGeneration,
+        },
+        auto=(AutoModel,),
+        card=Card(
+            text="A BLIP model (embeds images and texts in one space, matches them, and generates captions)",
+            usage=CAPTION,
+            examples=CAPTIONS,
+            pipeline_tag="image-to-text",
+            tag="blip",
+        ),
+    ),
+    Architecture(
+        VlpBlipForConditionalGeneration,
+        uses={"caption": VlpBlipForConditionalGeneration},
+        auto=(AutoModelForImageTextToText,),
+        peer="BlipForConditionalGeneration",
+        card=Card(
+            text="A BLIP model that generates captions of images",
+            usage=CAPTION,
+            examples=CAPTIONS,
+            pipeline_tag="image-to-text",
+            tag="blip",
+        ),
+    ),
+    Architecture(
+        VlpBlipForImageTextRetrieval,
+        uses={"embed": VlpBlipForImageTextRetrieval, "match": VlpBlipForImageTextRetrieval},
+        peer="BlipForImageTextRetrieval",
+        card=Card(
+            text="A BLIP model for image-text retrieval, by embeddings (ITC) and by matching (ITM)",
+            usage=match_texts("VlpBlipForImageTextRetrieval"),
+            examples=FOUND,
+            pipeline_tag="zero-shot-image-classification",
+            tag="blip",
+        ),
+    ),
+    Architecture(
+        VlpBlipForQuestionAnswering,
+        uses={"answer": VlpBlipForQuestionAnswering},
+        peer="BlipForQuestionAnswering",
+        card=Card(
+            text="A BLIP model that answers questions about images",
+            usage=load_and_use(
+                "VlpBlipForQuestionAnswering",
+                'images=Image.open("picture.png"), text="what colour is it?"',
+                "print(processor.write(model.generate(**inputs, num_beams=3)))",
+            ),
+            examples="with a given answer, and below it the generated one; green where they are the same",
+            pipeline_tag="visual-question-answering",
+            tag="blip",
+        ),
+    ),
+    Architecture(
+        VlpBlipForVisualReasoning,
+        uses={"reason": VlpBlipForVisualReasoning},
+        card=Card(
+            text="A BLIP model that decides whether a sentence is true of two images",
+            usage=load_and_use(
+                "VlpBlipForVisualReasoning",
+                'images=[Image.open("left.png"), Image.open("right.png")], text=["both are red"]',
+                """\
+pair = inputs["pixel_values"][None]  # one sentence and its two images
+print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # the probability that the sentence is true""",
+            ),
+            pipeline_tag="visual-question-answering",
+            tag="blip",
+        ),
+    ),
+    Architecture(
+        VlpBlip2ForPreTraining,
+        uses={"embed": VlpBlip2ForImageTextRetrieval, "match": VlpBlip2ForImageTextRetrieval},
+        auto=(AutoModel,),
+        peer="Blip2ForImageTextRetrieval",
+        card=Card(
+            text="A BLIP-2 model after stage 1 (a Q-Former on a frozen image tower, trained with ITC, ITM and LM)",
+            usage=match_texts("VlpBlip2ForImageTextRetrieval"),
+            examples=FOUND,
+            pipeline_tag="zero-shot-image-classification",
+            tag="blip-2",
+        ),
+    ),
+    Architecture(
+        VlpBlip2ForImageTextRetrieval,
+        uses={"embed": VlpBlip2ForImageTextRetrieval, "match": VlpBlip2ForImageTextRetrieval},
+        peer="Blip2ForImageTextRetrieval",
+        card=Card(
+            text="A BLIP-2 model for image-text retrieval, by embeddings (ITC) and by matching (ITM)",
+            usage=match_texts("VlpBlip2ForImageTextRetrieval"),
+            examples=FOUND,
+            pipeline_tag="zero-shot-image-classification",
+            tag="blip-2",
+        ),
+    ),
+    Architecture(
+        VlpBlip2ForConditionalGeneration,
+        uses={"caption": VlpBlip2ForConditionalGeneration, "answer": VlpBlip2ForConditionalGeneration},
+        auto=(AutoModelForImageTextToText,),
+        peer="Blip2ForConditionalGeneration",
+        card=Card(
+            text="A BLIP-2 model (a Q-Former between a frozen image tower and a frozen language model)",
+            usage=load_and_use(
+                "VlpBlip2ForConditionalGeneration",
+                'images=Image.open("picture.png"), text="{prompt}"',
+                "print(processor.write(model.generate(**inputs, max_new_tokens=20)))",
+                "VlpBlip2Processor",
+            ).replace("{{prompt}}", "{prompt}"),
+            examples="with their names, and below them the generated text{prompts}; green where they are the same",
+            pipeline_tag="image-text-to-text",
+            tag="blip-2",
+        ),
+    ),
+]
+
+
+def architecture(name: str) -> Architecture:
+    """The row of an architecture by the name of its class. Raises KeyError, with the known names, for another."""
+    rows = {row.model.__name__: row for row in ARCHITECTURES}
+    if name not in rows:
+        raise KeyError(f"{name} is not an architecture of vlp; there are {', '.join(rows)}.")
+    return rows[name]
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """The row of a model's class, or of the class it is derived from. Raises KeyError if there is none."""
+    rows = {row.model: row for row in ARCHITECTURES}
+    found = next((rows[kind] for kind in type(model).__mro__ if kind in rows), None)
+    return found or architecture(type(model).__name__)
+
+
+def add(row: Architecture, model_type: ModelType | None = None) -> None:
+    """Add an architecture of your own, with its model type if that is new, and register both.
+
+    Args:
+        row: the new architecture. model_type: its configuration and processor, if vlp does not have them.
+    """
+    if model_type is not None:
+        MODEL_TYPES.append(model_type)
+        AutoConfig.register(model_type.config.model_type, model_type.config)
+        register_model_type(model_type)
+    ARCHITECTURES.append(row)
+    register_architecture(row)
+
+
+def register_model_type(row: ModelType) -> None:
+    """Register a processor and its parts for a configuration."""
+    AutoProcessor.register(row.config, row.processor)
+    # There is one exact image processor, whichever backend is asked for.
+    AutoImageProcessor.register(
+        row.config, image_processor_classes={"torchvision": row.image_processor, "pil": row.image_processor}
+    )
+    AutoTokenizer.register(row.config, tokenizer_class=row.tokenizer)
+
+
+def register_architecture(row: Architecture) -> None:
+    """Register a model with its Auto classes."""
+    for auto in row.auto:
+        auto.register(row.model.config_class, row.model)
+    if AutoModelForZeroShotImageClassification in row.auto:
+        # The pipeline looks its models up by name in this table and logs an error for a class that is not in it.
+        names = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        names[row.model.config_class.model_type] = row.model.__name__
+
+
+def register() -> None:
+    """Register all configurations, models and processors with transformers' Auto classes and pipelines."""
+    PIPELINE_REGISTRY.supported_tasks["zero-shot-image-classification"]["impl"] = PIPELINE
+    for config in (*TOWERS, *(row.config for row in MODEL_TYPES)):
+        AutoConfig.register(config.model_type, config)
+    for row in MODEL_TYPES:
+        register_model_type(row)
+    for row in ARCHITECTURES:
+        register_architecture(row)
