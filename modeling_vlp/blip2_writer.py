@@ -26,7 +26,6 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.blip2 import VlpBlip2Config
 from .base import adopt
 from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
-from .linear import Linear
 
 PACKAGE = "package:"  # before the name of a Python package that is a language model's folder
 PREFIX = "language_model."
@@ -141,9 +140,6 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             raise ValueError(
                 f"The language model is {width} wide, the projection to it {self.language_projection.out_features}."
             )
-        for module in language_model.modules():
-            if type(module) is nn.Linear:  # the same weights, read faster where a CPU writes token by token
-                module.__class__ = Linear
         self.language_model = language_model
         self.generation_config = language_model.generation_config
         self.freeze()
@@ -173,18 +169,20 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
     @classmethod
     def from_pre_training(
         cls, name: str, language_model: PreTrainedModel, language_model_name_or_path: str | None = None,
-        language_model_file: str | None = None, **kwargs,
+        language_model_file: str | None = None, language_model_revision: str | None = None, **kwargs,
     ) -> "VlpBlip2ForConditionalGeneration":  # fmt: skip
         """Start from a folder of stage 1; the projection starts anew.
 
         Args:
-            language_model_name_or_path, language_model_file: where the language model is to be fetched from later.
+            language_model_name_or_path, language_model_file, language_model_revision: where the language model is
+                loaded from later.
         """
         source = VlpBlip2ForPreTraining.from_pretrained(name, **kwargs)
         config = VlpBlip2Config(**source.config.to_dict())
         config.text_config = plain_config(language_model)
         config.language_model_name_or_path = language_model_name_or_path
         config.language_model_file = language_model_file
+        config.language_model_revision = language_model_revision
         return adopt(cls(config, language_model), source.state_dict().get)
 
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs):

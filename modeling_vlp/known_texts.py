@@ -11,7 +11,7 @@ MANY = 32  # captions, to read which takes so much longer than to copy weights t
 
 
 @dataclass
-class Known:
+class Cached:
     """What was computed of captions, and all that it was computed from."""
 
     ids: Tensor
@@ -28,7 +28,7 @@ class KnownTexts:
     """
 
     def __init__(self):
-        self.last: Known | None = None
+        self.last: Cached | None = None
 
     def read(self, ids: Tensor, modules: list[nn.Module], table: nn.Embedding, setting: tuple, compute: Callable):
         """`compute()`, or what it gave for the same captions, by the same weights, in the same setting.
@@ -49,9 +49,9 @@ class KnownTexts:
             return copied(last.output)
         output = compute()
         if keep:
-            self.last = Known(ids.clone(), setting, [weight.detach().clone() for weight in weights], copied(output))
+            self.last = Cached(ids.clone(), setting, [weight.detach().clone() for weight in weights], copied(output))
         else:
-            self.last = Known(ids.clone(), setting)
+            self.last = Cached(ids.clone(), setting)
         return output
 
 

@@ -87,6 +87,7 @@ class Blip2Arguments(TrainingArguments):
         None, 'hub name or folder of a language model, or "package:NAME" for a folder that a Python package is'
     )
     language_model_file: str | None = option(None, "the GGUF file in it, where it is one")
+    language_model_revision: str | None = option(None, "its branch, tag or commit on the Hub")
     store_language_model: bool = option(False, "publish the language model's weights too, not where they are alone")
     prompt: str = option("", "what every caption begins with in stage 2; it is not learnt", bound=True, shown=True)
     example_prompts: str = option("", "prompts, joined by |, that the card shows answers to; --prompt where not given")
@@ -129,6 +130,9 @@ class Blip2Arguments(TrainingArguments):
         return (VlpBlip2ForConditionalGeneration.__name__, "--stage 2") if self.stage == 2 else None
 
 
+LANGUAGE_MODEL_FIELDS = ("language_model_name_or_path", "language_model_file", "language_model_revision")
+
+
 def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> VlpBlipProcessor | VlpBlip2Processor:
     """Images as the tower's folder prepares them; texts for the Q-Former, in stage 2 for the language model."""
     name = arguments.model_name_or_path
@@ -162,6 +166,7 @@ def reference_to(arguments: Blip2Arguments) -> VlpBlip2Config:
     return VlpBlip2Config(
         language_model_name_or_path=arguments.language_model_name_or_path,
         language_model_file=arguments.language_model_file,
+        language_model_revision=arguments.language_model_revision,
     )
 
 
@@ -233,8 +238,8 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
         arguments.image_size = model.config.vision_config.image_size
         arguments.vocab_size = model.config.qformer_config.vocab_size
         if arguments.stage == 2:
-            arguments.language_model_name_or_path = model.config.language_model_name_or_path
-            arguments.language_model_file = model.config.language_model_file
+            for field in LANGUAGE_MODEL_FIELDS:
+                setattr(arguments, field, getattr(model.config, field))
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -243,8 +248,7 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
 def make_writer(arguments: Blip2Arguments, processor) -> VlpBlip2ForConditionalGeneration:
     """Stage 2's model. Raises ArgumentError where its language model is not to be had."""
     name = arguments.model_name_or_path
-    named = {"language_model_name_or_path": arguments.language_model_name_or_path,
-             "language_model_file": arguments.language_model_file}  # fmt: skip
+    named = {name: getattr(arguments, name) for name in LANGUAGE_MODEL_FIELDS}
     try:
         if name and AutoConfig.from_pretrained(name).architectures[0] == VlpBlip2ForConditionalGeneration.__name__:
             return VlpBlip2ForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
@@ -254,7 +258,8 @@ def make_writer(arguments: Blip2Arguments, processor) -> VlpBlip2ForConditionalG
     if name:
         return VlpBlip2ForConditionalGeneration.from_pre_training(name, language_model, dtype=torch.float32, **named)
     config = new_config(arguments)
-    config.language_model_name_or_path, config.language_model_file = named.values()
+    for field, value in named.items():
+        setattr(config, field, value)
     model = VlpBlip2ForConditionalGeneration(config, language_model)
     load_tower(model, arguments.vision_tower)
     return model

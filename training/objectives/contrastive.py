@@ -53,7 +53,7 @@ def contrastive_loss(
         to_image -= text
         batch.own(to_texts).sub_(image)
         gradients = to_loss(to_image, to_texts, image, scale, batch)
-    return Known.apply(loss, gradients, image, text, scale)
+    return PrecomputedGradient.apply(loss, gradients, image, text, scale)
 
 
 def sigmoid_loss(
@@ -78,7 +78,7 @@ def sigmoid_loss(
         gradients = to_loss(to_image, to_texts, image, scale, batch)
         gradients += ((to_bias * len(batch.counts) / batch.size).reshape(bias.shape),)
         loss = batch.sum(total) / batch.size
-    return Known.apply(loss, gradients, image, text, scale, bias)
+    return PrecomputedGradient.apply(loss, gradients, image, text, scale, bias)
 
 
 def tiles(
@@ -123,7 +123,7 @@ def to_loss(
     return to_image.mul_(scale * factor), to_text.mul_(scale * factor), to_scale
 
 
-class Known(torch.autograd.Function):
+class PrecomputedGradient(torch.autograd.Function):
     """A value whose gradients were computed with it."""
 
     @staticmethod

@@ -154,7 +154,7 @@ def build(
     pictures, skipped = pictures_in(folder), Counter()
     predictor = predictor or load(model, "embed")
     parts = target.with_name(target.name + ".building")
-    known = Known.read(target, parts, model)
+    known = StoredVectors.load(target, parts, model)
     missing, done = [picture for picture in pictures if picture not in known.places], 0
     for part in iter_batched(missing, PART):
         rows, vectors = [], []
@@ -186,14 +186,14 @@ def build(
 
 
 @dataclass
-class Known:
+class StoredVectors:
     """The vectors that are there already: matrices, and which row of which is each picture's."""
 
     matrices: list[Tensor] = field(default_factory=list)
     places: dict[tuple, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, target: Path, parts: Path, model: str) -> "Known":
+    def load(cls, target: Path, parts: Path, model: str) -> "StoredVectors":
         """What an index, or one that was being built, has by the same model."""
         known = cls()
         for place in [target, *sorted(parts.glob("*/"))]:
