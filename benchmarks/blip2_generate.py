@@ -1,9 +1,9 @@
-"""Writing with BLIP-2: vlp beside transformers' Blip2ForConditionalGeneration, same weights, same images, same prompts.
+"""Time generation with BLIP-2: vlp and transformers' Blip2ForConditionalGeneration, same weights, images and prompts.
 
     python benchmarks/blip2_generate.py [--rounds 5] [--batch 1] [--beams 5] [--tokens 20] [--language_model 1.3b]
 
-The paper's smaller tower (ViT-L/14, 23 layers), its Q-Former, and OPT; random weights, float32, on the CPU. The tokens
-written are compared first; then both write in turn, in one process, and the ratio is that of the medians.
+The paper's smaller tower (ViT-L/14, 23 layers), its Q-Former, and OPT; random weights, float32, on the CPU. The
+generated tokens are compared first. Then the two take turns in one process; the ratio is the ratio of the medians.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
 from vlp.modeling_vlp.exchange import transformers
-from vlp.modeling_vlp.exchange.places import read
+from vlp.modeling_vlp.exchange.places import import_state
 from vlp.training.machine.hardware import cpu_cores, use_cpu_well
 
 import vlp
@@ -32,6 +32,11 @@ VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23
 
 
 def make_pair(language_model: str) -> tuple:
+    """vlp's model and transformers' model with the same random weights.
+
+    Args:
+        language_model: a key of OPT.
+    """
     torch.manual_seed(0)
     config = Blip2Config(vision_config=VIT_L, text_config=OPTConfig(**OPT[language_model]), image_token_index=50271)
     theirs = Blip2ForConditionalGeneration(config).eval()
@@ -43,11 +48,12 @@ def make_pair(language_model: str) -> tuple:
     ours_config = transformers.config_from(theirs.config)
     ours = vlp.VlpBlip2ForConditionalGeneration(ours_config).eval()
     rules = transformers.rules_of(ours_config, "VlpBlip2ForConditionalGeneration")
-    ours.load_state_dict(read(theirs.state_dict(), ours.state_dict(), rules, transformers.IGNORED))
+    ours.load_state_dict(import_state(theirs.state_dict(), ours.state_dict(), rules, transformers.IGNORED))
     return ours, theirs
 
 
 def clock(work) -> float:
+    """Seconds that a call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -63,7 +69,7 @@ def main() -> None:
     parser.add_argument("--language_model", choices=OPT, default="1.3b")
     parser.add_argument("--threads", type=int, default=min(2, cpu_cores()))
     options = parser.parse_args()
-    use_cpu_well(options.threads)  # both contenders have the memory setting
+    use_cpu_well(options.threads)  # both contenders use the memory setting
     ours, theirs = make_pair(options.language_model)
     pixels = torch.randn(options.batch, 3, 224, 224)
     prompt = torch.tensor([[2, 102, 1345, 9]]).expand(options.batch, -1)  # </s>a photo of
@@ -74,13 +80,13 @@ def main() -> None:
         "vlp": lambda: ours.generate(pixels, prompt, **how),
         "transformers": lambda: theirs.generate(pixels, ids, torch.ones_like(ids), **how)[:, 32:],
     }
-    written = {name: write() for name, write in contenders.items()}
-    if not torch.equal(written["vlp"], written["transformers"]):
-        sys.exit(f"The tokens differ: {written}")
+    generated = {name: generate() for name, generate in contenders.items()}
+    if not torch.equal(generated["vlp"], generated["transformers"]):
+        sys.exit(f"The tokens differ: {generated}")
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(options.rounds):
-        for name, write in contenders.items():
-            seconds[name].append(clock(write))
+        for name, generate in contenders.items():
+            seconds[name].append(clock(generate))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     result = vars(options) | {
         "cores": cpu_cores(),

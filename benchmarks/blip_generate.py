@@ -1,10 +1,10 @@
-"""Captioning with BLIP-base: vlp beside transformers' BlipForConditionalGeneration, same weights, same images.
+"""Time captioning with BLIP-base: vlp and transformers' BlipForConditionalGeneration, same weights and images.
 
     python benchmarks/blip_generate.py [--rounds 5] [--batch 2] [--beams 3] [--tokens 20] [--image_size 384]
 
-Random weights, float32, on the CPU. The tokens written are compared first; then both write in turn, in one process, and
-the ratios are those of the medians. "Outside the vision tower" is the whole less the median time of the contender's own
-vision tower alone.
+Random weights, float32, on the CPU. The generated tokens are compared first. Then the two take turns in one process;
+the ratios are ratios of medians. "Outside vision" is the median of the whole minus the median of the contender's own
+vision tower.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 from vlp.modeling_vlp.exchange import transformers
-from vlp.modeling_vlp.exchange.places import read
+from vlp.modeling_vlp.exchange.places import import_state
 from vlp.training.machine.hardware import cpu_cores, use_cpu_well
 
 import vlp
@@ -26,6 +26,7 @@ RESULTS = Path(__file__).with_suffix(".json")
 
 
 def make_pair(image_size: int) -> tuple:
+    """vlp's model and transformers' model with the same random weights."""
     torch.manual_seed(0)
     text = {"num_attention_heads": 12, "bos_token_id": 30522, "pad_token_id": 0, "sep_token_id": 102,
             "eos_token_id": 102}  # fmt: skip
@@ -36,11 +37,12 @@ def make_pair(image_size: int) -> tuple:
             parameter.normal_(std=0.02)
     ours = vlp.VlpBlipForConditionalGeneration(vlp.VlpBlipConfig(vision_config={"image_size": image_size})).eval()
     rules = transformers.rules_of(vlp.VlpBlipConfig(), "VlpBlipForConditionalGeneration")
-    ours.load_state_dict(read(theirs.state_dict(), ours.state_dict(), rules, transformers.IGNORED))
+    ours.load_state_dict(import_state(theirs.state_dict(), ours.state_dict(), rules, transformers.IGNORED))
     return ours, theirs
 
 
 def clock(work) -> tuple[float, object]:
+    """Seconds that a call takes, and its result."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
@@ -56,15 +58,15 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=384)
     parser.add_argument("--threads", type=int, default=min(2, cpu_cores()))
     options = parser.parse_args()
-    use_cpu_well(options.threads)  # both contenders have the memory setting
+    use_cpu_well(options.threads)  # both contenders use the memory setting
     ours, theirs = make_pair(options.image_size)
     pixels = torch.randn(options.batch, 3, options.image_size, options.image_size)
     how = {"num_beams": options.beams, "min_new_tokens": options.tokens, "max_new_tokens": options.tokens,
            "do_sample": False}  # fmt: skip
     contenders = {"vlp": ours, "transformers": theirs}
-    written = {name: model.generate(pixel_values=pixels, **how) for name, model in contenders.items()}
-    if not torch.equal(written["vlp"], written["transformers"]):
-        sys.exit(f"The tokens differ: {written}")
+    generated = {name: model.generate(pixel_values=pixels, **how) for name, model in contenders.items()}
+    if not torch.equal(generated["vlp"], generated["transformers"]):
+        sys.exit(f"The tokens differ: {generated}")
     seconds: dict[str, dict[str, list[float]]] = {name: {"whole": [], "vision": []} for name in contenders}
     for _ in range(options.rounds):
         for name, model in contenders.items():

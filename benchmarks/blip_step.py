@@ -1,9 +1,9 @@
-"""A whole BLIP-base pre-training step (forward, backward, AdamW, teacher, queue), beside LAVIS.
+"""Time a whole pre-training step of BLIP-base (forward, backward, AdamW, teacher, queue) in vlp and in LAVIS.
 
     python benchmarks/blip_step.py --lavis_python .venv-lavis/bin/python [--rounds 5] [--batch 8] [--image_size 224]
 
 Float32, on the CPU, dropout 0.1, a full queue of 4,096, the same captions of 6 to 15 tokens. LAVIS pads them to
-30 and needs an environment of its own with old libraries:
+30, and needs a separate environment with old libraries:
 
     python3 -m venv .venv-lavis
     .venv-lavis/bin/pip install torch torchvision "transformers==4.38.2" fairscale einops "numpy<2" \
@@ -11,8 +11,8 @@ Float32, on the CPU, dropout 0.1, a full queue of 4,096, the same captions of 6 
     .venv-lavis/bin/pip install --no-deps salesforce-lavis==1.0.2 timm==0.4.12 omegaconf iopath portalocker \
         antlr4-python3-runtime==4.9.3
 
-Each contender has a process of its own, set up as its own trainer does it (vlp: fused AdamW, freed memory kept); they
-step in turn, one at a time. That both compute the same is what tests/test_blip_reference.py shows.
+Each contender runs in its own process, set up as in its own trainer (vlp: fused AdamW, freed memory is kept for reuse).
+They take turns, one at a time. tests/modeling_vlp/test_blip_reference.py checks that both compute the same.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from vlp.training.objectives.momentum import Teacher
 import vlp
 
 sys.path.append(str(Path(__file__).parent / "peers"))
-from lavis_blip_step import caption_ids  # noqa: E402  the captions that the peer reads
+from lavis_blip_step import caption_ids  # noqa: E402  the captions that LAVIS gets too
 from workers import interleave, serve  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -40,7 +40,7 @@ QUEUE = 4096
 
 
 def serve_vlp(image_size: int, batch: int, threads: int) -> None:
-    """Make a step for each line that comes in, and print its seconds."""
+    """Run vlp's steps in this process (see `workers.serve`)."""
     use_cpu_well(threads)
     torch.manual_seed(0)
     model = vlp.VlpBlipForPreTraining(vlp.VlpBlipConfig(vision_config={"image_size": image_size}))
@@ -91,8 +91,8 @@ def main() -> None:
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     for name, values in seconds.items():
-        print(f"{name:6s} {median[name]:6.2f} s a step ({min(values):.2f} to {max(values):.2f})")
-    print(f"vlp makes {result['ratio_of_medians']:.2f} times as many samples/s.")
+        print(f"{name:6s} {median[name]:6.2f} s per step ({min(values):.2f} to {max(values):.2f})")
+    print(f"vlp is {result['ratio_of_medians']:.2f} times as fast.")
 
 
 if __name__ == "__main__":

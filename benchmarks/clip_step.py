@@ -1,12 +1,12 @@
-"""A whole training step of CLIP (forward, backward, AdamW): vlp beside open_clip and transformers, same weights.
+"""Time a whole training step of CLIP (forward, backward, AdamW) in vlp, open_clip and transformers, same weights.
 
     python benchmarks/clip_step.py [--model ViT-B-32|ViT-B-16|RN50] [--rounds 7] [--batch 16] [--threads 2]
 
-Images and captions of 8 to 18 tokens, float32, on the CPU. Each contender has a process of its own, set up as its own
-trainer does: vlp leaves padding out, computes last layers where they are pooled, steps a fused AdamW and keeps freed
-memory; open_clip pads captions to 77 and steps torch.optim.AdamW; transformers (which has no ResNet) pads to the
-longest and steps a fused AdamW. Of ViT-B/32 one more process is open_clip with vlp's memory setting.
-Losses and gradients are compared first; then the processes step in turn, one at a time.
+Images and captions of 8 to 18 tokens, float32, on the CPU. Each contender runs in its own process, set up as in its own
+trainer: vlp skips padding, computes the last layers only at the pooled positions, uses a fused AdamW and keeps freed
+memory for reuse; open_clip pads captions to 77 tokens and uses torch.optim.AdamW; transformers (which has no ResNet)
+pads to the longest caption and uses a fused AdamW. For ViT-B/32 there is one more process: open_clip with vlp's memory
+setting. Losses and gradients are compared first. Then the processes take turns, one at a time.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 from vlp.modeling_vlp.exchange.open_clip import RULES
-from vlp.modeling_vlp.exchange.places import write
+from vlp.modeling_vlp.exchange.places import export_state
 from vlp.training.machine.hardware import cpu_cores, use_cpu_well
 from vlp.training.machine.optim import make_optimizer, parameter_groups
 from vlp.training.objectives.clip import ClipObjective
@@ -42,6 +42,7 @@ KEPT = "open_clip, memory kept"
 
 
 def contenders(model: str) -> list[str]:
+    """The contenders for a model; vlp is the first."""
     return [
         "vlp",
         "open_clip",
@@ -51,7 +52,7 @@ def contenders(model: str) -> list[str]:
 
 
 def make_batch(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random images, captions padded to the longest, and the same captions padded to 77 (open_clip)."""
+    """Random images (B, 3, 224, 224), captions padded to the longest (B, N), and the same padded to 77 (open_clip)."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(8, 19, (size,), generator=generator)  # start and end included
     ids = torch.zeros(size, 77, dtype=torch.long)
@@ -62,6 +63,7 @@ def make_batch(size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def new_model(name: str) -> vlp.VlpClipModel:
+    """vlp's model with the random weights that all contenders use."""
     torch.manual_seed(0)
     config = {"vision_config": VISION[name]}
     if name == "RN50":
@@ -80,6 +82,7 @@ def vlp_step(name: str, size: int):
 
 
 def adamw(model: torch.nn.Module, **options) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only; `options` are those of torch.optim.AdamW."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.2},
@@ -88,9 +91,9 @@ def adamw(model: torch.nn.Module, **options) -> torch.optim.AdamW:
 
 
 def open_clip_step(name: str, size: int):
-    """open_clip's model with the same weights, its loss, and the optimiser that its trainer makes."""
+    """open_clip's model with the same weights, its loss, and the optimiser of its trainer."""
     model = open_clip.create_model(OPEN_CLIP[name]).train()
-    model.load_state_dict(write(new_model(name).state_dict(), RULES)[0], strict=False)
+    model.load_state_dict(export_state(new_model(name).state_dict(), RULES)[0], strict=False)
     pixels, _, ids = make_batch(size)
     loss = open_clip.ClipLoss()
     return model, lambda: loss(*model(pixels, ids)), adamw(model)
@@ -105,7 +108,12 @@ def transformers_step(name: str, size: int):
 
 
 def work(contender: str, name: str, size: int, threads: int, folder: Path) -> None:
-    """A contender: store the first loss and gradients, then make a step for each line that comes in."""
+    """Run a contender in this process: store its first loss and gradients, then serve steps (see `workers.serve`).
+
+    Args:
+        contender: one of `contenders`. name: of the model. size: of the batch. threads: CPU threads to use.
+        folder: where the loss and the gradients are stored.
+    """
     torch.set_num_threads(threads)
     if contender in ("vlp", KEPT):
         use_cpu_well(threads)
@@ -115,7 +123,7 @@ def work(contender: str, name: str, size: int, threads: int, folder: Path) -> No
     loss.backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     if contender in ("vlp", "transformers"):
-        gradients = write(gradients, RULES)[0]
+        gradients = export_state(gradients, RULES)[0]
     torch.save({"loss": loss.detach(), "gradients": gradients}, folder / f"{contender}.pt")
 
     def step(number: int) -> None:
@@ -127,12 +135,22 @@ def work(contender: str, name: str, size: int, threads: int, folder: Path) -> No
 
 
 def compare(folder: Path, peer: str) -> float:
-    """Check the losses; the largest difference of a gradient, relative to the largest entry of that gradient."""
+    """Check that vlp and a peer have the same loss, and compare their gradients.
+
+    Args:
+        folder: where both stored their loss and gradients. peer: name of the other contender.
+
+    Returns:
+        The largest difference of a gradient, relative to the largest entry of that gradient.
+
+    Raises:
+        AssertionError: if the losses differ.
+    """
     ours, theirs = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("vlp", peer))
     torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-5, atol=0)
     worst = 0.0
     for name, gradient in theirs["gradients"].items():
-        # A key's bias has no gradient but rounding, nor has what a layer of zeros (a ResNet's start) hides.
+        # Skip gradients that are zero up to rounding: of key biases, and behind weights that start at zero (ResNet).
         if not name.endswith(("in_proj_bias", "k_proj.bias")) and gradient.abs().max() > 1e-12:
             worst = max(worst, ((ours["gradients"][name] - gradient).abs().max() / gradient.abs().max()).item())
     return worst

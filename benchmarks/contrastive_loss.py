@@ -1,9 +1,9 @@
-"""The contrastive loss with its gradients: vlp's tiles beside open_clip's matrices; and the memory of a large batch.
+"""Time the contrastive loss and its gradient in vlp (tiles) and open_clip (matrices), and measure their memory.
 
     python benchmarks/contrastive_loss.py [--batch 8192] [--large 65536] [--rounds 5]
 
-Float32, embeddings of 512, one process. Values and gradients are compared first. Memory is the most that a process
-holds during loss and backward pass, above what it held with its inputs (Linux).
+Float32, embeddings of width 512, one process. Values and gradients are compared first. Memory is the peak of a process
+during the loss and the backward pass, minus what it held with its inputs (Linux).
 """
 
 import argparse
@@ -29,35 +29,39 @@ WIDTH = 512
 
 
 def inputs(size: int) -> list[Tensor]:
+    """Image and text embeddings (B, WIDTH) of unit length, and the logit scale; all require gradients."""
     generator = torch.Generator().manual_seed(0)
     image, text = (F.normalize(torch.randn(size, WIDTH, generator=generator), dim=-1) for _ in range(2))
     return [tensor.requires_grad_() for tensor in (image, text, torch.tensor(100.0))]
 
 
 def loss_of(contender: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """The contrastive loss of vlp or open_clip. image, text: (B, WIDTH); scale: one number."""
     if contender == "vlp":
         return contrastive_loss(image, text, scale, JoinedBatch((len(image),)))
     return open_clip.ClipLoss()(image, text, scale)
 
 
 def work(contender: str, size: int) -> None:
+    """Run a contender in this process (see `workers.serve`)."""
     torch.set_num_threads(cpu_cores())
     tensors = inputs(size)
     serve(lambda number: torch.autograd.grad(loss_of(contender, *tensors), tensors))
 
 
 def memory(contender: str, size: int) -> None:
-    """Print the MiB that loss and backward pass take above the inputs, and the seconds."""
+    """Print, as JSON, the MiB that the loss and the backward pass take without the inputs, and their seconds."""
     torch.set_num_threads(cpu_cores())
     small, tensors = inputs(64), inputs(size)
-    torch.autograd.grad(loss_of(contender, *small), small)  # what a first call takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    torch.autograd.grad(loss_of(contender, *small), small)  # warm-up
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, started = status("VmRSS"), time.perf_counter()
     loss_of(contender, *tensors).backward()
     print(json.dumps({"MiB": (status("VmHWM") - before) / 1024, "seconds": time.perf_counter() - started}))
 
 
 def status(name: str) -> int:
+    """A number in /proc/self/status, in KiB, such as VmRSS (memory held) or VmHWM (its peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 

@@ -1,10 +1,10 @@
-"""The embedded default, trained with several seeds: how good it is on the design that training never sees.
+"""Train a recipe for the bundled data with several seeds, and collect the results on the unseen design.
 
     python benchmarks/emoji_seeds.py [--seeds 0 1 2 3 4] [--config clip-emoji] [--more OPTIONS OF TRAINING]
 
-Each run is a process of its own, `accelerate launch -m vlp.training clip --seed N`; the figures go to emoji_seeds.json,
-from which the README's table is rendered (`make readme`), and the pictures of the first seed to docs/. In the options
-{seed} stands for the seed: BLIP-2 reads the tower of the BLIP of the same seed by
+Each run is a separate process, `accelerate launch -m vlp.training clip --seed N`. The results are written to
+emoji_seeds.json, and the pictures of the first seed are copied to docs/. {seed} in the options is replaced by the seed.
+For example, BLIP-2 uses the BLIP of the same seed with
 
     --config blip2-emoji --more --vision_tower runs/blip-emoji-seed-{seed}
     --config blip2-emoji-2 --more --model_name_or_path runs/blip2-emoji-seed-{seed}
@@ -24,7 +24,14 @@ KEPT = ("metrics", "samples", "steps", "training_seconds", "parameters", "precis
 
 
 def store(config: str, runs: dict[str, dict]) -> dict:
-    """Write the figures of some runs, and give their means and ranges."""
+    """Write the results of the runs to emoji_seeds.json.
+
+    Args:
+        config: name of the recipe. runs: for each seed, its results.
+
+    Returns:
+        For each metric, its mean, min and max over the seeds.
+    """
     summary = {}
     for name in next(iter(runs.values()))["metrics"]:
         values = [run["metrics"][name] for run in runs.values()]
@@ -39,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--config", default="clip-emoji")
-    parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further options of training")
+    parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="more training options")
     options = parser.parse_args()
     runs = {}
     for seed in options.seeds:
@@ -60,7 +67,7 @@ def main() -> None:
             DOCS.mkdir(exist_ok=True)
             for name in ("examples.png", "loss.png"):
                 shutil.copy(folder / name, DOCS / f"{options.config}-{name}")
-        summary = store(options.config, runs)  # after each run: what is there when it is interrupted is kept
+        summary = store(options.config, runs)  # after each run, so that an interruption keeps the finished ones
     for name, values in summary.items():
         print(f"{name:28s} {100 * values['mean']:6.2f} % ({100 * values['min']:.2f} to {100 * values['max']:.2f})")
 

@@ -1,4 +1,4 @@
-"""Write the measured figures into the READMEs and the pages in docs/, between their markers, from the stored results.
+"""Render the stored results into the READMEs and the pages in docs/, between their markers.
 
 python benchmarks/readme.py [--check]
 """
@@ -15,14 +15,13 @@ ROOT = Path(__file__).parents[1]
 WORDS = {
     "README.md": {
         "language": "en",
-        "models": "| model | languages | parameters | file | minutes | right name, English | right name, Vietnamese |",
-        "search": "A text query over {vectors} vectors of {width} dimensions takes **{median} ms** (median of "
-        "{queries}; {low} to {high}) on {threads} CPU cores, with {recall} of the ten nearest "
-        "found; comparing every vector takes {exact} ms, faiss' `IVF1000,Flat` with as many cells "
-        "looked through {faiss} ms, {faiss_recall}. Building the cells took {seconds} s; the index "
-        "has {megabytes} MB.",
-        "head": "| {minutes} minutes on {hardware}, mean of {seeds} seeds (lowest to highest) | {title} |",
-        "hardware": "2 CPU cores",
+        "models": "| model | languages | parameters | file size | minutes "
+        "| top-1, English (95 % interval) | top-1, Vietnamese |",
+        "search": "On {threads} CPU cores, a text query over {vectors} vectors of {width} dimensions takes "
+        "**{median} ms** (median of {queries} queries; {low} to {high}) and finds {recall} of the ten nearest. "
+        "Comparing every vector takes {exact} ms. Building the index took {seconds} s, without embedding; it "
+        "takes up {megabytes} MB.",
+        "head": "| `{name}` | value (95 % interval) |",
         "rows": {
             "zero_shot_top1": "zero-shot top-1, {classes} names",
             "zero_shot_top5": "zero-shot top-5",
@@ -32,30 +31,30 @@ WORDS = {
             "reranked_text_to_image_recall_at_1": "text to image, R@1, re-ranked by ITM",
             "reranked_image_to_text_recall_at_1": "image to text, R@1, re-ranked by ITM",
             "itm_accuracy": "ITM accuracy on pairs and their hardest wrong captions",
-            "caption_exact": "captions that are exactly the name",
+            "caption_exact": "captions identical to the name",
             "bleu_4": "captions, BLEU-4",
             "cider": "captions, CIDEr",
         },
     },
     "README.vi.md": {
         "language": "vi",
-        "models": "| mô hình | ngôn ngữ | tham số | tệp | phút | gọi đúng tên, tiếng Anh | gọi đúng tên, tiếng Việt |",
-        "search": "Một truy vấn bằng lời trên {vectors} vector {width} chiều mất **{median} ms** (trung vị "
-        "của {queries}; {low} đến {high}) trên {threads} nhân CPU, tìm được {recall} trong mười "
-        "vector gần nhất; so với mọi vector mất {exact} ms, `IVF1000,Flat` của faiss với cùng số ô "
-        "mất {faiss} ms, {faiss_recall}. Dựng các ô mất {seconds} s; chỉ mục có {megabytes} MB.",
-        "head": "| {minutes} phút trên {hardware}, trung bình của {seeds} seed (thấp nhất đến cao nhất) | {title} |",
-        "hardware": "2 nhân CPU",
+        "models": "| mô hình | ngôn ngữ | tham số | dung lượng | phút "
+        "| top-1, tiếng Anh (khoảng tin cậy 95 %) | top-1, tiếng Việt |",
+        "search": "Trên {threads} nhân CPU, một truy vấn văn bản trên {vectors} vector {width} chiều mất "
+        "**{median} ms** (trung vị của {queries} truy vấn; từ {low} đến {high}) và tìm được {recall} trong "
+        "mười vector gần nhất. So sánh với mọi vector mất {exact} ms. Dựng chỉ mục mất {seconds} s, không kể "
+        "việc nhúng ảnh; chỉ mục chiếm {megabytes} MB.",
+        "head": "| `{name}` | giá trị (khoảng tin cậy 95 %) |",
         "rows": {
             "zero_shot_top1": "zero-shot top-1, {classes} tên",
             "zero_shot_top5": "zero-shot top-5",
             "text_to_image_recall_at_1": "văn bản sang ảnh, R@1",
             "image_to_text_recall_at_1": "ảnh sang văn bản, R@1",
             "text_to_image_recall_at_10": "văn bản sang ảnh, R@10",
-            "reranked_text_to_image_recall_at_1": "văn bản sang ảnh, R@1, xếp lại bằng ITM",
-            "reranked_image_to_text_recall_at_1": "ảnh sang văn bản, R@1, xếp lại bằng ITM",
-            "itm_accuracy": "độ chính xác ITM trên các cặp đúng và chú thích sai khó nhất",
-            "caption_exact": "chú thích trùng khớp với tên",
+            "reranked_text_to_image_recall_at_1": "văn bản sang ảnh, R@1, xếp hạng lại bằng ITM",
+            "reranked_image_to_text_recall_at_1": "ảnh sang văn bản, R@1, xếp hạng lại bằng ITM",
+            "itm_accuracy": "độ chính xác ITM trên các cặp đúng và chú thích sai khó nhất của chúng",
+            "caption_exact": "chú thích trùng hoàn toàn với tên",
             "bleu_4": "chú thích, BLEU-4",
             "cider": "chú thích, CIDEr",
         },
@@ -66,69 +65,70 @@ DOCUMENTS = (*WORDS, "docs/scaling.md", "docs/evaluation.md")
 
 
 def results_block(words: dict) -> str:
-    seeds = json.loads((ROOT / "benchmarks/emoji_seeds.json").read_text())
+    """The tables of the metrics of the included English models, from their evaluations, and the table of timings."""
     lines = []
-    for config, result in seeds.items():
-        runs = result["seeds"]
-        minutes = round(max(run["training_seconds"] for run in runs.values()) / 60)
-        head = words["head"].format(minutes=minutes, hardware=words["hardware"], seeds=len(runs), title=f"`{config}`")
-        lines += [head, "| --- | --- |"]
-        for name, title in words["rows"].items():
-            if name not in result["summary"]:
-                continue
-            value, classes = result["summary"][name], next(iter(runs.values()))["classes"]
-            unit = "" if name == "cider" else " %"
-            span = f"{100 * value['min']:.1f} – {100 * value['max']:.1f}"
-            title = title.format(classes=f"{classes:,}" if classes else "")
-            lines.append(f"| {title} | {100 * value['mean']:.1f}{unit} ({span}) |")
+    for name in ("clip-emoji", "blip-emoji"):
+        folder = ROOT / "model_cards" / name
+        lines += [words["head"].format(name=name), "| --- | --- |"]
+        values, bounds, classes = {}, {}, None
+        for task in ("zero-shot", "retrieval", "itm", "captioning"):
+            path = folder / "evaluations" / f"emoji-test-{task}.json"
+            if path.is_file():
+                found = json.loads(path.read_text())
+                values, bounds = values | found["metrics"], bounds | found["intervals"]
+                classes = classes or found["classes"]
+        for metric, title in words["rows"].items():
+            if metric in values:
+                low, high = (100 * bound for bound in bounds[metric])
+                unit = "" if metric == "cider" else " %"
+                title = title.format(classes=f"{classes:,}")
+                lines.append(f"| {title} | {100 * values[metric]:.1f}{unit} ({low:.1f} – {high:.1f}) |")
         lines.append("")
     lines.append(table(words["language"]))
     return "\n".join(lines)
 
 
 def models_block(words: dict) -> str:
-    """The models that come along: their size, and how many of the names of the unseen design are right."""
+    """The table of the included models: their size and their top-1 accuracy on the unseen design."""
     lines = [words["models"], "| --- | --- | --- | --- | --- | --- | --- |"]
     for folder in sorted((ROOT / "model_cards").glob("*/results.json")):
         folder = folder.parent
         results = json.loads((folder / "results.json").read_text())
         megabytes = (folder / "model.safetensors").stat().st_size / 1e6
-        told = []
+        cells = []
         for file in ("emoji-test-zero-shot.json", "emoji-test-zero-shot-caption_vi.json"):
             path = folder / "evaluations" / file
             found = json.loads(path.read_text()) if path.is_file() else None
             bounds = found and found["intervals"]["zero_shot_top1"]
             value = found and found["metrics"]["zero_shot_top1"]
-            told.append(f"{value:.1%} ({bounds[0]:.1%} – {bounds[1]:.1%})".replace("%", " %") if found else "–")
+            cells.append(f"{value:.1%} ({bounds[0]:.1%} – {bounds[1]:.1%})".replace("%", " %") if found else "–")
         name, minutes = folder.name, results["training_seconds"] / 60
         languages = results["arguments"]["language"].replace(",", ", ")
         size = f"{results['parameters'] / 1e6:.1f} M | {megabytes:.1f} MB | {minutes:.0f}"
-        lines.append(f"| [`{name}`](model_cards/{name}/README.md) | {languages} | {size} | {' | '.join(told)} |")
+        lines.append(f"| [`{name}`](model_cards/{name}/README.md) | {languages} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def search_block(words: dict) -> str:
-    """What benchmarks/index_search.py measured, in a sentence."""
+    """The paragraph about the results of benchmarks/index_search.py."""
     result = json.loads((ROOT / "benchmarks/index_search.json").read_text())
-    ways = result["ways"]
-    own, exact, faiss = ways["vlp-index"], ways["torch, every vector, float32"], ways["faiss, IVF1000,Flat"]
+    own, exact = result["ways"]["vlp-index"], result["ways"]["torch, every vector, float32"]
     return words["search"].format(
         vectors=f"{result['vectors']:,}", width=result["width"], median=own["median_ms"], low=own["range_ms"][0],
         high=own["range_ms"][1], queries=result["queries"], threads=result["threads"],
-        recall=f"{100 * own['recall_at_10']:.1f} %", exact=exact["median_ms"], faiss=faiss["median_ms"],
-        faiss_recall=f"{100 * faiss['recall_at_10']:.1f} %", seconds=result["build_seconds"],
+        recall=f"{100 * own['recall_at_10']:.1f} %", exact=exact["median_ms"], seconds=result["build_seconds"],
         megabytes=f"{result['megabytes']:,}",
     )  # fmt: skip
 
 
 def between(text: str, name: str, content: str) -> str:
-    """A text with other content between the markers of a name."""
+    """Replace the content between the markers `<!-- name -->` and `<!-- end of name -->`."""
     block = f"<!-- {name} -->\n{content}\n<!-- end of {name} -->"
     return re.sub(rf"<!-- {name} -->.*<!-- end of {name} -->", lambda _: block, text, flags=re.DOTALL)
 
 
 def render(name: str) -> str:
-    """A document as it should be."""
+    """The text of a document with the stored results in it."""
     text = (ROOT / name).read_text()
     if name in WORDS:
         words = WORDS[name]
@@ -147,4 +147,4 @@ if __name__ == "__main__":
         if "--check" not in sys.argv:
             (ROOT / name).write_text(render(name))
         elif render(name) != (ROOT / name).read_text():
-            sys.exit(f"{name} does not tell the stored results: run `make readme`.")
+            sys.exit(f"{name} does not match the stored results: run `make readme`.")

@@ -1,11 +1,12 @@
-"""How memory and traffic of a step grow with the batch and the processes, beside what docs/scaling.md says by formula.
+"""Measure how memory and communication grow with the batch and the number of processes, and compare with formulas.
 
     python benchmarks/scaling.py [--largest 65536]
 
-For 1, 2 and 4 processes (gloo, on this machine) and joined batches of 2^8 to 2^16 embeddings of 256 in float32: what a
-process holds at most in the contrastive loss and its backward pass above its inputs (Linux, /proc/self/status), and the
-bytes that each sends (the loopback device counts them). Then the same traffic for DDP's gradients of a model. Writes
-scaling.json and docs/scaling.png; `make readme` writes the tables of docs/scaling.md from it.
+Runs 1, 2 and 4 processes (gloo, on this machine) with joined batches of 2^8 to 2^16 float32 embeddings of width 256.
+Measures the peak memory of a process in the contrastive loss and its backward pass, without its inputs (Linux,
+/proc/self/status), and the bytes that each process sends (counted by the loopback device). Then measures the bytes sent
+for DDP's gradients of a model. Writes scaling.json and docs/scaling.png; `make readme` renders the tables of
+docs/scaling.md from scaling.json.
 """
 
 import argparse
@@ -37,10 +38,13 @@ GLOO_SCATTER = 2
 
 
 def loss_memory(batch: int, processes: int, width: int = WIDTH) -> float:
-    """Bytes that the loss takes above its inputs, in each process.
+    """Bytes of memory that the loss takes in each process, without its inputs.
 
-    Until its gradients are known: everyone's captions (but where there is one process, whose they are already), their
-    gradient, the images times the scale, and their gradient; three tiles. In the backward pass, gradients twice.
+    The loss itself holds all captions (gathered if there are several processes), their gradient, the scaled images, the
+    gradient of the images, and three tiles. The backward pass holds the gradients of images and captions twice.
+
+    Args:
+        batch: pairs in the joined batch. processes: number of processes. width: of the embeddings.
     """
     own, side = batch / processes, min(TILE, batch)
     rows = (batch if processes > 1 else 0) + batch + 2 * own + (own if processes > 1 else 0)
@@ -48,17 +52,18 @@ def loss_memory(batch: int, processes: int, width: int = WIDTH) -> float:
 
 
 def loss_traffic(batch: int, processes: int, width: int = WIDTH, scatter: int = GLOO_SCATTER) -> float:
-    """Bytes that each process sends: captions gathered, and their gradient back; the captions' sums, at both ends.
+    """Bytes that each process sends to gather the captions, to return their gradients, and to exchange their sums.
 
     Args:
-        scatter: how often a reduce-scatter sends what it needs to: once (NCCL), or twice, as an all-reduce (gloo).
+        batch: pairs in the joined batch. processes: number of processes. width: of the embeddings.
+        scatter: how many times a reduce-scatter sends its data: once (NCCL), or twice if it is an all-reduce (gloo).
     """
     share = (processes - 1) / processes
     return (1 + scatter) * share * batch * width * 4 + 2 * 2 * share * batch * 4
 
 
 def gradient_traffic(parameters: float, processes: int, bytes_each: int = 4) -> float:
-    """Bytes that each process sends to average gradients, by a ring."""
+    """Bytes that each process sends in a ring all-reduce that averages the gradients."""
     return 2 * (processes - 1) / processes * parameters * bytes_each
 
 
@@ -66,12 +71,18 @@ def gradient_traffic(parameters: float, processes: int, bytes_each: int = 4) -> 
 
 
 def measure(rank: int, processes: int, port: int, largest: int, queue) -> None:
+    """Measure in one process; the process of rank 0 puts the results into the queue.
+
+    Args:
+        rank: of this process. processes: number of processes. port: of the process group.
+        largest: joined batch to stop at. queue: receives the results.
+    """
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     dist.init_process_group("gloo", rank=rank, world_size=processes)
 
-    def sent_by(step) -> tuple[float, float, float]:
-        """Most MiB held, MiB sent by each process, and seconds of a step."""
+    def cost_of(step) -> tuple[float, float, float]:
+        """Peak memory in MiB, MiB sent by each process, and seconds of a step."""
         dist.barrier()
         Path("/proc/self/clear_refs").write_text("5")
         before, sent, started = status("VmRSS"), int(SENT.read_text()), time.perf_counter()
@@ -88,8 +99,8 @@ def measure(rank: int, processes: int, port: int, largest: int, queue) -> None:
         image, text = (F.normalize(torch.randn(own, WIDTH, generator=generator), dim=-1) for _ in range(2))
         tensors = [tensor.requires_grad_() for tensor in (image, text, torch.tensor(100.0))]
         shares = JoinedBatch((own,) * processes, rank)
-        memory, traffic, seconds = sent_by(lambda t=tensors, s=shares: contrastive_loss(*t, s).backward())
-        if batch >= SMALLEST:  # what came before is what a first call takes
+        memory, traffic, seconds = cost_of(lambda t=tensors, s=shares: contrastive_loss(*t, s).backward())
+        if batch >= SMALLEST:  # the smaller batch before it is a warm-up
             rows.append({"batch": batch, "MiB": memory, "sent_MiB": traffic, "seconds": seconds})
             if rank == 0:
                 print(
@@ -99,8 +110,8 @@ def measure(rank: int, processes: int, port: int, largest: int, queue) -> None:
     model = torch.nn.Linear(2000, PARAMETERS // 2000, bias=False)
     wrapped = DistributedDataParallel(model) if processes > 1 else model
     inputs = torch.randn(4, 2000)
-    wrapped(inputs).sum().backward()  # DDP settles its buckets
-    gradients = sent_by(lambda: wrapped(inputs).sum().backward())[1]
+    wrapped(inputs).sum().backward()  # DDP rebuilds its buckets after the first step
+    gradients = cost_of(lambda: wrapped(inputs).sum().backward())[1]
     dist.barrier()
     if rank == 0:
         queue.put({"loss": rows, "gradients_sent_MiB": gradients})
@@ -127,6 +138,7 @@ def main() -> None:
 
 
 def plot(result: dict) -> None:
+    """Draw docs/scaling.png: measured memory and communication, with the formulas."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,7 +167,12 @@ def plot(result: dict) -> None:
 
 
 def measured_table(result: dict) -> str:
-    lines = ["| processes | joined batch | memory, MiB | by formula | sent, MiB | by formula |", "| --- " * 6 + "|"]
+    """The tables of measured memory and communication, with the formulas, in Markdown.
+
+    Args:
+        result: what scaling.json holds.
+    """
+    lines = ["| processes | joined batch | memory, MiB | formula | sent, MiB | formula |", "| --- " * 6 + "|"]
     for processes in PROCESSES:
         for row in result[str(processes)]["loss"]:
             batch = row["batch"]
@@ -163,7 +180,7 @@ def measured_table(result: dict) -> str:
                 f"| {processes} | {batch:,} | {row['MiB']:.1f} | {loss_memory(batch, processes) / MIB:.1f} "
                 f"| {row['sent_MiB']:.2f} | {loss_traffic(batch, processes) / MIB:.2f} |"
             )
-    lines += ["", f"| processes | gradients of {result['parameters']:,} parameters, MiB sent | by formula |",
+    lines += ["", f"| processes | gradients of {result['parameters']:,} parameters, MiB sent | formula |",
               "| --- " * 3 + "|"]  # fmt: skip
     for processes in PROCESSES[1:]:
         sent = result[str(processes)]["gradients_sent_MiB"]
@@ -172,15 +189,19 @@ def measured_table(result: dict) -> str:
 
 
 def memory_lines(result: dict) -> str:
-    """What loss and backward pass took above their inputs, of vlp and of open_clip (contrastive_loss.json)."""
-    lines = ["| loss and backward pass | batch | MiB above the inputs |", "| --- " * 3 + "|"]
+    """The table of the memory of the loss in vlp and open_clip, in Markdown.
+
+    Args:
+        result: what contrastive_loss.json holds.
+    """
+    lines = ["| loss and backward pass | batch | MiB, without the inputs |", "| --- " * 3 + "|"]
     for name, taken in result["memory"].items():
         contender, batch = name.split(", ")
         lines.append(f"| {contender} | {int(batch):,} x {result['width']} | {taken['MiB']:,.0f} |")
     return "\n".join(lines)
 
 
-# ViT-L/14 (open_clip's docs/model_profile.csv) on A100s; published: 12.8 billion samples in 50,800 GPU hours
+# ViT-L/14 (open_clip's docs/model_profile.csv) on A100s. Published rate: 12.8 billion samples in 50,800 GPU hours
 # (open_clip, PRETRAINED.md, with gradient checkpointing).
 PLAN = {
     "parameters": 427.62e6, "batch": 32768, "gpus": 32, "width": 768, "samples": 12.8e9,
@@ -190,10 +211,15 @@ PLAN = {
 
 
 def plan_table(plan: dict = PLAN) -> str:
+    """The table of a large run, computed with the formulas, in Markdown.
+
+    Args:
+        plan: the sizes and rates of the run, as in PLAN.
+    """
     gpus, batch, n = plan["gpus"], plan["batch"], plan["parameters"]
     own = batch // gpus
-    # In bfloat16: each block's input is kept, one block at a time is computed again (about 34 bytes for each entry of
-    # its input, Korthikanti et al., 2022, arXiv:2205.05198, without the attention matrix).
+    # In bfloat16: the input of each block is stored, and one block at a time is recomputed. A block needs about 34
+    # bytes per entry of its input (Korthikanti et al., 2022, arXiv:2205.05198, without the attention matrix).
     kept = sum(own * layers * tokens * width * 2 for layers, tokens, width in (plan["vision"], plan["text"]))
     again = own * plan["vision"][1] * plan["vision"][2] * 34
     micro = own // 4
@@ -204,22 +230,22 @@ def plan_table(plan: dict = PLAN) -> str:
     loss_flops = 4 * 2 * own * batch * plan["width"]
     gb = 1e9
     rows = [
-        ("pairs on each GPU", f"{own:,}"),
-        ("weights, gradients and AdamW's moments in float32 (16 bytes a parameter)", f"{16 * n / gb:.1f} GB"),
+        ("pairs per GPU", f"{own:,}"),
+        ("weights, gradients and AdamW's moments in float32 (16 bytes per parameter)", f"{16 * n / gb:.1f} GB"),
         ("the same under FSDP2", f"{16 * n / gpus / gb:.2f} GB"),
-        ("activations, gradient checkpointing", f"{(kept + again) / gb:.1f} GB"),
-        (f"activations, gradient checkpointing and `--micro_batch_size {micro}`", f"{(kept + again) / 4 / gb:.1f} GB"),
+        ("activations with gradient checkpointing", f"{(kept + again) / gb:.1f} GB"),
+        (f"the same with `--micro_batch_size {micro}`", f"{(kept + again) / 4 / gb:.1f} GB"),
         ("contrastive loss", f"{loss / gb:.2f} GB"),
-        ("one (B, B) matrix of logits, which is never held", f"{4 * batch**2 / gb:.1f} GB"),
-        ("gradients on the wire, sent by each GPU in a step", f"{wire / gb:.2f} GB"),
-        ("captions' features and their gradients, sent by each GPU in a step", f"{features / gb:.3f} GB"),
-        ("if images and captions were both gathered", f"{2 * features / gb:.3f} GB"),
-        ("the loss' products, at 19.5 TFLOP/s in float32", f"{1000 * loss_flops / plan['flops']:.0f} ms"),
-        ("traffic at 25 GB/s (200 Gb/s a GPU), were nothing overlapped",
+        ("one (B, B) matrix of logits, which vlp never stores", f"{4 * batch**2 / gb:.1f} GB"),
+        ("gradients, sent by each GPU per step", f"{wire / gb:.2f} GB"),
+        ("caption features and their gradients, sent by each GPU per step", f"{features / gb:.3f} GB"),
+        ("the same if images and captions were both gathered", f"{2 * features / gb:.3f} GB"),
+        ("matrix products of the loss, at 19.5 TFLOP/s in float32", f"{1000 * loss_flops / plan['flops']:.0f} ms"),
+        ("communication at 25 GB/s (200 Gb/s per GPU), without overlap",
          f"{1000 * (wire + features) / plan['wire']:.0f} ms"),
-        ("samples/s expected (published: "
-         f"{plan['published']:.0f} on each A100 40 GB, with gradient checkpointing)", f"{rate:,.0f}"),
-        ("seconds a step", f"{batch / rate:.1f}"),
+        ("expected samples/s (published: "
+         f"{plan['published']:.0f} per A100 40 GB, with gradient checkpointing)", f"{rate:,.0f}"),
+        ("seconds per step", f"{batch / rate:.1f}"),
         ("days for 12.8 billion samples", f"{plan['samples'] / rate / 86400:.0f}"),
     ]  # fmt: skip
     return "\n".join(["| ViT-L/14, batch 32,768, 32 GPUs | |", "| --- | --- |"] + [f"| {a} | {b} |" for a, b in rows])

@@ -1,9 +1,10 @@
-"""Samples/s out of WebDataset shards, ready for the model: vlp beside webdataset as open_clip's trainer sets it up.
+"""Time loading batches from WebDataset shards: vlp, and webdataset set up as in open_clip's trainer.
 
     python benchmarks/shards.py [--rounds 5] [--workers 2] [--batch 64]
 
-JPEG pictures of 512 x 384, a random crop of 224, captions in OpenAI's tokens. vlp's batches are uint8 until they are on
-the device; what makes floats of them there is part of its time. open_clip's are float32 from its workers.
+JPEG pictures of 512 x 384, a random crop of 224, captions tokenised with OpenAI's tokenizer. vlp's batches are uint8
+until they are on the device; the conversion to floats there is included in its time. open_clip's workers return
+float32.
 """
 
 import argparse
@@ -36,7 +37,7 @@ MERGES = Path(clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 
 
 def write_data(folder: Path) -> None:
-    """Pictures of the embedded data, enlarged and noisy, so that a JPEG of them is as large as a photograph's."""
+    """Write shards of bundled pictures, enlarged and with noise, so that the files are as large as photographs."""
     rows, rng = load_rows("emoji", "train", "image"), np.random.default_rng(0)
     pictures, captions = [], []
     for number in range(SHARDS * EACH):
@@ -53,6 +54,7 @@ def write_data(folder: Path) -> None:
 
 
 def vlp_batches(folder: str, batch: int, workers: int):
+    """Pixel values (B, 3, 224, 224) and token ids of each batch, loaded by vlp."""
     images = vlp.VlpClipImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
     processor = vlp.VlpClipProcessor(images, vlp.VlpClipTokenizer.from_openai_merges(MERGES, 77))
     arguments = ClipArguments(dataset_name="x.tar", per_device_train_batch_size=batch, num_workers=workers)
@@ -64,9 +66,9 @@ def vlp_batches(folder: str, batch: int, workers: int):
 
 
 def webdataset_batches(folder: str, batch: int, workers: int):
-    """The pipeline of open_clip_train/data.py, get_wds_dataset, with its sizes of buffers.
+    """The pipeline of open_clip_train/data.py, get_wds_dataset, with its buffer sizes.
 
-    Its own grouping of files does not work with webdataset 1.0; webdataset's is in its place.
+    Its own grouping of files does not work with webdataset 1.0, so webdataset's grouping is used.
     """
     preprocess = open_clip.image_transform(
         224, is_train=True, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
@@ -86,6 +88,7 @@ def webdataset_batches(folder: str, batch: int, workers: int):
 
 
 def work(contender: str, folder: str, batch: int, workers: int) -> None:
+    """Run a contender in this process (see `workers.serve`); a step loads BATCHES batches."""
     batches = (vlp_batches if contender == "vlp" else webdataset_batches)(folder, batch, workers)
 
     def step(number: int) -> None:

@@ -1,10 +1,10 @@
-"""How long until something happens: importing vlp beside importing transformers' CLIP, and the first step of a run.
+"""Time the start: importing vlp and importing transformers' CLIP, and the first step of a training run.
 
     python benchmarks/startup.py [--rounds 7]
 
-Import: a fresh interpreter each time, in turn, of vlp's CLIP and of transformers' (`import transformers` alone loads
-nothing; vlp registers its classes, so that it loads torch and transformers' base classes at once). First step:
-`training clip` on the embedded data, from the start of the process until the state after its first step is saved.
+Import: the CLIP classes of vlp and of transformers, in turn, each in a new interpreter. (`import transformers` loads
+almost nothing; vlp registers its classes, so importing it loads torch and transformers' base classes.) First step:
+`training clip` on the bundled data, from the start of the process until the state after the first step is saved.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def seconds_of(command: list[str], **options) -> float:
 
 
 def first_step() -> float:
-    """Seconds until the first line of the history could be written: a run of one step, without evaluation."""
+    """Seconds until the state is saved in a training run of one step, without evaluation."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["-m", "vlp.training", "clip", "--max_train_steps", "1", "--eval_split", "none", "--report_to", "none"]
         command = [sys.executable, *words, "--output_dir", f"{folder}/run"]
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in IMPORTS}
-    for number in range(options.rounds + 1):  # the first fills the disk's cache
+    for number in range(options.rounds + 1):  # the first round fills the disk cache
         for name, code in IMPORTS.items():
             taken = seconds_of([sys.executable, "-c", code])
             if number:
@@ -74,7 +74,7 @@ def main() -> None:
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     for name, values in seconds.items():
         print(f"import, {name}: {median[name]:.2f} s ({min(values):.2f} to {max(values):.2f})")
-    print(f"vlp takes {result['above']:.2f} s more; a run's first step is done after {statistics.median(steps):.1f} s.")
+    print(f"vlp takes {result['above']:.2f} s longer; a run's first step ends after {statistics.median(steps):.1f} s.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One table of all that was measured beside a peer, from the stored results: `make bench` ends with it.
+"""Print one table of all comparisons with other libraries, from the stored results; the last step of `make bench`.
 
 python benchmarks/table.py
 """
@@ -9,39 +9,39 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 HEADS = {
-    "en": "| on 2 CPU cores, float32, interleaved | vlp, median (spread) | peer | its median (spread) | vlp is |",
-    "vi": "| trên 2 nhân CPU, float32, đo xen kẽ | vlp, trung vị (khoảng) | đối chứng | trung vị (khoảng) | vlp |",
+    "en": "| 2 CPU cores, float32, interleaved runs | vlp, median (range) | compared with | median (range) | vlp is |",
+    "vi": "| 2 nhân CPU, float32, đo xen kẽ | vlp, trung vị (khoảng) | so với | trung vị (khoảng) | vlp |",
 }
 TIMES = {"en": "{:.2f} times as fast", "vi": "nhanh gấp {:.2f} lần"}
 FIRST_STEP = {
-    "en": "From starting `training clip` to the end of its first step on the embedded data: {:.1f} s.",
-    "vi": "Từ lúc chạy `training clip` đến hết bước đầu tiên trên dữ liệu kèm theo: {:.1f} s.",
+    "en": "From starting `training clip` to the end of its first step on the bundled data: {:.1f} s.",
+    "vi": "Từ lúc chạy `training clip` đến hết bước đầu tiên trên dữ liệu đi kèm: {:.1f} s.",
 }
 LABELS = {
     "clip": {"en": "a training step of CLIP {model}, batch {batch}, captions of 8 to 18 tokens",
              "vi": "một bước huấn luyện CLIP {model}, lô {batch}, chú thích 8 đến 18 token"},
     "blip": {"en": "a pre-training step of BLIP-base, {image_size} px, batch {batch}",
-             "vi": "một bước huấn luyện BLIP-base, {image_size} px, lô {batch}"},
-    "write": {"en": "captions by BLIP-base, {image_size} px, batch {batch}, {beams} beams, {tokens} tokens",
-              "vi": "chú thích bằng BLIP-base, {image_size} px, lô {batch}, {beams} beam, {tokens} token"},
-    "write2": {"en": "captions by BLIP-2, OPT-{language_model}, batch {batch}, {beams} beams, {tokens} tokens",
-               "vi": "chú thích bằng BLIP-2, OPT-{language_model}, lô {batch}, {beams} beam, {tokens} token"},
-    "features": {"en": "a step of BLIP-2's stage 1, `--cache_vision_features`, batch {batch}",
-                 "vi": "một bước giai đoạn một của BLIP-2, `--cache_vision_features`, lô {batch}"},
-    "loss": {"en": "the contrastive loss and its gradients, batch {batch:,} x {width}",
-             "vi": "hàm mất mát tương phản và gradient, lô {batch:,} x {width}"},
-    "zero_shot": {"en": "the stock zero-shot pipeline, {labels:,} labels x {images} images",
-                  "vi": "pipeline zero-shot có sẵn, {labels:,} nhãn x {images} ảnh"},
-    "shards": {"en": "{samples:,} samples out of shards, {workers} workers",
-               "vi": "{samples:,} mẫu đọc từ shard, {workers} worker"},
-    "startup": {"en": "importing the package beside transformers' CLIP",
-                "vi": "import gói, so với CLIP của transformers"},
+             "vi": "một bước tiền huấn luyện BLIP-base, {image_size} px, lô {batch}"},
+    "caption": {"en": "captioning with BLIP-base, {image_size} px, batch {batch}, {beams} beams, {tokens} tokens",
+              "vi": "tạo chú thích bằng BLIP-base, {image_size} px, lô {batch}, {beams} beam, {tokens} token"},
+    "caption2": {"en": "captioning with BLIP-2, OPT-{language_model}, batch {batch}, {beams} beams, {tokens} tokens",
+               "vi": "tạo chú thích bằng BLIP-2, OPT-{language_model}, lô {batch}, {beams} beam, {tokens} token"},
+    "features": {"en": "a training step of BLIP-2, stage 1, `--cache_vision_features`, batch {batch}",
+                 "vi": "một bước huấn luyện BLIP-2, giai đoạn một, `--cache_vision_features`, lô {batch}"},
+    "loss": {"en": "the contrastive loss and its gradient, batch {batch:,} x {width}",
+             "vi": "hàm mất mát tương phản và gradient của nó, lô {batch:,} x {width}"},
+    "zero_shot": {"en": "transformers' zero-shot pipeline, {labels:,} labels x {images} images",
+                  "vi": "pipeline zero-shot của transformers, {labels:,} nhãn x {images} ảnh"},
+    "shards": {"en": "reading {samples:,} samples from shards, {workers} workers",
+               "vi": "đọc {samples:,} mẫu từ shard, {workers} worker"},
+    "startup": {"en": "importing vlp, or CLIP from transformers",
+                "vi": "import vlp, hoặc CLIP của transformers"},
 }  # fmt: skip
 PEERS = {
-    "step, tower computed": {"en": "the tower computed each time", "vi": "tính lại tháp ảnh mỗi lần"},
+    "step, tower computed": {"en": "computing the tower in each step", "vi": "tính tháp ảnh trong mỗi bước"},
     "open_clip, memory kept": {"en": "open_clip with vlp's memory setting",
                                "vi": "open_clip với thiết lập bộ nhớ của vlp"},
-    "webdataset": {"en": "webdataset, as open_clip sets it up", "vi": "webdataset, thiết lập như open_clip"},
+    "webdataset": {"en": "webdataset, set up as in open_clip", "vi": "webdataset, thiết lập như trong open_clip"},
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def stored(name: str) -> dict:
 
 
 def measured() -> list[tuple[str, dict, list[float], str, list[float]]]:
-    """What was measured, its facts, vlp's seconds, the peer and its seconds; in the order of the table."""
+    """The rows of the table, in order: (key of LABELS, settings, seconds of vlp, name of the peer, its seconds)."""
     rows = []
 
     def add(label: str, facts: dict, ours: str = "vlp") -> None:
@@ -64,8 +64,8 @@ def measured() -> list[tuple[str, dict, list[float], str, list[float]]]:
         add("clip", facts | {"model": model})
     add("blip", stored("blip_step"))
     if facts := stored("blip_generate"):
-        add("write", facts | {"seconds": {name: parts["whole"] for name, parts in facts["seconds"].items()}})
-    add("write2", stored("blip2_generate"))
+        add("caption", facts | {"seconds": {name: parts["whole"] for name, parts in facts["seconds"].items()}})
+    add("caption2", stored("blip2_generate"))
     if facts := stored("blip2_features"):
         steps = {name: facts["seconds"][name] for name in ("step, features read", "step, tower computed")}
         add("features", facts | {"seconds": steps}, "step, features read")
@@ -76,6 +76,11 @@ def measured() -> list[tuple[str, dict, list[float], str, list[float]]]:
 
 
 def table(language: str = "en") -> str:
+    """The table in Markdown.
+
+    Args:
+        language: "en" or "vi".
+    """
     lines = [HEADS[language], "| --- " * 5 + "|"]
     for label, facts, ours, peer, theirs in measured():
         ratio = statistics.median(theirs) / statistics.median(ours)

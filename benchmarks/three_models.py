@@ -1,8 +1,8 @@
-"""The README's figure: the same unseen drawings classified by CLIP, captioned by BLIP, matched by BLIP-2.
+"""Draw the README's figure: unseen drawings classified by CLIP, captioned by BLIP and matched by BLIP-2.
 
     python benchmarks/three_models.py model_cards/clip-emoji model_cards/blip-emoji runs/blip2-emoji [--seed 1]
 
-The drawings are drawn by the seed; docs/three-models.png shows what came out, right or wrong.
+The seed selects the drawings. docs/three-models.png shows the results, right or wrong.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
             axis.set_title(title, fontsize=12, fontweight="bold", loc="left", pad=14)
     figure.tight_layout()
     figure.savefig(TARGET)
-    print(f"Written: {TARGET}")
+    print(f"Figure written to {TARGET}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Contenders of a benchmark: each has a process of its own; they work in turn, one at a time."""
+"""Time the contenders of a benchmark: each runs in its own process, and they take turns, one at a time."""
 
 import contextlib
 import json
@@ -13,7 +13,11 @@ from vlp.training.machine.hardware import cpu_cores
 
 
 def serve(step: Callable[[int], object]) -> None:
-    """In a contender's process: do a step for each line that comes in, and answer with the seconds that it took."""
+    """In a contender's process: run a step for each line on stdin, and print the seconds that it took.
+
+    Args:
+        step: called with the number of the step, from 0.
+    """
     print("ready", flush=True)
     for number, _ in enumerate(sys.stdin):
         started = time.perf_counter()
@@ -22,6 +26,7 @@ def serve(step: Callable[[int], object]) -> None:
 
 
 def start(command: list[str]) -> subprocess.Popen:
+    """Start a contender's process and wait until it is ready; exit if it fails."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.strip() == "ready":
@@ -32,15 +37,19 @@ def start(command: list[str]) -> subprocess.Popen:
 def interleave(
     contenders: dict[str, list[str]], rounds: int, started: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each contender's steps, a step of each in turn; the first round warms up and does not count.
+    """Run one step of each contender in turn, and return the seconds of their steps.
 
     Args:
-        contenders: the command that starts each, whose process calls `serve`.
-        started: called once all are ready.
+        contenders: for each name, the command that starts its process, which calls `serve`.
+        rounds: steps to time; a round before them is a warm-up and is not counted.
+        started: called once all processes are ready.
+
+    Returns:
+        For each name, the seconds of its `rounds` steps.
     """
     with contextlib.ExitStack() as stack:
         workers = {}
-        for name, command in contenders.items():  # one after the other
+        for name, command in contenders.items():  # one after another
             workers[name] = start(command)
             stack.callback(workers[name].wait)
             stack.callback(workers[name].stdin.close)
@@ -59,13 +68,17 @@ def interleave(
 
 
 def ratios(seconds: dict[str, list[float]], ours: str = "vlp") -> dict[str, float]:
-    """How many times as fast ours is, by medians."""
+    """How many times as fast `ours` is as each of the others, by the medians."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {name: medians[name] / medians[ours] for name in medians if name != ours}
 
 
 def report(path: Path, seconds: dict[str, list[float]], **facts) -> None:
-    """Store what was measured beside the facts of it, and print the medians, their spread and their ratios."""
+    """Store the measurements, and print the medians, ranges and ratios.
+
+    Args:
+        path: JSON file to write. seconds: for each name, the seconds of its steps. facts: other fields to store.
+    """
     result = facts | {"cores": cpu_cores(), "seconds": seconds, "ratios_of_medians": ratios(seconds)}
     path.write_text(json.dumps(result, indent=1) + "\n")
     for name, values in seconds.items():

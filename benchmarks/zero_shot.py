@@ -1,9 +1,9 @@
-"""The stock zero-shot pipeline with 1,000 labels and 50 images: vlp's model beside transformers' CLIPModel.
+"""Time transformers' zero-shot pipeline with 1,000 labels and 50 images: vlp's model and transformers' CLIPModel.
 
     python benchmarks/zero_shot.py [--labels 1000] [--images 50] [--rounds 2]
 
-CLIP ViT-B/32 with the same random weights, the same tokenizer and image processing; names and pictures of the embedded
-data. Each step begins without anything known of the labels. That both give the same scores is checked first.
+CLIP ViT-B/32 with the same random weights, tokenizer and image processing; names and pictures of the bundled data. Each
+step starts with an empty cache of label embeddings. The scores of both are compared first.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MERGES = Path(clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 
 
 def make(contender: str, folder: str):
-    """The pipeline of a contender, and what makes it forget the labels."""
+    """The pipeline of a contender, and a function that clears its cache of label embeddings."""
     torch.manual_seed(0)
     ours = vlp.VlpClipModel(vlp.VlpClipConfig(vision_config={"patch_size": 32})).eval()
     vlp.VlpClipTokenizer.from_openai_merges(MERGES, 77).save_pretrained(folder)
@@ -44,18 +44,19 @@ def make(contender: str, folder: str):
 
 
 def work(contender: str, labels: int, images: int, folder: str) -> None:
+    """Run a contender in this process: store its scores, then serve steps (see `workers.serve`)."""
     rows = load_rows("emoji", "train", "image")
     names = list(dict.fromkeys(rows["caption"]))[:labels]
     assert len(names) == labels
     pictures = [Image.open(io.BytesIO(rows[number]["image"]["bytes"])).convert("RGB") for number in range(images)]
     torch.set_num_threads(cpu_cores())
-    classify, forget = make(contender, folder)
+    classify, clear_cache = make(contender, folder)
     found = classify(pictures[0], candidate_labels=names[:50])
     Path(folder, f"{contender}.json").write_text(json.dumps({entry["label"]: entry["score"] for entry in found}))
 
     def step(number: int) -> None:
-        forget()
-        classify(pictures if number else pictures[:2], candidate_labels=names)  # the first warms up
+        clear_cache()
+        classify(pictures if number else pictures[:2], candidate_labels=names)  # the first step is a warm-up
 
     serve(step)
 

@@ -1,4 +1,4 @@
-"""What a model is: one dataclass-style configuration each."""
+"""Configuration classes of the models and their parts."""
 
 from .blip import VlpBlipConfig
 from .blip2 import VlpBlip2Config

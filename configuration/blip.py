@@ -1,4 +1,4 @@
-"""BLIP: an image tower, and a mixture of text encoder and decoder that reads it."""
+"""Configuration of BLIP: an image tower and a text model (MED) that cross-attends to the image."""
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -11,13 +11,13 @@ class VlpBlipConfig(PreTrainedConfig):
     """Configuration of the `VlpBlip...` models.
 
     Args:
-        vision_config: a `VlpBlipViTConfig`, a `VlpModifiedResNetConfig`, or the dict of one (its "model_type" tells
-            which; BLIP's vision transformer where it is missing).
-        text_config: a `VlpBlipTextConfig` or the dict of one; its `encoder_hidden_size` is the image tower's width
-            where it is not given.
-        image_text_hidden_size: width of the space in which images and texts are compared (ITC).
-        temperature_init_value: first temperature of that comparison.
-        tie_word_embeddings: what is read and what is written have the same word embeddings, as in BERT.
+        vision_config: a `VlpBlipViTConfig` or `VlpModifiedResNetConfig`, or a dict of its fields, in which "model_type"
+            selects the class (default: `VlpBlipViTConfig`).
+        text_config: a `VlpBlipTextConfig` or a dict of its fields. If a dict or None, `encoder_hidden_size` defaults to
+            the width of the image tower.
+        image_text_hidden_size: width of the shared image-text embedding space (ITC).
+        temperature_init_value: initial temperature of the ITC similarities.
+        tie_word_embeddings: share the input and output word embeddings, as in BERT.
 
     Example:
         >>> config = VlpBlipConfig(vision_config={"image_size": 384})

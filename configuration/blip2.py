@@ -1,4 +1,4 @@
-"""BLIP-2: a frozen image tower, a Q-Former that reads it, and a frozen language model that writes."""
+"""Configuration of BLIP-2: a frozen image tower, a Q-Former and a frozen language model."""
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -13,22 +13,26 @@ class VlpBlip2Config(PreTrainedConfig):
     """Configuration of the `VlpBlip2...` models.
 
     Args:
-        vision_config: a `VlpBlipViTConfig`, `VlpViTConfig` or `VlpModifiedResNetConfig`, or the dict of one (its
-            "model_type" tells which; EVA-CLIP ViT-g without its last layer, the paper's, where nothing is given).
-        qformer_config: a `VlpQFormerConfig` or the dict of one; its `encoder_hidden_size` is the image tower's width
-            where it is not given.
-        text_config: the language model's own configuration; None in stage 1, which has none.
-        num_query_tokens: learned queries.
-        image_text_hidden_size: width of the space in which images and texts are compared (ITC).
-        temperature_init_value: first temperature of that comparison.
-        vision_norm_eps: epsilon of the LayerNorm between the tower and the Q-Former.
-        freeze_vision: the image tower is not trained, and stays in evaluation mode.
-        language_model_name_or_path: hub name or folder of the language model, or "package:NAME" for a folder that a
-            Python package is; its weights are fetched from there.
-        language_model_file: the GGUF file in it, where it is one.
+        vision_config: a `VlpBlipViTConfig`, `VlpViTConfig` or `VlpModifiedResNetConfig`, or a dict of its fields, in
+            which "model_type" selects the class (default: `VlpBlipViTConfig`). If None, the paper's EVA-CLIP ViT-g
+            without its last layer.
+        qformer_config: a `VlpQFormerConfig` or a dict of its fields. If a dict or None, `encoder_hidden_size` defaults
+            to the width of the image tower.
+        text_config: configuration of the language model; None in stage 1, which has no language model.
+        num_query_tokens: number of learned queries.
+        image_text_hidden_size: width of the shared image-text embedding space (ITC).
+        temperature_init_value: initial temperature of the ITC similarities, at least 0 and below 1.
+        vision_norm_eps: epsilon of the LayerNorm between the image tower and the Q-Former.
+        freeze_vision: do not train the image tower and keep it in evaluation mode.
+        language_model_name_or_path: hub name or folder from which the language model is loaded, or "package:NAME" for
+            the folder of the installed Python package NAME.
+        language_model_file: GGUF file in that repository or folder, if the weights are in GGUF format.
         language_model_revision: branch, tag or commit on the hub.
-        store_language_model: keep its weights in this model's own checkpoint, as transformers' Blip2 does.
-        tie_word_embeddings: what stage 1 reads and what it writes have the same word embeddings, as in BERT.
+        store_language_model: save the language model's weights in this model's checkpoint, as transformers' Blip2 does.
+        tie_word_embeddings: share the input and output word embeddings of stage 1, as in BERT.
+
+    Raises:
+        ValueError: if a value is out of range, or the Q-Former does not fit the width of the image tower.
     """
 
     model_type = "vlp_blip2"
@@ -51,20 +55,20 @@ class VlpBlip2Config(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         require_positive(self, "num_query_tokens", "image_text_hidden_size", "vision_norm_eps")
         require_fraction(self, "temperature_init_value")
-        given = self.vision_config
-        if given is None:
-            given = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "patch_size": 14,
-                     "num_attention_heads": 16, "final_norm": False}  # fmt: skip
-        own = given.get("projection_dim") if isinstance(given, dict) else getattr(given, "projection_dim", None)
-        # A ResNet's own projection is part of its attention pooling, and of whatever width.
-        self.vision_config = vision_config_from(given, TOWERS, own or self.image_text_hidden_size, self)
+        vision = self.vision_config
+        if vision is None:
+            vision = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "patch_size": 14,
+                      "num_attention_heads": 16, "final_norm": False}  # fmt: skip
+        # A ResNet has its own projection, in its attention pooling, which may have any width.
+        own_dim = vision.get("projection_dim") if isinstance(vision, dict) else getattr(vision, "projection_dim", None)
+        self.vision_config = vision_config_from(vision, TOWERS, own_dim or self.image_text_hidden_size, self)
         width = self.vision_config.hidden_size
         if not isinstance(self.qformer_config, PreTrainedConfig):
             self.qformer_config = VlpQFormerConfig(**({"encoder_hidden_size": width} | (self.qformer_config or {})))
         if self.qformer_config.encoder_hidden_size != width:
             raise ValueError(
-                f"VlpBlip2Config: the Q-Former reads vectors {self.qformer_config.encoder_hidden_size} wide, the image "
-                f"tower gives {width}: leave out encoder_hidden_size."
+                f"VlpBlip2Config: the Q-Former's encoder_hidden_size is {self.qformer_config.encoder_hidden_size}, but "
+                f"the image tower has width {width}; omit encoder_hidden_size to use the tower's width."
             )
         if isinstance(self.text_config, dict):
             fields = dict(self.text_config)

@@ -1,8 +1,16 @@
-"""Checks that the configurations share: an impossible value is refused with the value in the message."""
+"""Validation shared by the configurations; every error message contains the invalid value."""
 
 
 def require_positive(config, *names: str) -> None:
-    """Raise ValueError unless every named field (a number, or a sequence of them) is above zero."""
+    """Check that every named field, or every number in it, is greater than 0.
+
+    Args:
+        config: the configuration to check.
+        names: names of fields that hold a number or a sequence of numbers.
+
+    Raises:
+        ValueError: if a value is not a positive number.
+    """
     for name in names:
         value = getattr(config, name)
         for number in value if isinstance(value, (list, tuple)) else (value,):
@@ -11,24 +19,36 @@ def require_positive(config, *names: str) -> None:
 
 
 def require_fraction(config, name: str) -> None:
-    """Raise ValueError unless the named field lies in [0, 1)."""
+    """Check that the named field is at least 0 and below 1.
+
+    Raises:
+        ValueError: if it is not.
+    """
     value = getattr(config, name)
     if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(f"{type(config).__name__}: {name} must be at least 0 and below 1, got {value}.")
 
 
 def require_divisible(config, name: str, divisor_name: str) -> None:
-    """Raise ValueError unless one named field is a multiple of another."""
+    """Check that the field `name` is a multiple of the field `divisor_name`.
+
+    Raises:
+        ValueError: if it is not; the message suggests the nearest valid values.
+    """
     value, divisor = getattr(config, name), getattr(config, divisor_name)
     if value % divisor:
         raise ValueError(
             f"{type(config).__name__}: {name} ({value}) must be divisible by {divisor_name} ({divisor}); "
-            f"the nearest values that fit are {value - value % divisor} and {value - value % divisor + divisor}."
+            f"the nearest valid values are {value - value % divisor} and {value - value % divisor + divisor}."
         )
 
 
 def require_token_ids(config, *names: str) -> None:
-    """Raise ValueError unless every named token is in the vocabulary."""
+    """Check that every named token id is in the vocabulary.
+
+    Raises:
+        ValueError: if an id is negative, or not below `vocab_size`.
+    """
     for name in names:
         if not 0 <= getattr(config, name) < config.vocab_size:
             raise ValueError(
@@ -38,24 +58,35 @@ def require_token_ids(config, *names: str) -> None:
 
 
 def require_activation(config, name: str = "hidden_act") -> None:
-    """Raise ValueError unless the named field is an activation that transformers knows."""
+    """Check that the named field is an activation function in transformers' `ACT2FN`.
+
+    Raises:
+        ValueError: if it is not.
+    """
     from transformers.activations import ACT2FN
 
     if getattr(config, name) not in ACT2FN:
         raise ValueError(
-            f"{type(config).__name__}: {name} ({getattr(config, name)!r}) is not an activation of transformers; "
-            'CLIP uses "quick_gelu" (OpenAI) or "gelu" (LAION-2B, DataComp).'
+            f"{type(config).__name__}: {name} ({getattr(config, name)!r}) is not an activation function of "
+            'transformers; CLIP uses "quick_gelu" (OpenAI) or "gelu" (LAION-2B, DataComp).'
         )
 
 
 def config_from(given, kinds: tuple[type, ...], field: str, owner, **more):
-    """A part's configuration from what `owner` was given for it: one, the dict of one, or nothing.
+    """Build the configuration of a part of a model.
 
     Args:
-        kinds: the configurations that it can be; "model_type" tells which, the first where it is missing.
-        more: fields to set in a dict.
+        given: a configuration, which is returned as it is; a dict of its fields; or None for the defaults.
+        kinds: the allowed configuration classes. "model_type" in the dict selects one; the first is the default.
+        field: name of the field, for the error message.
+        owner: the configuration that contains the part.
+        more: further fields, which override those of the dict.
 
-    Raises ValueError for another kind.
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: if "model_type" is not that of an allowed class.
     """
     if not isinstance(given, dict) and given is not None:
         return given

@@ -1,4 +1,4 @@
-"""CLIP: two towers and a shared embedding space."""
+"""Configuration of CLIP: an image tower, a text tower and a shared embedding space."""
 
 import math
 
@@ -16,12 +16,16 @@ class VlpClipConfig(PreTrainedConfig):
     """Configuration of a `VlpClipModel`.
 
     Args:
-        vision_config: a `VlpViTConfig`, `VlpModifiedResNetConfig` or `VlpSiglipViTConfig`, or the dict of one (its
-            "model_type" tells which; a vision transformer where it is missing).
-        text_config: a `VlpClipTextConfig`, a `VlpSiglipTextConfig`, or the dict of one, likewise.
-        projection_dim: width of the shared embedding space; SigLIP's image tower is as wide.
-        logit_scale_init_value: natural logarithm of the first scale; ln(1/0.07) for CLIP, ln(10) for SigLIP.
-        logit_bias_init_value: first bias of the sigmoid loss (SigLIP: -10); None for a model without a bias.
+        vision_config: a `VlpViTConfig`, `VlpModifiedResNetConfig` or `VlpSiglipViTConfig`, or a dict of its fields, in
+            which "model_type" selects the class (default: `VlpViTConfig`).
+        text_config: a `VlpClipTextConfig` or `VlpSiglipTextConfig`, or a dict of its fields, in which "model_type"
+            selects the class (default: `VlpClipTextConfig`).
+        projection_dim: width of the shared embedding space; with SigLIP's image tower, it must equal the tower's width.
+        logit_scale_init_value: natural logarithm of the initial logit scale: ln(1/0.07) for CLIP, ln(10) for SigLIP.
+        logit_bias_init_value: initial bias of the sigmoid loss (-10 for SigLIP); None for a model without a bias.
+
+    Raises:
+        ValueError: if a value is out of range, or `projection_dim` does not fit the image tower.
 
     Example:
         >>> config = VlpClipConfig(vision_config={"patch_size": 16}, projection_dim=512)
@@ -42,7 +46,7 @@ class VlpClipConfig(PreTrainedConfig):
         vision, width = self.vision_config, self.projection_dim
         if isinstance(vision, VlpSiglipViTConfig) and vision.hidden_size != width:
             raise ValueError(
-                f"VlpClipConfig: SigLIP's image tower has no projection: projection_dim ({width}) must be its "
+                f"VlpClipConfig: SigLIP's image tower has no projection, so projection_dim ({width}) must equal its "
                 f"hidden_size ({vision.hidden_size})."
             )
         self.text_config = config_from(self.text_config, TEXT, "text_config", self)

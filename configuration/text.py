@@ -1,4 +1,4 @@
-"""Text towers."""
+"""Configurations of the text models: CLIP's, SigLIP's, BLIP's MED and BLIP-2's Q-Former."""
 
 from transformers import PreTrainedConfig
 
@@ -6,12 +6,15 @@ from .checks import require_activation, require_divisible, require_fraction, req
 
 
 class VlpClipTextConfig(PreTrainedConfig):
-    """CLIP's causal text transformer, pooled at the end token.
+    """Configuration of CLIP's causal text transformer, which is pooled at the end token.
 
     Args:
-        hidden_size, intermediate_size: width of the residual stream and inside the MLP.
-        max_position_embeddings: most tokens in a caption, start and end token included.
-        bos_token_id, eos_token_id, pad_token_id: None means the last but one, the last, and the end token, as OpenAI's.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the hidden layer of the MLP.
+        max_position_embeddings: maximum number of tokens in a caption, including the start and end tokens.
+        bos_token_id: start token; if None, `vocab_size - 2`, as in OpenAI's CLIP.
+        eos_token_id: end token; if None, `vocab_size - 1`, as in OpenAI's CLIP.
+        pad_token_id: padding token; if None, the end token, as in OpenAI's CLIP.
     """
 
     model_type = "vlp_clip_text"
@@ -55,9 +58,12 @@ class VlpClipTextConfig(PreTrainedConfig):
 
 
 class VlpSiglipTextConfig(VlpClipTextConfig):
-    """SigLIP's text transformer: bidirectional, pooled at the last place of texts that are padded to their full length.
+    """Configuration of SigLIP's bidirectional text transformer.
 
-    Args: as `VlpClipTextConfig`; `pad_token_id` is what texts are padded with, and attend to, as the original does.
+    Texts are padded to their full length and pooled at the last position.
+
+    Args: as for `VlpClipTextConfig`, except:
+        pad_token_id: padding token. Texts attend to padding, as in the original.
     """
 
     model_type = "vlp_siglip_text"
@@ -73,15 +79,19 @@ class VlpSiglipTextConfig(VlpClipTextConfig):
 
 
 class VlpBlipTextConfig(PreTrainedConfig):
-    """BLIP's multimodal mixture of encoder and decoder (MED; arXiv:2201.12086, section 3.1): BERT with cross-attention.
+    """Configuration of BLIP's multimodal mixture of encoder and decoder (MED): BERT with cross-attention.
+
+    Source: arXiv:2201.12086, section 3.1.
 
     Args:
-        vocab_size: of BERT's 30,522 entries and the two that BLIP adds, [DEC] and [ENC].
-        encoder_hidden_size: width of what cross-attention reads: of the image tower.
-        bos_token_id, enc_token_id: [DEC], which begins what is decoded, and [ENC], which begins what is matched.
-        eos_token_id: [SEP], which ends every text.
-        hidden_dropout_prob, attention_probs_dropout_prob: shares left out in training.
-        label_smoothing: of the language modelling loss (section 3.2).
+        vocab_size: BERT's 30,522 entries and the two that BLIP adds, [DEC] and [ENC].
+        encoder_hidden_size: width of the states that cross-attention attends to, i.e. of the image tower.
+        hidden_dropout_prob: dropout probability of embeddings, attention outputs and MLP outputs.
+        attention_probs_dropout_prob: dropout probability of attention weights.
+        label_smoothing: label smoothing of the language modelling loss (section 3.2).
+        eos_token_id: [SEP], the last token of every text.
+        bos_token_id: [DEC], the first token of a text to decode.
+        enc_token_id: [ENC], the first token of a text to match with an image.
     """
 
     model_type = "vlp_blip_text"
@@ -128,15 +138,19 @@ class VlpBlipTextConfig(PreTrainedConfig):
 
 
 class VlpQFormerConfig(PreTrainedConfig):
-    """BLIP-2's querying transformer (arXiv:2301.12597, section 3.1): BERT, in which learned queries read the image.
+    """Configuration of BLIP-2's Q-Former: BERT with learned queries that cross-attend to the image.
+
+    Source: arXiv:2301.12597, section 3.1.
 
     Args:
-        vocab_size: of BERT's 30,522 entries and [DEC], which BLIP-2 adds.
-        encoder_hidden_size: width of what cross-attention reads: of the image tower.
-        cross_attention_frequency: every so many layers, the first among them, queries attend to the image.
-        bos_token_id, eos_token_id: [DEC], which begins what is written, and [SEP], which ends every text.
-        hidden_dropout_prob, attention_probs_dropout_prob: shares left out in training.
-        label_smoothing: of the loss of image-grounded text generation (LAVIS, Qformer.py: 0.1).
+        vocab_size: BERT's 30,522 entries and [DEC], which BLIP-2 adds.
+        encoder_hidden_size: width of the states that cross-attention attends to, i.e. of the image tower.
+        cross_attention_frequency: every how many layers the queries attend to the image, starting with the first layer.
+        hidden_dropout_prob: dropout probability of embeddings, attention outputs and MLP outputs.
+        attention_probs_dropout_prob: dropout probability of attention weights.
+        label_smoothing: label smoothing of the image-grounded text generation loss (LAVIS, Qformer.py: 0.1).
+        eos_token_id: [SEP], the last token of every text.
+        bos_token_id: [DEC], the first token of a text to decode.
     """
 
     model_type = "vlp_qformer"

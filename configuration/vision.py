@@ -1,4 +1,4 @@
-"""Image towers: the vision transformer and OpenAI's modified ResNet."""
+"""Configurations of the image towers: vision transformers and OpenAI's modified ResNet."""
 
 from transformers import PreTrainedConfig
 
@@ -6,16 +6,19 @@ from .checks import config_from, require_activation, require_divisible, require_
 
 
 class VlpViTConfig(PreTrainedConfig):
-    """A vision transformer (Dosovitskiy et al., 2021) as CLIP uses it: a class token and a LayerNorm before the blocks.
+    """Configuration of CLIP's vision transformer, with a class token and a LayerNorm before the blocks.
+
+    Source: Dosovitskiy et al., 2021.
 
     Args:
         hidden_size: width of the residual stream.
-        intermediate_size: width inside the MLP; 4 x hidden_size in the paper.
-        image_size, patch_size: in pixels; the image must be a whole number of patches wide.
+        intermediate_size: width of the hidden layer of the MLP; 4 x hidden_size in the paper.
+        image_size: side of the images in pixels, a multiple of `patch_size`.
+        patch_size: side of a patch in pixels.
         hidden_act: "quick_gelu" (OpenAI's weights) or "gelu".
-        patch_dropout: share of patches left out of each training image (FLIP, arXiv:2212.00794), at random.
-        final_norm: whether there is a LayerNorm after the blocks; BLIP-2's towers have none, for they end before the
-            last block.
+        patch_dropout: share of the patches of each training image that are dropped at random (FLIP, arXiv:2212.00794),
+            at least 0 and below 1.
+        final_norm: whether a LayerNorm follows the blocks. BLIP-2's towers have none, because they omit the last block.
     """
 
     model_type = "vlp_vit"
@@ -55,10 +58,12 @@ class VlpViTConfig(PreTrainedConfig):
 
 
 class VlpBlipViTConfig(VlpViTConfig):
-    """The vision transformer of BLIP (timm's ViT-B/16): no LayerNorm before the blocks, one after them on every token.
+    """Configuration of BLIP's vision transformer (timm's ViT-B/16).
 
-    Args: as `VlpViTConfig`;
-        initializer_range: standard deviation of the truncated normal that weights start from.
+    It has no LayerNorm before the blocks, and one after them that is applied to every token.
+
+    Args: as for `VlpViTConfig`, and:
+        initializer_range: standard deviation of the truncated normal distribution for the initial weights.
     """
 
     model_type = "vlp_blip_vit"
@@ -70,7 +75,10 @@ class VlpBlipViTConfig(VlpViTConfig):
 
 
 class VlpSiglipViTConfig(VlpViTConfig):
-    """SigLIP's vision transformer (arXiv:2303.15343): no class token; a query pools the patches by attention (MAP)."""
+    """Configuration of SigLIP's vision transformer (arXiv:2303.15343).
+
+    It has no class token: a learned query pools the patches by attention (MAP). Args: as for `VlpViTConfig`.
+    """
 
     model_type = "vlp_siglip_vit"
 
@@ -80,13 +88,16 @@ class VlpSiglipViTConfig(VlpViTConfig):
 
 
 class VlpModifiedResNetConfig(PreTrainedConfig):
-    """OpenAI's ModifiedResNet (CLIP paper 2.4): a stem of three convolutions, anti-aliased strides, attention pooling.
+    """Configuration of OpenAI's ModifiedResNet (CLIP paper, section 2.4).
+
+    It has a stem of three convolutions, anti-aliased strides and attention pooling.
 
     Args:
-        depths: bottleneck blocks in each stage; (3, 4, 6, 3) is RN50.
-        embedding_size: channels after the stem; stage i is 4 * 2**i times as wide. 64 for RN50.
-        num_attention_heads: of the attention pooling; the last width / 64 where not given.
-        image_size: in pixels, a multiple of the total stride (32 for four stages).
+        depths: number of bottleneck blocks in each stage; (3, 4, 6, 3) is RN50.
+        embedding_size: channels after the stem, an even number; 64 for RN50. Stage i has 4 * 2**i times as many.
+        num_attention_heads: heads of the attention pooling; if None, the width of the last stage / 64.
+        image_size: side of the images in pixels, a multiple of the total stride (32 for four stages).
+        projection_dim: width of the output of the attention pooling.
     """
 
     model_type = "vlp_modified_resnet"
@@ -113,32 +124,38 @@ class VlpModifiedResNetConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the last stage."""
+        """Number of channels of the last stage."""
         return self.embedding_size * 4 * 2 ** (len(self.depths) - 1)
 
     @property
     def stride(self) -> int:
-        """Pixels of the image, along one side, for each cell of the last stage."""
+        """Side of a cell of the last stage, in pixels of the image."""
         return 4 * 2 ** (len(self.depths) - 1)
 
 
 def vision_config_from(
     given: dict | PreTrainedConfig | None, kinds: tuple[type, ...], projection_dim: int, owner: PreTrainedConfig
 ) -> PreTrainedConfig:
-    """The image tower's configuration from what `owner` was given for it.
+    """Build the configuration of an image tower.
 
     Args:
-        kinds: the configurations that `owner` can hold; "model_type" tells which, the first where it is missing.
-        projection_dim: width of the owner's shared space, to which a ResNet projects by itself.
+        given: a configuration, which is returned as it is; a dict of its fields; or None for the defaults.
+        kinds: the allowed configuration classes. "model_type" in the dict selects one; the first is the default.
+        projection_dim: width of the owner's shared space; a ResNet projects to it in its attention pooling.
+        owner: the configuration that contains the tower.
 
-    Raises ValueError for another kind, or a ResNet that projects to another width.
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: if "model_type" is not that of an allowed class, or a ResNet projects to another width.
     """
     is_resnet = isinstance(given, dict) and given.get("model_type") == VlpModifiedResNetConfig.model_type
     more = {"projection_dim": projection_dim} if is_resnet else {}
     config = config_from(given, kinds, "vision_config", owner, **more)
     if getattr(config, "projection_dim", projection_dim) != projection_dim:
         raise ValueError(
-            f"{type(owner).__name__}: the ResNet projects to {config.projection_dim} dimensions, the shared space has "
-            f"{projection_dim}; they must be equal."
+            f"{type(owner).__name__}: the ResNet projects to {config.projection_dim} dimensions, but the shared space "
+            f"has {projection_dim}; they must be equal."
         )
     return config

@@ -1,1 +1,1 @@
-"""What is published: a model card rendered from the facts of a run."""
+"""Model cards, rendered from the stored facts of a training run."""

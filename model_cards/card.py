@@ -1,4 +1,4 @@
-"""The model card, rendered from the stored facts of a run and its evaluations."""
+"""Render the model card from the stored facts of a run and its evaluations."""
 
 import dataclasses
 import json
@@ -52,22 +52,24 @@ METRIC_NAMES = {
 
 
 def metric_name(name: str) -> str:
-    """A metric's name in words; METRIC@COLUMN is measured on another column than the card's first."""
+    """The display name of a metric. METRIC@COLUMN was measured on a further column."""
     metric, _, column = name.partition("@")
     return METRIC_NAMES.get(metric, metric) + (f" (`{column}`)" if column else "")
 
 
 def usage(name: str, folder: str, prompt: str = "") -> str:
-    """A few lines of Python that use a model.
+    """Python code that uses a model.
 
     Args:
-        name: of its class. folder: where it is. prompt: what a language model's captions begin with.
+        name: name of the model class.
+        folder: folder or hub name of the model.
+        prompt: prompt for captions.
     """
     return architecture(name).card.usage.format(folder=folder, prompt=prompt or "a picture of")
 
 
 def in_its_language(lines: str, language: str) -> str:
-    """Lines of usage with texts in the language of the model."""
+    """Translate the example texts in usage code if the language is "vi"."""
     if language != "vi":
         return lines
     lines = lines.replace(
@@ -77,7 +79,7 @@ def in_its_language(lines: str, language: str) -> str:
 
 
 def task_of(metric: str) -> tuple[str, str, str]:
-    """A metric's task on the Hub, that task's name, and the type of the metric."""
+    """The Hub's task type of a metric, the name of the task, and the metric type."""
     if metric.startswith("zero_shot"):
         return "zero-shot-image-classification", "Zero-shot image classification", "accuracy"
     captioning = {"caption_exact": "exact_match", "rouge_l": "rouge", "cider": "cider"}
@@ -91,12 +93,16 @@ def task_of(metric: str) -> tuple[str, str, str]:
 
 
 def shown(metric: str, value: float) -> str:
-    """A metric as papers report it: in per cent, CIDEr times 100."""
+    """Format a metric as papers report it: in per cent; CIDEr times 100."""
     return f"{100 * value:.2f}" if metric == "cider" else f"{100 * value:.2f} %"
 
 
 def evaluation_table(results: dict) -> str:
-    """The results of an evaluation in Markdown: a sentence about what was evaluated, and the metrics with intervals."""
+    """Render the results of an evaluation as Markdown: a sentence about the data, and a table of metrics.
+
+    Args:
+        results: the stored results of `training.evaluation.results.results_of`.
+    """
     arguments, classes = results["arguments"], results["classes"]
     zero_shot = arguments["task"] == "zero-shot"
     column = arguments["class_column"] if zero_shot else arguments["caption_column"]
@@ -120,13 +126,13 @@ def evaluation_table(results: dict) -> str:
 
 
 def split_name(arguments: dict) -> str:
-    """The split, or the rows that were held out, in words."""
+    """Describe the split, or the rows that were held out."""
     split = arguments["split"]
     return f"rows with {split}" if "=" in split else f"split `{split}`"
 
 
 def failures(evaluations: list[dict]) -> list[str]:
-    """Known failures, from the evaluations of zero-shot classification."""
+    """Describe known failures: accuracy per group, and the most confused classes of zero-shot classification."""
     lines = []
     for results in evaluations:
         groups = results.get("groups") or {}
@@ -140,11 +146,11 @@ def failures(evaluations: list[dict]) -> list[str]:
             lines.append(f"Zero-shot top-1 accuracy (`{column}`) by {group}: {accuracies}.")
         pairs = [f"“{right}” for “{predicted}”" for right, predicted, _ in results.get("most_confused", [])[:8]]
         if pairs:
-            lines.append(f"It mistakes, among others, {', '.join(pairs)}.")
+            lines.append(f"It mistakes, for example, {', '.join(pairs)}.")
     return lines
 
 
-# Facts about the data that the package embeds; other data brings them through its options.
+# Facts about the embedded data. For other data, they come from the options.
 KNOWN_DATA = {
     "emoji": {
         "title": "Emoji captions, five designs",
@@ -152,21 +158,23 @@ KNOWN_DATA = {
         "(Unicode licence); evaluation on Twemoji (CC BY 4.0)",
         "weights": (
             "cc-by-sa-4.0",
-            "CC BY-SA 4.0, because OpenMoji's drawings, a part of what they are made from, ask "
-            "to be shared alike. The pictures in this card are Twemoji's, CC BY 4.0",
+            "CC BY-SA 4.0, because the licence of OpenMoji, a part of the training data, is share-alike. "
+            "The pictures in this card are from Twemoji (CC BY 4.0)",
         ),
-        "limits": "It has seen drawings of emoji, 64 pixels wide on white, and nothing else: photographs, text and "
-        "scenes are outside of what it knows. Emoji show people in few ways; do not use it to judge people.",
+        "limits": "It was trained only on drawings of emoji, 64 pixels wide, on white. It is not suitable for "
+        "photographs, text or scenes. Emoji show people in few ways; do not use it to judge people.",
     }
 }
 
 
 def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
-    """Write README.md, its pictures and results.json into a folder with a saved model and its `evaluations`.
+    """Write README.md, its pictures and results.json into a folder.
 
     Args:
-        results: the facts of the run, as `training.publish.collect_results` returns them.
-        examples: {"image", "label", "predictions": [(text, probability or None, whether it is right), ...]} each.
+        folder: a folder with a saved model and its `evaluations`.
+        results: the facts of the run, from `training.publish.collect_results`.
+        examples: dicts with "image", "label" and "predictions", a list of (text, probability or None, whether it is
+            right).
     """
     results = results | {"examples": [{k: v for k, v in example.items() if k != "image"} for example in examples]}
     (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
@@ -180,7 +188,14 @@ def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
 
 
 def render_card(folder: Path) -> ModelCard:
-    """The card of a folder, from its results.json, config.json and evaluations alone."""
+    """Render the card of a folder from its results.json, config.json and evaluations.
+
+    Args:
+        folder: the folder of a published model.
+
+    Returns:
+        The card.
+    """
     results = json.loads((folder / RESULTS).read_text())
     config, arguments, evaluations = config_of(folder), results["arguments"], folder / "evaluations"
     name = config.architectures[0]
@@ -230,27 +245,33 @@ def render_card(folder: Path) -> ModelCard:
 
 
 def after_prompts(arguments: dict) -> str:
-    """After which prompts a language model wrote the lines below the pictures of examples."""
+    """The prompts of the captions in the figure with examples, as words for its legend; empty if there are none."""
     prompts = (arguments.get("example_prompts") or arguments.get("prompt") or "").split("|")
     return f" after {' and '.join(f'“{prompt.strip()}”' for prompt in prompts)}" if any(prompts) else ""
 
 
 def config_of(folder: Path) -> PreTrainedConfig:
-    """The configuration of the model in a folder, or of the base of the adapters in it."""
+    """The configuration of the model in a folder, or of the base model if the folder has adapters."""
     adapters = folder / "adapter_config.json"
     base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else folder
     return AutoConfig.from_pretrained(base)
 
 
 PICTURES = {
-    "retrieval.png": "What it finds for a text among pictures that training never saw; its own has a green frame.",
-    "attention.png": "Where it looks (cross-attention, the mean over layers and heads) for each word that it writes.",
-    "matching.png": "What of a picture speaks for each word of its caption: Grad-CAM of the matching head (ITM).",
+    "retrieval.png": "Pictures retrieved for a text, from data not used in training. Correct ones have a green frame.",
+    "attention.png": "Cross-attention (mean over layers and heads) for each word of the generated caption.",
+    "matching.png": "Image regions that support each word of the caption: Grad-CAM of the matching head (ITM).",
 }
 
 
 def eval_result(results: dict, metric: str, value: float) -> EvalResult:
-    """A metric of an evaluation for the card's metadata."""
+    """Describe a metric for the metadata of the card.
+
+    Args:
+        results: the stored results of an evaluation.
+        metric: name of the metric.
+        value: its value.
+    """
     arguments = results["arguments"]
     task_type, task_name, metric_type = task_of(metric)
     column = arguments["class_column"] or arguments["caption_column"]
@@ -268,32 +289,38 @@ def eval_result(results: dict, metric: str, value: float) -> EvalResult:
 
 
 def data_name(name: str) -> str:
-    """A data set's name as it may be published: a hub name, or the last part of a path."""
+    """The name of a data set for publishing: a hub name, or the last part of a path."""
     return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else Path(name).name
 
 
 def name_of(arguments: dict) -> str:
+    """The name of the model: the last part of its hub name or folder."""
     return (arguments["hub_model_id"] or arguments["output_dir"]).rstrip("/").split("/")[-1]
 
 
+def layers(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
+
+
 def describe_architecture(config: PreTrainedConfig) -> list[tuple[str, str]]:
+    """Describe the parts of a model as (part, description) rows."""
     vision = config.vision_config
     if isinstance(vision, VlpModifiedResNetConfig):
         tower = f"ModifiedResNet, {'-'.join(map(str, vision.depths))} blocks, stem {vision.embedding_size}, "
         tower += f"last stage {vision.hidden_size}, attention pooling"
     else:
-        tower = f"ViT, {vision.num_hidden_layers} layers of {vision.hidden_size}, {vision.num_attention_heads} heads, "
+        tower = f"ViT, {layers(vision.num_hidden_layers)} of {vision.hidden_size}, {vision.num_attention_heads} heads, "
         tower += f"patches of {vision.patch_size} px, {vision.hidden_act}"
     tower += f", images of {vision.image_size} x {vision.image_size} px"
     if isinstance(config, VlpBlip2Config):
         return [("Image tower", f"{tower}{', frozen' if config.freeze_vision else ''}"), *describe_qformer(config)]
     text = config.text_config
-    size = f"{text.num_hidden_layers} layers of {text.hidden_size}, {text.num_attention_heads} heads, "
-    size += f"{text.hidden_act}, {text.vocab_size} tokens, at most {text.max_position_embeddings} in a caption"
+    size = f"{layers(text.num_hidden_layers)} of {text.hidden_size}, {text.num_attention_heads} heads, "
+    size += f"{text.hidden_act}, {text.vocab_size} tokens, at most {text.max_position_embeddings} per caption"
     if isinstance(config, VlpBlipConfig):
         kind, width = "Mixture of encoder and decoder (MED)", config.image_text_hidden_size
     else:
-        kind, width = "causal Transformer", config.projection_dim
+        kind, width = "Causal Transformer", config.projection_dim
     return [
         ("Image tower", tower),
         ("Text tower", f"{kind}, {size}"),
@@ -302,13 +329,13 @@ def describe_architecture(config: PreTrainedConfig) -> list[tuple[str, str]]:
 
 
 def describe_qformer(config: VlpBlip2Config) -> list[tuple[str, str]]:
+    """Describe the Q-Former, and the language model or the shared space, as (part, description) rows."""
     qformer, text = config.qformer_config, config.text_config
-    size = f"{config.num_query_tokens} queries, {qformer.num_hidden_layers} layers of {qformer.hidden_size}, "
-    size += f"{qformer.num_attention_heads} heads, reading the image in every {qformer.cross_attention_frequency}."
+    size = f"{config.num_query_tokens} queries, {layers(qformer.num_hidden_layers)} of {qformer.hidden_size}, "
+    size += f"{qformer.num_attention_heads} heads, cross-attention frequency {qformer.cross_attention_frequency}"
     if text is None:
         return [("Q-Former", size), ("Shared space", f"{config.image_text_hidden_size} dimensions")]
     name = config.language_model_name_or_path
     where = "in this checkpoint" if config.store_language_model or not name else data_name(name)
-    writer = f"{where} ({text.model_type}, "
-    writer += f"{text.num_hidden_layers} layers of {text.hidden_size}), frozen"
-    return [("Q-Former", size), ("Language model", writer)]
+    model = f"{where} ({text.model_type}, {layers(text.num_hidden_layers)} of {text.hidden_size}), frozen"
+    return [("Q-Former", size), ("Language model", model)]

@@ -1,4 +1,4 @@
-"""Pictures for the card."""
+"""Plots and galleries for the model card."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,11 +17,17 @@ def _pyplot():
 
 
 def plot_history(history: list[dict], losses: list[str], path: Path) -> None:
-    """Each of the `losses` in the history over the optimiser steps, and the mean of the last tenth of its entries."""
+    """Plot losses over the optimiser steps, with a moving average over a tenth of the entries.
+
+    Args:
+        history: entries with "step" and losses.
+        losses: names of the losses to plot.
+        path: PNG file to write.
+    """
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.2), dpi=110)
     for name in losses:
-        entries = [entry for entry in history if name in entry]  # a loss may begin later than others
+        entries = [entry for entry in history if name in entry]  # a loss may start later than others
         steps, values = [entry["step"] for entry in entries], [entry[name] for entry in entries]
         window = max(1, len(values) // 10)
         smooth = [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
@@ -37,7 +43,14 @@ def plot_history(history: list[dict], losses: list[str], path: Path) -> None:
 
 
 def plot_examples(examples: list[dict], path: Path, columns: int = 4) -> None:
-    """A gallery: each picture, its name, and the guesses below it, with their probabilities where there are any."""
+    """Draw a gallery: each picture with its label and, below it, the predictions with their probabilities, if any.
+
+    Args:
+        examples: dicts with "image", "label" and "predictions", a list of (text, probability or None, whether it is
+            right).
+        path: PNG file to write.
+        columns: pictures per row.
+    """
     plt = _pyplot()
     rows = -(-len(examples) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.7 * rows), dpi=90, squeeze=False)
@@ -58,11 +71,13 @@ def plot_examples(examples: list[dict], path: Path, columns: int = 4) -> None:
 
 
 def plot_confusion(pairs: list[tuple[int, int]], names: list[str], path: Path, most: int = 24) -> None:
-    """Which classes are taken for which: shares of each class' images, in a square.
+    """Draw a confusion matrix, normalised over the images of each class.
 
     Args:
-        pairs: (class, class that it is taken for) of every image.
-        most: classes to show; of more, those that are most often mistaken for each other.
+        pairs: (class, predicted class) of every image.
+        names: the class names.
+        path: PNG file to write.
+        most: maximum number of classes; if there are more, those that are confused most often are shown.
     """
     plt = _pyplot()
     shown = range(len(names))
@@ -79,21 +94,22 @@ def plot_confusion(pairs: list[tuple[int, int]], names: list[str], path: Path, m
     image = axis.imshow(table, cmap="Blues", vmin=0, vmax=1)
     axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, parse_math=False)
     axis.set_yticks(range(len(labels)), labels, fontsize=7, parse_math=False)
-    axis.set_xlabel("taken for")
-    axis.set_ylabel("is")
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("class")
     if len(names) > len(labels):
-        axis.set_title(f"the {len(labels)} of {len(names):,} classes most often taken for each other", fontsize=8)
-    figure.colorbar(image, ax=axis, fraction=0.046, label="share of the class' images")
+        axis.set_title(f"the {len(labels)} of {len(names):,} classes that are confused most often", fontsize=8)
+    figure.colorbar(image, ax=axis, fraction=0.046, label="share of the images of the class")
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
 
 
 def plot_retrieval(rows: list[tuple[str, list]], path: Path) -> None:
-    """A gallery for each text: the images found for it, the best first; a green frame where one is its own.
+    """Draw the images that were retrieved for each text, best first. Correct images have a green frame.
 
     Args:
-        rows: a text, and (image, whether it is right) of each image.
+        rows: (text, [(image, whether it is correct), ...]) of each text.
+        path: PNG file to write.
     """
     plt = _pyplot()
     columns = max(len(found) for _, found in rows)
@@ -114,10 +130,12 @@ def plot_retrieval(rows: list[tuple[str, list]], path: Path) -> None:
 
 
 def plot_heatmaps(rows: list[tuple], path: Path, most: int = 6) -> None:
-    """For each image: the image, and under each word of its text where the model looks.
+    """Draw each image, and beside it one heat map per word of its text.
 
     Args:
-        rows: (image, label, `Heatmap`) each. most: words that are shown.
+        rows: (image, label, `Heatmap`) each.
+        path: PNG file to write.
+        most: maximum number of words.
     """
     plt = _pyplot()
     columns = 1 + max(1, min(most, max(len(heat.words) for _, _, heat in rows)))
@@ -140,7 +158,13 @@ def plot_heatmaps(rows: list[tuple], path: Path, most: int = 6) -> None:
 
 
 def plot_metrics(evaluations: list[dict], title: Callable[[str], str], path: Path) -> None:
-    """Each metric of several evaluations over the optimiser steps, in per cent."""
+    """Plot metrics over the optimiser steps, in per cent. CIDEr is left out.
+
+    Args:
+        evaluations: metrics of each evaluation, with "step".
+        title: maps the name of a metric to its label.
+        path: PNG file to write.
+    """
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.2), dpi=110)
     for name in [name for name in evaluations[-1] if name not in ("step", "cider")]:
@@ -157,7 +181,15 @@ def plot_metrics(evaluations: list[dict], title: Callable[[str], str], path: Pat
 
 
 def overlay(image, grid):
-    """An image with a heat map (S, S) over it, as a PIL image."""
+    """Overlay an image with a heat map.
+
+    Args:
+        image: a PIL image.
+        grid: (S, S) tensor; its values are scaled to 0 to 1.
+
+    Returns:
+        A PIL image.
+    """
     import matplotlib
     import numpy as np
     from PIL import Image

@@ -1,4 +1,4 @@
-"""One multi-head attention for every tower."""
+"""The multi-head attention of all towers."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from .linear import Linear
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs) -> tuple[Tensor, Tensor]:
-    """Softmax attention that also returns its weights (B, H, N, N), computed in float32."""
+    """Compute softmax attention; also return the weights (B, H, N, N). The softmax is in float32."""
     weights = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -21,41 +21,41 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 class Packing:
-    """Texts (T, N) without their padding: (P, D), the tokens that there are, one after the other.
+    """Removes the padding of texts (T, N) and keeps their P real tokens in one sequence (P, D).
 
-    What a layer does to each token alone (nearly all that it computes) is then not done to padding.
+    Operations on single tokens, which are most of the computation, then skip the padding.
 
     Args:
-        mask: (T, N), 0 where there is padding; the first token of each text is real.
+        mask: (T, N), 0 for padding; the first token of each text is not padding.
     """
 
     def __init__(self, mask: Tensor):
         self.shape = mask.shape
-        self.index = mask.flatten().nonzero()[:, 0]  # (P,) places in T * N
-        self.first = mask.sum(dim=1).cumsum(dim=0) - mask.sum(dim=1)  # (T,) places in P
+        self.index = mask.flatten().nonzero()[:, 0]  # (P,) positions in the flattened T * N
+        self.first = mask.sum(dim=1).cumsum(dim=0) - mask.sum(dim=1)  # (T,) position of each text's first token in P
 
     def pack(self, x: Tensor) -> Tensor:
-        """(T, N, ...) -> (P, ...)"""
+        """Remove the padding: (T, N, ...) -> (P, ...)."""
         return x.flatten(0, 1).index_select(0, self.index)
 
     def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
-        """Row `index` (T,) of each text in (P, D), as (T, 1, D)."""
+        """Select token `index` (T,) of each text from (P, D), as (T, 1, D)."""
         return x.index_select(0, self.first + index)[:, None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(P, D) -> (T, N, D), zeros where there is padding."""
+        """Restore the padding, as zeros: (P, D) -> (T, N, D)."""
         return x.new_zeros(self.shape.numel(), x.shape[-1]).index_copy(0, self.index, x).unflatten(0, self.shape)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate query, key and value projections, so that LoRA can be put on each.
+    """Multi-head attention with separate query, key and value projections, so that LoRA can adapt each one.
 
-    The kernel is the one that `config._attn_implementation` names: eager, sdpa, flash or flex.
+    `config._attn_implementation` selects the kernel: eager, sdpa, flash or flex.
 
     Args:
-        is_causal: each token sees those before it, and itself.
-        key_value_size: width of the sequence that is attended to, where it is another one (cross-attention).
-        layer_index: number of the layer, under which a cache keeps keys and values.
+        is_causal: each token attends only to itself and to earlier tokens.
+        key_value_size: width of the sequence to attend to, in cross-attention; if None, `hidden_size`.
+        layer_index: index of the layer, under which a cache stores keys and values.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Attention(nn.Module):
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def initialize(self) -> None:
-        """As OpenAI's: normal in the causal text tower; in the image tower, what nn.MultiheadAttention starts with."""
+        """Initialise as OpenAI does: normal in the causal text tower, as nn.MultiheadAttention in the image tower."""
         width = self.config.hidden_size
         for linear in (self.q_proj, self.k_proj, self.v_proj):
             if self.is_causal:
                 init.normal_(linear.weight, std=width**-0.5)
-            else:  # Xavier over the one (3 * width, width) matrix
+            else:  # Xavier bound of the fused (3 * width, width) matrix
                 init.uniform_(linear.weight, -((1.5 / width) ** 0.5), (1.5 / width) ** 0.5)
         if self.is_causal:
             init.normal_(self.out_proj.weight, std=width**-0.5 * (2 * self.config.num_hidden_layers) ** -0.5)
@@ -88,7 +88,12 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, N, D) -> (B, H, N, D / H)
 
     def keys_values(self, x: Tensor, packing: "Packing | None" = None) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, M, D / H) of a sequence (B, M, its width), or of packed ones."""
+        """Compute keys and values (B, H, M, D / H).
+
+        Args:
+            x: (B, M, `key_value_size`), or packed (P, `key_value_size`).
+            packing: how `x` is packed; None if it is not.
+        """
         unpack = packing.unpack if packing else nn.Identity()
         return self.heads(unpack(self.k_proj(x))), self.heads(unpack(self.v_proj(x)))
 
@@ -101,13 +106,18 @@ class Attention(nn.Module):
         packing: "Packing | None" = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from `hidden_states` (B, N, D); returns (B, N, D) and, where eager, weights (B, H, N, M).
+        """Attend from `hidden_states` to themselves or to another sequence.
 
         Args:
-            key_values: what to attend to, computed beforehand by `keys_values`; `hidden_states` where not given. It may
-                be of fewer sequences: those of `hidden_states` then share it, as many each as stand together.
-            past_key_values: a `Cache` of the tokens before, which these are added to.
-            packing: `hidden_states` and the result are packed (P, D).
+            hidden_states: (B, N, D), or packed (P, D).
+            attention_mask: mask in the format of the kernel; None to attend to everything.
+            key_values: precomputed keys and values, from `keys_values`; if None, those of `hidden_states`. They may
+                come from fewer than B sequences, each of which is then shared by the same number of consecutive rows.
+            past_key_values: a `Cache` with the keys and values of earlier tokens; the new ones are appended to it.
+            packing: how `hidden_states` and the result are packed; None if they are not.
+
+        Returns:
+            (B, N, D) or packed (P, D), and the weights (B, H, N, M) of the eager kernel, else None.
         """
         key, value = self.keys_values(hidden_states, packing) if key_values is None else key_values
         if past_key_values is not None:
@@ -116,7 +126,7 @@ class Attention(nn.Module):
         if packing is not None:
             query = packing.unpack(query)
         shape = query.shape
-        # Sequences that attend to the same do it as one longer sequence, so that nothing is repeated for them.
+        # Queries that share keys and values form one longer sequence, so that keys and values are not repeated.
         if query.shape[0] != key.shape[0]:
             query = query.reshape(key.shape[0], -1, shape[-1])
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -137,7 +147,17 @@ class Attention(nn.Module):
     def forward_one(
         self, query_state: Tensor, hidden_states: Tensor, visible: Tensor | None = None, packing: Packing | None = None
     ) -> Tensor:
-        """Attend from one token (B, 1, D) to `hidden_states` (B, N, D; or packed), where `visible` (B, 1, 1, N)."""
+        """Attend from one token per sequence to the whole sequence.
+
+        Args:
+            query_state: (B, 1, D), the token.
+            hidden_states: (B, N, D), or packed (P, D).
+            visible: (B, 1, 1, N), True for tokens to attend to; None for all.
+            packing: how `hidden_states` is packed; None if it is not.
+
+        Returns:
+            (B, 1, D).
+        """
         output = nn.functional.scaled_dot_product_attention(
             self.heads(self.q_proj(query_state)),
             *self.keys_values(hidden_states, packing),

@@ -1,4 +1,4 @@
-"""What every model of the package shares: loading, saving, and how weights start."""
+"""The base class of all models: loading, saving and weight initialisation."""
 
 import torch
 from torch import nn
@@ -9,10 +9,10 @@ from .publishing import PublishesCode
 
 
 class VlpPreTrainedModel(PublishesCode, PreTrainedModel):
-    """A PreTrainedModel whose modules say themselves how their weights start, in a method `initialize`.
+    """A PreTrainedModel whose modules define their own initialisation, in a method `initialize`.
 
-    Without one, linear and convolution layers start as PyTorch's own. Children come before their parents, so a parent's
-    `initialize` overrides what its layers got.
+    Linear and convolution layers without one are initialised as in PyTorch. Children are initialised before their
+    parents, so a parent's `initialize` overrides its layers' own.
     """
 
     supports_gradient_checkpointing = True
@@ -23,11 +23,11 @@ class VlpPreTrainedModel(PublishesCode, PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # attention.py dispatches for all; transformers looks for that in each model's own file
+        return True  # attention.py dispatches for all models; transformers expects this in each model's file
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For code outside transformers it passes over modules that own no parameter themselves, to protect loaded
-        # weights from plain `torch.nn.init`. Ours all go through `transformers.initialization`, which does so too.
+        # For custom code, transformers skips modules that own no parameter, to protect loaded weights from plain
+        # `torch.nn.init`. Our modules use `transformers.initialization`, which protects loaded weights itself.
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
@@ -43,13 +43,21 @@ class VlpPreTrainedModel(PublishesCode, PreTrainedModel):
             super()._init_weights(module)
 
     def output_flags(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
-        """What the caller asked for, else what the configuration says."""
-        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        return {name: bool(getattr(self.config, name) if flag is None else flag) for name, flag in asked.items()}
+        """Return the flags that the caller set; those that are None come from the configuration."""
+        flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        return {name: bool(getattr(self.config, name) if flag is None else flag) for name, flag in flags.items()}
 
 
 def adopt(model: PreTrainedModel, find) -> PreTrainedModel:
-    """Give each tensor of a model what `find` gives for its name, where there is such a tensor of the same shape."""
+    """Initialise a model from the tensors of another checkpoint.
+
+    Args:
+        model: the model to change in place.
+        find: maps a name of the model's state dict to a tensor, or to None. A tensor of another shape is skipped.
+
+    Returns:
+        The model.
+    """
     state = {}
     for name, value in model.state_dict().items():
         found = find(name)

@@ -22,7 +22,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 
 
 class VlpBlipPreTrainedModel(VlpPreTrainedModel):
-    """What the models of the family share: the image tower, and the way from an image to what texts read of it."""
+    """Base class of the BLIP models: the image tower, and the text model that cross-attends to its output."""
 
     config_class = VlpBlipConfig
     base_model_prefix = ""
@@ -43,26 +43,38 @@ class VlpBlipPreTrainedModel(VlpPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def encode_image(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Images (B, C, S, S) -> `last_hidden_state` (B, M, D), which texts read, and `pooler_output` (B, D or E)."""
+        """Encode images with the image tower.
+
+        Args:
+            pixel_values: (B, C, S, S).
+            kwargs: options of the image tower, such as `interpolate_pos_encoding`.
+
+        Returns:
+            `last_hidden_state` (B, M, D), which texts cross-attend to, and `pooler_output` (B, D), or (B, E) of a
+            ResNet.
+        """
         output = self.vision_model(pixel_values, **kwargs)
         if self.is_resnet and output.last_hidden_state is not None:
             output.last_hidden_state = output.as_sequence()
         return output
 
-    def read(self, states: Tensor) -> Memory:
-        """What texts attend to, computed once for each image: from (B, M, D) of `encode_image`."""
-        return self.text_model.read(states)
+    def memory_of(self, states: Tensor) -> Memory:
+        """Compute the cross-attention keys and values once per image, from the states (B, M, D) of `encode_image`."""
+        return self.text_model.memory_of(states)
 
     def padding_mask(self, input_ids: Tensor) -> Tensor:
         return (input_ids != self.config.text_config.pad_token_id).long()
 
 
 class VlpBlipDualEncoder(VlpBlipPreTrainedModel):
-    """The image tower and the unimodal text encoder, which meet in one space: what ITC trains, and its teacher is."""
+    """The image tower and the unimodal text encoder, projected to a shared space.
+
+    ITC trains these parts, and the momentum teacher consists of them.
+    """
 
     def __init__(self, config: VlpBlipConfig, encoder: bool = True, decoder: bool = False, cross: bool = False):
         super().__init__(config, encoder, decoder, cross)
-        self.vision_proj = nn.Identity()  # the ResNet's attention pooling projects already
+        self.vision_proj = nn.Identity()  # the ResNet's attention pooling includes the projection
         if not self.is_resnet:
             self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.image_text_hidden_size)
         self.text_proj = nn.Linear(config.text_config.hidden_size, config.image_text_hidden_size)
@@ -71,10 +83,15 @@ class VlpBlipDualEncoder(VlpBlipPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Images (B, C, S, S) -> `pooler_output` (B, E), projected, not normalised, and `last_hidden_state` (B, M, D).
+        """Embed images.
 
         Args:
-            interpolate_pos_encoding, pooled_only, output_hidden_states, output_attentions: as `VlpClipModel`'s.
+            pixel_values: (B, C, S, S).
+            kwargs: `interpolate_pos_encoding`, `pooled_only`, `output_hidden_states` and `output_attentions`, as for
+                `VlpClipModel.get_image_features`.
+
+        Returns:
+            `pooler_output` (B, E), projected but not normalised, and `last_hidden_state` (B, M, D).
         """
         output = self.encode_image(pixel_values, **kwargs)
         output.pooler_output = self.vision_proj(output.pooler_output)
@@ -84,11 +101,15 @@ class VlpBlipDualEncoder(VlpBlipPreTrainedModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, pooled_only: bool = False
     ) -> BaseModelOutputWithPooling:
-        """Texts (T, N) that begin with [CLS] -> `pooler_output` (T, E), projected, not normalised.
+        """Embed texts with the unimodal encoder.
 
         Args:
-            attention_mask: (T, N), 0 where there is padding; from the padding token where not given.
-            pooled_only: the last layer computes the first token alone; `last_hidden_state` is then None.
+            input_ids: (T, N) texts that begin with [CLS].
+            attention_mask: (T, N), 0 for padding; if None, derived from the padding token.
+            pooled_only: compute only the first token in the last layer; `last_hidden_state` is then None.
+
+        Returns:
+            `pooler_output` (T, E), projected but not normalised, and `last_hidden_state` (T, N, D).
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         last = self.text_model(input_ids, mask, pooled_only=pooled_only, pack=pooled_only).last_hidden_state
@@ -98,22 +119,28 @@ class VlpBlipDualEncoder(VlpBlipPreTrainedModel):
 
 
 class MatchesPairs:
-    """What models with a temperature (`temp`) and with `match` share, of BLIP and of BLIP-2."""
+    """Mixin for the BLIP and BLIP-2 models that have a temperature `temp` and a method `match`."""
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Keep the temperature where salesforce/BLIP does, before each step; LAVIS' BLIP-2 leaves it free."""
+        """Clamp the temperature, as salesforce/BLIP does before each step; LAVIS does not clamp that of BLIP-2."""
         self.temp.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
 
     def itm_logits(
         self, input_ids: Tensor, attention_mask: Tensor, memory: Memory, image_negatives: Tensor,
         text_negatives: Tensor,
     ) -> Tensor:  # fmt: skip
-        """ITM logits (3 B, 2): of the pairs, of texts with their negative image, of images with their negative text.
+        """Compute the ITM logits of B pairs and their hard negatives.
 
         Args:
-            image_negatives, text_negatives: (B,) numbers of the image drawn for each text, and of the text drawn for
-                each image.
+            input_ids: (B, N) texts that begin with [CLS].
+            attention_mask: (B, N), 0 for padding.
+            memory: keys and values of the B images.
+            image_negatives: (B,) index of the negative image of each text.
+            text_negatives: (B,) index of the negative text of each image.
+
+        Returns:
+            (3 B, 2): the pairs, the texts with their negative images, the images with their negative texts.
         """
         own = torch.arange(len(input_ids), device=input_ids.device)
         texts = torch.cat([own, own, text_negatives])
@@ -122,7 +149,7 @@ class MatchesPairs:
 
 
 class VlpBlipMatcher(MatchesPairs, VlpBlipDualEncoder):
-    """A dual encoder that also tells, by cross-attention, whether a text and an image belong together (ITM)."""
+    """A dual encoder that also predicts, by cross-attention, whether a text matches an image (ITM)."""
 
     def __init__(self, config: VlpBlipConfig, decoder: bool):
         super().__init__(config, encoder=True, decoder=decoder, cross=True)
@@ -133,17 +160,27 @@ class VlpBlipMatcher(MatchesPairs, VlpBlipDualEncoder):
         init.constant_(self.temp, self.config.temperature_init_value)
 
     def match(self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory, pack: bool = True) -> Tensor:
-        """ITM logits (T, 2) of texts with the images that they are grouped under (see `MedModel.forward`)."""
+        """Compute ITM logits of texts and images.
+
+        Args:
+            input_ids: (T, N) texts that begin with [CLS], grouped by image (see `MedModel.forward`).
+            attention_mask: (T, N), 0 for padding; if None, derived from the padding token.
+            memory: keys and values of the images.
+            pack: skip the computation for padding, which must be on the right.
+
+        Returns:
+            (T, 2): logits of "no match" and "match".
+        """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         ids = begin_with(input_ids, self.config.text_config.enc_token_id)
         return self.itm_head(self.text_model(ids, mask, memory, pooled_only=True, pack=pack).last_hidden_state[:, 0])
 
 
 class VlpBlipForPreTraining(VlpBlipMatcher):
-    """BLIP as it is pre-trained: compare (ITC), match (ITM), write (LM).
+    """BLIP in pre-training: image-text contrast (ITC), matching (ITM) and language modelling (LM).
 
-    The momentum teacher and its queue are training state, not part of the model: `vlp.training` has them. Called with
-    pairs alone, as `Trainer` does, the model gives the three losses within the batch.
+    `forward` computes the three losses within the batch, for use with `Trainer`. The momentum teacher and its queue are
+    training state, not part of the model; `vlp.training` implements them.
     """
 
     _tied_weights_keys = {"lm_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
@@ -160,7 +197,13 @@ class VlpBlipForPreTraining(VlpBlipMatcher):
         self.lm_head.decoder = value
 
     def lm_loss(self, input_ids: Tensor, memory: Memory, labels: Tensor | None = None) -> Tensor:
-        """Loss of writing texts (T, N) that begin with [CLS], padded on the right; see `next_token_loss`."""
+        """Compute the language modelling loss.
+
+        Args:
+            input_ids: (T, N) texts that begin with [CLS], padded on the right.
+            memory: keys and values of the images.
+            labels: (T, N), see `next_token_loss`.
+        """
         return next_token_loss(self.text_model, self.lm_head, input_ids, None, memory, labels)
 
     @can_return_tuple
@@ -173,12 +216,20 @@ class VlpBlipForPreTraining(VlpBlipMatcher):
         image_ids: Tensor | None = None,
         return_loss: bool = True,
     ) -> VlpBlipPreTrainingOutput:
-        """The three losses of B pairs, without a teacher: what does not match is looked for in the batch.
+        """Compute the three losses of B pairs without a teacher; hard negatives come from the batch.
 
         Args:
-            input_ids: (B, N) captions that begin with [CLS], padded on the right; pixel_values: (B, C, S, S).
-            caption_ids, image_ids: (B,) equal where captions or images are; such rows are not each other's negatives.
-                Where not given, captions with the same tokens are the same.
+            input_ids: (B, N) captions that begin with [CLS], padded on the right.
+            pixel_values: (B, C, S, S).
+            attention_mask: (B, N), 0 for padding; if None, derived from the padding token.
+            caption_ids: (B,) equal for equal captions, which are not used as negatives of each other; if None, captions
+                with the same tokens are equal.
+            image_ids: (B,) equal for equal images, which are not used as negatives of each other; if None, all images
+                are different.
+            return_loss: if False, return only the embeddings and `logits_per_image`.
+
+        Returns:
+            The losses, logits and embeddings.
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         vision = self.get_image_features(pixel_values)
@@ -188,7 +239,7 @@ class VlpBlipForPreTraining(VlpBlipMatcher):
         if not return_loss:
             return VlpBlipPreTrainingOutput(logits_per_image=logits, image_embeds=image, text_embeds=text)
         loss_itc, negatives, found = compare_within_batch(logits, input_ids, caption_ids, image_ids)
-        memory = self.text_model.read(vision.last_hidden_state)
+        memory = self.text_model.memory_of(vision.last_hidden_state)
         itm_logits = self.itm_logits(input_ids, mask, memory, *negatives)
         loss_itm = matching_loss(itm_logits.float(), *matching_labels(found, found))
         loss_lm = self.lm_loss(input_ids, memory)
@@ -211,15 +262,21 @@ def compare_within_batch(
     image_ids: Tensor | None,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:  # fmt: skip
-    """ITC's loss of (B, B) similarities of images and texts, and a hard negative for each.
+    """Compute the ITC loss within a batch, and draw hard negatives from it.
 
-    Args: as `VlpBlipForPreTraining.forward`.
+    Args:
+        logits: (B, B) similarities of images and texts, divided by the temperature.
+        input_ids, caption_ids, image_ids: as for `VlpBlipForPreTraining.forward`.
+        label_smoothing: label smoothing of the ITC targets.
 
-    Returns the loss; numbers (B,) of the image drawn for each text, and of the text drawn for each image; and whether
-    there was one to draw (B,).
+    Returns:
+        The loss; the indices (B,) of the negative image of each text and of the negative text of each image; and a mask
+        (B,), True if a row has a negative.
     """
     if caption_ids is None:
-        caption_ids = (input_ids[:, None] == input_ids).all(dim=-1).int().argmax(dim=1)  # the first that is equal
+        caption_ids = (
+            (input_ids[:, None] == input_ids).all(dim=-1).int().argmax(dim=1)
+        )  # the index of the first equal caption
     same = same_pairs(caption_ids) if image_ids is None else same_pairs(caption_ids, image_ids)
     targets = smooth_targets(same, label_smoothing)
     loss = (soft_contrastive_loss(logits, targets) + soft_contrastive_loss(logits.T, targets)) / 2
@@ -231,13 +288,21 @@ def compare_within_batch(
 
 
 def matching_labels(image_found: Tensor, text_found: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the 3 B rows of `itm_logits` match, and which count: those whose negative was found."""
+    """Compute the labels of `itm_logits`, and a mask of the rows that count in the loss.
+
+    Args:
+        image_found: (B,) bool, True if a negative image was found for the text.
+        text_found: (B,) bool, True if a negative text was found for the image.
+
+    Returns:
+        (3 B,) bool, True for matching rows; and (3 B,) bool, False for rows whose negative was not found.
+    """
     pairs = torch.ones_like(image_found)
     return torch.cat([pairs, ~pairs, ~pairs]), torch.cat([pairs, image_found, text_found])
 
 
 class VlpBlipForImageTextRetrieval(VlpBlipMatcher):
-    """ITC and ITM scores of images and texts."""
+    """BLIP for image-text retrieval: ITC and ITM scores."""
 
     _keys_to_ignore_on_load_unexpected = [r"decoder_attention\.", r"^lm_head\."]
 
@@ -253,19 +318,24 @@ class VlpBlipForImageTextRetrieval(VlpBlipMatcher):
         attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> VlpBlipRetrievalOutput:
-        """Compare every image with every text, and match each text with its image.
+        """Compare every image with every text by ITC, and match each text with its image by ITM.
 
         Args:
-            input_ids: (T, N) texts; the first T / B are matched with the first image, and so on: text i with image i
-                where there are as many of both.
+            input_ids: (T, N) texts that begin with [CLS], T a multiple of B. The first T / B are matched with the first
+                image, and so on; if T = B, text i is matched with image i.
             pixel_values: (B, C, S, S).
+            attention_mask: (T, N), 0 for padding; if None, derived from the padding token.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+
+        Returns:
+            The scores and embeddings.
         """
         vision = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         text = self.get_text_features(input_ids, attention_mask, pooled_only=True).pooler_output
         image_embeds, text_embeds = F.normalize(vision.pooler_output, dim=-1), F.normalize(text, dim=-1)
         logits = image_embeds @ text_embeds.T / self.temp  # (B, T)
         return VlpBlipRetrievalOutput(
-            itm_logits=self.match(input_ids, attention_mask, self.text_model.read(vision.last_hidden_state)),
+            itm_logits=self.match(input_ids, attention_mask, self.text_model.memory_of(vision.last_hidden_state)),
             logits_per_image=logits,
             logits_per_text=logits.T,
             image_embeds=image_embeds,

@@ -1,4 +1,4 @@
-"""BLIP-2, stage 1 (Li et al., 2023, arXiv:2301.12597): the Q-Former learns to read a frozen image tower.
+"""BLIP-2, stage 1 (Li et al., 2023, arXiv:2301.12597): trains the Q-Former on a frozen image tower.
 
 Source: salesforce/LAVIS, models/blip2_models/blip2_qformer.py.
 """
@@ -27,10 +27,10 @@ from .vit import BlipViT, ViT
 
 
 class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
-    """What the models of the family share: the image tower, and the queries that read it.
+    """Base class of the BLIP-2 models: the image tower, and the Q-Former with its learned queries.
 
-    The tower is frozen and in evaluation mode, unless `config.freeze_vision` is False. What it gives may be computed
-    beforehand, by `see`, and handed over as `vision_states` in the place of `pixel_values`.
+    The tower is frozen and stays in evaluation mode unless `config.freeze_vision` is False. Its output can be computed
+    in advance, by `encode_image`, and passed as `vision_states` instead of `pixel_values`.
     """
 
     config_class = VlpBlip2Config
@@ -50,13 +50,13 @@ class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
         self.freeze()
 
     def freeze(self) -> None:
-        """Take what is frozen out of training; loading puts new parameters in the place of those that were."""
+        """Freeze the image tower. Called again after loading, which replaces the parameters."""
         if self.config.freeze_vision:
             self.vision_model.requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(cls, name, *args, **kwargs):
-        """As transformers'; what is frozen stays frozen."""
+        """Load a model as transformers does, and freeze the image tower again."""
         loaded = super().from_pretrained(name, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
         return loaded
@@ -76,39 +76,54 @@ class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.qformer.set_input_embeddings(value)
 
-    def see(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """What the image tower gives for images (B, C, S, S): (B, M, its width)."""
+    def encode_image(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """Encode images (B, C, S, S) with the image tower; returns states (B, M, width of the tower)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
             output = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         return output.as_sequence() if isinstance(self.vision_model, ModifiedResNet) else output.last_hidden_state
 
-    def read(self, vision_states: Tensor) -> Memory:
-        """What the queries attend to, computed once for each image: from (B, M, width of the tower).
+    def memory_of(self, vision_states: Tensor) -> Memory:
+        """Compute the cross-attention keys and values once per image.
 
-        The LayerNorm before it is computed in float32, as in LAVIS.
+        The LayerNorm before them is computed in float32, as in LAVIS.
+
+        Args:
+            vision_states: (B, M, width of the tower), from `encode_image`.
         """
         with torch.autocast(vision_states.device.type, enabled=False):
             norm, dtype = self.vision_norm, torch.promote_types(vision_states.dtype, torch.float32)
             weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
             states = F.layer_norm(vision_states.to(dtype), norm.normalized_shape, weight, bias, norm.eps)
-        return self.qformer.read(states.to(norm.weight.dtype))
+        return self.qformer.memory_of(states.to(norm.weight.dtype))
 
     def query(self, memory: Memory, **kwargs):
-        """The Q-Former's output for the queries alone: `last_hidden_state` (B, Q, D)."""
+        """Run the Q-Former on the queries only.
+
+        Args:
+            memory: keys and values of B images.
+            kwargs: options of `QFormerModel.forward`.
+
+        Returns:
+            The Q-Former's output, with `last_hidden_state` (B, Q, D).
+        """
         return self.qformer(query_embeds=self.query_tokens.expand(len(memory), -1, -1), memory=memory, **kwargs)
 
     def padding_mask(self, input_ids: Tensor) -> Tensor:
         return (input_ids != self.config.qformer_config.pad_token_id).long()
 
     def states_of(self, pixel_values, vision_states, interpolate_pos_encoding: bool = False) -> Tensor:
-        """The tower's states, as they were given, or of the images. Raises ValueError where neither is given."""
+        """Return `vision_states` if given, else encode the images.
+
+        Raises:
+            ValueError: if neither `pixel_values` nor `vision_states` is given.
+        """
         if vision_states is None and pixel_values is None:
-            raise ValueError(f"{type(self).__name__} needs pixel_values, the images, or their vision_states.")
-        return self.see(pixel_values, interpolate_pos_encoding) if vision_states is None else vision_states
+            raise ValueError(f"{type(self).__name__} needs pixel_values (the images) or their vision_states.")
+        return self.encode_image(pixel_values, interpolate_pos_encoding) if vision_states is None else vision_states
 
 
 class VlpBlip2Matcher(MatchesPairs, VlpBlip2PreTrainedModel):
-    """Queries and texts that meet in one space (ITC), and are matched together (ITM)."""
+    """Base class of the models that compare queries and texts in a shared space (ITC) and match them (ITM)."""
 
     def __init__(self, config: VlpBlip2Config):
         super().__init__(config, text=True)
@@ -127,21 +142,34 @@ class VlpBlip2Matcher(MatchesPairs, VlpBlip2PreTrainedModel):
         self, pixel_values: Tensor | None = None, vision_states: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> BaseModelOutputWithPooling:  # fmt: skip
-        """Images (B, C, S, S) -> `pooler_output` (B, Q, E), the queries, projected, not normalised, and
-        `last_hidden_state` (B, M, width of the tower), what they read."""
+        """Embed images.
+
+        Args:
+            pixel_values: (B, C, S, S); ignored if `vision_states` are given.
+            vision_states: (B, M, width of the tower), from `encode_image`.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+
+        Returns:
+            `pooler_output` (B, Q, E), the queries' outputs, projected but not normalised, and `last_hidden_state` (B,
+            M, width of the tower), the states of the tower.
+        """
         states = self.states_of(pixel_values, vision_states, interpolate_pos_encoding)
-        read = self.query(self.read(states)).last_hidden_state
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.vision_proj(read))
+        queries = self.query(self.memory_of(states)).last_hidden_state
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.vision_proj(queries))
 
     @can_return_tuple
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, pooled_only: bool = True
     ) -> BaseModelOutputWithPooling:
-        """Texts (T, N) that begin with [CLS] -> `pooler_output` (T, E), projected, not normalised.
+        """Embed texts.
 
         Args:
-            attention_mask: (T, N), 0 where there is padding; from the padding token where not given.
-            pooled_only: the last layer computes the first token alone; `last_hidden_state` is then None.
+            input_ids: (T, N) texts that begin with [CLS].
+            attention_mask: (T, N), 0 for padding; if None, derived from the padding token.
+            pooled_only: compute only the first token in the last layer; `last_hidden_state` is then None.
+
+        Returns:
+            `pooler_output` (T, E), projected but not normalised, and `last_hidden_state` (T, N, D).
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         last = self.qformer(input_ids=input_ids, attention_mask=mask, pooled_only=pooled_only).last_hidden_state
@@ -150,7 +178,16 @@ class VlpBlip2Matcher(MatchesPairs, VlpBlip2PreTrainedModel):
         )
 
     def match(self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory) -> Tensor:
-        """ITM logits (T, 2) of texts with the images that they are grouped under: the mean over the queries' logits."""
+        """Compute ITM logits of texts and images, averaged over the queries.
+
+        Args:
+            input_ids: (T, N) texts that begin with [CLS], grouped by image (see `QFormerModel.forward`).
+            attention_mask: (T, N), 0 for padding; if None, derived from the padding token.
+            memory: keys and values of the images.
+
+        Returns:
+            (T, 2): logits of "no match" and "match".
+        """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         queries = self.query_tokens.expand(len(input_ids), -1, -1)
         output = self.qformer(queries, input_ids, mask, memory, pooled_only=True)
@@ -158,10 +195,10 @@ class VlpBlip2Matcher(MatchesPairs, VlpBlip2PreTrainedModel):
 
 
 class VlpBlip2ForPreTraining(VlpBlip2Matcher):
-    """BLIP-2 in stage 1: compare (ITC), match (ITM), write (ITG).
+    """BLIP-2 in stage 1: image-text contrast (ITC), matching (ITM) and image-grounded text generation (ITG).
 
-    Called with pairs alone, as `Trainer` does, it gives the three losses within the batch; `vlp.training` has those of
-    all processes' joined batch.
+    `forward` computes the three losses within the batch, for use with `Trainer`; `vlp.training` computes those of the
+    joined batch of all processes.
     """
 
     _tied_weights_keys = {"lm_head.decoder.weight": "qformer.embeddings.word_embeddings.weight"}
@@ -177,17 +214,27 @@ class VlpBlip2ForPreTraining(VlpBlip2Matcher):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head.decoder = value
 
-    def write(self, input_ids: Tensor, cache: DynamicCache) -> Tensor:
-        """States (B, N, D) of texts that begin with [CLS] (read as [DEC]), after the queries in a cache."""
+    def decode(self, input_ids: Tensor, cache: DynamicCache) -> Tensor:
+        """Compute states (B, N, D) of texts with causal attention, after the cached queries.
+
+        Args:
+            input_ids: (B, N) texts that begin with [CLS], which is replaced by [DEC].
+            cache: self-attention keys and values of the queries.
+        """
         ids = begin_with(input_ids, self.config.qformer_config.bos_token_id)
         return self.qformer(input_ids=ids, past_key_values=cache, decode=True).last_hidden_state
 
     def lm_loss(self, input_ids: Tensor, cache: DynamicCache) -> Tensor:
-        """Loss of writing texts (B, N) that begin with [CLS], padded on the right: every token but the first."""
+        """Compute the text generation loss of all tokens but the first.
+
+        Args:
+            input_ids: (B, N) texts that begin with [CLS], padded on the right.
+            cache: self-attention keys and values of the queries.
+        """
         labels = input_ids[:, 1:]
         kept = labels != self.config.qformer_config.pad_token_id
-        # Padding on the right is seen by nothing that is learnt from.
-        logits = self.lm_head(self.write(input_ids[:, :-1], cache)[kept])
+        # No mask is needed: with causal attention, no text token attends to the padding on its right.
+        logits = self.lm_head(self.decode(input_ids[:, :-1], cache)[kept])
         with torch.autocast(logits.device.type, enabled=False):
             return language_modelling_loss(logits.float(), labels[kept], self.config.qformer_config.label_smoothing)
 
@@ -203,17 +250,28 @@ class VlpBlip2ForPreTraining(VlpBlip2Matcher):
         label_smoothing: float = 0.0,
         return_loss: bool = True,
     ) -> VlpBlipPreTrainingOutput:
-        """The three losses of B pairs; what does not match is looked for in the batch.
+        """Compute the three losses of B pairs; hard negatives come from the batch.
 
         Args:
-            input_ids: (B, N) captions that begin with [CLS], padded on the right; pixel_values: (B, C, S, S), or
-                `vision_states` (B, M, width of the tower) from `see`.
-            caption_ids, image_ids: (B,) equal where captions or images are; such rows are not each other's negatives.
-                Where not given, captions with the same tokens are the same.
-            label_smoothing: of ITC's targets; 0.1 in LAVIS, not in the paper.
+            input_ids: (B, N) captions that begin with [CLS], padded on the right.
+            pixel_values: (B, C, S, S); ignored if `vision_states` are given.
+            attention_mask: (B, N), 0 for padding; if None, derived from the padding token.
+            vision_states: (B, M, width of the tower), from `encode_image`.
+            caption_ids: (B,) equal for equal captions, which are not used as negatives of each other; if None, captions
+                with the same tokens are equal.
+            image_ids: (B,) equal for equal images, which are not used as negatives of each other; if None, all images
+                are different.
+            label_smoothing: label smoothing of the ITC targets; 0.1 in LAVIS, not mentioned in the paper.
+            return_loss: if False, return only the embeddings and `logits_per_image`.
+
+        Returns:
+            The losses, logits and embeddings.
+
+        Raises:
+            ValueError: if neither `pixel_values` nor `vision_states` is given.
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
-        memory, cache = self.read(self.states_of(pixel_values, vision_states)), DynamicCache()
+        memory, cache = self.memory_of(self.states_of(pixel_values, vision_states)), DynamicCache()
         image = F.normalize(self.vision_proj(self.query(memory, past_key_values=cache).last_hidden_state), dim=-1)
         text = F.normalize(self.get_text_features(input_ids, mask).pooler_output, dim=-1)
         logits = best_query(image, text) / self.temp  # (B, B)
@@ -236,12 +294,12 @@ class VlpBlip2ForPreTraining(VlpBlip2Matcher):
 
 
 def best_query(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """(B, T) cosines of images' queries (B, Q, E) and texts (T, E): that of the query that fits each text best."""
+    """Compute cosines (B, T) of images (B, Q, E) and texts (T, E): the maximum over the queries of an image."""
     return (image_embeds @ text_embeds.T).amax(dim=1)  # (B, Q, T) -> (B, T)
 
 
 class VlpBlip2ForImageTextRetrieval(VlpBlip2Matcher):
-    """ITC and ITM scores of images and texts."""
+    """BLIP-2 for image-text retrieval: ITC and ITM scores."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
@@ -258,14 +316,23 @@ class VlpBlip2ForImageTextRetrieval(VlpBlip2Matcher):
         vision_states: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> VlpBlipRetrievalOutput:
-        """Compare every image with every text, and match each text with its image.
+        """Compare every image with every text by ITC, and match each text with its image by ITM.
 
         Args:
-            input_ids: (T, N) texts; the first T / B are matched with the first image, and so on: text i with image i
-                where there are as many of both.
-            pixel_values: (B, C, S, S), or `vision_states` (B, M, width of the tower) from `see`.
+            input_ids: (T, N) texts that begin with [CLS], T a multiple of B. The first T / B are matched with the first
+                image, and so on; if T = B, text i is matched with image i.
+            pixel_values: (B, C, S, S); ignored if `vision_states` are given.
+            attention_mask: (T, N), 0 for padding; if None, derived from the padding token.
+            vision_states: (B, M, width of the tower), from `encode_image`.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+
+        Returns:
+            The scores and embeddings.
+
+        Raises:
+            ValueError: if neither `pixel_values` nor `vision_states` is given.
         """
-        memory = self.read(self.states_of(pixel_values, vision_states, interpolate_pos_encoding))
+        memory = self.memory_of(self.states_of(pixel_values, vision_states, interpolate_pos_encoding))
         image_embeds = F.normalize(self.vision_proj(self.query(memory).last_hidden_state), dim=-1)
         text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
         logits = best_query(image_embeds, text_embeds) / self.temp  # (B, T)

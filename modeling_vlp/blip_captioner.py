@@ -1,4 +1,4 @@
-"""BLIP's image-grounded decoder by itself: captions. Source: salesforce/BLIP, models/blip.py, BLIP_Decoder."""
+"""BLIP's image-grounded decoder, for captioning. Source: salesforce/BLIP, models/blip.py, BLIP_Decoder."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .med import LMHead, Memory, decode, next_token_loss
 
 
 class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
-    """The image-grounded decoder: captions, with all of transformers' `generate`.
+    """BLIP's image-grounded decoder: generates captions with transformers' `generate`.
 
     Example:
         >>> model = VlpBlipForConditionalGeneration.from_pretrained("runs/blip-emoji")
@@ -36,7 +36,10 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
 
     @classmethod
     def sharing(cls, model: VlpBlipForPreTraining) -> "VlpBlipForConditionalGeneration":
-        """The decoder of a pre-training model, on the same weights in memory; for generation, not for training."""
+        """Create the decoder of a pre-training model on the same weights in memory.
+
+        The result is for generation, not for training.
+        """
         with torch.device("meta"):
             decoder = cls(model.config)
             for name, adapter in getattr(model, "peft_config", {}).items():
@@ -67,18 +70,32 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> CausalLMOutputWithCrossAttentions:
-        """Logits (T, N, V) of the token after each of the texts (T, N), which begin with [DEC].
+        """Compute next-token logits of texts, or the loss.
 
         Args:
-            pixel_values: (B, C, S, S), or `memory`, what `read_image` made of them before; texts are grouped by image.
-            labels: (T, N) as `input_ids`, -100 where there is nothing to learn. While training, the loss is all that is
-                computed, at the labels' positions; `logits` is then None.
-            logits_to_keep: compute the logits of so many last tokens alone; 0 for all.
+            input_ids: (T, N) texts that begin with [DEC], grouped by image (see `MedModel.forward`).
+            pixel_values: (B, C, S, S); ignored if `memory` is given.
+            attention_mask: (T, N), 0 for padding.
+            memory: keys and values of the images, from `image_memory`.
+            position_ids, inputs_embeds, past_key_values: as for `MedModel.forward`.
+            use_cache: accepted for `generate`; the cache is `past_key_values`.
+            labels: (T, N) like `input_ids`, -100 for tokens without a loss. In training, only the loss is computed, and
+                `logits` is None.
+            logits_to_keep: compute the logits of only the last tokens, this many; 0 for all.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+
+        Returns:
+            `logits` (T, N, V) for the token that follows each input token, and `loss` if `labels` are given.
+
+        Raises:
+            ValueError: if neither `pixel_values` nor `memory` is given.
         """
         if memory is None:
             if pixel_values is None:
-                raise ValueError("VlpBlipForConditionalGeneration needs pixel_values, the images to write about.")
-            memory = self.read_image(pixel_values, interpolate_pos_encoding)
+                raise ValueError(
+                    "VlpBlipForConditionalGeneration needs pixel_values (the images to caption) or memory."
+                )
+            memory = self.image_memory(pixel_values, interpolate_pos_encoding)
         loss = None
         if labels is not None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -100,13 +117,19 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
         return output
 
     def lm_loss(self, input_ids: Tensor, memory: Memory, labels: Tensor | None = None) -> Tensor:
-        """Loss of writing texts (T, N) that begin with [CLS], padded on the right; see `next_token_loss`."""
+        """Compute the language modelling loss.
+
+        Args:
+            input_ids: (T, N) texts that begin with [CLS], padded on the right.
+            memory: keys and values of the images.
+            labels: (T, N), see `next_token_loss`.
+        """
         return next_token_loss(self.text_model, self.lm_head, input_ids, None, memory, labels)
 
-    def read_image(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Memory:
-        """What the decoder attends to, computed once however many texts, beams and tokens follow."""
+    def image_memory(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Memory:
+        """Compute the cross-attention keys and values of images (B, C, S, S), once for all texts, beams and tokens."""
         vision = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return self.text_model.read(vision.last_hidden_state)
+        return self.text_model.memory_of(vision.last_hidden_state)
 
     @torch.no_grad()
     def generate(
@@ -118,17 +141,22 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
         memory: Memory | None = None,
         **kwargs,
     ) -> Tensor:
-        """Write about images; everything else is transformers' `GenerationMixin.generate`.
+        """Generate captions.
 
         Args:
-            pixel_values: (B, C, S, S), or `memory` from `read_image`.
-            input_ids: (B, N) prompts such as "a picture of" as the tokenizer gives them, of any lengths: [CLS] is
-                replaced by [DEC], and the end token and padding after it taken off; none where not given.
+            pixel_values: (B, C, S, S); ignored if `memory` is given.
+            input_ids: (B, N) prompts such as "a picture of", as the tokenizer returns them, of any lengths; None for no
+                prompt. [CLS] is replaced by [DEC]; the end token and padding are removed.
+            attention_mask: (B, N), 0 for padding; if None, derived from the padding token.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            memory: keys and values of the images, from `image_memory`.
+            kwargs: options of transformers' `GenerationMixin.generate`.
 
-        Returns token ids (B, length), [DEC] and the prompt included.
+        Returns:
+            Token ids (B, length), including [DEC] and the prompt.
         """
         if memory is None:
-            memory = self.read_image(pixel_values, interpolate_pos_encoding)
+            memory = self.image_memory(pixel_values, interpolate_pos_encoding)
         config = self.config.text_config
         if input_ids is None:
             input_ids = torch.full((len(memory), 1), config.bos_token_id, device=memory.states.device)
@@ -141,17 +169,17 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
 
 
 def with_length(options: dict, settings: GenerationConfig) -> dict:
-    """Options of `generate`, with its usual 20 new tokens where nothing says how many; it would warn of them."""
-    told = "generation_config" in options or settings.max_length is not None or settings.max_new_tokens is not None
-    if told or "max_length" in options or "max_new_tokens" in options:
+    """Set the default of 20 new tokens if no length is given; transformers would do the same, with a warning."""
+    configured = settings.max_length is not None or settings.max_new_tokens is not None
+    if configured or "generation_config" in options or "max_length" in options or "max_new_tokens" in options:
         return options
     return options | {"max_new_tokens": 20}
 
 
 def as_prompts(input_ids: Tensor, attention_mask: Tensor, config) -> tuple[Tensor, Tensor]:
-    """Texts (T, N) padded on the right -> prompts to go on from: [DEC] first, no end token, padded on the left."""
+    """Turn texts (T, N) padded on the right into prompts: [DEC] first, no end token, padded on the left."""
     kept = attention_mask.bool() & (input_ids != config.eos_token_id)
-    order = kept.long().argsort(dim=1, stable=True)  # what is dropped to the left, what is kept in its order
+    order = kept.long().argsort(dim=1, stable=True)  # dropped tokens to the left; kept tokens stay in order
     ids, mask = input_ids.gather(1, order), kept.gather(1, order).long()
     ids = ids.masked_fill(mask == 0, config.pad_token_id)
     first = mask.argmax(dim=1, keepdim=True)

@@ -1,6 +1,6 @@
-"""BLIP fine-tuned to answer questions (VQA) and to reason about two images (NLVR2).
+"""BLIP fine-tuned for visual question answering (VQA) and for reasoning about two images (NLVR2).
 
-Sources: salesforce/BLIP, models/blip_vqa.py, models/blip_nlvr.py, models/nlvr_encoder.py; paper, section 5.3 and 5.4.
+Sources: salesforce/BLIP, models/blip_vqa.py, models/blip_nlvr.py, models/nlvr_encoder.py; paper, sections 5.3 and 5.4.
 """
 
 import copy
@@ -26,7 +26,7 @@ from .med import LMHead, MedModel, Memory, ResidualAttention, begin_with, decode
 
 
 class AnswerDecoder(VlpPreTrainedModel, GenerationMixin):
-    """A text decoder that reads the states of a question, as the captioner reads those of an image."""
+    """A text decoder that cross-attends to the states of a question, as the captioner does to those of an image."""
 
     config_class = VlpBlipTextConfig
     main_input_name = "input_ids"
@@ -56,16 +56,28 @@ class AnswerDecoder(VlpPreTrainedModel, GenerationMixin):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, memory: Memory | None = None,
                 position_ids: Tensor | None = None, past_key_values=None, use_cache: bool | None = None,
                 logits_to_keep: int = 0) -> CausalLMOutputWithCrossAttentions:  # fmt: skip
-        """Logits (T, N, V) of the token after each of the texts (T, N), which begin with [DEC]."""
+        """Compute next-token logits.
+
+        Args:
+            input_ids: (T, N) texts that begin with [DEC].
+            attention_mask: (T, N), 0 for padding.
+            memory: keys and values of the questions.
+            position_ids, past_key_values: as for `MedModel.forward`.
+            use_cache: accepted for `generate`; the cache is `past_key_values`.
+            logits_to_keep: compute the logits of only the last tokens, this many; 0 for all.
+
+        Returns:
+            `logits` (T, N, V) for the token that follows each input token.
+        """
         return decode(self, input_ids, attention_mask, memory, position_ids=position_ids,
                       past_key_values=past_key_values, logits_to_keep=logits_to_keep)  # fmt: skip
 
 
 class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
-    """A question about an image is encoded with [ENC]; an answer is decoded from its states, or ranked.
+    """BLIP for visual question answering: encodes a question with [ENC], then generates or ranks answers.
 
-    Otherwise than in transformers' BlipForQuestionAnswering, answers begin with [DEC] in training too, padding is
-    neither attended to nor learnt, and answers have their weights.
+    Differences from transformers' BlipForQuestionAnswering: answers begin with [DEC] in training too, padding is masked
+    in attention and in the loss, and each answer has a weight.
     """
 
     _tied_weights_keys = {
@@ -75,32 +87,39 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
     def __init__(self, config: VlpBlipConfig):
         super().__init__(config, encoder=True, decoder=False)
         text = copy.deepcopy(config.text_config)
-        text.encoder_hidden_size = text.hidden_size  # it reads a question, not an image
+        text.encoder_hidden_size = text.hidden_size  # it attends to a question, not to an image
         text.tie_word_embeddings = True
         self.answer_decoder = AnswerDecoder._from_config(text)
         self.post_init()
 
     @classmethod
     def from_pre_training(cls, name: str, **kwargs) -> "VlpBlipForQuestionAnswering":
-        """Start from a pre-trained folder: the encoder from its encoder, the decoder from its decoder.
+        """Initialise the model from a pre-trained model: the encoder from its encoder, the decoder from its decoder.
 
-        Where the image tower is not as wide as the text model, the decoder's cross-attention starts anew.
+        The decoder's cross-attention is newly initialised if the image tower and the text model have different widths.
+
+        Args:
+            name: folder or hub name of a `VlpBlipForPreTraining` checkpoint.
+            kwargs: options of `from_pretrained`.
         """
         source = VlpBlipForPreTraining.from_pretrained(name, **kwargs)
         model, given = cls(source.config), source.state_dict()
         return adopt(model, lambda own: given.get(own.removeprefix("answer_decoder.")))
 
-    def read_question(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Memory:
-        """What an answer is decoded from; questions are grouped by image (see `MedModel.forward`).
+    def question_memory(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Memory:
+        """Encode questions, and compute the keys and values that the answer decoder cross-attends to.
 
         Args:
-            pixel_values: (B, C, S, S); input_ids: (Q, N) questions that begin with [CLS], padded on the right.
+            pixel_values: (B, C, S, S).
+            input_ids: (Q, N) questions that begin with [CLS], padded on the right, grouped by image (see
+                `MedModel.forward`).
+            attention_mask: (Q, N), 0 for padding; if None, derived from the padding token.
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
-        images = self.text_model.read(self.encode_image(pixel_values).last_hidden_state)
+        images = self.text_model.memory_of(self.encode_image(pixel_values).last_hidden_state)
         ids = begin_with(input_ids, self.config.text_config.enc_token_id)
         states = self.text_model(ids, mask, images, pack=True).last_hidden_state
-        return self.answer_decoder.text_model.read(states, mask)
+        return self.answer_decoder.text_model.memory_of(states, mask)
 
     @can_return_tuple
     def forward(
@@ -112,16 +131,21 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
         answer_index: Tensor | None = None,
         answer_weights: Tensor | None = None,
     ) -> CausalLMOutputWithCrossAttentions:
-        """The loss of answers, or the logits of their first token.
+        """Compute the loss of answers, or the logits of their first token if there are no labels.
 
-        Args: as `read_question`;
+        The loss of an answer is the sum over its tokens. The loss is the weighted sum over the answers, divided by the
+        number of questions.
+
+        Args:
+            input_ids, pixel_values, attention_mask: as for `question_memory`.
             labels: (A, L) answers that begin with [CLS], padded on the right with the padding token.
-            answer_index: (A,) the question of each answer; one each, in order, where not given.
-            answer_weights: (A,) how much each counts; 1 where not given.
+            answer_index: (A,) index of the question of each answer; if None, one answer per question, in order.
+            answer_weights: (A,) weight of each answer; if None, 1.
 
-        The loss is the weighted sum of the answers' losses, each a sum over its tokens, over the number of questions.
+        Returns:
+            `loss`, or `logits` (Q, 1, V) if `labels` is None.
         """
-        memory = self.read_question(pixel_values, input_ids, attention_mask)
+        memory = self.question_memory(pixel_values, input_ids, attention_mask)
         config = self.config.text_config
         if labels is None:
             begin = input_ids.new_full((len(input_ids), 1), config.bos_token_id)
@@ -135,8 +159,16 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
 
     @torch.no_grad()
     def generate(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs):
-        """Answers (Q, length) as token ids; all else is transformers' `GenerationMixin.generate`. Args: as above."""
-        memory = self.read_question(pixel_values, input_ids, attention_mask)
+        """Generate answers.
+
+        Args:
+            pixel_values, input_ids, attention_mask: as for `question_memory`.
+            kwargs: options of transformers' `GenerationMixin.generate`.
+
+        Returns:
+            Token ids (Q, length).
+        """
+        memory = self.question_memory(pixel_values, input_ids, attention_mask)
         begin = input_ids.new_full((len(input_ids), 1), self.config.text_config.bos_token_id)
         kwargs = with_length(kwargs, self.answer_decoder.generation_config)
         return self.answer_decoder.generate(
@@ -145,23 +177,32 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
 
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, input_ids: Tensor, answers: Tensor, top_k: int = 128) -> Tensor:
-        """(Q,) the number of the likeliest of `answers` (A, L) for each question.
+        """Select the most likely of the given answers for each question.
 
-        As salesforce/BLIP's `rank_answer`: the answers whose first token is likeliest are scored in full. Label
-        smoothing is for training alone: otherwise than there, it does not enter the scores.
+        As in salesforce/BLIP's `rank_answer`, only the answers with the most likely first tokens are scored in full.
+        Unlike the original, the scores do not include label smoothing, which is only for training.
+
+        Args:
+            pixel_values: (B, C, S, S).
+            input_ids: (Q, N), as for `question_memory`.
+            answers: (A, L) candidates that begin with [CLS], padded on the right with the padding token.
+            top_k: number of answers to score in full per question.
+
+        Returns:
+            (Q,) index of the best answer.
         """
-        memory = self.read_question(pixel_values, input_ids)
+        memory = self.question_memory(pixel_values, input_ids)
         begin = input_ids.new_full((len(input_ids), 1), self.config.text_config.bos_token_id)
         first = decode(self.answer_decoder, begin, None, memory).logits[:, 0]  # (Q, V)
         count = min(top_k, len(answers))
         candidates = first[:, answers[:, 1]].topk(count, dim=1).indices  # (Q, count)
-        # Candidates of one question stand together, and so share its memory.
+        # Candidates of the same question are consecutive, so they share its memory.
         losses = answer_losses(self.answer_decoder, answers[candidates.flatten()], memory, 0.0).view(-1, count)
         return candidates.gather(1, losses.argmin(dim=1, keepdim=True))[:, 0]
 
 
 def answer_losses(decoder: AnswerDecoder, answers: Tensor, memory: Memory, label_smoothing: float) -> Tensor:
-    """(A,) the cross entropy of each answer (A, L), summed over its tokens after [DEC]."""
+    """Compute the cross entropy (A,) of each answer (A, L), summed over its tokens after [DEC]."""
     config = decoder.config
     ids = begin_with(answers, config.bos_token_id)
     states = decoder.text_model(ids[:, :-1], ids[:, 1:] != config.pad_token_id, memory, decode=True, pack=True)
@@ -172,10 +213,10 @@ def answer_losses(decoder: AnswerDecoder, answers: Tensor, memory: Memory, label
 
 
 class PairAttention(ResidualAttention):
-    """Cross-attention to two images, each by projections of its own, whose answers are averaged or merged.
+    """Cross-attention to two images with separate projections; the two outputs are averaged or merged.
 
     Args:
-        merge: a linear layer makes one answer of two (in the upper half of the layers), not their mean.
+        merge: merge the two outputs with a linear layer (in the upper half of the layers) instead of averaging them.
     """
 
     def __init__(self, config: VlpBlipTextConfig, layer_index: int, merge: bool):
@@ -185,24 +226,24 @@ class PairAttention(ResidualAttention):
         self.attention1 = Attention(config, key_value_size=config.encoder_hidden_size)
         self.merge = nn.Linear(2 * config.hidden_size, config.hidden_size) if merge else None
 
-    def read(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of two images, one after the other in (B, 2 M, D), each by its projections."""
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute keys and values of the two images, concatenated in `states` (B, 2 M, D)."""
         halves = states.chunk(2, dim=1)
         parts = [self.attention0.keys_values(halves[0]), self.attention1.keys_values(halves[1])]
         return tuple(torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
 
     def forward(self, x: Tensor, mask=None, key_values=None, packing=None) -> tuple[Tensor, None]:
         keys, values = (tensor.chunk(2, dim=2) for tensor in key_values)
-        answers = [
+        outputs = [
             attention(x, None, key_values=(key, value), packing=packing)[0]
             for attention, key, value in zip((self.attention0, self.attention1), keys, values, strict=True)
         ]
-        attended = (answers[0] + answers[1]) / 2 if self.merge is None else self.merge(torch.cat(answers, dim=-1))
+        attended = (outputs[0] + outputs[1]) / 2 if self.merge is None else self.merge(torch.cat(outputs, dim=-1))
         return self.layer_norm(x + self.dropout(attended)), None
 
 
 class VlpBlipForVisualReasoning(VlpBlipPreTrainedModel):
-    """Whether a sentence is true of two images (NLVR2)."""
+    """BLIP for visual reasoning (NLVR2): classifies whether a sentence is true of two images."""
 
     def __init__(self, config: VlpBlipConfig):
         super().__init__(config, encoder=True, decoder=False)
@@ -220,7 +261,14 @@ class VlpBlipForVisualReasoning(VlpBlipPreTrainedModel):
 
     @classmethod
     def from_pre_training(cls, name: str, **kwargs) -> "VlpBlipForVisualReasoning":
-        """Start from a pre-trained folder; both images are read by what read one."""
+        """Initialise the model from a pre-trained model.
+
+        The cross-attentions to the two images start from the same weights.
+
+        Args:
+            name: folder or hub name of a `VlpBlipForPreTraining` checkpoint.
+            kwargs: options of `from_pretrained`.
+        """
         source = VlpBlipForPreTraining.from_pretrained(name, **kwargs)
         model, given = cls(source.config), source.state_dict()
         return adopt(model, lambda own: given.get(re.sub(r"\.attention[01]\.", ".attention.", own)))
@@ -233,15 +281,20 @@ class VlpBlipForVisualReasoning(VlpBlipPreTrainedModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        """Logits (B, 2) of "false" and "true".
+        """Classify sentences as false or true.
 
         Args:
-            input_ids: (B, N) sentences that begin with [CLS]; pixel_values: (B, 2, C, S, S), left and right.
-            labels: (B,) 1 where the sentence is true.
+            input_ids: (B, N) sentences that begin with [CLS], padded on the right.
+            pixel_values: (B, 2, C, S, S), the left and the right image.
+            attention_mask: (B, N), 0 for padding; if None, derived from the padding token.
+            labels: (B,) 1 for true sentences, 0 for false ones.
+
+        Returns:
+            `logits` (B, 2) of "false" and "true", and `loss` if `labels` are given.
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         states = self.encode_image(pixel_values.flatten(0, 1)).last_hidden_state  # (2 B, M, D)
-        memory = self.text_model.read(states.unflatten(0, (-1, 2)).flatten(1, 2))
+        memory = self.text_model.memory_of(states.unflatten(0, (-1, 2)).flatten(1, 2))
         ids = begin_with(input_ids, self.config.text_config.enc_token_id)
         pooled = self.text_model(ids, mask, memory, pooled_only=True, pack=True).last_hidden_state[:, 0]
         logits = self.cls_head(pooled)

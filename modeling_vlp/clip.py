@@ -26,7 +26,7 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class VlpClipModel(VlpPreTrainedModel):
-    """An image tower and a text tower that meet in one embedding space.
+    """An image tower and a text tower that share one embedding space.
 
     Example:
         >>> model = AutoModel.from_pretrained("runs/clip-emoji")
@@ -46,7 +46,7 @@ class VlpClipModel(VlpPreTrainedModel):
         is_siglip = isinstance(text, VlpSiglipTextConfig)
         self.vision_model = towers.get(type(vision), ViT)._from_config(vision)
         self.text_model = (SiglipTextTransformer if is_siglip else TextTransformer)._from_config(text)
-        self.visual_projection = nn.Identity()  # attention pooling, the ResNet's and SigLIP's, projects already
+        self.visual_projection = nn.Identity()  # the ResNet and SigLIP need none after attention pooling
         if type(vision) not in towers:
             self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=is_siglip)
@@ -75,7 +75,7 @@ class VlpClipModel(VlpPreTrainedModel):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the scale between 1 and 100, as the paper does after each step (open_clip, train.py)."""
+        """Clamp the scale to [1, 100], as in the paper, after each step (open_clip, train.py)."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     @can_return_tuple
@@ -87,12 +87,18 @@ class VlpClipModel(VlpPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Embed images (B, C, S, S): `pooler_output` (B, E) is projected, not normalised, as transformers' CLIPModel.
+        """Embed images.
 
         Args:
-            interpolate_pos_encoding: resample the positions for images of another size than the model was made for.
-            pooled_only: skip what the pooled output does not need in the last layer (the same values, less work);
-                `last_hidden_state` is then None.
+            pixel_values: (B, C, S, S).
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            pooled_only: skip the computation in the last layer that `pooler_output` does not need; its values are the
+                same, and `last_hidden_state` is None.
+            output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+
+        Returns:
+            `pooler_output` (B, E), projected but not normalised, as in transformers' CLIPModel, and
+            `last_hidden_state`.
         """
         output = self.vision_model(
             pixel_values,
@@ -114,12 +120,19 @@ class VlpClipModel(VlpPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Embed captions (T, N), each with an end token: `pooler_output` (T, E) is projected, not normalised.
+        """Embed captions.
 
         Args:
-            attention_mask: accepted and not needed: padding goes on the right, where causal attention never looks.
+            input_ids: (T, N), each with an end token.
+            attention_mask: ignored: padding is on the right, where causal attention does not attend to it.
+            position_ids: (T, N); if None, 0 to N - 1.
             pooled_only: as for `get_image_features`.
-            pack: where pooled only, leave padding out (but of SigLIP, which attends to it); a GPU's host then waits.
+            pack: with `pooled_only`, skip the computation for padding (except for SigLIP, which attends to padding); on
+                a GPU, this causes a host-device synchronisation.
+            output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+
+        Returns:
+            `pooler_output` (T, E), projected but not normalised, and `last_hidden_state`.
         """
         output = self.text_model(
             input_ids,
@@ -131,12 +144,17 @@ class VlpClipModel(VlpPreTrainedModel):
         output.pooler_output = self.text_projection(output.pooler_output)
         return output
 
-    def read_texts(
+    def cached_text_features(
         self, input_ids: Tensor, position_ids: Tensor | None, pooled_only: bool, **flags: bool | None
     ) -> BaseModelOutputWithPooling:
-        """`get_text_features`; what comes again to a model in evaluation, without gradients, is not read again.
+        """Embed captions as `get_text_features` does, but reuse the output for captions that are repeated.
 
-        The stock zero-shot pipeline asks about all labels anew for each image.
+        Outputs are reused only in evaluation mode and without gradients. The zero-shot pipeline of transformers passes
+        all labels again with every image.
+
+        Args:
+            input_ids, position_ids, pooled_only: as for `get_text_features`.
+            flags: `output_hidden_states` and `output_attentions`.
         """
 
         def compute() -> BaseModelOutputWithPooling:
@@ -147,7 +165,7 @@ class VlpClipModel(VlpPreTrainedModel):
         kernel = self.config.text_config._attn_implementation
         setting = pooled_only, torch.is_autocast_enabled(input_ids.device.type), kernel
         modules = [self.text_model, self.text_projection]
-        return self.known_texts.read(input_ids, modules, self.get_input_embeddings(), setting, compute)
+        return self.known_texts.get(input_ids, modules, self.get_input_embeddings(), setting, compute)
 
     @can_return_tuple
     def forward(
@@ -164,15 +182,21 @@ class VlpClipModel(VlpPreTrainedModel):
     ) -> VlpClipOutput:
         """Compare every image with every caption.
 
-        Args: as `get_image_features` and `get_text_features`;
-            return_loss: also the loss over the batch, image i belonging to caption i: the sigmoid loss where the
-                model has a `logit_bias`, else the softmax loss.
+        Args:
+            input_ids, attention_mask, position_ids: as for `get_text_features`.
+            pixel_values, interpolate_pos_encoding, pooled_only: as for `get_image_features`.
+            return_loss: also compute the loss of the batch, in which image i belongs to caption i: the sigmoid loss if
+                the model has a `logit_bias`, else the softmax loss.
+            output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+
+        Returns:
+            The logits, embeddings and tower outputs, and the loss if requested.
         """
         flags = dict(
             pooled_only=pooled_only, output_hidden_states=output_hidden_states, output_attentions=output_attentions
         )
         vision = self.get_image_features(pixel_values, interpolate_pos_encoding, **flags)
-        text = self.read_texts(input_ids, position_ids, **flags)
+        text = self.cached_text_features(input_ids, position_ids, **flags)
         image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
         text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)
         scale, loss = self.logit_scale.exp(), None

@@ -1,7 +1,7 @@
-"""Where in an image BLIP looks: for each word that it writes, and for what makes a text match.
+"""Heatmaps of what BLIP attends to in an image: for each word it generates, and for the match of a text.
 
-Both read the cross-attention of the text model, which takes the eager kernel for that long; the numbers that come out
-of the model are the same.
+Both use the cross-attention weights of the text model, which only the eager kernel returns; the model temporarily uses
+that kernel. Its outputs are the same.
 """
 
 import contextlib
@@ -20,20 +20,34 @@ from .med import begin_with
 
 @dataclass
 class Heatmap:
-    """Where each part of a text looks. `maps`: (words, S, S), not negative; each sums to at most 1 over an image."""
+    """Attention maps of the words of a text.
+
+    Attributes:
+        words: the words.
+        maps: (words, S, S), not negative; each sums to at most 1.
+    """
 
     words: list[str]
     maps: Tensor
 
 
 def attention_maps(model: VlpBlipForConditionalGeneration, processor, pixel_values: Tensor, **options) -> Heatmap:
-    """A caption of one image (1, C, S, S), and where the decoder looked when it wrote each of its words.
+    """Generate a caption of an image, and compute what the decoder attends to for each word.
 
-    The mean of the cross-attention over layers, heads and the tokens of a word; of the token before, from which a
-    token is written. `options` are those of `generate`.
+    The map of a word is the mean cross-attention over layers, heads and the tokens of the word. The attention for a
+    token is that of the position before it, which predicts it.
+
+    Args:
+        model: the captioner.
+        processor: its processor.
+        pixel_values: (1, C, S, S).
+        options: options of `generate`; by default, 3 beams, no sampling and at most 30 tokens.
+
+    Returns:
+        A map for each word of the caption.
     """
     with torch.no_grad(), eager(model):
-        memory = model.read_image(pixel_values)
+        memory = model.image_memory(pixel_values)
         ids = model.generate(memory=memory, **{"num_beams": 3, "do_sample": False, "max_length": 30} | options)
         output = model(ids[:, :-1], memory=memory, output_attentions=True)
     weights = torch.stack(output.cross_attentions).mean(dim=(0, 2))[0]  # (N - 1, M)
@@ -41,25 +55,38 @@ def attention_maps(model: VlpBlipForConditionalGeneration, processor, pixel_valu
 
 
 def matching_maps(model: VlpBlipMatcher, processor, pixel_values: Tensor, text: str) -> Heatmap:
-    """What of one image (1, C, S, S) speaks for a text, as a whole ("match") and for each word: Grad-CAM of ITM.
+    """Compute which patches of an image support its match with a text, by Grad-CAM of the ITM logit.
 
-    Source: salesforce/ALBEF, visualization.ipynb, which takes layer 9 of 12: attention times the positive part of its
-    gradient, the mean over heads. Otherwise than there, the gradient is taken less its mean under the attention:
-    weights sum to 1, so that what it has in common for all patches tells nothing, and can hide all else. In the last
-    layer the words no longer reach what matches: of a model of one layer there is the whole alone.
+    Source: salesforce/ALBEF, visualization.ipynb, which uses layer 9 of 12: the attention times the positive part of
+    its gradient, averaged over heads. Unlike the original, this subtracts the mean of the gradient under the attention
+    first: attention weights sum to 1, so a part of the gradient that all patches share carries no information and can
+    hide the rest. In the last layer, word tokens no longer affect the match, so a model with one layer has only the map
+    of the whole text.
+
+    Args:
+        model: the matcher.
+        processor: its processor.
+        pixel_values: (1, C, S, S).
+        text: the text.
+
+    Returns:
+        A map of the whole text, named "match", and one for each word.
+
+    Raises:
+        ValueError: if the model's weights are frozen, so that there is no gradient.
     """
-    ids = processor.read_texts([text], model.config.text_config.max_position_embeddings)["input_ids"]
+    ids = processor.tokenize([text], model.config.text_config.max_position_embeddings)["input_ids"]
     ids = ids.to(pixel_values.device)
     layers = len(model.text_model.layers)
     layer = max(0, min(layers * 2 // 3, layers - 2))
     with torch.enable_grad(), eager(model):
-        memory = model.read(model.encode_image(pixel_values).last_hidden_state)
-        asked = begin_with(ids, model.config.text_config.enc_token_id)
-        output = model.text_model(asked, None, memory, output_attentions=True)
+        memory = model.memory_of(model.encode_image(pixel_values).last_hidden_state)
+        ids_to_match = begin_with(ids, model.config.text_config.enc_token_id)
+        output = model.text_model(ids_to_match, None, memory, output_attentions=True)
         weights = output.cross_attentions[layer]  # (1, H, N, M)
         match = model.itm_head(output.last_hidden_state[:, 0])[0, 1]
         if not weights.requires_grad:
-            raise ValueError("The model's weights are frozen: nothing says what a match depends on.")
+            raise ValueError("The model's weights are frozen, so there is no gradient: call requires_grad_(True).")
         gradient = torch.autograd.grad(match, weights)[0]
     gradient = gradient - (weights * gradient).sum(dim=-1, keepdim=True)
     maps = to_grid((weights * gradient.clamp(min=0)).mean(dim=1)[0].detach())  # (N, S, S)
@@ -69,7 +96,7 @@ def matching_maps(model: VlpBlipMatcher, processor, pixel_values: Tensor, text: 
 
 @contextlib.contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
-    """Attention that tells its weights, and evaluation mode."""
+    """Use the eager attention kernel, which returns attention weights, and evaluation mode."""
     before, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("eager")
     model.eval()
@@ -81,21 +108,28 @@ def eager(model: nn.Module) -> Iterator[None]:
 
 
 def to_grid(weights: Tensor) -> Tensor:
-    """Weights of an image's tokens (N, M) -> (N, S, S): its patches, without the token before them where there is one.
+    """Reshape weights of an image's tokens (N, M) to its grid of patches (N, S, S), without a class token.
 
-    Raises ValueError where the patches make no square.
+    Raises:
+        ValueError: if the patches do not form a square.
     """
     side = int(weights.shape[1] ** 0.5)
     if side * side not in (weights.shape[1], weights.shape[1] - 1):
-        raise ValueError(f"{weights.shape[1]} tokens of an image make no square of patches.")
+        raise ValueError(f"{weights.shape[1]} image tokens do not form a square grid of patches.")
     return weights[:, weights.shape[1] - side * side :].unflatten(1, (side, side))
 
 
 def by_word(processor, ids: Tensor, maps: Tensor) -> Heatmap:
-    """Tokens put together to the words that they are parts of (WordPiece), special tokens left out."""
+    """Merge WordPiece tokens into words, and average their maps; special tokens are skipped.
+
+    Args:
+        processor: a processor with a tokenizer.
+        ids: (N,) token ids.
+        maps: (N, S, S), one for each token.
+    """
     tokenizer, words, parts = processor.tokenizer, [], []
     for token, grid in zip(tokenizer.convert_ids_to_tokens(ids.tolist()), maps, strict=True):
-        if token is None or token in tokenizer.all_special_tokens:  # None: a row that no token has
+        if token is None or token in tokenizer.all_special_tokens:  # None: an embedding without a token
             continue
         if token.startswith("##") and words:
             words[-1] += token.removeprefix("##")

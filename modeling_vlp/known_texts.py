@@ -1,4 +1,4 @@
-"""Captions that a model is asked about again and again, such as the labels of zero-shot classification, read once."""
+"""A cache for repeated captions, such as the labels in zero-shot classification."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,61 +7,66 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-MANY = 32  # captions, to read which takes so much longer than to copy weights that they are kept at once
+CACHE_AT_ONCE = 32  # captions; embedding so many takes much longer than copying the weights
 
 
 @dataclass
 class Cached:
-    """What was computed of captions, and all that it was computed from."""
+    """An output, and everything that it depends on."""
 
     ids: Tensor
     setting: tuple
-    weights: list[Tensor] | None = None  # copies; None where few captions came once, and nothing is kept
+    weights: list[Tensor] | None = None  # copies; None if no output is cached yet
     output: ModelOutput | None = None
 
 
 class KnownTexts:
-    """The output for the last captions, while weights are the same; for few captions, once they have come again.
+    """Caches the output for the last captions until they or the weights change.
 
-    It is never stale: weights are compared with a copy of what they were, entry for entry, which takes a small part of
-    the time that the captions take. Version counters would not tell of writes through `.data`.
+    A batch of fewer than `CACHE_AT_ONCE` captions is cached only when it is repeated. The cache is never stale: it
+    compares the weights with a copy, value by value, which is much faster than embedding the captions. Version counters
+    would miss changes through `.data`.
     """
 
     def __init__(self):
         self.last: Cached | None = None
 
-    def read(self, ids: Tensor, modules: list[nn.Module], table: nn.Embedding, setting: tuple, compute: Callable):
-        """`compute()`, or what it gave for the same captions, by the same weights, in the same setting.
+    def get(self, ids: Tensor, modules: list[nn.Module], table: nn.Embedding, setting: tuple, compute: Callable):
+        """Return `compute()`, or its cached output for the same captions, weights and setting.
 
         Args:
-            ids: (T, N) captions. modules: what computes with them; table: their embeddings, of which rows that the
-                captions do not use do not count.
-            setting: what else the output depends on.
+            ids: (T, N) captions.
+            modules: the modules that embed them.
+            table: their word embeddings, of which only the rows of the captions' tokens are compared.
+            setting: everything else that the output depends on.
+            compute: computes the output.
         """
-        if not can_keep(modules):
+        if not is_cacheable(modules):
             self.last = None
             return compute()
         last = self.last
         again = last is not None and last.setting == setting and same(last.ids, ids)
-        keep = again or len(ids) >= MANY
-        weights = weights_of(ids, modules, table) if keep else []
+        keep = again or len(ids) >= CACHE_AT_ONCE
+        weights = weights_used(ids, modules, table) if keep else []
         if again and last.weights is not None and all_same(last.weights, weights):
-            return copied(last.output)
+            return clone_output(last.output)
         output = compute()
         if keep:
-            self.last = Cached(ids.clone(), setting, [weight.detach().clone() for weight in weights], copied(output))
+            self.last = Cached(
+                ids.clone(), setting, [weight.detach().clone() for weight in weights], clone_output(output)
+            )
         else:
             self.last = Cached(ids.clone(), setting)
         return output
 
 
-def copied(output: ModelOutput) -> ModelOutput:
-    """A copy, so that whoever got an output may write into it."""
+def clone_output(output: ModelOutput) -> ModelOutput:
+    """Copy an output, so that the caller may change the original in place."""
     return type(output)(**{name: value.clone() for name, value in output.items()})
 
 
-def can_keep(modules: list[nn.Module]) -> bool:
-    """Whether modules compute alike each time, and nothing will go back through what they give."""
+def is_cacheable(modules: list[nn.Module]) -> bool:
+    """Return whether the modules are deterministic and no gradients are needed."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     # Adapters can be switched on and off; hooks can do anything, Accelerate's among them.
@@ -76,7 +81,8 @@ def can_keep(modules: list[nn.Module]) -> bool:
     )
 
 
-def weights_of(ids: Tensor, modules: list[nn.Module], table: nn.Embedding) -> list[Tensor]:
+def weights_used(ids: Tensor, modules: list[nn.Module], table: nn.Embedding) -> list[Tensor]:
+    """List the modules' weights, with only those rows of `table` that the captions use."""
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return [tensor for tensor in tensors if tensor is not table.weight] + [table.weight[ids.unique()]]
 

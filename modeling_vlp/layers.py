@@ -1,4 +1,4 @@
-"""The pieces that the transformer towers share: MLP, block, encoder, position tables."""
+"""Layers shared by the transformer towers: MLP, block, encoder, position tables."""
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from .linear import Linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), CLIP's activation, in fewer passes over memory than it is written with (forward and back)."""
+    """Compute CLIP's activation x sigmoid(1.702 x) with fewer passes over memory, forward and backward."""
     return nn.functional.silu(1.702 * x).mul_(1 / 1.702)
 
 
 class MLP(nn.Module):
+    """The feed-forward layer of a transformer block."""
+
     def __init__(self, config):
         super().__init__()
         self.activation_fn = quick_gelu if config.hidden_act == "quick_gelu" else ACT2FN[config.hidden_act]
@@ -40,7 +42,7 @@ class Block(GradientCheckpointingLayer):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def initialize(self) -> None:
-        if self.self_attn.is_causal:  # OpenAI gives the text tower a start of its own, the image tower PyTorch's
+        if self.self_attn.is_causal:  # as OpenAI; the image tower is initialised as in PyTorch
             config = self.self_attn.config
             init.normal_(self.mlp.fc1.weight, std=(2 * config.hidden_size) ** -0.5)
             init.normal_(self.mlp.fc2.weight, std=(config.hidden_size * 2 * config.num_hidden_layers) ** -0.5)
@@ -48,7 +50,18 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, attention_mask=None, pool_at: Tensor | None = None, packing: Packing | None = None, **kwargs
     ):
-        """(B, N, D), or packed (P, D) -> the same and attention weights; with `pool_at` (B,), that row: (B, 1, D)."""
+        """Run the block.
+
+        Args:
+            x: (B, N, D), or packed (P, D).
+            attention_mask: as for `Attention.forward`.
+            pool_at: (B,) index of the only token to compute; None for all.
+            packing: how `x` is packed; None if it is not.
+
+        Returns:
+            The output, of the shape of `x`, or (B, 1, D) with `pool_at`; and the attention weights, see
+            `Attention.forward`.
+        """
         normed, weights = self.layer_norm1(x), None
         if pool_at is None:
             attended, weights = self.self_attn(normed, attention_mask, packing=packing, **kwargs)
@@ -82,11 +95,15 @@ class Encoder(nn.Module):
         output_attentions: bool = False,
         **kwargs,
     ) -> BaseModelOutput:
-        """Run the blocks on (B, N, D), or on packed sequences (P, D).
+        """Run the blocks.
 
         Args:
-            pool_at: (B,) the row that will be pooled; the last block then computes that row alone, which gives the
-                same values for it, and `last_hidden_state` is (B, 1, D).
+            x: (B, N, D), or packed (P, D).
+            attention_mask: as for `Attention.forward`.
+            pool_at: (B,) index of the token to pool. The last block then computes only this token, with the same
+                values, and `last_hidden_state` is (B, 1, D).
+            packing: how `x` is packed; None if it is not.
+            output_hidden_states, output_attentions: also return these.
         """
         hidden_states, attentions = (x,), ()
         for index, layer in enumerate(self.layers):
@@ -102,15 +119,20 @@ class Encoder(nn.Module):
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Row `index` (B,) of each sequence in (B, N, D), as (B, 1, D), without a host-device synchronisation."""
+    """Select token `index` (B,) of each sequence in (B, N, D), as (B, 1, D), without a host-device synchronisation."""
     return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[-1]))
 
 
 def interpolate_grid(table: Tensor, height: int, width: int) -> Tensor:
-    """Resample a position table (1 + G * G, D), whose first row has no place, to a grid of (height, width) cells.
+    """Resample a position table to another grid, by bicubic interpolation, as transformers' `interpolate_pos_encoding`.
 
-    Bicubic, as transformers' `interpolate_pos_encoding`; returns (1 + height * width, D). A table (G * G, D) has no
-    such row, and gives (height * width, D).
+    Args:
+        table: (1 + G * G, D) with a row for the class token, or (G * G, D) without.
+        height: height of the new grid, in patches.
+        width: width of the new grid, in patches.
+
+    Returns:
+        (1 + height * width, D) or (height * width, D).
     """
     side = int(table.shape[0] ** 0.5)
     if (side, side) == (height, width):
@@ -122,17 +144,27 @@ def interpolate_grid(table: Tensor, height: int, width: int) -> Tensor:
 
 
 def resample_table(table: Tensor, side: int) -> nn.Parameter:
-    """A position table for a grid of `side` cells each way, from one for another grid."""
+    """Resample a position table to a grid of `side` x `side` patches; returns a new parameter."""
     return nn.Parameter(interpolate_grid(table.detach(), side, side).clone())
 
 
 def require_image_size(pixel_values: Tensor, image_size: int, multiple: int, interpolate: bool) -> None:
-    """Raise ValueError where the images are not of the size that the position table was made for."""
+    """Check the size of images.
+
+    Args:
+        pixel_values: (B, C, S, S).
+        image_size: the side, in pixels, that the position table is made for.
+        multiple: both sides must be multiples of this number of pixels.
+        interpolate: allow other sizes than `image_size`.
+
+    Raises:
+        ValueError: if the images do not have the required size.
+    """
     height, width = pixel_values.shape[-2:]
     if not interpolate and (height, width) != (image_size, image_size):
         raise ValueError(
-            f"The images are {height} x {width} pixels, the model was made for {image_size} x {image_size}: "
-            "pass interpolate_pos_encoding=True to resample its positions, or resize the images."
+            f"The images are {height} x {width} pixels, but the model expects {image_size} x {image_size}: resize the "
+            "images, or pass interpolate_pos_encoding=True to resample the position embeddings."
         )
     if height % multiple or width % multiple:
         raise ValueError(f"The images are {height} x {width} pixels; both sides must be multiples of {multiple}.")

@@ -1,4 +1,4 @@
-"""A linear layer that reads its weights faster where a CPU has few rows to compute, as in each step of `generate`."""
+"""A linear layer that is faster on a CPU if it has few rows to compute, as in each step of `generate`."""
 
 import torch
 from torch import Tensor, nn
@@ -7,20 +7,21 @@ FEW_ROWS = 16
 
 
 class Linear(nn.Linear):
-    """nn.Linear; for few rows in float32 on a CPU, without gradients, the product is oneDNN's, not MKL's.
+    """nn.Linear that uses oneDNN instead of MKL for few float32 rows on a CPU, without gradients.
 
-    The values are the same but for rounding. Such a product takes as long as its weights take to be read, and MKL reads
-    them more slowly (benchmarks/blip_generate.py).
+    The results are the same up to rounding. Such a product is limited by the time to load the weights from memory,
+    which MKL does more slowly (benchmarks/blip_generate.py).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E)"""
-        if not reads_few_rows(x):
+        if not use_onednn(x):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def reads_few_rows(x: Tensor) -> bool:
+def use_onednn(x: Tensor) -> bool:
+    """Return whether oneDNN is faster than MKL for an input, and can be used."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32

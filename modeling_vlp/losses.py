@@ -1,4 +1,4 @@
-"""Losses: pure functions, tensors in, scalar out."""
+"""Losses as pure functions of tensors."""
 
 import torch
 from torch import Tensor
@@ -8,18 +8,26 @@ from torch.nn import functional as F
 
 
 def unit_length(features: Tensor) -> Tensor:
-    """Features (..., E) divided by their length, in float32 at least, in which losses are computed."""
+    """Normalise features (..., E) to unit length, in at least float32, the precision of the losses."""
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def clip_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, not_negative: Tensor | None = None) -> Tensor:
-    """Symmetric softmax loss of CLIP (paper, figure 3; open_clip, loss.py, ClipLoss).
+    """Compute the symmetric softmax loss of CLIP (paper, figure 3; open_clip, loss.py, ClipLoss).
+
+    This is the definition, which `VlpClipModel` uses for a batch in one process. Training computes the same loss over
+    the batches of all processes, in tiles, without the (B, B) logits:
+    `training.objectives.contrastive.contrastive_loss`.
 
     Args:
-        image_embeds, text_embeds: (B, E) of unit length; row i of one belongs to row i of the other.
+        image_embeds: (B, E), of unit length.
+        text_embeds: (B, E), of unit length; row i belongs to row i of `image_embeds`.
         scale: scalar, the exponential of `logit_scale`.
-        not_negative: (B, B) bool, True where image i and caption j are not to be told apart (see `same_pairs`); the
-            diagonal is not read.
+        not_negative: (B, B) bool, True if image i and caption j are not a negative pair (see `same_pairs`); the
+            diagonal is ignored. If None, all pairs off the diagonal are negative.
+
+    Returns:
+        Scalar, the mean over the batch.
     """
     logits = scale * image_embeds @ text_embeds.T  # (B, B), used along both sides
     if not_negative is not None:
@@ -31,9 +39,16 @@ def clip_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, not_nega
 def siglip_loss(
     image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, bias: Tensor, not_negative: Tensor | None = None
 ) -> Tensor:
-    """Pairwise sigmoid loss of SigLIP (arXiv:2303.15343, algorithm 1), a sum over pairs divided by B.
+    """Compute the pairwise sigmoid loss of SigLIP (arXiv:2303.15343, algorithm 1).
 
-    Args: as `clip_loss`; bias: scalar added to every logit.
+    This is the definition. Training computes it by `training.objectives.contrastive.sigmoid_loss`.
+
+    Args:
+        image_embeds, text_embeds, scale, not_negative: as for `clip_loss`.
+        bias: scalar, added to every logit.
+
+    Returns:
+        Scalar, the sum over pairs divided by B.
     """
     logits = scale * image_embeds @ text_embeds.T + bias  # (B, B)
     own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
@@ -44,7 +59,11 @@ def siglip_loss(
 
 
 def same_pairs(*ids: Tensor) -> Tensor:
-    """(B, B) bool, True where two rows share any of the given ids, each (B,) of integers (a caption's, an image's)."""
+    """Compare rows by their ids, such as those of captions and images, each (B,) of integers.
+
+    Returns:
+        (B, B) bool, True if two rows share any of the ids.
+    """
     same = ids[0][:, None] == ids[0]
     for column in ids[1:]:
         same = same | (column[:, None] == column)
@@ -52,53 +71,72 @@ def same_pairs(*ids: Tensor) -> Tensor:
 
 
 def soft_targets(teacher_logits: Tensor, positives: Tensor, alpha: Tensor | float) -> Tensor:
-    """What ITC learns towards: partly what is known to match, partly what the teacher finds similar.
+    """Compute the ITC targets: a mixture of the known matches and the teacher's similarities.
 
     Source: ALBEF (arXiv:2107.07651), equation 6; salesforce/BLIP, models/blip_pretrain.py.
 
     Args:
-        teacher_logits: (B, K) the teacher's similarities over the temperature; positives: (B, K) bool, one at least in
-            each row, which share their part of the target evenly (models/blip_retrieval.py).
-        alpha: the teacher's part, from 0 to 1.
+        teacher_logits: (B, K) the teacher's similarities, divided by the temperature.
+        positives: (B, K) bool, at least one per row; positives of a row have equal targets (models/blip_retrieval.py).
+        alpha: weight of the teacher, from 0 to 1.
+
+    Returns:
+        (B, K), rows sum to 1.
     """
     return alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * smooth_targets(positives)
 
 
 def smooth_targets(positives: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Distributions over the keys: rows of (B, K) bool `positives` share evenly, but for what all keys share.
+    """Distribute the targets evenly over the positives of each row, with label smoothing.
 
-    With one positive in each row, cross entropy with label smoothing as PyTorch has it (LAVIS, blip2_qformer.py).
+    With one positive per row, cross entropy with these targets equals PyTorch's with label smoothing (LAVIS,
+    blip2_qformer.py).
+
+    Args:
+        positives: (B, K) bool, at least one per row.
+        label_smoothing: share that is distributed evenly over all K keys.
+
+    Returns:
+        (B, K), rows sum to 1.
     """
     known = positives / positives.sum(dim=1, keepdim=True)
     return (1 - label_smoothing) * known + label_smoothing / positives.shape[1]
 
 
 def soft_contrastive_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of (B, K) logits to targets that are distributions over the keys."""
+    """Compute the cross entropy of (B, K) logits with targets (B, K) that are distributions over the keys."""
     return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
 
 def draw_hard_negatives(logits: Tensor, excluded: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One hard negative for each row, drawn from the softmax of its similarities, all rows at once.
+    """Draw one hard negative per row, from the softmax of its similarities, for all rows at once.
 
     Source: salesforce/BLIP, models/blip_pretrain.py, which draws row by row and adds 1e-4 to every probability.
 
     Args:
-        logits: (B, K) similarities over the temperature; excluded: (B, K) bool, what is no negative.
-        uniform: (B,) from 0 to below 1, which the draw is made by.
+        logits: (B, K) similarities, divided by the temperature.
+        excluded: (B, K) bool, True for keys that are not negatives.
+        uniform: (B,) random numbers in [0, 1), which determine the draw.
 
-    Returns the number of the key drawn for each row, and whether there was one to draw (else the number is 0).
+    Returns:
+        The index (B,) of the drawn key, 0 if there is none; and a mask (B,), True if there is one.
     """
     weights = (logits.double().softmax(dim=1) + 1e-4).masked_fill(excluded, 0.0)
-    cumulated = weights.cumsum(dim=1)
-    total = cumulated[:, -1:]
-    drawn = (cumulated <= uniform.double()[:, None] * total).sum(dim=1)
+    cumulative = weights.cumsum(dim=1)
+    total = cumulative[:, -1:]
+    drawn = (cumulative <= uniform.double()[:, None] * total).sum(dim=1)
     found = total[:, 0] > 0
     return torch.where(found, drawn, 0), found
 
 
 def matching_loss(logits: Tensor, matches: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Binary cross entropy of ITM: (N, 2) logits, whose second is for "matches"; `counted` (N,) leaves rows out."""
+    """Compute the ITM loss, binary cross entropy.
+
+    Args:
+        logits: (N, 2) of "no match" and "match".
+        matches: (N,) bool.
+        counted: (N,) bool, False for rows to ignore; None to count all.
+    """
     labels = matches.long()
     if counted is not None:
         labels = labels.masked_fill(~counted, -100)
@@ -106,10 +144,19 @@ def matching_loss(logits: Tensor, matches: Tensor, counted: Tensor | None = None
 
 
 def weighted_answer_loss(losses: Tensor, weights: Tensor, questions: int) -> Tensor:
-    """VQA's loss: (A,) losses of answers, each by its weight, over the number of questions (blip_vqa.py)."""
+    """Compute the VQA loss (blip_vqa.py).
+
+    Args:
+        losses: (A,) losses of the answers.
+        weights: (A,) weights of the answers.
+        questions: number of questions.
+
+    Returns:
+        Scalar, the weighted sum divided by the number of questions.
+    """
     return (losses * weights).sum() / questions
 
 
 def language_modelling_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross entropy of (N, V) logits to the token that comes next, the mean over the tokens."""
+    """Compute the cross entropy of (N, V) logits with the next tokens (N,), averaged over the tokens."""
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)

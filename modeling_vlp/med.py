@@ -1,12 +1,12 @@
 """BLIP's multimodal mixture of encoder and decoder (MED). Source: salesforce/BLIP, models/med.py; paper, section 3.1.
 
-One stack of layers works in three modes, told apart by what a text begins with and what it attends to:
+One stack of layers has three modes, which differ in the first token and in attention:
 
     text        [CLS]  bidirectional self-attention                     -> FFN     unimodal encoder
     multimodal  [ENC]  bidirectional self-attention -> cross-attention -> FFN     image-grounded encoder
     decoder     [DEC]  causal self-attention        -> cross-attention -> FFN     image-grounded decoder
 
-All is shared between encoder and decoder but self-attention, of which each has its own (the paper's Table 3).
+Encoder and decoder share all parameters except those of self-attention (the paper's Table 3).
 """
 
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ from .losses import language_modelling_loss
 
 @dataclass
 class Memory:
-    """What texts attend to: keys and values of images, computed once for each layer and read by any number of texts.
+    """Cross-attention keys and values of images, computed once per layer and shared by any number of texts.
 
     Attributes:
         key_values: for each layer, keys and values (B, H, M, D / H).
-        states: (B, M, width of the image tower) what they were computed from.
-        mask: (B, M), 1 where there is something to attend to; None where that is everywhere.
+        states: (B, M, width of the image tower), from which they were computed.
+        mask: (B, M), 0 for padding; None if there is no padding.
     """
 
     key_values: list[tuple[Tensor, Tensor]]
@@ -47,19 +47,21 @@ class Memory:
         return len(self.states)
 
     def select(self, index: Tensor) -> "Memory":
-        """The memory of some images, each as often as `index` (T,) names it."""
+        """Return the memory of the images `index` (T,), in which images may repeat."""
         mask = None if self.mask is None else self.mask[index]
         return Memory([(key[index], value[index]) for key, value in self.key_values], self.states[index], mask)
 
     @staticmethod
     def join(parts: list["Memory"]) -> "Memory":
-        """The memories of several groups of images, none of them masked, as one."""
+        """Concatenate the memories of several groups of images, none of which has a mask."""
         layers = zip(*(part.key_values for part in parts), strict=True)
         key_values = [tuple(torch.cat(tensors) for tensors in zip(*layer, strict=True)) for layer in layers]
         return Memory(key_values, torch.cat([part.states for part in parts]))
 
 
 class MedEmbeddings(nn.Module):
+    """Word and position embeddings, followed by LayerNorm and dropout."""
+
     def __init__(self, config: VlpBlipTextConfig):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
@@ -72,7 +74,7 @@ class MedEmbeddings(nn.Module):
 
 
 class ResidualAttention(nn.Module):
-    """Attention with BERT's surroundings: dropout, the residual, and the LayerNorm after them."""
+    """Attention followed by dropout, the residual connection and LayerNorm, as in BERT."""
 
     def __init__(self, config: VlpBlipTextConfig, layer_index: int, is_causal=False, key_value_size=None):
         super().__init__()
@@ -80,8 +82,8 @@ class ResidualAttention(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def read(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of what is to be attended to."""
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute keys and values of the states to attend to."""
         return self.attention.keys_values(states)
 
     def forward(self, x: Tensor, mask=None, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -90,6 +92,8 @@ class ResidualAttention(nn.Module):
 
 
 class MedLayer(GradientCheckpointingLayer):
+    """Self-attention, cross-attention and a feed-forward layer, with only the parts that the needed modes use."""
+
     def __init__(self, config: VlpBlipTextConfig, layer_index: int, encoder: bool, decoder: bool, cross: bool):
         super().__init__()
         self.encoder_attention = ResidualAttention(config, layer_index) if encoder else None
@@ -101,17 +105,29 @@ class MedLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def read(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of images, for this layer's cross-attention."""
-        return self.cross_attention.read(states)
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute keys and values of images for this layer's cross-attention."""
+        return self.cross_attention.keys_values(states)
 
     def forward(
         self, x: Tensor, self_mask, image_key_values, image_mask, decode: bool, pooled_only: bool, cache=None,
         packing: Packing | None = None,
     ):  # fmt: skip
-        """(T, N, D), or packed (P, D) -> the same, and the weights of both attentions.
+        """Run the layer.
 
-        Where `pooled_only`, the first token of each text alone comes out, as (T, 1, D).
+        Args:
+            x: (T, N, D), or packed (P, D).
+            self_mask: mask of self-attention.
+            image_key_values: keys and values of the images; None for no cross-attention.
+            image_mask: mask of cross-attention.
+            decode: use the decoder's causal self-attention instead of the encoder's.
+            pooled_only: compute only the first token of each text.
+            cache: a `Cache` of self-attention.
+            packing: how `x` is packed; None if it is not.
+
+        Returns:
+            The output, of the shape of `x`, or (T, 1, D) with `pooled_only`; the weights of self-attention and of
+            cross-attention.
         """
         self_attention = self.decoder_attention if decode else self.encoder_attention
         if pooled_only:
@@ -127,11 +143,12 @@ class MedLayer(GradientCheckpointingLayer):
 
 
 class MedModel(VlpPreTrainedModel):
-    """The stack, with the parts that its modes need.
+    """The stack of MED layers, with only the parts that the needed modes use.
 
     Args:
-        encoder, decoder: bidirectional and causal self-attention.
-        cross: cross-attention, for the modes multimodal and decoder.
+        encoder: include bidirectional self-attention.
+        decoder: include causal self-attention.
+        cross: include cross-attention, for the multimodal and decoder modes.
     """
 
     config_class = VlpBlipTextConfig
@@ -156,13 +173,14 @@ class MedModel(VlpPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.word_embeddings = value
 
-    def read(self, states: Tensor, mask: Tensor | None = None) -> Memory:
-        """Keys and values of images (or of a question) for every layer.
+    def memory_of(self, states: Tensor, mask: Tensor | None = None) -> Memory:
+        """Compute the cross-attention keys and values of images (or of questions) for every layer.
 
         Args:
-            states: (B, M, encoder_hidden_size). mask: (B, M), 0 where there is padding.
+            states: (B, M, encoder_hidden_size).
+            mask: (B, M), 0 for padding; None if there is no padding.
         """
-        return Memory([layer.read(states) for layer in self.layers], states, mask)
+        return Memory([layer.keys_values(states) for layer in self.layers], states, mask)
 
     def forward(
         self,
@@ -178,19 +196,28 @@ class MedModel(VlpPreTrainedModel):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Token ids (T, N) -> `last_hidden_state` (T, N, D).
+        """Run the model on texts.
 
         Args:
-            attention_mask: (T, N), 0 where there is padding (with a cache: of what it holds, too). Where it is not
-                given, there is none; a decoder needs none for padding on the right, which nothing before it sees.
-            memory: what cross-attention reads, of B images; texts b * T / B to (b + 1) * T / B are image b's. Where it
-                is not given, there is no cross-attention.
-            decode: causal self-attention, the decoder's; else bidirectional, the encoder's.
-            position_ids: (T, N), from 0 after the cache where not given.
+            input_ids: (T, N).
+            attention_mask: (T, N), 0 for padding; with a cache, it also covers the cached tokens. If None, there is no
+                mask. The decoder needs none for padding on the right, because earlier tokens do not attend to it.
+            memory: keys and values of B images, to which texts cross-attend; texts b * T / B to (b + 1) * T / B - 1
+                attend to image b. If None, there is no cross-attention.
+            decode: use the decoder's causal self-attention instead of the encoder's bidirectional one.
+            position_ids: (T, N); if None, they count from the length of the cache.
+            inputs_embeds: (T, N, D), instead of `input_ids`.
             past_key_values: a `Cache` of the decoder's self-attention.
-            pooled_only: the last layer computes the first token alone; `last_hidden_state` is (T, 1, D).
-            pack: compute nothing for padding, which then stands on the right: the same values, less work; what comes
-                out for padding is zero.
+            pooled_only: compute only the first token in the last layer; `last_hidden_state` is (T, 1, D).
+            pack: skip the computation for padding, which must be on the right. The other outputs are the same; the
+                outputs for padding are zero.
+            output_hidden_states, output_attentions: also return these.
+
+        Returns:
+            `last_hidden_state` (T, N, D).
+
+        Raises:
+            ValueError: if the texts are too long, or T is not a multiple of B.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
@@ -200,10 +227,12 @@ class MedModel(VlpPreTrainedModel):
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + start
         most = self.config.max_position_embeddings
         if length > most:
-            raise ValueError(f"The texts are {length} tokens long, the model reads at most {most}: truncate them.")
+            raise ValueError(f"The texts have {length} tokens, but the model supports at most {most}: truncate them.")
         if memory is not None and texts % memory.states.shape[0]:
-            raise ValueError(f"{texts} texts cannot be shared out evenly to {len(memory)} images.")
-        # Padding on the right is seen by nothing that a decoder keeps.
+            raise ValueError(
+                f"{texts} texts cannot be divided evenly among {len(memory)} images: pass the same number for each."
+            )
+        # A decoder's tokens do not attend to padding on the right, so it needs no mask.
         mask = None if pack and decode else attention_mask
         masks = first_masks = self.masks(inputs_embeds, mask, memory, decode, past_key_values, position_ids)
         if pooled_only:
@@ -236,7 +265,7 @@ class MedModel(VlpPreTrainedModel):
         )
 
     def masks(self, x, attention_mask, memory, decode=False, past_key_values=None, position_ids=None, states=None):
-        """The masks of self-attention, from `x` to `states` (itself where not given), and of cross-attention."""
+        """Return the masks of self-attention, from `x` to `states` (if None, `x`), and of cross-attention."""
         self_mask = image_mask = None
         if decode:
             self_mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
@@ -251,7 +280,7 @@ class MedModel(VlpPreTrainedModel):
 
 
 class LMHead(nn.Module):
-    """Hidden states -> logits over the vocabulary, as BERT's: a dense layer before the (tied) word embeddings."""
+    """Language modelling head as in BERT: a dense layer, then the (tied) word embeddings."""
 
     def __init__(self, config: VlpBlipTextConfig):
         super().__init__()
@@ -265,20 +294,23 @@ class LMHead(nn.Module):
         initialize_as_bert(self, self.config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., V)"""
+        """Compute logits: (..., D) -> (..., V)."""
         return self.decoder(self.layer_norm(self.activation_fn(self.dense(x))))
 
 
 def next_token_loss(text_model: MedModel, lm_head: LMHead, input_ids, attention_mask, memory, labels=None) -> Tensor:
-    """The decoder's loss on texts (T, N), computed at the positions that have a label alone.
+    """Compute the decoder's loss on texts, only at the positions that have a label.
 
     Args:
-        attention_mask: (T, N), needed for padding on the left alone.
-        labels: (T, N) as `input_ids`, -100 where there is nothing to learn; where not given, all but the padding.
+        text_model, lm_head: the decoder.
+        input_ids: (T, N). If `attention_mask` is None, texts begin with [CLS], which is replaced by [DEC].
+        attention_mask: (T, N), 0 for padding; only needed for padding on the left.
+        memory: keys and values of the images.
+        labels: (T, N) like `input_ids`, -100 for tokens without a loss; if None, all tokens but padding have one.
     """
     config = text_model.config
     pack = attention_mask is None
-    if pack:  # the last token has nothing to predict: it is left out, with the padding
+    if pack:  # the last position predicts nothing: drop it, and the padding
         input_ids, attention_mask = begin_with(input_ids, config.bos_token_id), input_ids != config.pad_token_id
         attention_mask = attention_mask[:, 1:]
     else:
@@ -296,7 +328,19 @@ def next_token_loss(text_model: MedModel, lm_head: LMHead, input_ids, attention_
 def decode(
     writer, input_ids, attention_mask, memory: Memory, logits_to_keep: int = 0, **kwargs
 ) -> CausalLMOutputWithCrossAttentions:
-    """Logits of the token after each of the texts (T, N), by a `writer` with a text_model and an lm_head."""
+    """Compute next-token logits of texts.
+
+    Args:
+        writer: a model with a `text_model` and an `lm_head`.
+        input_ids: (T, N).
+        attention_mask: (T, N), 0 for padding.
+        memory: keys and values of the images.
+        logits_to_keep: compute the logits of only the last tokens, this many; 0 for all.
+        kwargs: options of `MedModel.forward`.
+
+    Returns:
+        `logits` (T, N, V) for the token that follows each input token.
+    """
     output = writer.text_model(input_ids, attention_mask, memory, decode=True, **kwargs)
     return CausalLMOutputWithCrossAttentions(
         logits=writer.lm_head(output.last_hidden_state[:, -logits_to_keep:]),
@@ -308,7 +352,7 @@ def decode(
 
 
 def initialize_as_bert(parent: nn.Module, config: VlpBlipTextConfig) -> None:
-    """Weights from a normal distribution, biases and the padding's embedding zero."""
+    """Initialise weights from a normal distribution; biases and the padding embedding are zero."""
     for module in parent.modules():
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=config.initializer_range)
@@ -320,5 +364,5 @@ def initialize_as_bert(parent: nn.Module, config: VlpBlipTextConfig) -> None:
 
 
 def begin_with(input_ids: Tensor, token_id: int) -> Tensor:
-    """Texts (T, N) whose first token, [CLS], is replaced by the one that a mode begins with."""
+    """Replace the first token of texts (T, N), [CLS], by the first token of another mode."""
     return torch.cat([torch.full_like(input_ids[:, :1], token_id), input_ids[:, 1:]], dim=1)

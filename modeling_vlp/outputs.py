@@ -1,4 +1,4 @@
-"""What the models return."""
+"""The outputs of the models."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,15 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class VlpClipOutput(ModelOutput):
-    """Fields and order of transformers' CLIPOutput.
+    """Output of `VlpClipModel`, with the fields of transformers' CLIPOutput in the same order.
 
     Attributes:
-        loss: scalar, where asked for.
-        logits_per_image: (images, captions), the scaled cosine similarities.
-        logits_per_text: (captions, images), their transpose.
-        text_embeds, image_embeds: (captions, E) and (images, E), of unit length.
-        text_model_output, vision_model_output: what the towers gave, `pooler_output` projected.
+        loss: scalar; None if not requested.
+        logits_per_image: (images, captions), the scaled cosine similarities, plus the bias if there is one.
+        logits_per_text: (captions, images), the transpose.
+        text_embeds: (captions, E), of unit length.
+        image_embeds: (images, E), of unit length.
+        text_model_output, vision_model_output: outputs of the towers, with `pooler_output` projected.
     """
 
     loss: Tensor | None = None
@@ -34,30 +35,31 @@ class VlpClipOutput(ModelOutput):
 
 @dataclass
 class ResNetOutput(BaseModelOutputWithPooling):
-    """A ModifiedResNet's.
+    """Output of `ModifiedResNet`.
 
     Attributes:
-        last_hidden_state: (B, D, G, G), the cells. pooler_output: (B, E), projected.
-        attended: (B, D), what attention pooling gave before its projection.
+        last_hidden_state: (B, D, G, G), the cells.
+        pooler_output: (B, E), projected.
+        attended: (B, D), the output of attention pooling before the projection.
     """
 
     attended: Tensor | None = None
 
     def as_sequence(self) -> Tensor:
-        """(B, 1 + G * G, D), as a vision transformer's: a summary, then the cells."""
+        """Return a sequence (B, 1 + G * G, D) like that of a vision transformer: the pooled vector, then the cells."""
         return torch.cat([self.attended[:, None], self.last_hidden_state.flatten(2).transpose(1, 2)], dim=1)
 
 
 @dataclass
 class VlpBlipPreTrainingOutput(ModelOutput):
-    """The three losses of a batch, and what they were computed from.
+    """Losses of a batch, with the logits and embeddings.
 
     Attributes:
-        loss: scalar, the sum of the others.
-        loss_itc, loss_itm, loss_lm: scalars: contrastive, matching, language modelling.
-        logits_per_image: (B, B) similarities of images and texts over the temperature.
+        loss: scalar, the sum of the three losses.
+        loss_itc, loss_itm, loss_lm: scalars: contrastive, matching and language modelling loss.
+        logits_per_image: (B, B) similarities of images and texts, divided by the temperature.
         itm_logits: (3 B, 2) of the pairs, of texts with a hard negative image, and of images with a hard negative text.
-        image_embeds, text_embeds: (B, E) of unit length; BLIP-2's images have an embedding for each query, (B, Q, E).
+        image_embeds, text_embeds: (B, E), of unit length; BLIP-2 has an image embedding for each query, (B, Q, E).
     """
 
     loss: Tensor | None = None
@@ -72,12 +74,14 @@ class VlpBlipPreTrainingOutput(ModelOutput):
 
 @dataclass
 class VlpBlipRetrievalOutput(ModelOutput):
-    """How well texts fit images.
+    """Scores of texts and images.
 
     Attributes:
         itm_logits: (T, 2) of each text with its image; softmax gives the probabilities of "no match" and "match".
-        logits_per_image: (B, T) cosine similarities over the temperature; logits_per_text: their transpose.
-        image_embeds, text_embeds: (B, E), in BLIP-2 (B, Q, E), and (T, E) of unit length.
+        logits_per_image: (B, T) cosine similarities, divided by the temperature.
+        logits_per_text: (T, B), the transpose.
+        image_embeds: (B, E), of unit length; (B, Q, E) in BLIP-2.
+        text_embeds: (T, E), of unit length.
     """
 
     itm_logits: Tensor | None = None

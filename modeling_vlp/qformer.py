@@ -1,12 +1,12 @@
 """BLIP-2's querying transformer. Source: salesforce/LAVIS, models/blip2_models/Qformer.py; paper, section 3.1.
 
-Learned queries read an image by cross-attention; a text goes through the same self-attention, and its own feed-forward
-layers. Who sees whom makes three tasks of one stack (figure 2 of the paper):
+Learned queries attend to an image by cross-attention; a text has the same self-attention but its own feed-forward
+layers. The attention between queries and text differs between the three tasks (figure 2 of the paper):
 
-    queries alone, then the text alone      ITC    neither sees the other
-    queries and text together               ITM    everyone sees everyone
-    queries alone, kept in a cache; then
-    the text after them, causally           ITG    the text sees the queries, and of itself what is before
+    queries, then the text separately       ITC    neither attends to the other
+    queries and text together               ITM    all attend to all
+    queries, which are cached; then
+    the text, causally                      ITG    the text attends to the queries and to its earlier tokens
 """
 
 import torch
@@ -27,10 +27,12 @@ from .med import Memory, ResidualAttention, initialize_as_bert
 
 
 class QFormerEmbeddings(nn.Module):
-    """Queries as they are, words with their positions after them; then LayerNorm and dropout over all.
+    """Concatenates queries and word embeddings with positions, then applies LayerNorm and dropout.
+
+    Queries have no positions.
 
     Args:
-        text: whether there are words.
+        text: include word embeddings.
     """
 
     def __init__(self, config: VlpQFormerConfig, text: bool):
@@ -43,18 +45,30 @@ class QFormerEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, query_embeds: Tensor | None, input_ids: Tensor | None, start: int) -> Tensor:
-        """Queries (T, Q, D) and token ids (T, N), whose first has the position `start`, -> (T, Q + N, D)."""
+        """Embed queries and texts.
+
+        Args:
+            query_embeds: (T, Q, D) or None.
+            input_ids: (T, N) or None.
+            start: position of the first token of the text.
+
+        Returns:
+            (T, Q + N, D).
+
+        Raises:
+            ValueError: if the text is too long.
+        """
         parts = [] if query_embeds is None else [query_embeds]
         if input_ids is not None:
             stop, most = start + input_ids.shape[1], self.position_embeddings.num_embeddings
             if stop > most:
-                raise ValueError(f"The texts are {stop} tokens long, the model reads at most {most}: truncate them.")
+                raise ValueError(f"The texts have {stop} tokens, but the model supports at most {most}: truncate them.")
             parts.append(self.word_embeddings(input_ids) + self.position_embeddings.weight[start:stop])
         return self.dropout(self.layer_norm(torch.cat(parts, dim=1)))
 
 
 class ResidualMLP(nn.Module):
-    """A feed-forward layer with BERT's surroundings: dropout, the residual, and the LayerNorm after them."""
+    """A feed-forward layer followed by dropout, the residual connection and LayerNorm, as in BERT."""
 
     def __init__(self, config: VlpQFormerConfig):
         super().__init__()
@@ -67,7 +81,7 @@ class ResidualMLP(nn.Module):
 
 
 class QFormerLayer(GradientCheckpointingLayer):
-    """Self-attention of all; cross-attention of the queries, in some layers; feed-forward layers of each kind."""
+    """Self-attention of queries and text, cross-attention of the queries in some layers, and feed-forward layers."""
 
     def __init__(self, config: VlpQFormerConfig, layer_index: int, text: bool):
         super().__init__()
@@ -79,38 +93,45 @@ class QFormerLayer(GradientCheckpointingLayer):
         self.text_mlp = ResidualMLP(config) if text else None
 
     def copy_text_mlp(self) -> None:
-        """The queries' feed-forward layers start as the text's (LAVIS, blip2_qformer.py)."""
+        """Initialise the queries' feed-forward layers from the text's (LAVIS, blip2_qformer.py)."""
         if self.text_mlp is not None:
             for own, other in zip(self.query_mlp.parameters(), self.text_mlp.parameters(), strict=True):
                 init.copy_(own, other)
 
-    def read(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of images, for this layer's cross-attention."""
-        return self.cross_attention.read(states)
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute keys and values of images for this layer's cross-attention."""
+        return self.cross_attention.keys_values(states)
 
     def forward(self, x: Tensor, queries: int, mask, image_key_values=None, before=None, rows: int | None = None):
-        """(T, Q + N, D) -> the same; the weights of both attentions; self-attention's keys and values.
+        """Run the layer.
 
         Args:
-            queries: Q, the rows that stand first and read the image.
-            before: self-attention's keys and values of what stands before `x`.
-            rows: where given, so many of the first rows alone come out.
+            x: (T, Q + N, D), queries first.
+            queries: Q, the number of queries, which attend to the image.
+            mask: mask of self-attention.
+            image_key_values: keys and values of the images; None for no cross-attention.
+            before: self-attention's keys and values of earlier positions; None if there are none.
+            rows: compute only this many first rows; None for all.
+
+        Returns:
+            The output, (T, Q + N, D) or (T, rows, D); the weights of self-attention and of cross-attention;
+            self-attention's keys and values of `x`.
         """
-        own, cross_weights = self.self_attention.read(x), None
+        own, cross_weights = self.self_attention.keys_values(x), None
         key_values = own if before is None else tuple(torch.cat(pair, dim=2) for pair in zip(before, own, strict=True))
         x, weights = self.self_attention(x if rows is None else x[:, :rows], mask, key_values=key_values)
-        reading, text = x[:, :queries], x[:, queries:]
+        query, text = x[:, :queries], x[:, queries:]
         if queries and image_key_values is not None:
-            reading, cross_weights = self.cross_attention(reading, key_values=image_key_values)
-        parts = ([self.query_mlp(reading)] if queries else []) + ([self.text_mlp(text)] if text.shape[1] else [])
+            query, cross_weights = self.cross_attention(query, key_values=image_key_values)
+        parts = ([self.query_mlp(query)] if queries else []) + ([self.text_mlp(text)] if text.shape[1] else [])
         return torch.cat(parts, dim=1), weights, cross_weights, own
 
 
 class QFormerModel(VlpPreTrainedModel):
-    """The stack.
+    """The stack of Q-Former layers.
 
     Args:
-        text: whether it reads texts, too; in stage 2 queries are all that it takes.
+        text: whether the model also takes texts; in stage 2, it takes only queries.
     """
 
     config_class = VlpQFormerConfig
@@ -135,10 +156,10 @@ class QFormerModel(VlpPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.word_embeddings = value
 
-    def read(self, states: Tensor) -> Memory:
-        """Keys and values of images (B, M, encoder_hidden_size), for every layer that attends to them."""
-        crossing = [layer for layer in self.layers if layer.cross_attention is not None]
-        return Memory([layer.read(states) for layer in crossing], states)
+    def memory_of(self, states: Tensor) -> Memory:
+        """Compute keys and values of images (B, M, encoder_hidden_size) for every layer with cross-attention."""
+        layers = [layer for layer in self.layers if layer.cross_attention is not None]
+        return Memory([layer.keys_values(states) for layer in layers], states)
 
     def forward(
         self,
@@ -153,16 +174,23 @@ class QFormerModel(VlpPreTrainedModel):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Queries (T, Q, D), a text (T, N) or both -> `last_hidden_state` (T, Q + N, D), the queries first.
+        """Run the model on queries, on a text, or on both.
 
         Args:
-            attention_mask: (T, N) of the text, 0 where there is padding; there is none where it is not given.
-            memory: what the queries read, of B images; rows b * T / B to (b + 1) * T / B read image b.
-            past_key_values: what was before: self-attention's keys and values are taken from it, and put into it.
-            decode: the text attends to itself causally, and to all that the cache holds.
-            start: position of the text's first token; queries have none, and are not counted.
-            pooled_only: the last layer computes alone what is pooled, the queries, or where there are none the first
-                token: `last_hidden_state` is (T, Q, D) or (T, 1, D).
+            query_embeds: (T, Q, D) or None.
+            input_ids: (T, N) or None.
+            attention_mask: (T, N), 0 for padding of the text; if None, there is no mask.
+            memory: keys and values of B images, to which the queries attend; rows b * T / B to (b + 1) * T / B - 1
+                attend to image b. If None, there is no cross-attention.
+            past_key_values: self-attention's keys and values of earlier positions; the new ones are appended to it.
+            decode: the text attends to itself causally, and to everything in the cache.
+            start: position of the text's first token; queries have no positions and are not counted.
+            pooled_only: compute only the pooled rows in the last layer: the queries, or the first token if there are no
+                queries. `last_hidden_state` is then (T, Q, D) or (T, 1, D).
+            output_hidden_states, output_attentions: also return these.
+
+        Returns:
+            `last_hidden_state` (T, Q + N, D), queries first.
         """
         queries = 0 if query_embeds is None else query_embeds.shape[1]
         length = 0 if input_ids is None else input_ids.shape[1]
@@ -200,7 +228,7 @@ class QFormerModel(VlpPreTrainedModel):
         )
 
     def mask(self, x: Tensor, states: Tensor, attention_mask, decode: bool, cache) -> Tensor | None:
-        """The mask of self-attention from `x` to `states`, or to the cache and `x`."""
+        """Return the mask of self-attention from `x` to `states`, or to the cache and `x` if `decode`."""
         if decode:
             return create_causal_mask(self.config, x, attention_mask, cache)
         if attention_mask is None:

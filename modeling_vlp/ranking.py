@@ -1,11 +1,11 @@
-"""Ranking images and texts with BLIP or BLIP-2: by similarity, then the best candidates of each query by matching.
+"""Ranking images and texts with BLIP or BLIP-2: by similarity, then by matching the best candidates of each query.
 
 Source: salesforce/BLIP, train_retrieval.py, evaluation: the score of a candidate is its cosine plus ITM's "yes" logit.
 
 With a temperature, scores are log posteriors. ITM learns to distinguish pairs from negatives drawn from ITC's softmax,
 so its odds are the ratio of the true distribution to ITC's (noise-contrastive estimation; Deng et al., 2020,
-arXiv:2004.11714). ITC's probability times those odds, as logarithms cosine / temperature + log-odds, is then the best
-score to rank by.
+arXiv:2004.11714). The best score to rank by is then ITC's probability times those odds; its logarithm is cosine /
+temperature + log-odds.
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,11 @@ NOT_MATCHED = -100.0  # added to the cosines of other targets, so that they rank
 
 @dataclass
 class Ranking:
-    """Scores to rank by, the higher the better.
+    """Scores to rank by; higher is better.
 
     Attributes:
-        image_to_text: (B, T), to rank texts for each image. text_to_image: (T, B), to rank images for each text.
+        image_to_text: (B, T), to rank texts for each image.
+        text_to_image: (T, B), to rank images for each text.
     """
 
     image_to_text: Tensor
@@ -35,22 +36,31 @@ class Ranking:
 
 
 def candidates_of(similarity: Tensor, top_k: int) -> Tensor:
-    """(Q, N) bool, the `top_k` most similar targets of each query, by similarities (Q, N)."""
+    """Select the `top_k` most similar targets of each query.
+
+    Args:
+        similarity: (Q, N).
+        top_k: number of candidates per query.
+
+    Returns:
+        (Q, N) bool, True for candidates.
+    """
     best = similarity.topk(min(top_k, similarity.shape[1]), dim=1).indices
     return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, best, True)
 
 
 def rerank(similarity: Tensor, candidates: Tensor, logits: Tensor, temperature: float | None = None) -> Tensor:
-    """Scores after matching the candidates of each query; the other targets rank below them, by their cosines.
+    """Compute scores from similarities and ITM logits; targets that are not candidates rank below all candidates.
 
     Args:
-        similarity: cosines (Q, N). candidates: (Q, N) bool, the targets that were matched.
-        logits: (Q, N, 2), ITM's "no" and "yes"; read where `candidates` is True.
-        temperature: ITC's, for log posteriors; if None, the original's scores.
+        similarity: (Q, N) cosines.
+        candidates: (Q, N) bool, True for the targets that were matched.
+        logits: (Q, N, 2), ITM's "no" and "yes"; ignored where `candidates` is False.
+        temperature: ITC's temperature, for log posteriors; if None, the original's scores.
 
     Returns:
-        (Q, N): for candidates, cosine + "yes", or cosine / temperature + "yes" - "no"; for others, cosine - 100, over
-        the temperature.
+        (Q, N): for candidates, cosine + "yes", or cosine / temperature + "yes" - "no" with a temperature; for others,
+        cosine - 100, divided by the temperature if there is one.
     """
     no, yes = logits.unbind(dim=-1)
     matched = similarity + yes if temperature is None else similarity / temperature + yes - no
@@ -66,12 +76,15 @@ def rank(
     posterior: bool = False,
     batch_size: int = 256,
 ) -> Ranking:
-    """Rank images and texts for each other; the `top_k` candidates of each query are matched.
+    """Rank images and texts for each other; the `top_k` candidates of each query are scored by matching.
 
     Args:
-        pixel_values: (B, C, S, S). input_ids: (T, N) texts that begin with [CLS].
+        model: a matcher of BLIP or BLIP-2.
+        pixel_values: (B, C, S, S).
+        input_ids: (T, N) texts that begin with [CLS].
+        top_k: number of candidates per query.
         posterior: rank by log posteriors (see the module's docstring) instead of the original's scores.
-        batch_size: pairs to match at a time.
+        batch_size: number of pairs to match at a time.
 
     Returns:
         Scores in both directions, on the CPU.
@@ -87,10 +100,10 @@ def rank(
     texts, images = candidates_of(similarity, top_k), candidates_of(similarity.T, top_k)
     logits = torch.zeros(*similarity.shape, 2)
     for pairs in (texts | images.T).nonzero().split(batch_size):  # (P, 2)
-        place, number = pairs.to(input_ids.device).unbind(dim=1)
-        found, index = place.unique(return_inverse=True)
-        memory = model.read(vision.last_hidden_state[found]).select(index)
-        logits[tuple(pairs.T)] = model.match(input_ids[number], None, memory).float().cpu()
+        image_index, text_index = pairs.to(input_ids.device).unbind(dim=1)
+        unique_images, inverse = image_index.unique(return_inverse=True)
+        memory = model.memory_of(vision.last_hidden_state[unique_images]).select(inverse)
+        logits[tuple(pairs.T)] = model.match(input_ids[text_index], None, memory).float().cpu()
     temperature = model.temp.item() if posterior else None
     return Ranking(
         image_to_text=rerank(similarity, texts, logits, temperature),

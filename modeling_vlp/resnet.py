@@ -14,7 +14,7 @@ from .outputs import ResNetOutput
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that leaves its running statistics alone while gradient checkpointing computes a block again."""
+    """Batch norm that does not update its running statistics when gradient checkpointing recomputes a block."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
@@ -26,7 +26,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class Bottleneck(GradientCheckpointingLayer):
-    """A residual block whose stride is an average pool before the last convolution, and in the shortcut."""
+    """A residual block that strides by average pooling, before the last convolution and in the shortcut."""
 
     expansion = 4
 
@@ -50,7 +50,7 @@ class Bottleneck(GradientCheckpointingLayer):
             self.downsample.add_module("1", BatchNorm2d(width))
 
     def initialize(self) -> None:
-        init.zeros_(self.bn3.weight)  # each block starts as its shortcut
+        init.zeros_(self.bn3.weight)  # at first, each block is only its shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x)).relu_()
@@ -60,7 +60,7 @@ class Bottleneck(GradientCheckpointingLayer):
 
 
 class AttentionPool2d(nn.Module):
-    """Attention from the mean of all cells to the cells; one query, since only its answer is used."""
+    """Attention pooling: one query, the mean of all cells, attends to itself and the cells."""
 
     def __init__(self, config: VlpModifiedResNetConfig):
         super().__init__()
@@ -94,7 +94,7 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(VlpPreTrainedModel):
-    """Residual network with attention pooling; its output is already in the shared embedding space."""
+    """Residual network with attention pooling; its output is already projected to the shared embedding space."""
 
     config_class = VlpModifiedResNetConfig
     main_input_name = "pixel_values"
@@ -121,7 +121,7 @@ class ModifiedResNet(VlpPreTrainedModel):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.attnpool = AttentionPool2d(config)
         self.post_init()
-        self.to(memory_format=torch.channels_last)  # the layout in which convolutions are fast
+        self.to(memory_format=torch.channels_last)  # faster convolutions
 
     def stem(self, x: Tensor) -> Tensor:
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
@@ -136,7 +136,21 @@ class ModifiedResNet(VlpPreTrainedModel):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ResNetOutput:
-        """Images (B, C, S, S) -> `last_hidden_state` (B, D, G, G), `pooler_output` (B, E); no attention maps."""
+        """Encode images.
+
+        Args:
+            pixel_values: (B, C, S, S).
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            pooled_only: return no `last_hidden_state`.
+            output_hidden_states: also return the outputs of the stem and of every stage.
+            output_attentions: ignored; there are no attention maps.
+
+        Returns:
+            `last_hidden_state` (B, D, G, G), `pooler_output` (B, E) and `attended` (B, D).
+
+        Raises:
+            ValueError: if the images do not have the required size.
+        """
         require_image_size(pixel_values, self.config.image_size, self.config.stride, interpolate_pos_encoding)
         x = pixel_values.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
         hidden_states = (x := self.stem(x),)
@@ -152,7 +166,7 @@ class ModifiedResNet(VlpPreTrainedModel):
         )
 
     def resize_images(self, image_size: int) -> None:
-        """Let the model take images of another size: its positions are resampled."""
+        """Adapt the model to images of another size, in pixels, by resampling its position embeddings."""
         pool = self.attnpool
         pool.positional_embedding = resample_table(pool.positional_embedding, image_size // self.config.stride)
         self.config.image_size = image_size

@@ -21,7 +21,7 @@ from .vit import PatchEmbeddings
 
 
 class AttentionPooling(nn.Module):
-    """A learned query that pools the patches (multi-head attention pooling), and an MLP after it."""
+    """A learned query that pools the patches (multi-head attention pooling), followed by an MLP."""
 
     def __init__(self, config: VlpSiglipViTConfig):
         super().__init__()
@@ -34,13 +34,13 @@ class AttentionPooling(nn.Module):
         init.normal_(self.probe, std=self.probe.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, D)"""
+        """Pool the patches: (B, N, D) -> (B, D)."""
         pooled = self.attention.forward_one(self.probe.expand(x.shape[0], -1, -1), x)
         return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
 
 
 def initialize_blocks(encoder: nn.Module) -> None:
-    """Xavier's start for every projection, as big_vision's."""
+    """Initialise every projection with Xavier uniform, as big_vision does."""
     for module in encoder.modules():
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
@@ -69,7 +69,20 @@ class SiglipViT(VlpPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, pooled_only: bool = False, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """Images (B, C, S, S) -> `last_hidden_state` (B, N, D) and `pooler_output` (B, D); all patches are needed."""
+        """Encode images.
+
+        Args:
+            pixel_values: (B, C, S, S).
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            pooled_only: ignored, because pooling needs all patches.
+            kwargs: `output_hidden_states` and `output_attentions`.
+
+        Returns:
+            `last_hidden_state` (B, N, D) and `pooler_output` (B, D).
+
+        Raises:
+            ValueError: if the images do not have the required size.
+        """
         encoded = self.encoder(self.embeddings(pixel_values, interpolate_pos_encoding), **kwargs)
         last = self.post_layernorm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
@@ -80,14 +93,14 @@ class SiglipViT(VlpPreTrainedModel):
         )
 
     def resize_images(self, image_size: int) -> None:
-        """Let the model take images of another size: its positions are resampled."""
+        """Adapt the model to images of another size, in pixels, by resampling its position embeddings."""
         self.embeddings.resize_images(image_size)
 
 
 class SiglipTextTransformer(TextTransformer):
-    """Bidirectional transformer, pooled at the last place of texts padded to their full length.
+    """Bidirectional transformer, pooled at the last position of texts padded to their full length.
 
-    Padding is attended to, as in the original: whatever length texts come in, they are padded on to the full one.
+    Tokens attend to padding, as in the original, so shorter inputs are padded to the full length.
     """
 
     config_class = VlpSiglipTextConfig
@@ -104,10 +117,20 @@ class SiglipTextTransformer(TextTransformer):
         pack: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Token ids (B, up to the full length) -> `last_hidden_state` (B, full length, D), `pooler_output` (B, D).
+        """Encode texts.
 
         Args:
-            pack: accepted and not needed: padding is attended to.
+            input_ids: (B, N), N at most the full length.
+            position_ids: (B, full length); if None, 0 to the full length - 1.
+            pooled_only: compute only the last position in the last layer; `last_hidden_state` is then None.
+            pack: ignored, because texts attend to padding.
+            kwargs: `output_hidden_states` and `output_attentions`.
+
+        Returns:
+            `last_hidden_state` (B, full length, D) and `pooler_output` (B, D).
+
+        Raises:
+            ValueError: if the texts are too long.
         """
         most = self.config.max_position_embeddings
         missing = max(0, most - input_ids.shape[1])

@@ -15,6 +15,8 @@ from .layers import Encoder, take_rows
 
 
 class TextEmbeddings(nn.Module):
+    """Word and position embeddings."""
+
     def __init__(self, config: VlpClipTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -27,7 +29,9 @@ class TextEmbeddings(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         length, most = input_ids.shape[1], self.position_embedding.num_embeddings
         if length > most:
-            raise ValueError(f"The captions are {length} tokens long, the model reads at most {most}: truncate them.")
+            raise ValueError(
+                f"The captions have {length} tokens, but the model supports at most {most}: truncate them."
+            )
         position = self.position_embedding.weight[:length]
         if position_ids is not None:
             position = self.position_embedding(position_ids)
@@ -37,8 +41,8 @@ class TextEmbeddings(nn.Module):
 class TextTransformer(VlpPreTrainedModel):
     """Causal transformer, pooled at the first end token.
 
-    Padding goes on the right, where no causal attention from the end token can see it: it needs no mask, the length may
-    vary from call to call, and where the pooled token alone is asked for, what follows it is not computed.
+    Padding is on the right, where the end token does not attend to it. No mask is needed, the length may vary between
+    calls, and with `pooled_only` the tokens after the end token can be skipped.
     """
 
     config_class = VlpClipTextConfig
@@ -68,10 +72,21 @@ class TextTransformer(VlpPreTrainedModel):
         pack: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Token ids (B, N) -> `last_hidden_state` (B, N, D) and `pooler_output` (B, D), both after the last norm.
+        """Encode texts.
 
         Args:
-            pack: where pooled only, do not compute what follows the pooled token; a GPU's host then waits once.
+            input_ids: (B, N), each with an end token.
+            position_ids: (B, N); if None, 0 to N - 1.
+            pooled_only: compute only the end token in the last layer; `last_hidden_state` is then None.
+            pack: with `pooled_only`, skip the tokens after the end token; on a GPU, this causes one host-device
+                synchronisation.
+            kwargs: `output_hidden_states` and `output_attentions`.
+
+        Returns:
+            `last_hidden_state` (B, N, D) and `pooler_output` (B, D), both after the final LayerNorm.
+
+        Raises:
+            ValueError: if the texts are too long.
         """
         x = self.embeddings(input_ids, position_ids)
         end = (input_ids == self.config.eos_token_id).int().argmax(dim=-1)  # the first: it may also be the pad token

@@ -1,4 +1,4 @@
-"""The vision transformers of CLIP and of BLIP.
+"""The vision transformers of CLIP and BLIP.
 
 Sources: openai/CLIP, clip/model.py, VisionTransformer; salesforce/BLIP, models/vit.py, VisionTransformer.
 """
@@ -16,7 +16,7 @@ from .layers import Encoder, interpolate_grid, require_image_size, resample_tabl
 
 
 class PatchEmbeddings(nn.Module):
-    """Patches, a class token before them (where there is one), and positions."""
+    """Patch embeddings, preceded by a class token if there is one, plus position embeddings."""
 
     def __init__(self, config: VlpViTConfig, bias: bool = False, class_token: bool = True):
         super().__init__()
@@ -51,7 +51,7 @@ class PatchEmbeddings(nn.Module):
         self.config.image_size = image_size
 
     def drop_patches(self, patches: Tensor) -> Tensor:
-        """Keep a random share of each training image's patches (FLIP, arXiv:2212.00794)."""
+        """Keep a random share of each image's patches in training (FLIP, arXiv:2212.00794)."""
         if not self.training or not self.config.patch_dropout:
             return patches
         keep = max(1, round(patches.shape[1] * (1 - self.config.patch_dropout)))
@@ -74,7 +74,7 @@ class ViT(VlpPreTrainedModel):
     def __init__(self, config: VlpViTConfig):
         super().__init__(config)
         self.embeddings = PatchEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # the name of transformers
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic, as in transformers
         self.encoder = Encoder(config, is_causal=False)
         self.post_layernorm = final_norm(config)
         self.post_init()
@@ -82,7 +82,20 @@ class ViT(VlpPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, pooled_only: bool = False, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """Images (B, C, S, S) -> `last_hidden_state` (B, N, D) before the last norm, `pooler_output` (B, D)."""
+        """Encode images.
+
+        Args:
+            pixel_values: (B, C, S, S).
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            pooled_only: compute only the class token in the last layer; `last_hidden_state` is then None.
+            kwargs: `output_hidden_states` and `output_attentions`.
+
+        Returns:
+            `last_hidden_state` (B, N, D), before the final LayerNorm, and `pooler_output` (B, D), after it.
+
+        Raises:
+            ValueError: if the images do not have the required size.
+        """
         x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
         class_row = x.new_zeros(x.shape[0], dtype=torch.long) if pooled_only else None
         encoded = self.encoder(x, pool_at=class_row, **kwargs)
@@ -94,12 +107,12 @@ class ViT(VlpPreTrainedModel):
         )
 
     def resize_images(self, image_size: int) -> None:
-        """Let the model take images of another size: its positions are resampled."""
+        """Adapt the model to images of another size, in pixels, by resampling its position embeddings."""
         self.embeddings.resize_images(image_size)
 
 
 class BlipViT(VlpPreTrainedModel):
-    """BLIP's vision transformer: its last LayerNorm is on every token, for texts attend to all of them."""
+    """BLIP's vision transformer; the final LayerNorm is applied to every token, because texts attend to all of them."""
 
     config_class = VlpBlipViTConfig
     main_input_name = "pixel_values"
@@ -114,7 +127,7 @@ class BlipViT(VlpPreTrainedModel):
         self.post_init()
 
     def initialize(self) -> None:
-        """As timm's: the patch embedding starts as PyTorch's convolution does, all else from a truncated normal."""
+        """Initialise as timm does: the patch embedding as a PyTorch convolution, the rest from a truncated normal."""
         std = self.config.initializer_range
         for table in (self.embeddings.class_embedding, self.embeddings.position_embedding.weight):
             init.trunc_normal_(table, std=std)
@@ -126,7 +139,20 @@ class BlipViT(VlpPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, pooled_only: bool = False, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """Images (B, C, S, S) -> `last_hidden_state` (B, N, D) and `pooler_output` (B, D), its class token."""
+        """Encode images.
+
+        Args:
+            pixel_values: (B, C, S, S).
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            pooled_only: compute only the class token in the last layer; `last_hidden_state` is then None.
+            kwargs: `output_hidden_states` and `output_attentions`.
+
+        Returns:
+            `last_hidden_state` (B, N, D) and `pooler_output` (B, D), the class token.
+
+        Raises:
+            ValueError: if the images do not have the required size.
+        """
         x = self.embeddings(pixel_values, interpolate_pos_encoding)
         class_row = x.new_zeros(x.shape[0], dtype=torch.long) if pooled_only else None
         encoded = self.encoder(x, pool_at=class_row, **kwargs)
@@ -139,5 +165,5 @@ class BlipViT(VlpPreTrainedModel):
         )
 
     def resize_images(self, image_size: int) -> None:
-        """Let the model take images of another size: its positions are resampled."""
+        """Adapt the model to images of another size, in pixels, by resampling its position embeddings."""
         self.embeddings.resize_images(image_size)

@@ -1,1 +1,1 @@
-"""What goes in: images, captions and prompts, made ready for a model."""
+"""Preprocessing: prepare images, captions and prompts for a model."""

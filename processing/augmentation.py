@@ -1,4 +1,4 @@
-"""Train-time augmentation: a crop of each image where it is decoded, and more on the batch, on the device."""
+"""Training augmentation: each image is cropped when it is decoded; the batch is augmented further on the device."""
 
 import math
 import random
@@ -16,13 +16,15 @@ from .pictures import to_rgb
 
 
 class PerImage:
-    """A PIL image of any size and mode -> an RGB square of S pixels.
+    """Crop and resize one image. Maps a PIL image of any size and mode to an RGB square of S pixels.
 
     Args:
-        crop: "random" (a part of the image; bicubic), or what is done in evaluation: "middle" (CLIP's crop) or
-            "squeeze" (BLIP's whole image).
-        scale: least share of the area that a random crop keeps: 0.9 for CLIP and open_clip, 0.2 for BLIP.
-        flip: mirror half of the random crops. random_augment: apply BLIP's RandomAugment to them.
+        side: S, in pixels.
+        crop: "random" (a random crop, resized bicubically), or as in evaluation: "middle" (CLIP's centre crop) or
+            "squeeze" (BLIP's resize of the whole image to a square).
+        scale: smallest fraction of the area that a random crop keeps: 0.9 for CLIP and open_clip, 0.2 for BLIP.
+        flip: whether to mirror half of the random crops.
+        random_augment: whether to apply BLIP's RandomAugment to the random crops.
     """
 
     def __init__(self, side: int, crop: str, scale: float = 0.9, flip: bool = False, random_augment: bool = False):
@@ -45,10 +47,18 @@ class PerImage:
 
 
 def random_augment(image: Image.Image, rng: random.Random, count: int = 2) -> Image.Image:
-    """BLIP's RandomAugment(2, 5): two of ten operations, each left out half of the time.
+    """BLIP's RandomAugment(2, 5): two of ten operations, each applied with probability 0.5.
 
-    Source: salesforce/BLIP, transform/randaugment.py (with OpenCV). At magnitude 5 its brightness and sharpness have
-    the factor 1: like its identity they change nothing.
+    Source: salesforce/BLIP, transform/randaugment.py (with OpenCV). At magnitude 5, its brightness and sharpness have
+    the factor 1 and change nothing, like its identity.
+
+    Args:
+        image: an RGB image.
+        rng: source of random numbers.
+        count: number of operations to draw.
+
+    Returns:
+        An image of the same size.
     """
     for operation in rng.choices(OPERATIONS, k=count):
         if rng.random() < 0.5 and operation is not None:
@@ -57,6 +67,7 @@ def random_augment(image: Image.Image, rng: random.Random, count: int = 2) -> Im
 
 
 def affine(image: Image.Image, angle=0.0, shift=(0, 0), shear=(0.0, 0.0)) -> Image.Image:
+    """Apply an affine map; the angle and the shears are in degrees, the shift in pixels. Empty areas become grey."""
     center = [0, 0] if any(shear) else None
     return tv.affine(image, angle, list(shift), 1.0, list(shear), tv.InterpolationMode.BILINEAR, 128, center)
 
@@ -79,7 +90,18 @@ OPERATIONS = (
 def random_box(
     width: int, height: int, rng: random.Random, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)
 ) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a random crop, as torchvision's RandomResizedCrop, from a given rng."""
+    """Draw a random crop as torchvision's RandomResizedCrop does, with a given source of random numbers.
+
+    Args:
+        width: width of the image.
+        height: height of the image.
+        rng: source of random numbers.
+        scale: range of the crop's fraction of the area.
+        ratio: range of the crop's aspect ratio.
+
+    Returns:
+        Left, top, width and height of the crop, in pixels.
+    """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -91,30 +113,31 @@ def random_box(
     return (width - side_w) // 2, (height - side_h) // 2, side_w, side_h
 
 
-# Strong augmentation, for small data. Tuned on a design that was held out of the training data.
+# Strong augmentation, for small data sets. Tuned on an emoji design that was held out of the training data.
 DEGREES, SCALE, STRETCH, SHEARED = 12.0, (0.7, 1.25), 0.15, 0.15  # ranges of the affine map
-SHIFT = 0.12  # its shift, as a share of the side
-RESTYLED = 0.48  # share of the images with thicker or thinner lines, a blur, sharper edges or an outline
-BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.2, 0.24, 0.36, 0.036  # ranges, as of torchvision's ColorJitter
-GREY = 0.05  # share of the images that lose their colours
+SHIFT = 0.12  # its shift, as a fraction of the side
+RESTYLED = 0.48  # fraction of images with thicker or thinner lines, a blur, sharper edges or an outline
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.2, 0.24, 0.36, 0.036  # ranges, as in torchvision's ColorJitter
+GREY = 0.05  # fraction of images converted to grey
 
 
 def strong_augmentation(images: Tensor) -> Tensor:
     """Rotate, scale, stretch, shift, restyle and recolour each image of a batch independently.
 
-    torchvision's transforms draw once for a whole batch; these draw for each image, in vectorised steps. The colours
-    stay recognisable because the meaning may depend on them (flags, hearts).
+    torchvision's transforms draw one set of parameters per batch; this function draws one per image, and is vectorised.
+    Colours stay recognisable, because the meaning may depend on them (flags, hearts).
 
     Args:
-        images: (B, 3, S, S) floats from 0 to 1.
+        images: (B, 3, S, S) floats in [0, 1].
 
     Returns:
-        The same shape and range.
+        Images of the same shape and range.
     """
     return recolour(restyle(move(images))).clamp_(0, 1)
 
 
 def move(images: Tensor) -> Tensor:
+    """Apply a random affine map to each image (B, 3, S, S): rotation, scale, stretch, shear and shift."""
     count, device = len(images), images.device
     angle = uniform(count, -DEGREES, DEGREES, device) * math.pi / 180
     scale = uniform(count, *SCALE, device)
@@ -127,12 +150,12 @@ def move(images: Tensor) -> Tensor:
         torch.stack([sin, cos / stretch, shift_y], 1),
     ]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    # Zero padding of the negative: what comes in from outside is white, the ground of most drawings.
+    # Zero padding of the negative: the area outside the image becomes white, the background of most drawings.
     return 1 - F.grid_sample(1 - images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def restyle(images: Tensor) -> Tensor:
-    """Redraw some images in another hand: each of five kinds for its share of them. Changes `images` in place."""
+    """Apply one of five random line styles to a fraction RESTYLED of the images (B, 3, S, S), in place."""
     kind = torch.rand(len(images), device=images.device) / RESTYLED
     for low, high, redraw in ((0.0, 0.25, thicken), (0.25, 0.375, thin), (0.375, 0.625, blur),
                               (0.625, 0.8125, sharpen), (0.8125, 1.0, outline)):  # fmt: skip
@@ -143,7 +166,10 @@ def restyle(images: Tensor) -> Tensor:
 
 
 def recolour(images: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue are linear in RGB: one 3 x 3 matrix and an offset for each image."""
+    """Change brightness, contrast, saturation and hue of each image (B, 3, S, S).
+
+    All are linear in RGB, so that they combine to one 3 x 3 matrix and one offset per image.
+    """
     count, device = len(images), images.device
     brightness = uniform(count, 1 - BRIGHTNESS, 1 + BRIGHTNESS, device)
     contrast = uniform(count, 1 - CONTRAST, 1 + CONTRAST, device)
@@ -158,12 +184,12 @@ def recolour(images: Tensor) -> Tensor:
 
 
 def thicken(images: Tensor) -> Tensor:
-    """Dark lines grow by a pixel."""
+    """Grow dark lines by one pixel."""
     return -F.max_pool2d(-images, 3, 1, 1)
 
 
 def thin(images: Tensor) -> Tensor:
-    """Dark lines shrink by a pixel."""
+    """Shrink dark lines by one pixel."""
     return F.max_pool2d(images, 3, 1, 1)
 
 
@@ -177,7 +203,7 @@ def sharpen(images: Tensor) -> Tensor:
 
 
 def outline(images: Tensor) -> Tensor:
-    """Edges of brightness become dark."""
+    """Darken the edges in brightness."""
     grey = images.mean(dim=1, keepdim=True)
     strength = uniform(len(images), 0.5, 1.5, images.device).view(-1, 1, 1, 1)
     return images - strength * (thin(grey) - thicken(grey))
@@ -188,20 +214,26 @@ def uniform(count: int, low: float, high: float, device: torch.device) -> Tensor
 
 
 def hue_rotation(angle: Tensor) -> Tensor:
-    """(B,) angles -> (B, 3, 3) rotations of RGB space about the grey axis."""
+    """Rotations (B, 3, 3) of RGB space about the grey axis, for angles (B,) in radians."""
     cos, sin = torch.cos(angle), torch.sin(angle) / math.sqrt(3)
     same, less, more = cos + (1 - cos) / 3, (1 - cos) / 3 - sin, (1 - cos) / 3 + sin
     return torch.stack([same, less, more, more, same, less, less, more, same], dim=1).view(-1, 3, 3)
 
 
 class ToPixelValues:
-    """A batch of uint8 images -> what a model takes: augmented, then normalised as the image processor does."""
+    """Augment and normalise a batch of uint8 images on their device, as input for a model.
+
+    Args:
+        mean: the image processor's mean of each channel.
+        std: the image processor's standard deviation of each channel.
+        augment: maps images (B, 3, S, S) in [0, 1] to the same shape and range; None for no augmentation.
+    """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], augment=None):
         self.mean, self.std, self.augment = mean, std, augment
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, 3, S, S) float32, on the same device."""
+        """Map images (B, 3, S, S) of dtype uint8 to normalised float32, on the same device."""
         images = pixels.float().div_(255)
         if self.augment:
             images = self.augment(images)

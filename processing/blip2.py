@@ -1,4 +1,4 @@
-"""Images and texts for BLIP-2 in stage 2: texts are the language model's. Stage 1 reads as BLIP does (`blip.py`).
+"""Preprocessing for BLIP-2 in stage 2, with a language model's tokenizer. Stage 1 uses BLIP's (`blip.py`).
 
 Source: salesforce/LAVIS, models/blip2_models/blip2_opt.py.
 """
@@ -10,14 +10,22 @@ from .clip import VlpClipProcessor
 
 
 class VlpBlip2Processor(VlpClipProcessor):
-    """Images and prompts in one call, with a language model's tokenizer; prompts are padded on the left."""
+    """Prepares images and prompts in one call, with a language model's tokenizer; prompts are padded on the left."""
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
         super().__init__(image_processor, tokenizer)
         prepare_tokenizer(tokenizer)
 
-    def read_texts(self, texts: list[str], max_length: int):
-        """Texts to learn from as a batch of token ids, each with the end token, padded on the right."""
+    def tokenize(self, texts: list[str], max_length: int):
+        """Tokenize training texts. Each ends with the end token, and they are padded on the right.
+
+        Args:
+            texts: T texts.
+            max_length: maximum number of tokens per text, including the end token.
+
+        Returns:
+            Token ids and attention mask (T, N).
+        """
         tokenizer = self.tokenizer
         rows = [
             ids[: max_length - 1] + [tokenizer.eos_token_id]
@@ -26,18 +34,20 @@ class VlpBlip2Processor(VlpClipProcessor):
         return tokenizer.pad({"input_ids": rows}, padding=True, padding_side="right", return_tensors="pt")
 
     def clean(self, text: str) -> str:
+        """Collapse white space."""
         return " ".join(text.split())
 
-    write = VlpBlipProcessor.write
+    decode_texts = VlpBlipProcessor.decode_texts
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """What a language model's tokenizer must have: an end token, and padding, on the left.
+    """Set up a language model's tokenizer in place: padding on the left, with the end token if it has no padding token.
 
-    Raises ValueError where it has no end token.
+    Raises:
+        ValueError: if it has no end token.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("The language model's tokenizer has no end token, which texts are to end with.")
+        raise ValueError("The language model's tokenizer has no end token, but texts must end with one.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

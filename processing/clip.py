@@ -1,4 +1,4 @@
-"""Images and captions for CLIP."""
+"""Preprocessing of images and captions for CLIP."""
 
 import os
 
@@ -23,11 +23,13 @@ from .pictures import from_array, is_array, read_picture, to_rgb, upright_and_op
 def resize_and_crop(image: Image.Image, side: int, resample: int = PILImageResampling.BICUBIC) -> Image.Image:
     """Scale the shorter side to `side` pixels, crop the square in the middle, then convert to RGB.
 
-    Exactly OpenAI's order and rounding (clip/clip.py, `_transform`; torchvision's Resize and CenterCrop): palette
-    images are resized before they lose their mode.
+    Order and rounding are exactly OpenAI's (clip/clip.py, `_transform`; torchvision's Resize and CenterCrop): palette
+    images are resized before they are converted.
 
     Args:
-        image: as `read_picture` returns it.
+        image: an image as `read_picture` returns it.
+        side: side of the result in pixels.
+        resample: PIL's resampling filter.
 
     Returns:
         An RGB image of `side` x `side` pixels.
@@ -36,13 +38,20 @@ def resize_and_crop(image: Image.Image, side: int, resample: int = PILImageResam
 
 
 def scale_shorter_side(image: Image.Image, side: int, resample: int, longest: int | None = None) -> Image.Image:
-    """Scale the shorter side to `side` pixels, or to less if the longer one would be above `longest`."""
+    """Scale the shorter side of an image, keeping its aspect ratio.
+
+    Args:
+        image: the image.
+        side: new length of the shorter side in pixels; less if the longer side would exceed `longest`.
+        resample: PIL's resampling filter.
+        longest: maximum length of the longer side in pixels; None for no limit.
+    """
     height, width = get_size_with_aspect_ratio((image.height, image.width), side, longest)
     return image if (width, height) == image.size else image.resize((width, height), resample)
 
 
 def crop_middle(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Crop a rectangle in the middle; beyond the border it is black, as torchvision pads."""
+    """Crop a rectangle in the middle. If it exceeds the image, the outside is black, like torchvision's padding."""
     left = int(round((image.width - width) / 2.0))
     top = int(round((image.height - height) / 2.0))
     return image.crop((left, top, left + width, top + height))
@@ -52,12 +61,14 @@ class VlpClipImageProcessor(PilBackend):
     """OpenAI's evaluation preprocessing, with the names of transformers' CLIPImageProcessor.
 
     Accepts what `read_picture` reads: paths, PIL images of any mode, arrays and tensors with channels first or last.
-    Opaque pictures with eight bits per channel give OpenAI's pixel values to the bit. Unlike OpenAI's, pictures are
-    turned as their EXIF orientation says, transparent pixels are laid on white, and 16-bit values are scaled (see
-    `upright_and_opaque`). Returns `pixel_values` (B, 3, S, S).
+    Opaque pictures with eight bits per channel give exactly OpenAI's pixel values. Unlike OpenAI's code, this class
+    applies the EXIF orientation, lays transparent pixels on white and scales 16-bit values (see `upright_and_opaque`).
 
-    Raises ValueError (PictureError) for a picture that cannot be read, and ValueError for an option that it does not
-    support.
+    Returns:
+        `pixel_values` (B, 3, S, S).
+
+    Raises:
+        ValueError: if a picture cannot be read (PictureError), or an option is not supported.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -75,7 +86,7 @@ class VlpClipImageProcessor(PilBackend):
     rgb_before_resize = False
 
     def fetch_images(self, image_url_or_urls):
-        """Paths become pictures; URLs are refused."""
+        """Read pictures from paths, nested lists included; URLs are refused."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike)):
@@ -83,11 +94,17 @@ class VlpClipImageProcessor(PilBackend):
         return super().fetch_images(image_url_or_urls)
 
     def process_image(self, image, input_data_format=None, **kwargs) -> tuple[Image.Image, bool]:
-        """A picture to resize, and whether its values were floats from 0 to 1.
+        """Convert one input to a picture that is ready to be resized.
 
         Args:
             image: a PIL image, an array or a tensor.
             input_data_format: "channels_first", "channels_last", or None to infer it from the shape.
+
+        Returns:
+            The picture, and whether its values were floats in [0, 1].
+
+        Raises:
+            ValueError: if the picture cannot be read, or the format is unknown.
         """
         if not is_array(image):
             return read_picture(image), False
@@ -113,7 +130,7 @@ class VlpClipImageProcessor(PilBackend):
                 image = crop_middle(image, crop_size.width, crop_size.height)
             pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).float()
             pixels = pixels / 255 if unit_range else pixels
-            if do_rescale:  # by division: OpenAI's values to the bit
+            if do_rescale:  # division gives exactly OpenAI's values
                 pixels = pixels / 255 if rescale_factor == 1 / 255 else pixels * rescale_factor
             if do_normalize:
                 pixels = (pixels - as_channels(image_mean)) / as_channels(image_std)
@@ -124,11 +141,11 @@ class VlpClipImageProcessor(PilBackend):
 def refuse_unsupported(
     size: SizeDict | None, do_convert_rgb: bool | None = None, do_pad: bool | None = None, data_format=None, **kwargs
 ) -> None:
-    """Raise ValueError, with the value, for options of transformers' image processors that ours do not support."""
+    """Raise ValueError, naming the value, for options of transformers' image processors that ours do not support."""
     if size is not None and not (size.shortest_edge or (size.height and size.width)):
         raise ValueError(f"size must have shortest_edge, or height and width, got {dict(size)}.")
     if do_convert_rgb is False:
-        raise ValueError("do_convert_rgb=False is not supported: the models take three channels.")
+        raise ValueError("do_convert_rgb=False is not supported: the models need three channels.")
     if do_pad:
         raise ValueError("do_pad=True is not supported: images are cropped or resized to one size.")
     if data_format not in (None, ChannelDimension.FIRST):
@@ -136,15 +153,15 @@ def refuse_unsupported(
 
 
 def as_channels(values: float | tuple[float, ...]) -> torch.Tensor:
-    """One value, or one for each channel, as (3, 1, 1) or (1, 1, 1)."""
+    """One value per channel, or one for all, as a tensor (3, 1, 1) or (1, 1, 1)."""
     return torch.tensor(values).view(-1, 1, 1)
 
 
 class VlpClipProcessor(PublishesCode, ProcessorMixin):
-    """Images and captions in one call: `processor(images=..., text=..., return_tensors="pt")`.
+    """Prepares images and captions in one call: `processor(images=..., text=..., return_tensors="pt")`.
 
-    Captions are padded on the right to the longest of the batch, and cut to what the tokenizer's `model_max_length`
-    allows, the end token kept.
+    Captions are padded on the right to the longest in the batch, and truncated to the tokenizer's `model_max_length`;
+    the end token is kept.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
@@ -155,6 +172,6 @@ class VlpClipProcessor(PublishesCode, ProcessorMixin):
         kwargs.setdefault("truncation", True)
         return super().__call__(images=images, text=text, **kwargs)
 
-    def read_texts(self, texts: list[str], max_length: int):
-        """Texts as a batch of token ids, cut to `max_length` and padded to the longest."""
+    def tokenize(self, texts: list[str], max_length: int):
+        """Tokenize texts, truncated to `max_length` tokens and padded to the longest."""
         return self.tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")

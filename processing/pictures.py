@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 # Shapes: H height, W width, C channels
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for decompression bombs
-MAX_ASPECT = 1000  # scaled to its shorter side, a longer picture would be huge
+MAX_ASPECT = 1000  # a longer picture would become huge when its shorter side is scaled
 # Formats that Pillow decodes without another program. EPS is left out because it starts Ghostscript.
 FORMATS = (
     "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "ICNS", "ICO", "IM", "JPEG",
@@ -27,7 +27,7 @@ UNSAFE = ("EPS", "WMF", "EMF")  # refused even where the caller opened the file
 
 
 class PictureError(ValueError):
-    """A picture that cannot be used; the message is the cause, and such pictures are counted by cause."""
+    """A picture that cannot be used; the message is the cause, by which such pictures are counted."""
 
 
 def read_picture(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -54,7 +54,7 @@ def read_picture(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if is_array(source):
         return upright_and_opaque(from_array(source)[0])
     if not isinstance(source, (str, bytes, os.PathLike)):
-        raise PictureError(f"not an image but a {type(source).__name__}")
+        raise PictureError(f"not an image but of type {type(source).__name__}")
     if isinstance(source, str) and "://" in source:
         raise PictureError("a URL, which is not downloaded")
     try:
@@ -73,7 +73,15 @@ def read_picture(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def decode(image: Image.Image, max_pixels: int) -> Image.Image:
-    """Decode an opened picture. Raises PictureError if it is too large, unsafe or broken."""
+    """Decode an opened picture (see `read_picture`).
+
+    Args:
+        image: the picture.
+        max_pixels: larger pictures are refused as decompression bombs.
+
+    Raises:
+        PictureError: if it is too large, unsafe or broken.
+    """
     if image.format in UNSAFE:
         raise PictureError(f"an image of format {image.format}, which is not decoded")
     if image.width * image.height > max_pixels:
@@ -96,7 +104,7 @@ def upright_and_opaque(image: Image.Image) -> Image.Image:
 
     OpenAI's `_transform` does none of these: it ignores the orientation, shows whatever is stored under transparent
     pixels, and clips 16-bit grey to white. Opaque pictures with eight bits keep their mode, because OpenAI resizes
-    before it converts to RGB; their pixels are OpenAI's to the bit.
+    before it converts to RGB; their pixels are exactly OpenAI's.
 
     Args:
         image: a decoded PIL image of any mode.
@@ -145,20 +153,20 @@ def is_array(source: Any) -> bool:
 
 
 def from_array(array: Any, channels: str | None = None) -> tuple[Image.Image, bool]:
-    """Make a picture of an array or a tensor.
+    """Convert an array or a tensor to a picture.
 
-    As transformers' processors do, floats of which some lie between 0 and 1 and none outside are taken as values from 0
-    to 1. Integers of more than eight bits are scaled, not clipped.
+    Floats are taken as values in [0, 1] if none is outside this range and some are not integers, as in transformers'
+    processors. Integers of more than eight bits are scaled, not clipped.
 
     Args:
         array: (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels; booleans, integers, floats or bfloat16.
         channels: "first" or "last"; if None, last if the last axis has 1, 3 or 4 entries, else first.
 
     Returns:
-        A PIL image of mode L, RGB or RGBA, and whether the values were floats from 0 to 1.
+        A PIL image of mode L, RGB or RGBA, and whether the values were floats in [0, 1].
 
     Raises:
-        PictureError: if the number of axes or channels is another, or floats lie outside 0..255.
+        PictureError: if the number of axes or channels is unsupported, or the values are out of range.
     """
     if hasattr(array, "detach"):  # a tensor; NumPy has no bfloat16
         array = array.detach().cpu()
@@ -204,7 +212,7 @@ def formats() -> list[str]:
 def extensions() -> frozenset[str]:
     """File name extensions of those formats, in lower case, with the dot."""
     readable = set(formats())
-    known = Image.registered_extensions() | {".mpo": "JPEG"}  # its reader opens them
+    known = Image.registered_extensions() | {".mpo": "JPEG"}  # read by the JPEG plugin
     return frozenset(extension for extension, name in known.items() if name in readable)
 
 
@@ -214,7 +222,10 @@ def lab_to_rgb():
 
 
 def picture_bytes(source: Any) -> bytes:
-    """The encoded bytes of a picture that is a path, bytes, or a mapping with either.
+    """The encoded bytes of a picture.
+
+    Args:
+        source: a path, bytes, or a mapping with "bytes" or "path".
 
     Raises:
         PictureError: if there is no picture, or its file is missing.

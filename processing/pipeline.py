@@ -1,7 +1,7 @@
-"""transformers' zero-shot image classification pipeline, with pictures read as training reads them.
+"""transformers' zero-shot image classification pipeline, which reads pictures as training does.
 
-`pipeline("zero-shot-image-classification", model=...)` makes this class once vlp is imported. For models of other
-libraries it does what its base class does.
+Once vlp is imported, `pipeline("zero-shot-image-classification", model=...)` creates this class. For other models, it
+behaves like its base class.
 """
 
 from PIL import Image
@@ -13,12 +13,13 @@ BLANK = Image.new("RGB", (1, 1))
 
 
 class VlpZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
-    """The base class converts pictures to RGB before the image processor sees them, which drops transparency and clips
-    16-bit values; for models of vlp, the image processor gets what `read_picture` reads.
+    """Zero-shot image classification that passes the result of `read_picture` to the image processors of vlp.
+
+    The base class converts pictures to RGB before preprocessing, which drops transparency and clips 16-bit values.
     """
 
     def preprocess(self, image, *args, **kwargs):
-        """Args and returns as the base class; URLs and base64 strings are left to it."""
+        """As the base class, which still handles URLs and base64 strings."""
         is_link = isinstance(image, str) and image.startswith(("http://", "https://", "data:image/"))
         if is_link or not self.model.config.model_type.startswith("vlp_"):
             return super().preprocess(image, *args, **kwargs)

@@ -105,7 +105,7 @@ TEMPLATES = {
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """A file of names, one a line; lines that begin with # are not read."""
+    """Read a file with one name per line; lines that begin with # are skipped."""
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     return tuple(line for line in lines if line and not line.startswith("#"))
 
@@ -130,16 +130,23 @@ CLASS_NAMES |= {
 
 
 def prompts_for(names: list[str], templates: str | tuple[str, ...] = "name") -> list[list[str]]:
-    """One list of prompts for each name.
+    """Fill class names into prompt templates.
 
     Args:
-        templates: a key of `TEMPLATES`, or templates that each hold one "{}".
+        names: the class names.
+        templates: a key of `TEMPLATES`, or templates that each contain "{}" once.
+
+    Returns:
+        For each name, one prompt per template.
+
+    Raises:
+        ValueError: if the key is unknown, or a template does not contain "{}" once.
     """
     if isinstance(templates, str):
         if templates not in TEMPLATES:
-            raise ValueError(f"No templates are named {templates!r}; there are {sorted(TEMPLATES)}.")
+            raise ValueError(f"There are no templates {templates!r}; choose from {sorted(TEMPLATES)}.")
         templates = TEMPLATES[templates]
     for template in templates:
         if template.count("{}") != 1:
-            raise ValueError(f'A template must hold "{{}}" once, for the name: {template!r}.')
+            raise ValueError(f'A template must contain "{{}}" once, for the name: {template!r}.')
     return [[template.format(name) for template in templates] for name in names]

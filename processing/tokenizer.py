@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer: OpenAI's own vocabulary, or a small one trained on one's own captions."""
+"""CLIP's byte-pair tokenizer, with OpenAI's vocabulary or a smaller one trained on your own captions."""
 
 import gzip
 import html
@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 OPENAI_MERGES = 48_894
-# Source: openai/CLIP, clip/simple_tokenizer.py. Digits stand alone; letters and other signs run together.
+# Source: openai/CLIP, clip/simple_tokenizer.py. Each digit is a word; so is each run of letters or other symbols.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 END_OF_WORD = "</w>"
 
 
 def clean_caption(text: str) -> str:
-    """OpenAI's cleaning: mend broken Unicode, unescape HTML (twice), collapse white space, lower case."""
+    """Clean a caption as OpenAI does: repair Unicode, unescape HTML (twice), collapse white space, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text.strip()).strip().lower()
 
@@ -28,13 +28,13 @@ class VlpClipTokenizer(PreTrainedTokenizerFast):
     """Byte-level BPE with a start and an end token, padded on the right.
 
     Args:
-        clean_text: mend Unicode and HTML as OpenAI's tokenizer does (`clean_caption`); white space and case are
-            normalised either way.
+        clean_text: whether to repair Unicode and HTML as OpenAI's tokenizer does (`clean_caption`). White space and
+            letter case are always normalised.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
 
-    # No `__init__`: transformers rebuilds the backend of a class that has one from its vocabulary alone.
+    # No `__init__`: if a class has one, transformers rebuilds its backend from the vocabulary only.
     @property
     def clean_text(self) -> bool:
         return self.init_kwargs.get("clean_text", False)
@@ -46,7 +46,12 @@ class VlpClipTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_openai_merges(cls, path: str | Path, max_length: int = 77) -> "VlpClipTokenizer":
-        """OpenAI's tokenizer from its file bpe_simple_vocab_16e6.txt.gz: ids and cleaning as theirs, padding apart."""
+        """Load OpenAI's tokenizer. Ids and cleaning are the same as theirs, except for padding.
+
+        Args:
+            path: OpenAI's file bpe_simple_vocab_16e6.txt.gz.
+            max_length: the tokenizer's `model_max_length`, in tokens.
+        """
         with gzip.open(path, "rt", encoding="utf-8") as file:
             lines = file.read().split("\n")[1 : OPENAI_MERGES + 1]
         merges = [tuple(line.split()) for line in lines]
@@ -56,20 +61,26 @@ class VlpClipTokenizer(PreTrainedTokenizerFast):
     def train(
         cls, captions: Iterable[str], vocab_size: int, max_length: int = 77, clean_text: bool = False
     ) -> "VlpClipTokenizer":
-        """Learn a vocabulary from captions.
+        """Train a tokenizer on captions.
 
         Args:
-            vocab_size: entries in all, at least 515 (512 bytes, start, end, pad); fewer come out where the captions
-                have no more pairs to merge.
+            captions: the texts to train on.
+            vocab_size: size of the vocabulary, at least 515 (512 bytes, start, end, pad). It is smaller if the captions
+                have fewer pairs to merge.
+            max_length: the tokenizer's `model_max_length`, in tokens.
+            clean_text: whether to repair Unicode and HTML, in training and in use (`clean_caption`).
+
+        Raises:
+            ValueError: if `vocab_size` is below 515.
         """
         base = 2 * len(pre_tokenizers.ByteLevel.alphabet()) + 3
         if vocab_size < base:
-            raise ValueError(f"vocab_size must be at least {base} (bytes, and the special tokens), got {vocab_size}.")
+            raise ValueError(f"vocab_size must be at least {base} (bytes and special tokens), got {vocab_size}.")
         learner = _byte_pair_tokenizer([], [])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 3,
-            # Bytes that end a word would else be numbered as they are met, in another order in each process, and the
-            # order settles which of two equally frequent pairs is merged first.
+            # Without this list, bytes that end a word would get ids in the order in which the trainer meets them. That
+            # order differs between processes, and it decides which of two equally frequent pairs is merged first.
             special_tokens=[byte + END_OF_WORD for byte in _openai_alphabet()],
             end_of_word_suffix=END_OF_WORD,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -78,19 +89,19 @@ class VlpClipTokenizer(PreTrainedTokenizerFast):
         texts = (clean_caption(text) if clean_text else text for text in captions)
         learner.train_from_iterator(texts, trainer)
         merges = _merges_of(learner)[: vocab_size - base]
-        # The end token comes last, as in OpenAI's vocabulary, where it is found by its being the largest id.
+        # The end token comes last, as in OpenAI's vocabulary, where the model locates it as the largest id.
         return _wrap(cls, _byte_pair_tokenizer(merges, [PAD, START, END]), max_length, clean_text, pad_token=PAD)
 
 
 def clean_nested(text, clean: Callable[[str], str] = clean_caption):
-    """`clean` applied to a string or to (lists of) strings; None stays None."""
+    """Apply `clean` to a string or to nested lists of strings; None stays None."""
     if isinstance(text, str):
         return clean(text)
     return text if text is None else [clean_nested(part, clean) for part in text]
 
 
 def _byte_pair_tokenizer(merges: list[tuple[str, str]], special: list[str]) -> Tokenizer:
-    """Vocabulary in OpenAI's order: bytes, bytes that end a word, what the merges give, special tokens."""
+    """A tokenizer with the vocabulary in OpenAI's order: bytes, bytes that end a word, merged pairs, special tokens."""
     alphabet = _openai_alphabet()
     entries = alphabet + [byte + END_OF_WORD for byte in alphabet] + ["".join(pair) for pair in merges] + special
     vocabulary = {}
@@ -119,7 +130,7 @@ def _byte_pair_tokenizer(merges: list[tuple[str, str]], special: list[str]) -> T
 
 
 def _openai_alphabet() -> list[str]:
-    """The 256 characters that stand for bytes, in the order of openai/CLIP's `bytes_to_unicode`."""
+    """The 256 characters that represent bytes, in the order of openai/CLIP's `bytes_to_unicode`."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = range(256 - len(printable))
     return [chr(code) for code in printable] + [chr(256 + code) for code in others]

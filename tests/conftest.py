@@ -1,4 +1,4 @@
-"""Shared pieces: everything runs offline, on tiny random models."""
+"""Shared fixtures and helpers; all tests run offline on tiny random models."""
 
 import contextlib
 import io
@@ -96,7 +96,7 @@ def tiny_processor(side: int = 32) -> vlp.VlpClipProcessor:
 
 
 def tiny_pair() -> tuple[vlp.VlpClipModel, vlp.VlpClipProcessor]:
-    """A model in evaluation mode, and the processor that fits it."""
+    """A model in evaluation mode and its processor."""
     processor = tiny_processor()
     tokenizer = processor.tokenizer
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -107,7 +107,7 @@ def tiny_pair() -> tuple[vlp.VlpClipModel, vlp.VlpClipProcessor]:
 
 
 def tiny_blip(tower: str = "vit") -> vlp.VlpBlipForPreTraining:
-    """A BLIP whose weights are larger than at its start, so that what is computed depends on all of them."""
+    """A tiny BLIP with weights larger than at initialisation, so that all of them affect its outputs."""
     torch.manual_seed(0)
     vision = dict(TOWERS[tower])
     config = vlp.VlpBlipConfig(vision_config=vision, text_config=dict(BLIP_TEXT), image_text_hidden_size=24)
@@ -154,7 +154,7 @@ def tiny_blip2_config(tower: str = "blip", **fields) -> vlp.VlpBlip2Config:
 
 
 def with_larger_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights larger than at the start, so that what is computed depends on all of them."""
+    """Enlarge the trained weights of a model, so that all of them affect its outputs."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and not name.startswith(("vision_model", "language_model")):
@@ -183,7 +183,7 @@ def tiny_language_model(kind: str = "llama", vocab_size: int = 99) -> torch.nn.M
     return T5ForConditionalGeneration(config).eval()
 
 
-def tiny_blip2_writer(kind: str = "llama", tower: str = "blip") -> vlp.VlpBlip2ForConditionalGeneration:
+def tiny_blip2_generation(kind: str = "llama", tower: str = "blip") -> vlp.VlpBlip2ForConditionalGeneration:
     torch.manual_seed(0)
     model = vlp.VlpBlip2ForConditionalGeneration(tiny_blip2_config(tower), tiny_language_model(kind))
     return with_larger_weights(model).eval()
@@ -201,30 +201,30 @@ def images() -> list[Image.Image]:
 
 
 @pytest.fixture(autouse=True)
-def as_many_threads_as_alone():
-    """A run sets the CPU threads of its process; the next test has those that it would have by itself."""
+def restore_thread_count():
+    """Restore the number of CPU threads after each test, because training runs change it."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
 def what_the_card_says(folder: Path) -> str:
-    """What the lines of use in a folder's card print, run beside the folder, where there are the pictures they name."""
+    """Run the usage snippet of a folder's card next to the folder, with the pictures it names; return its output."""
     snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
     for name in ("picture", "left", "right"):
         Image.new("RGB", (20, 20), "red").save(folder.parent / f"{name}.png")
     here = os.getcwd()
     os.chdir(folder.parent)
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as told:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
             exec(compile(snippet, str(folder / "README.md"), "exec"), {})
     finally:
         os.chdir(here)
-    return told.getvalue()
+    return output.getvalue()
 
 
 def save_language_model(folder: Path, captions: list[str]) -> None:
-    """A tiny causal language model with a tokenizer of whole words, without a padding token."""
+    """Save a tiny causal language model and a word-level tokenizer without a padding token."""
     words = sorted({word for caption in captions for word in caption.split()})
     vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *words])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))

@@ -1,1 +1,1 @@
-"""How a model learns: `accelerate launch training clip`."""
+"""Training: `accelerate launch training clip`."""

@@ -4,9 +4,9 @@ import os
 import sys
 
 if os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & set(sys.argv):
-    print("Loading torch and transformers: some seconds.", flush=True)
+    print("Loading torch and transformers (a few seconds).", flush=True)
 if not __package__:
-    sys.path.pop(0)  # launched as a folder: its modules are to be found in the package `vlp`, not at the top
+    sys.path.pop(0)  # launched as a folder: import its modules from the package `vlp`, not as top-level modules
 try:
     from vlp.training.run import main
 except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Training options: their meaning, unit, default, and what is refused before anything is loaded."""
+"""Training options: their meaning, units and defaults, and the checks that run before anything is loaded."""
 
 import argparse
 import dataclasses
@@ -13,14 +13,20 @@ from ..errors import ArgumentError
 from ..processing.pictures import MAX_PIXELS
 from ..processing.prompts import TEMPLATES
 
-EMOJI = "emoji"  # the data set that the package embeds
+EMOJI = "emoji"  # the data set included in the package
 
 
 def option(default, text: str, bound: bool = False, shown: bool = False):
-    """A dataclass field that is an option of the command line.
+    """Define a dataclass field that is also a command line option.
 
     Args:
-        text: its help. bound: a resumed run must have the same value. shown: the model card shows it.
+        default: default value; lists and dicts are copied for each instance.
+        text: help text.
+        bound: whether a resumed run must use the same value.
+        shown: whether the model card shows the value.
+
+    Returns:
+        The dataclass field.
     """
     metadata = {"help": text, "bound": bound, "shown": shown}
     if isinstance(default, (dict, list)):
@@ -29,132 +35,187 @@ def option(default, text: str, bound: bool = False, shown: bool = False):
 
 
 def names_of(arguments, mark: str) -> list[str]:
-    """The options that are marked "bound" or "shown" in their definitions."""
+    """Return the names of the options marked "bound" or "shown" in their definitions."""
     return [item.name for item in dataclasses.fields(arguments) if item.metadata.get(mark)]
 
 
 @dataclass(kw_only=True)
 class TrainingArguments:
-    """Everything that a run is told, along the way of the data: data, model, optimisation, evaluation, output."""
+    """Options of a training run: data, model, optimisation, evaluation and output."""
 
     # Data
     dataset_name: str = option(
         EMOJI,
-        'training pairs: "emoji" (embedded), a hub name, a folder (datasets, imagefolder), a .csv, .tsv, .json or '
-        ".jsonl file, or .tar shards such as data/{000..099}.tar, several joined by :: ",
+        'training data: "emoji" (included in the package), a hub name, a folder (datasets or imagefolder), a .csv, '
+        ".tsv, .json or .jsonl file, or .tar shards such as data/{000..099}.tar; several shard sources, joined by ::",
         bound=True,
     )
     dataset_config_name: str | None = option(None, "configuration of a hub data set", bound=True)
     train_split: str = option("train", "split to train on", bound=True)
-    image_column: str = option("image", "column with the images, or with their paths", bound=True)
+    image_column: str = option("image", "column with the images or their paths", bound=True)
     caption_column: str = option(
         "caption",
-        "column with one caption or a list of them, one drawn at random each time; of several languages, joined by "
-        "commas, one column each, and then --tag_column and --templates in the same order",
+        "column with a caption or a list of captions, one of which is drawn at random each time; for several "
+        "languages, one column each, joined by commas, with --tag_column and --templates in the same order",
         bound=True,
     )
-    tag_column: str | None = option(None, "column with a list of keywords that may stand for the caption", bound=True)
-    tag_share: float = option(0.0, "share of captions (0 to 1) that keywords take part in", bound=True, shown=True)
+    tag_column: str | None = option(
+        None, "column with keywords (a list, or text with commas) that can replace or extend the caption", bound=True
+    )
+    tag_share: float = option(0.0, "share of captions (0 to 1) in which keywords are used", bound=True, shown=True)
     templates: str = option(
-        "name", "templates to put captions in while training; see vlp.processing.prompts", bound=True, shown=True
+        "name", f"prompt templates for training captions: one of {', '.join(TEMPLATES)}", bound=True, shown=True
     )
-    template_share: float = option(0.0, "share of captions (0 to 1) that are put in a template", bound=True, shown=True)
-    image_root: str | None = option(None, "folder that image paths start from; that of the file where not given")
-    shard_weights: str | None = option(None, "weights of the :: shard sources, joined by ::, such as 2::1", bound=True)
-    shard_size: int | None = option(None, "samples in all shards, for the length of an epoch (WebDataset)")
+    template_share: float = option(
+        0.0, "share of captions (0 to 1) that are put into a template", bound=True, shown=True
+    )
+    image_root: str | None = option(
+        None, "folder that image paths are relative to; the folder of the data file if not given"
+    )
+    shard_weights: str | None = option(
+        None, "sampling weights of the shard sources, joined by ::, such as 2::1; equal if not given", bound=True
+    )
+    shard_size: int | None = option(
+        None, "number of samples in all shards, to compute the length of an epoch; read from the index if there is one"
+    )
     hold_out: str | None = option(
-        None, "COLUMN=VALUE: rows to keep out of training and to evaluate on instead", bound=True
+        None, "COLUMN=VALUE: evaluate on the rows with this value instead of training on them", bound=True
     )
-    max_bad_share: float = option(0.1, "the run stops when more than this share of rows (0 to 1) cannot be used")
-    max_image_pixels: int = option(MAX_PIXELS, "images of more pixels are skipped as decompression bombs, in pixels")
+    max_bad_share: float = option(0.1, "stop the run if more than this share of the rows (0 to 1) is unusable")
+    max_image_pixels: int = option(MAX_PIXELS, "skip larger images, in pixels, as decompression bombs")
     augmentation: Literal["crop", "strong", "none"] = option(
-        "crop", "crop (the paper's), strong (for small data) or none", bound=True, shown=True
-    )
-    crop_scale: float = option(0.9, "least share (0 to 1) of an image's area that augmentation crop keeps", bound=True)
-    horizontal_flip: bool = option(False, "augmentation crop also mirrors half of the images", bound=True)
-    random_augment: bool = option(False, "augmentation crop also applies BLIP's RandomAugment(2, 5)", bound=True)
-    group_captions: int = option(
-        1, "images with the same caption to put into one batch together, where there are", bound=True, shown=True
-    )
-    cache_images: bool = option(False, "keep decoded images in memory; for small data with augmentation strong or none")
-    num_workers: int = option(0, "processes that load data, for each training process")
-
-    # Model
-    model: dict = option({}, "fields of the configuration, as JSON; vocab_size and image_size follow from elsewhere")
-    image_size: int = option(224, "side of the images, in pixels")
-    max_length: int = option(77, "most tokens in a caption, start and end included", bound=True)
-    tokenizer_name: str | None = option(
-        None, "hub name or folder of a tokenizer, or OpenAI's bpe_simple_vocab_16e6.txt.gz", bound=True
-    )
-    vocab_size: int = option(49408, "entries of the tokenizer trained on the captions, where no tokenizer is named")
-    model_name_or_path: str | None = option(None, "folder or hub name of a vlp model to go on from, processor included")
-    lora_rank: int = option(
-        0,
-        "train LoRA adapters of this rank beside every attention's projections; 0: all weights",
+        "crop",
+        "crop: random crops, as in the papers; strong: affine, style and colour changes, for small data sets; none: "
+        "the preprocessing of evaluation",
         bound=True,
         shown=True,
     )
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
-    torch_compile: bool = option(False, "compile the model; slower to start, faster steps")
+    crop_scale: float = option(
+        0.9, "smallest share (0 to 1) of the image area that --augmentation crop keeps", bound=True
+    )
+    horizontal_flip: bool = option(False, "mirror half of the images with --augmentation crop", bound=True)
+    random_augment: bool = option(False, "also apply BLIP's RandomAugment(2, 5) with --augmentation crop", bound=True)
+    group_captions: int = option(
+        1,
+        "place up to this many images with the same caption next to each other in a batch; 1: no grouping",
+        bound=True,
+        shown=True,
+    )
+    cache_images: bool = option(
+        False, "keep decoded images in memory; for small data sets with --augmentation strong or none"
+    )
+    num_workers: int = option(0, "data loading workers per process")
+
+    # Model
+    model: dict = option(
+        {},
+        "fields of the model configuration, as JSON; the image size and the vocabulary size are set by --image_size "
+        "and the tokenizer",
+    )
+    image_size: int = option(224, "side of the images, in pixels; a loaded model keeps its own")
+    max_length: int = option(77, "maximum number of tokens in a caption, including start and end", bound=True)
+    tokenizer_name: str | None = option(
+        None,
+        "hub name or folder of a tokenizer, or for CLIP the path of OpenAI's bpe_simple_vocab_16e6.txt.gz; if not "
+        "given, a tokenizer is trained on the captions",
+        bound=True,
+    )
+    vocab_size: int = option(49408, "vocabulary size of the tokenizer that is trained on the captions")
+    model_name_or_path: str | None = option(
+        None, "folder or hub name of a vlp model to fine-tune or to continue training; it brings its processor"
+    )
+    lora_rank: int = option(
+        0,
+        "rank of the LoRA adapters added to the projections of every attention; only they are trained; 0: train all "
+        "weights",
+        bound=True,
+        shown=True,
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, slower steps"
+    )
+    torch_compile: bool = option(False, "compile the model with torch.compile: slower start, faster steps")
 
     # Objective and optimisation
     exclude_duplicates: bool = option(
-        True, "rows of a batch with the same caption or image are not negatives", bound=True, shown=True
+        True, "do not use pairs that share a caption or an image as each other's negatives", bound=True, shown=True
     )
-    per_device_train_batch_size: int = option(256, "pairs in a step of each process", bound=True, shown=True)
+    per_device_train_batch_size: int = option(256, "pairs per batch in each process", bound=True, shown=True)
     gradient_accumulation_steps: int = option(
         1,
-        "backward passes for each optimiser step; unlike CLIP's --micro_batch_size, adds no negatives",
+        "batches per optimiser step; unlike CLIP's --micro_batch_size, this adds no negatives",
         bound=True,
         shown=True,
     )
     learning_rate: float = option(5e-4, "peak learning rate", shown=True)
     weight_decay: float = option(
-        0.2, "decay of weight matrices; gains, biases, scale and positions have none", shown=True
+        0.2, "weight decay of matrices; not applied to gains, biases, logit scale and position embeddings", shown=True
     )
-    adam_beta1: float = option(0.9, "first moment's decay", shown=True)
-    adam_beta2: float = option(0.98, "second moment's decay; the paper: 0.98 for ViT, 0.999 for ResNet", shown=True)
-    adam_epsilon: float = option(1e-6, "the paper: 1e-6 for ViT, 1e-8 for ResNet", shown=True)
-    layer_decay: float = option(1.0, "factor on the learning rate from each layer to the one below it", shown=True)
-    max_grad_norm: float = option(1.0, "gradient norm to clip at; 0 for none", shown=True)
+    adam_beta1: float = option(0.9, "AdamW: decay rate of the first moment", shown=True)
+    adam_beta2: float = option(
+        0.98, "AdamW: decay rate of the second moment; CLIP's paper: 0.98 for ViT, 0.999 for ResNet", shown=True
+    )
+    adam_epsilon: float = option(
+        1e-6, "AdamW: term added to the denominator; CLIP's paper: 1e-6 for ViT, 1e-8 for ResNet", shown=True
+    )
+    layer_decay: float = option(
+        1.0, "factor on the learning rate from each layer to the one below; 1: the same rate everywhere", shown=True
+    )
+    max_grad_norm: float = option(1.0, "norm to clip the gradient to; 0: no clipping", shown=True)
     warmup_steps: int = option(2000, "optimiser steps of linear warm-up", shown=True)
-    num_train_epochs: float = option(32.0, "passes over the data, where neither steps nor minutes are given")
-    max_train_steps: int | None = option(None, "optimiser steps in all", shown=True)
+    num_train_epochs: float = option(32.0, "epochs, if neither --max_train_steps nor --max_train_minutes is given")
+    max_train_steps: int | None = option(None, "total number of optimiser steps", shown=True)
     max_train_minutes: float | None = option(
-        None, "minutes of training in all; the schedule ends with them", shown=True
+        None, "total minutes of training; the learning rate reaches zero at their end", shown=True
     )
-    ema_decay: float = option(0.0, "average of weights to evaluate and publish, such as 0.999; 0 for none", shown=True)
+    ema_decay: float = option(
+        0.0,
+        "decay of a moving average of the weights, such as 0.999, which is evaluated and published; 0: no average",
+        shown=True,
+    )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "auto", "no, bf16, fp16, or auto: bf16 where the hardware computes in it"
+        "auto", "precision of the computation; auto: bf16 if the hardware supports it natively, else no"
     )
-    num_threads: int | None = option(None, "CPU threads of each process; all cores over all processes if not given")
-    seed: int = option(0, "seed of weights, order and augmentation", bound=True, shown=True)
+    num_threads: int | None = option(
+        None, "CPU threads per process when training on the CPU; if not given, the cores divided by the processes"
+    )
+    seed: int = option(0, "seed of the weights, the order of the data and the augmentation", bound=True, shown=True)
 
     # Evaluation
-    eval_dataset_name: str | None = option(None, "pairs to evaluate on; the training data's other split if not given")
-    eval_split: str | None = option(None, "split to evaluate on; none: no evaluation")
-    eval_image_column: str | None = option(None, "column with the images to evaluate on, where it is another")
-    eval_steps: int | None = option(None, "evaluate every so many optimiser steps; at the end in any case")
-    eval_batch_size: int = option(256, "images or captions in a step of the evaluation")
+    eval_dataset_name: str | None = option(None, "data to evaluate on; --dataset_name if not given")
+    eval_split: str | None = option(None, "split to evaluate on; none: no evaluation, unless --hold_out is given")
+    eval_image_column: str | None = option(None, "image column of the evaluation data; --image_column if not given")
+    eval_steps: int | None = option(
+        None, "evaluate every this many optimiser steps; the run always evaluates at the end"
+    )
+    eval_batch_size: int = option(256, "images or texts per batch in evaluation")
 
     # Output
-    output_dir: str | None = option(None, "folder to publish; runs/RECIPE where not given, its resume state beside it")
-    save_steps: int | None = option(None, "save the state every so many optimiser steps")
-    save_minutes: float | None = option(10.0, "save the state every so many minutes")
-    save_total_limit: int = option(2, "states to keep")
-    resume_from_checkpoint: str | None = option(None, 'folder of a state, or "latest"')
-    logging_steps: int = option(10, "log every so many optimiser steps")
-    report_to: str = option("tensorboard", "tracker: tensorboard, wandb, ... (those of accelerate), or none")
-    publish_dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "of the weight matrices that are published: float32, bfloat16 or float16; loaded, they are float32"
+    output_dir: str | None = option(
+        None, "folder for the published model; runs/RECIPE if not given; training states are saved in FOLDER.resume"
     )
-    push_to_hub: bool = option(False, "push model, processor and card to the hub at the end, in one commit")
-    hub_model_id: str | None = option(None, "name to push to, such as me/my-clip")
+    save_steps: int | None = option(None, "save the training state every this many optimiser steps")
+    save_minutes: float | None = option(10.0, "save the training state every this many minutes of training")
+    save_total_limit: int = option(2, "number of training states to keep")
+    resume_from_checkpoint: str | None = option(
+        None, 'folder of a training state to resume from, or "latest" for the last one in FOLDER.resume'
+    )
+    logging_steps: int = option(10, "log every this many optimiser steps")
+    report_to: str = option(
+        "tensorboard", "experiment tracker: tensorboard, wandb or another that accelerate supports, or none"
+    )
+    publish_dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "data type that weight matrices are saved in; they are loaded as float32"
+    )
+    push_to_hub: bool = option(False, "push the model, its processor and its card to the hub at the end, in one commit")
+    hub_model_id: str | None = option(None, "hub repository to push to, such as me/my-clip")
     hub_private: bool = option(False, "make the hub repository private")
-    hub_bundle: bool = option(False, "publish the model's code too, for those without vlp (trust_remote_code=True)")
-    hub_revision: str | None = option(None, "branch to push to, made where there is none")
-    language: str = option("en", "language of the captions, or several joined by commas, for the card")
-    data_license: str | None = option(None, "licence of the data, for the card")
+    hub_bundle: bool = option(
+        False, "publish the modelling code too, so that the model loads without vlp (trust_remote_code=True)"
+    )
+    hub_revision: str | None = option(None, "branch to push to; created if there is none")
+    language: str = option("en", "language codes of the captions, joined by commas, for the model card")
+    data_license: str | None = option(None, "licence of the data, for the model card")
 
     def __post_init__(self):
         require_at_least_one(
@@ -180,7 +241,7 @@ class TrainingArguments:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
         if self.adam_beta1 == 1 or self.adam_beta2 == 1 or self.ema_decay == 1:
             raise ArgumentError(
-                "--adam_beta1, --adam_beta2 and --ema_decay must be below 1: at 1 nothing is ever learnt."
+                "--adam_beta1, --adam_beta2 and --ema_decay must be below 1: at 1 the averages never change."
             )
         require_share(
             self, "tag_share", "template_share", "max_bad_share", "ema_decay", "adam_beta1", "adam_beta2", "crop_scale"
@@ -190,31 +251,39 @@ class TrainingArguments:
         for name in ("templates", "tag_column"):
             count = len((getattr(self, name) or "").split(","))
             if count not in (1, languages):
-                raise ArgumentError(f"--{name} names {count}, for the {languages} of --caption_column: one or as many.")
+                raise ArgumentError(
+                    f"--{name} has {count} entries and --caption_column {languages}: give one, or one per column."
+                )
         for templates in self.templates.split(","):
             require_one_of("templates", templates, tuple(TEMPLATES))
         if self.tag_share and not self.tag_column:
-            raise ArgumentError(f"--tag_share {self.tag_share} needs --tag_column, the column with the keywords.")
+            raise ArgumentError(f"--tag_share {self.tag_share} needs --tag_column, the column with keywords.")
         if self.per_device_train_batch_size == 1:
             raise ArgumentError("--per_device_train_batch_size 1 leaves no negatives to learn from: use at least 2.")
         if self.cache_images and (self.augmentation == "crop" or self.num_workers):
             raise ArgumentError(
-                "--cache_images needs --augmentation strong or none (crop draws another crop each time) and "
+                "--cache_images needs --augmentation strong or none (crop draws a new crop each time) and "
                 f"--num_workers 0, got {self.augmentation} and {self.num_workers}."
             )
         if self.eval_dataset_name and not self.eval_split:
-            raise ArgumentError("--eval_dataset_name needs --eval_split, the split of it to evaluate on.")
+            raise ArgumentError("--eval_dataset_name needs --eval_split, the split to evaluate on.")
         if self.eval_split and self.eval_split == self.train_split and not self.eval_dataset_name and not self.hold_out:
-            raise ArgumentError(f"--eval_split {self.eval_split} is what is trained on: name another, or --hold_out.")
+            raise ArgumentError(
+                f"--eval_split {self.eval_split} is the training split: choose another split, or use --hold_out."
+            )
         if self.push_to_hub and not self.hub_model_id:
-            raise ArgumentError("--push_to_hub needs --hub_model_id, the name to push to, such as me/my-clip.")
+            raise ArgumentError("--push_to_hub needs --hub_model_id, the repository to push to, such as me/my-clip.")
         if self.hub_model_id and not self.push_to_hub:
-            raise ArgumentError(f"--hub_model_id {self.hub_model_id} does nothing without --push_to_hub.")
+            raise ArgumentError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub.")
         if self.hold_out and "=" not in self.hold_out:
             raise ArgumentError(f"--hold_out must be COLUMN=VALUE, got {self.hold_out!r}.")
 
     def own_parts(self) -> tuple[str, str] | None:
-        """The architecture with parts that a pre-trained folder lacks, and the option that asks for it; else None."""
+        """Name the architecture if the task adds weights that a pre-trained model does not have.
+
+        Returns:
+            The name of the architecture and the option that selects it, or None if no weights are added.
+        """
         return None
 
 
@@ -236,7 +305,7 @@ def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def require_choices(arguments) -> None:
-    """Raise ArgumentError for an option whose type is a Literal and whose value is none of its choices."""
+    """Raise ArgumentError if an option with a Literal type has a value outside its choices."""
     for item in dataclasses.fields(arguments):
         if typing.get_origin(item.type) is Literal:
             value, choices = getattr(arguments, item.name), typing.get_args(item.type)
@@ -245,7 +314,7 @@ def require_choices(arguments) -> None:
 
 
 def publishable(options: dict) -> dict:
-    """Options as anyone may read them: of an absolute path, the last part only."""
+    """Return the options with absolute paths shortened to their last part, so that they can be published."""
 
     def name(value):
         if isinstance(value, str) and value.startswith("/"):
@@ -256,10 +325,14 @@ def publishable(options: dict) -> dict:
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Add an option for each field of a dataclass of `option`s.
+    """Add a command line option for each field of a dataclass.
 
-    HfArgumentParser is not used because it can neither set an option back to None, which a recipe may have set, nor
-    read a dict from JSON.
+    HfArgumentParser is not used because it can neither reset to None an option that a recipe has set nor parse a dict
+    from JSON.
+
+    Args:
+        parser: parser to extend.
+        kind: dataclass whose fields are defined with `option`.
     """
     for item in dataclasses.fields(kind):
         default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
@@ -278,10 +351,10 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
 
 
 def none_or(convert: Callable) -> Callable:
-    """A converter that takes the word "none" for None, to undo what a recipe sets."""
+    """Wrap a converter so that the word "none" gives None, to undo what a recipe sets."""
 
     def convert_or_none(word: str):
         return None if word == "none" else convert(word)
 
-    convert_or_none.__name__ = convert.__name__  # argparse names it in the message about a wrong value
+    convert_or_none.__name__ = convert.__name__  # argparse shows it in the error message for a wrong value
     return convert_or_none

@@ -1,4 +1,4 @@
-"""The command line of training: a recipe's options, then those given over them."""
+"""The command line of training: options from a recipe, overridden by those on the command line."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,13 @@ RECIPES = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True)
 class Task:
-    """Something to train: its options, its recipe where none is named, and what it is in a few words."""
+    """A command of the training program.
+
+    Attributes:
+        arguments: dataclass of its options.
+        recipe: name of its default recipe.
+        text: short description for --help.
+    """
 
     arguments: type
     recipe: str
@@ -37,9 +43,18 @@ TASKS = {family.name: Task(family.arguments, family.recipe, family.text) for fam
 
 
 def parse(arguments: list[str], task: str = "clip"):
-    """Options from the recipe (`--config`, the task's where not given), then those of the command line over them.
+    """Parse a command line: its options override those of the recipe (`--config`).
 
-    Raises ArgumentError where a value is wrong; exits, as argparse does, where an option is not known.
+    Args:
+        arguments: words of the command line after the command.
+        task: a key of `TASKS`.
+
+    Returns:
+        An instance of the command's options.
+
+    Raises:
+        ArgumentError: if a value is wrong.
+        SystemExit: if an option is unknown, as argparse does.
     """
     parser = build_parser(task)
     recipe = parser.parse_known_args(arguments)[0].config
@@ -53,36 +68,47 @@ def parse(arguments: list[str], task: str = "clip"):
 
 
 def read_recipe(name: str, kind: type[TrainingArguments]) -> dict:
-    """The options in a recipe of the package (by name) or in a YAML file (by path)."""
+    """Read the options in a recipe of the package or in a YAML file.
+
+    Args:
+        name: name of a recipe, or path of a YAML file.
+        kind: dataclass that the options belong to.
+
+    Returns:
+        Values by the names of the options.
+
+    Raises:
+        ArgumentError: if there is no such file, or if it does not hold valid options.
+    """
     path = Path(name)
     if not path.suffix:
         path = RECIPES / f"{name}.yaml"
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise ArgumentError(f"--config {name}: no such file, and no such recipe; the recipes are {names}.")
+        raise ArgumentError(f"--config {name}: there is no such file or recipe; the recipes are {names}.")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ArgumentError(f"{path} is no YAML: {error}") from error
+        raise ArgumentError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ArgumentError(f"{path} must hold options, one `name: value` a line; got a {type(values).__name__}.")
+        raise ArgumentError(f"{path} must hold options, one `name: value` per line; got a {type(values).__name__}.")
     types = {item.name: item.type for item in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in types:
             task = next(name for name, task in TASKS.items() if task.arguments is kind)
             raise ArgumentError(
-                f"{path}: {key!r} is no option of {task}; `accelerate launch training {task} --help` lists them."
+                f"{path}: {key!r} is not an option of {task}; `accelerate launch training {task} --help` lists them."
             )
         expected = kinds_of(types[key])
         if float in expected and isinstance(value, (int, str)) and is_number(value):
-            values[key] = float(value)  # YAML reads 5e-4, without a dot, as text
+            values[key] = float(value)  # YAML parses 5e-4, which has no dot, as text
         elif type(value) not in expected and not (value is None and type(None) in expected):
             raise ArgumentError(f"{path}: {key} must be of type {types[key]}, got {value!r}.")
     return values
 
 
 def kinds_of(annotation) -> tuple[type, ...]:
-    """The types of an option's values."""
+    """Return the types that an option's value may have."""
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         return tuple({type(choice) for choice in arguments})
@@ -103,7 +129,7 @@ def build_parser(task: str = "clip") -> argparse.ArgumentParser:
         prog=f"accelerate launch training {task}",
         description=f"{TASKS[task].text}.",
     )
-    families = ("blip2", "blip", "capfilt", "shards")  # CLIP's recipes have the names of its architectures
+    families = ("blip2", "blip", "capfilt", "shards")  # CLIP recipes are named after its architectures
     family = next((name for name in families if name == task), None)
     stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     names = ", ".join(s for s in stems if next((n for n in families if s.startswith(n)), None) == family)
@@ -111,18 +137,18 @@ def build_parser(task: str = "clip") -> argparse.ArgumentParser:
         "--config",
         default=recipe,
         metavar="FILE",
-        help=f"YAML file of options, or a recipe: {names} (default: {recipe})",
+        help=f"YAML file with options, or name of a recipe: {names} (default: {recipe})",
     )
     add_options(parser, TASKS[task].arguments)
     return parser
 
 
 def parse_command_line() -> TrainingArguments:
-    """`sys.argv`, its first word (`clip` where it is left out) naming what to train; wrong options end the program."""
+    """Parse `sys.argv`, whose first word is a key of `TASKS` ("clip" if omitted); exit if an option is wrong."""
     words = sys.argv[1:]
     task = words.pop(0) if words and not words[0].startswith("-") else "clip"
     if task not in TASKS:
-        sys.exit(f"There is nothing called {task!r} to train; expected one of {', '.join(TASKS)}.")
+        sys.exit(f"Unknown training command {task!r}; expected one of {', '.join(TASKS)}.")
     try:
         return parse(words, task)
     except ArgumentError as error:

@@ -1,11 +1,11 @@
-"""Evaluate a model of vlp or transformers on any data: `accelerate launch -m vlp.training.evaluate MODEL ...`.
+"""Evaluate a vlp or transformers model on any data set: `accelerate launch -m vlp.training.evaluate MODEL ...`.
 
     accelerate launch -m vlp.training.evaluate model_cards/clip-emoji --dataset emoji --task zero-shot
     accelerate launch -m vlp.training.evaluate OWNER/MODEL --dataset captions.json --task retrieval --rerank_top_k 16
 
-The processes divide the pictures among themselves; the figures are the same for any number of processes. The results
-are a JSON file, a table in Markdown and, for zero-shot classification, a picture of the confusions. They are written to
-MODEL/evaluations, and into the model's card if vlp wrote one.
+The pictures are divided among the processes; the results do not depend on the number of processes. They are a JSON
+file, a table in Markdown and, for zero-shot classification, a plot of the confusion matrix. They are written to
+MODEL/evaluations, and added to the model card if vlp wrote one.
 """
 
 import argparse
@@ -28,13 +28,14 @@ from .machine.hardware import cpu_cores, use_cpu_well
 
 
 def evaluate(model: str, arguments: EvaluationArguments) -> dict:
-    """Evaluate a model and write the results; called by every process.
+    """Evaluate a model and write the results; every process must call this.
 
     Args:
         model: folder or hub name.
+        arguments: the data, the task and its settings.
 
     Returns:
-        The results, as they are written.
+        The results, as written to the JSON file.
 
     Raises:
         ArgumentError: if the data does not fit the task.
@@ -54,7 +55,7 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
         default = Path(model) / "evaluations" if Path(model).is_dir() else Path("runs/evaluations") / Path(model).name
         path = write_results(Path(arguments.output_dir or default), results, pictures, outcome)
         print(evaluation_table(results))
-        print(f"Results written to {path}, and .md{' and .png' if outcome.confusion else ''} beside it.")
+        print(f"Results written to {path}, with .md{' and .png' if outcome.confusion else ''} files next to it.")
         if path.parent == Path(model) / "evaluations" and (Path(model) / RESULTS).is_file():
             render_card(Path(model)).save(Path(model) / "README.md")
     state.wait_for_everyone()
@@ -66,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="accelerate launch -m vlp.training.evaluate", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", help="folder or hub name of a model of vlp or transformers")
+    parser.add_argument("model", metavar="MODEL", help="folder or hub name of a vlp or transformers model")
     add_options(parser, EvaluationArguments)
     return parser
 

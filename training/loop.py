@@ -1,4 +1,4 @@
-"""The training loop: `train_step` owns gradients, `fit` owns cadence."""
+"""The training loop: `train_step` does one optimiser step; `fit` decides when to log, evaluate and save."""
 
 import math
 import time
@@ -23,45 +23,45 @@ from .objectives.base import Objective
 
 @dataclass
 class Progress:
-    """How far a run is; saved with its state."""
+    """Progress of a run; saved in its training state."""
 
     step: int = 0  # optimiser steps done
-    samples: int = 0  # by all processes together
-    seconds: float = 0.0  # of training, without evaluating and saving
-    losses: list[str] = field(default_factory=list)  # their names
+    samples: int = 0  # samples used, over all processes
+    seconds: float = 0.0  # time spent training, without evaluating and saving
+    losses: list[str] = field(default_factory=list)  # names of the losses
     history: list[dict] = field(default_factory=list)  # logged losses
-    evaluations: list[dict] = field(default_factory=list)
-    places: dict[str, dict] = field(default_factory=dict)  # where this process' streams of shards are, by their numbers
+    evaluations: list[dict] = field(default_factory=list)  # metrics of each evaluation
+    places: dict[str, dict] = field(default_factory=dict)  # positions of this process' shard streams, by stream number
 
 
 @dataclass
 class Run:
-    """The parts of a run, as `set_up` makes them."""
+    """Everything that a run needs, as built by `set_up`."""
 
     arguments: TrainingArguments
     accelerator: Accelerator
-    rows: Dataset | None  # to train on; None for shards
+    rows: Dataset | None  # training data; None for shards
     processor: ProcessorMixin
-    model: PreTrainedModel  # what is trained
+    model: PreTrainedModel  # the model being trained
     objective: Objective
-    wrapped: torch.nn.Module  # the objective, as Accelerate wrapped it
+    wrapped: torch.nn.Module  # the objective, wrapped by Accelerate
     optimizer: torch.optim.Optimizer
     to_pixel_values: Callable[[Tensor], Tensor]
     total_steps: int | None
     bad_rows: BadRows
     average: AveragedModel | None = None
     evaluations: list[Pictures] = field(default_factory=list)  # the prepared data of each evaluation task
-    batches: Iterator[Batch] | None = None  # set when the run is where it starts or resumes
+    batches: Iterator[Batch] | None = None  # created after resuming, so that they continue from there
     progress: Progress = field(default_factory=Progress)
     interrupted: bool = False
 
     def agree(self) -> None:
-        """Let every process have the main one's clock and know of an interruption; called once a step."""
+        """Share the main process' training time and whether it was interrupted; called once per step."""
         if self.accelerator.num_processes > 1:
             self.progress.seconds, self.interrupted = broadcast_object_list([self.progress.seconds, self.interrupted])
 
     def share_done(self) -> float:
-        """How much of the schedule is behind us, from 0 to 1."""
+        """Return the completed share of the schedule, from 0 to 1."""
         done = self.progress.step / self.total_steps if self.total_steps else 0.0
         if self.arguments.max_train_minutes:
             done = max(done, self.progress.seconds / (60 * self.arguments.max_train_minutes))
@@ -69,7 +69,15 @@ class Run:
 
 
 def train_step(run: Run, share_done: float) -> dict[str, Tensor]:
-    """One optimiser step; returns the losses, on the device."""
+    """Do one optimiser step.
+
+    Args:
+        run: the run; its progress is updated.
+        share_done: completed share of the schedule, from 0 to 1.
+
+    Returns:
+        The losses of the last batch of the step by name, as scalars on the device.
+    """
     arguments, accelerator = run.arguments, run.accelerator
     factor = learning_rate_factor(run.progress.step, arguments.warmup_steps, share_done)
     for group in run.optimizer.param_groups:
@@ -103,7 +111,13 @@ def train_step(run: Run, share_done: float) -> dict[str, Tensor]:
 
 
 def fit(run: Run, evaluate: Callable[[], dict], save: Callable[[], object]) -> None:
-    """Train until the schedule ends or someone interrupts; evaluate, save and log on the way."""
+    """Train until the schedule ends or the run is interrupted.
+
+    Args:
+        run: the run.
+        evaluate: called every `eval_steps` steps.
+        save: called every `save_steps` steps and every `save_minutes` minutes.
+    """
     arguments, progress = run.arguments, run.progress
     saved_at = progress.seconds
     bar = tqdm(total=1.0, unit="", disable=not run.accelerator.is_main_process, mininterval=1.0,
@@ -132,12 +146,16 @@ def fit(run: Run, evaluate: Callable[[], dict], save: Callable[[], object]) -> N
 
 
 def log(run: Run, losses: dict[str, float], bar: tqdm) -> None:
-    """Note the losses in the history, the trackers and the progress bar; stop at one that is not finite."""
+    """Log the losses to the history, the trackers and the progress bar.
+
+    Raises:
+        FloatingPointError: if a loss is not finite.
+    """
     progress = run.progress
     for name, value in losses.items():
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"The {name} loss is {value} at step {progress.step}: lower --learning_rate, or raise precision."
+                f"The {name} loss is {value} at step {progress.step}: lower --learning_rate, or --mixed_precision no."
             )
     progress.losses = sorted(losses)
     values = (

@@ -1,4 +1,4 @@
-"""What a run leaves: the folder to publish, with the model, its processor, its evaluations and its card."""
+"""Publishing: write the folder with the model, its processor, its evaluations and its card, and push it."""
 
 import dataclasses
 import platform
@@ -22,13 +22,17 @@ from .machine.hub import push
 
 
 def publish(run: Run, model: PreTrainedModel, outcomes: list[Outcome]) -> None:
-    """Write the folder to publish, whole or not at all, push it if asked, and print how to use it.
+    """Write the folder to publish, push it if requested, and print how to use it.
+
+    The folder is written completely or not at all.
 
     Args:
-        outcomes: of the final evaluation, one for each of the run's tasks.
+        run: the finished run.
+        model: the model to publish.
+        outcomes: results of the final evaluation, one per task of the run.
 
     Raises:
-        OSError: if the folder cannot be written or pushed; an earlier one then stays as it was.
+        OSError: if the folder cannot be written or pushed; if writing fails, an existing folder is left unchanged.
     """
     arguments, folder = run.arguments, Path(run.arguments.output_dir)
     results = collect_results(run, model, metrics_of(run.evaluations, outcomes))
@@ -54,14 +58,14 @@ def publish(run: Run, model: PreTrainedModel, outcomes: list[Outcome]) -> None:
     if arguments.push_to_hub:
         print(f"Pushed to {push(folder, arguments)}.")
     print(f"""
-The model, its processor and its card are in {folder}, the state to resume from in {state_folder(folder)}.
-Use it:
+The model, its processor and its card are in {folder}; the state to resume from is in {state_folder(folder)}.
+To use the model:
 
 {textwrap.indent(usage(type(model).__name__, str(folder), prompt), "    ")}""")
 
 
 def collect_results(run: Run, model: PreTrainedModel, metrics: dict[str, float]) -> dict:
-    """The facts of a run, which the card is rendered from."""
+    """Collect the results and settings of a run, from which the card is rendered."""
     arguments, progress = run.arguments, run.progress
     options = dataclasses.asdict(arguments)
     cores = f"{torch.get_num_threads()} CPU cores"
@@ -88,7 +92,7 @@ def collect_results(run: Run, model: PreTrainedModel, metrics: dict[str, float])
 
 
 def print_results(run: Run, results: dict) -> None:
-    """Print how long the run was, and its metrics."""
+    """Print the length of the run, the skipped rows and the metrics."""
     progress = run.progress
     print(f"{progress.samples:,} samples in {progress.step:,} steps, {progress.seconds:.0f} s of training.")
     print(f"Skipped rows: {results['bad_rows']}.")

@@ -1,4 +1,4 @@
-"""What a state says beside its tensors, and resuming from it."""
+"""The data that a training state holds besides its tensors, and resuming from it."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,11 @@ from .machine.checkpoint import load_state
 
 
 def state_facts(run: Run) -> dict:
-    """Where the run is, and what a resumed run must share with it; called by every process."""
+    """Collect a run's progress, and the settings that a resumed run must share; every process must call this.
+
+    Returns:
+        "model_config" and "recipe", which must not change, "progress" and "bad_rows".
+    """
     arguments, accelerator = run.arguments, run.accelerator
     recipe = {name: getattr(arguments, name) for name in names_of(arguments, "bound")}
     recipe["ema_decay"] = bool(arguments.ema_decay)
@@ -31,10 +35,16 @@ def state_facts(run: Run) -> dict:
 
 
 def resume(run: Run, path: Path) -> None:
-    """Resume a run from a state. Learning rate, decay and the like are those of the run's options, not the state's.
+    """Resume a run from a training state.
+
+    Learning rate, weight decay and the like are taken from the run's options, not from the state.
+
+    Args:
+        run: a run that has not started; its model, optimiser and progress are replaced.
+        path: folder of the state.
 
     Raises:
-        ResumeError: if the state is of another model or recipe; the message says what differs.
+        ResumeError: if the state belongs to another model or recipe; the message lists the differences.
     """
     options = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
     facts = load_state(run.accelerator, path, state_facts(run))

@@ -1,4 +1,4 @@
-"""A training run: set up, fit, publish."""
+"""A training run: set up, train, evaluate, publish."""
 
 import contextlib
 import signal
@@ -25,11 +25,11 @@ from .publish import publish
 from .resume import state_facts
 from .setup import set_up
 
-RESAMPLES = 1000  # of the bootstrap, for the intervals of the published figures
+RESAMPLES = 1000  # bootstrap resamples for the confidence intervals of the published metrics
 
 
 def main() -> None:
-    """Train as the command line says. Errors that a user can fix end the program with one line."""
+    """Run the command line. Errors that the user can fix end the program with a one-line message."""
     arguments = parse_command_line()
     try:
         {CapFiltArguments: capfilt, ShardsArguments: write_shards}.get(type(arguments), train)(arguments)
@@ -38,14 +38,18 @@ def main() -> None:
 
 
 def train(arguments: TrainingArguments, family: Family | None = None) -> None:
-    """Do a whole run.
+    """Train, evaluate and publish a model.
 
     Args:
-        arguments: its options. family: the kind of model; the one whose options these are, if not given.
+        arguments: options of the run.
+        family: kind of model to train; if None, the one that `arguments` belongs to.
 
     Raises:
-        ArgumentError: for a wrong option. BadDataError: if too many rows are bad. ResumeError: if the state to resume
-            from does not fit. FloatingPointError: if a loss is not finite. OSError: if something cannot be written.
+        ArgumentError: if an option is wrong.
+        BadDataError: if too many rows are unusable.
+        ResumeError: if the state to resume from belongs to another model or recipe.
+        FloatingPointError: if a loss is not finite.
+        OSError: if a file cannot be written.
     """
     run = set_up(arguments, family or family_of(arguments))
     with interruptible(run):
@@ -58,7 +62,9 @@ def train(arguments: TrainingArguments, family: Family | None = None) -> None:
         run.accelerator.print(f"Interrupted at step {run.progress.step}. Resume with --resume_from_checkpoint latest.")
         return
     model = published_model(run).eval()
-    round_matrices(model, getattr(torch, arguments.publish_dtype))  # the published weights are the evaluated ones
+    round_matrices(
+        model, getattr(torch, arguments.publish_dtype)
+    )  # so that the published weights are the evaluated ones
     outcomes = log_metrics(run, model, RESAMPLES)
     model.eval()
     run.accelerator.end_training()
@@ -67,18 +73,27 @@ def train(arguments: TrainingArguments, family: Family | None = None) -> None:
 
 
 def published_model(run: Run) -> PreTrainedModel:
-    """The model that would be published now: the average of the weights if there is one. Called by every process."""
+    """Return the model to publish: the averaged one if there is one; every process must call this."""
     if run.accelerator.is_fsdp2:
         return whole_model(run.model)
     return run.average.module if run.average is not None else run.model
 
 
 def log_metrics(run: Run, model: PreTrainedModel, resamples: int) -> list[Outcome]:
-    """Evaluate a model, and log and remember the metrics."""
+    """Evaluate a model, log the metrics and add them to the run's progress.
+
+    Args:
+        run: the run.
+        model: the model to evaluate.
+        resamples: bootstrap resamples for confidence intervals; 0: no intervals.
+
+    Returns:
+        The result of each evaluation task; empty if the run has none.
+    """
     if not run.evaluations:
         return []
     outcomes = evaluate_model(model, run.processor, run.evaluations, resamples)
-    run.wrapped.train()  # only the objective knows that locked towers stay in evaluation mode
+    run.wrapped.train()  # the objective keeps locked towers in evaluation mode
     metrics = metrics_of(run.evaluations, outcomes)
     run.progress.evaluations.append({"step": run.progress.step} | metrics)
     run.accelerator.log(metrics, step=run.progress.step)
@@ -88,7 +103,7 @@ def log_metrics(run: Run, model: PreTrainedModel, resamples: int) -> list[Outcom
 
 
 def save(run: Run) -> bool:
-    """Save the state to resume from; returns whether that succeeded, and warns if not."""
+    """Save the training state; on failure print a warning and return False."""
     arguments, step = run.arguments, run.progress.step
     folder = state_folder(arguments.output_dir)
     try:
@@ -96,13 +111,13 @@ def save(run: Run) -> bool:
     except OSError as error:
         run.accelerator.print(f"warning: {error}")
         return False
-    run.accelerator.print(f"State saved in {path}.")
+    run.accelerator.print(f"State saved to {path}.")
     return True
 
 
 @contextlib.contextmanager
 def interruptible(run: Run) -> Iterator[None]:
-    """Ctrl-C (or SIGTERM) ends the loop after the current step, and the state is saved; a second one ends at once."""
+    """Let Ctrl-C or SIGTERM end the training loop after the current step; a second one ends the program at once."""
 
     def stop(number, frame):
         if run.interrupted:

@@ -1,4 +1,4 @@
-"""Setting up a run: data, processor, model, objective, optimiser and batches."""
+"""Set up a run: data, processor, model, objective, optimiser and batches."""
 
 import math
 from collections.abc import Callable
@@ -27,19 +27,31 @@ from .machine.checkpoint import find_state
 from .machine.hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
 from .machine.hub import check_access
 from .machine.optim import make_optimizer, parameter_groups
-from .machine.sharding import let_layers_be_read, make_shardable, repeated_layers
+from .machine.sharding import let_layers_precompute, make_shardable, repeated_layers
 from .resume import resume
 
 
 def set_up(arguments: TrainingArguments, family: Family) -> Run:
-    """Everything that a run needs, resumed from a state if the options say so. Raises as `run.train` does."""
+    """Build everything that a run needs, and resume it from a training state if the options name one.
+
+    Args:
+        arguments: options of the run.
+        family: kind of model to train.
+
+    Returns:
+        The run, ready for `loop.fit`.
+
+    Raises:
+        ArgumentError: if an option is wrong.
+        ResumeError: if the state to resume from belongs to another model or recipe.
+    """
     check_output(arguments.output_dir)
     if arguments.push_to_hub:
         check_access()
     if arguments.lora_rank:
         check_lora(arguments)
     if not arguments.model_name_or_path:
-        family.config(arguments, None)  # refuse an impossible configuration before anything is loaded
+        family.config(arguments, None)  # reject an impossible configuration before anything is loaded
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
     accelerator = make_accelerator(arguments)
@@ -75,7 +87,16 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
 def make_run(
     arguments: TrainingArguments, family: Family, accelerator: Accelerator, rows: Dataset | None, processor, model
 ) -> Run:
-    """The run with its objective and optimiser, as Accelerate wraps them; its batches do not start yet."""
+    """Build the run with its objective and optimiser, wrapped by Accelerate, but without batches.
+
+    Args:
+        arguments: options of the run.
+        family: kind of model to train.
+        accelerator: the accelerator.
+        rows: training data; None for shards.
+        processor: processor of the model.
+        model: model to train.
+    """
     size = len(rows) if rows is not None else arguments.shard_size
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     objective = family.objective(arguments, model, processor, size / batch if size else None)
@@ -93,9 +114,9 @@ def make_run(
         objective.compile()
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     if accelerator.is_fsdp2:
-        let_layers_be_read(objective)
+        let_layers_precompute(objective)
     wrapped.train()
-    set_seed(arguments.seed + accelerator.process_index)  # from here on, each process draws its own augmentation
+    set_seed(arguments.seed + accelerator.process_index)  # from here on, each process has its own augmentation
     return Run(
         arguments=arguments,
         accelerator=accelerator,
@@ -113,20 +134,19 @@ def make_run(
 
 
 def describe_run(run: Run) -> None:
-    """Print the model, the machine and the data of a run."""
+    """Print the model, the hardware and the data of a run."""
     arguments, accelerator = run.arguments, run.accelerator
     count = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
-    pairs = "shards" if run.rows is None else f"{len(run.rows):,} pairs"
-    evaluated = f"{run.evaluations[0].used:,} to evaluate on" if run.evaluations else "no evaluation"
+    pairs = "shards" if run.rows is None else f"{len(run.rows):,} training pairs"
+    evaluated = f"{run.evaluations[0].used:,} evaluation pairs" if run.evaluations else "no evaluation"
     print(f"Model: {count:.1f} M parameters, precision {accelerator.mixed_precision}.")
-    print(
-        f"Machine: {accelerator.num_processes} x {accelerator.device.type}, {torch.get_num_threads()} CPU threads each."
-    )
-    print(f"Data: {arguments.dataset_name}, {pairs} to train on, {evaluated}.")
+    processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
+    print(f"Hardware: {accelerator.device.type}, {processes}, {torch.get_num_threads()} CPU threads per process.")
+    print(f"Data: {arguments.dataset_name}, {pairs}, {evaluated}.")
 
 
 def to_pixel_values(arguments: TrainingArguments, image_processor) -> Callable[[Tensor], Tensor]:
-    """What is done to a batch of images on the device; nothing to cached features."""
+    """Return the function that augments and normalises batches on the device; cached features are left as they are."""
     if getattr(arguments, "cache_vision_features", False):
         return lambda states: states
     augment = strong_augmentation if arguments.augmentation == "strong" else None
@@ -134,7 +154,10 @@ def to_pixel_values(arguments: TrainingArguments, image_processor) -> Callable[[
 
 
 def growing_average(decay: float):
-    """EMA whose decay grows with the steps, (1 + n) / (10 + n), up to `decay`, so the random start fades quickly."""
+    """Return an EMA update with decay min(decay, (1 + n) / (10 + n)) after n updates.
+
+    The smaller decay at the start makes the random initial weights fade quickly.
+    """
 
     @torch.no_grad()
     def update(averaged, current, count):
@@ -145,7 +168,7 @@ def growing_average(decay: float):
 
 
 def total_steps(arguments: TrainingArguments, size: int | None, batch: int) -> int | None:
-    """Optimiser steps of the whole schedule; None if minutes alone end it."""
+    """Return the number of optimiser steps of the schedule; None if only --max_train_minutes limits it."""
     if arguments.max_train_steps or arguments.max_train_minutes:
         return arguments.max_train_steps
     return max(1, math.ceil(size * arguments.num_train_epochs / batch))
@@ -155,7 +178,7 @@ def total_steps(arguments: TrainingArguments, size: int | None, batch: int) -> i
 
 
 def make_maker(run: Run, family: Family, chooser: CaptionChooser) -> SampleMaker:
-    """What makes samples of the run's rows."""
+    """Build the `SampleMaker` that converts rows of the data into samples."""
     arguments = run.arguments
     maker = SampleMaker(
         chooser=chooser,
@@ -169,7 +192,7 @@ def make_maker(run: Run, family: Family, chooser: CaptionChooser) -> SampleMaker
 
 
 def per_image(arguments: TrainingArguments, processor) -> PerImage:
-    """What is done to each image after decoding: a random crop, or what the image processor does."""
+    """Return the transform of each decoded image: a random crop, or the image processor's resize."""
     if arguments.augmentation == "crop":
         return PerImage(arguments.image_size, "random", arguments.crop_scale, arguments.horizontal_flip,
                         arguments.random_augment)  # fmt: skip
@@ -177,7 +200,7 @@ def per_image(arguments: TrainingArguments, processor) -> PerImage:
 
 
 def make_dataset(run: Run, maker: SampleMaker) -> tuple[PairDataset | ShardDataset, Sampler | None]:
-    """The data and their order, from where the run is: rows by number with a sampler, or a stream of shards."""
+    """Build the data set and its sampler, starting where the run's progress is; a stream of shards has no sampler."""
     arguments, rows = run.arguments, run.rows
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
     if rows is None:

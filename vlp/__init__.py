@@ -11,7 +11,7 @@ from .configuration.text import VlpBlipTextConfig, VlpClipTextConfig, VlpQFormer
 from .configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig
 from .modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTraining
 from .modeling_vlp.blip2 import VlpBlip2ForImageTextRetrieval, VlpBlip2ForPreTraining
-from .modeling_vlp.blip2_writer import VlpBlip2ForConditionalGeneration
+from .modeling_vlp.blip2_generation import VlpBlip2ForConditionalGeneration
 from .modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from .modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
 from .modeling_vlp.clip import VlpClipModel

@@ -1,4 +1,4 @@
-"""The model types and architectures of vlp: one row for each, from which registration, loading and cards follow."""
+"""Tables of the model types and architectures of vlp; registration, loading and model cards are derived from them."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from .configuration.text import VlpBlipTextConfig, VlpClipTextConfig, VlpQFormer
 from .configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig
 from .modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTraining
 from .modeling_vlp.blip2 import VlpBlip2ForImageTextRetrieval, VlpBlip2ForPreTraining
-from .modeling_vlp.blip2_writer import VlpBlip2ForConditionalGeneration
+from .modeling_vlp.blip2_generation import VlpBlip2ForConditionalGeneration
 from .modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from .modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
 from .modeling_vlp.clip import VlpClipModel
@@ -34,7 +34,7 @@ from .processing.blip2 import VlpBlip2Processor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.tokenizer import VlpClipTokenizer
 
-PIPELINE = "vlp.processing.pipeline.VlpZeroShotImageClassificationPipeline"  # by name: imported when it is used
+PIPELINE = "vlp.processing.pipeline.VlpZeroShotImageClassificationPipeline"  # by name, to import it only when used
 USES = ("embed", "match", "caption", "answer", "reason")
 
 
@@ -50,12 +50,14 @@ class ModelType:
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says of every model of an architecture.
+    """The parts of a model card that all models of an architecture share.
 
     Attributes:
-        text: what the model is. usage: Python lines that use it, with {folder} to fill in.
-        pipeline_tag: the Hub's task. tag: the model family, for the Hub.
-        examples: what the picture of examples shows.
+        text: what the model is.
+        usage: Python code that uses the model, with the placeholder {folder}.
+        pipeline_tag: the Hub's task.
+        tag: the Hub's tag for the model family.
+        examples: what the figure with examples shows.
     """
 
     text: str
@@ -70,9 +72,11 @@ class Architecture:
     """A model class.
 
     Attributes:
-        model: the class. auto: the Auto classes that load it by its configuration.
+        model: the class.
         uses: for each of USES that a checkpoint of this architecture supports, the class to load it with.
-        card: what its model card says. peer: the class of transformers with the same architecture.
+        card: the fixed parts of its model card.
+        auto: the Auto classes that load it by its configuration.
+        peer: the name of transformers' class with the same architecture; None if there is none.
     """
 
     model: type[PreTrainedModel]
@@ -94,7 +98,17 @@ TOWERS = (
 
 
 def load_and_use(architecture: str, inputs: str, use: str, processor: str = "VlpBlipProcessor") -> str:
-    """Python lines that load a model with its processor, prepare inputs and use the model."""
+    """Python code for a model card: load a model with its processor, prepare inputs and use the model.
+
+    Args:
+        architecture: the name of the model class.
+        inputs: the arguments of the processor, as code.
+        use: the lines that use the model and its `inputs`.
+        processor: the name of the processor class.
+
+    Returns:
+        The code, with the placeholder {folder}.
+    """
     return f"""\
 from PIL import Image
 from vlp import {architecture}, {processor}
@@ -116,13 +130,14 @@ classify("picture.png", candidate_labels=["a cat", "a dog", "a rocket"])
 CAPTION = load_and_use(
     "VlpBlipForConditionalGeneration",
     'images=Image.open("picture.png")',
-    "print(processor.write(model.generate(**inputs, num_beams=3)))",
+    "print(processor.decode_texts(model.generate(**inputs, num_beams=3)))",
 )
-CAPTIONS = "with their names, and below them the captions that the model generates; green where they are the same"
-FOUND = "with their names, and below them the three best matches; green where they are the same"
+CAPTIONS = "with their names and, below, the captions that the model generates; green if correct"
+MATCHES = "with their names and, below, the top three matches; green if correct"
 
 
 def match_texts(architecture: str) -> str:
+    """Python code for a model card that matches texts with an image."""
     return load_and_use(
         architecture,
         'images=[Image.open("picture.png")], text=["a cat", "a dog", "a rocket"]',
@@ -139,7 +154,7 @@ ARCHITECTURES = [
         card=Card(
             text="A CLIP model (image tower and text tower in one embedding space)",
             usage=CLASSIFY,
-            examples="with the model's three best names; green where the first is right",
+            examples="with the model's top three names; green if correct",
             pipeline_tag="zero-shot-image-classification",
             tag="clip",
         ),
@@ -180,7 +195,7 @@ ARCHITECTURES = [
         card=Card(
             text="A BLIP model for image-text retrieval, by embeddings (ITC) and by matching (ITM)",
             usage=match_texts("VlpBlipForImageTextRetrieval"),
-            examples=FOUND,
+            examples=MATCHES,
             pipeline_tag="zero-shot-image-classification",
             tag="blip",
         ),
@@ -194,9 +209,9 @@ ARCHITECTURES = [
             usage=load_and_use(
                 "VlpBlipForQuestionAnswering",
                 'images=Image.open("picture.png"), text="what colour is it?"',
-                "print(processor.write(model.generate(**inputs, num_beams=3)))",
+                "print(processor.decode_texts(model.generate(**inputs, num_beams=3)))",
             ),
-            examples="with a given answer, and below it the generated one; green where they are the same",
+            examples="with a reference answer and, below, the generated one; green if correct",
             pipeline_tag="visual-question-answering",
             tag="blip",
         ),
@@ -225,7 +240,7 @@ print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # the prob
         card=Card(
             text="A BLIP-2 model after stage 1 (a Q-Former on a frozen image tower, trained with ITC, ITM and LM)",
             usage=match_texts("VlpBlip2ForImageTextRetrieval"),
-            examples=FOUND,
+            examples=MATCHES,
             pipeline_tag="zero-shot-image-classification",
             tag="blip-2",
         ),
@@ -237,7 +252,7 @@ print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # the prob
         card=Card(
             text="A BLIP-2 model for image-text retrieval, by embeddings (ITC) and by matching (ITM)",
             usage=match_texts("VlpBlip2ForImageTextRetrieval"),
-            examples=FOUND,
+            examples=MATCHES,
             pipeline_tag="zero-shot-image-classification",
             tag="blip-2",
         ),
@@ -252,10 +267,10 @@ print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # the prob
             usage=load_and_use(
                 "VlpBlip2ForConditionalGeneration",
                 'images=Image.open("picture.png"), text="{prompt}"',
-                "print(processor.write(model.generate(**inputs, max_new_tokens=20)))",
+                "print(processor.decode_texts(model.generate(**inputs, max_new_tokens=20)))",
                 "VlpBlip2Processor",
             ).replace("{{prompt}}", "{prompt}"),
-            examples="with their names, and below them the generated text{prompts}; green where they are the same",
+            examples="with their names and, below, the generated text{prompts}; green if correct",
             pipeline_tag="image-text-to-text",
             tag="blip-2",
         ),
@@ -264,15 +279,26 @@ print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # the prob
 
 
 def architecture(name: str) -> Architecture:
-    """The row of an architecture by the name of its class. Raises KeyError, with the known names, for another."""
+    """The row of an architecture.
+
+    Args:
+        name: the name of its model class.
+
+    Raises:
+        KeyError: if there is no such architecture; the message lists the known ones.
+    """
     rows = {row.model.__name__: row for row in ARCHITECTURES}
     if name not in rows:
-        raise KeyError(f"{name} is not an architecture of vlp; there are {', '.join(rows)}.")
+        raise KeyError(f"{name} is not an architecture of vlp; choose from {', '.join(rows)}.")
     return rows[name]
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
-    """The row of a model's class, or of the class it is derived from. Raises KeyError if there is none."""
+    """The row of a model's class, or of its nearest base class.
+
+    Raises:
+        KeyError: if none of them is an architecture of vlp.
+    """
     rows = {row.model: row for row in ARCHITECTURES}
     found = next((rows[kind] for kind in type(model).__mro__ if kind in rows), None)
     return found or architecture(type(model).__name__)
@@ -282,7 +308,8 @@ def add(row: Architecture, model_type: ModelType | None = None) -> None:
     """Add an architecture of your own, with its model type if that is new, and register both.
 
     Args:
-        row: the new architecture. model_type: its configuration and processor, if vlp does not have them.
+        row: the new architecture.
+        model_type: its configuration and processor; None if vlp has its model type already.
     """
     if model_type is not None:
         MODEL_TYPES.append(model_type)
@@ -295,7 +322,7 @@ def add(row: Architecture, model_type: ModelType | None = None) -> None:
 def register_model_type(row: ModelType) -> None:
     """Register a processor and its parts for a configuration."""
     AutoProcessor.register(row.config, row.processor)
-    # There is one exact image processor, whichever backend is asked for.
+    # The same image processor serves all backends.
     AutoImageProcessor.register(
         row.config, image_processor_classes={"torchvision": row.image_processor, "pil": row.image_processor}
     )
@@ -307,7 +334,7 @@ def register_architecture(row: Architecture) -> None:
     for auto in row.auto:
         auto.register(row.model.config_class, row.model)
     if AutoModelForZeroShotImageClassification in row.auto:
-        # The pipeline looks its models up by name in this table and logs an error for a class that is not in it.
+        # The pipeline looks up model names in this table and logs an error for a class that is not listed.
         names = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
         names[row.model.config_class.model_type] = row.model.__name__
 

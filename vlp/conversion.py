@@ -1,13 +1,13 @@
-"""`vlp-convert SOURCE TARGET`: checkpoints of other libraries into folders of vlp, and back.
+"""`vlp-convert SOURCE TARGET`: convert checkpoints of other libraries to vlp, and back.
 
     vlp-convert ViT-B-32.pt runs/clip                       # OpenAI's, read without running its code
     vlp-convert open_clip_folder runs/clip                  # open_clip, transformers, salesforce/BLIP
-    vlp-convert model.pt runs/clip --hidden_act gelu        # a bare file does not tell its activation
+    vlp-convert model.pt runs/clip --hidden_act gelu        # a file of weights does not record its activation
     vlp-convert blip2_pretrained.pth runs/blip2 --image_tower eva_vit_g.pth      # LAVIS
     vlp-convert runs/clip exported --to transformers        # also open_clip, openai, salesforce, lavis
 
-What a source is, is seen from its files. The architecture follows from the shapes of the tensors; preprocessing and
-tokenizer go along where the source has them.
+The format of the source is detected from its files, and the architecture is inferred from the tensor shapes.
+Preprocessing and tokenizer are converted too if the source has them.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from .architectures import ARCHITECTURES, architecture
 from .configuration.clip import VlpClipConfig
 from .configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig
 from .files import TEACHER_FILE, check_output, start_anew, state_folder, write_whole
-from .modeling_vlp.blip2_writer import PREFIX
+from .modeling_vlp.blip2_generation import PREFIX
 from .modeling_vlp.clip import VlpClipModel
 from .modeling_vlp.exchange import lavis, open_clip, openai, salesforce
 from .modeling_vlp.exchange import transformers as peer
 from .modeling_vlp.exchange.files import read_tensors
-from .modeling_vlp.exchange.places import ExchangeError, Rule, State, read, shortened, write
+from .modeling_vlp.exchange.places import ExchangeError, Rule, State, export_state, import_state, shortened
 from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, load_tokenizer
 from .processing.blip2 import VlpBlip2Processor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
@@ -56,13 +56,16 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.
 
 @dataclass
 class Checkpoint:
-    """A model on its way from one format to another.
+    """A model during conversion.
 
     Attributes:
-        architecture: name of our model class. tensors: under our names.
-        images: preprocessing, the usual one where the source has none. tokenizer: where the source has one.
-        teacher: the momentum towers and the queue, where the source has them, as `training.momentum.Teacher` is saved.
-        notes: what a reader should know: what was left behind, and why.
+        architecture: the name of our model class.
+        config: our configuration.
+        tensors: the state dict, with our names.
+        images: the preprocessing; the default one of the architecture if the source has none.
+        tokenizer: None if the source has none.
+        teacher: the momentum towers and the queue, as `training.momentum.Teacher` saves them; empty if there are none.
+        notes: messages for the user, such as what was not converted and why.
     """
 
     architecture: str
@@ -78,11 +81,11 @@ class Checkpoint:
         return self.architecture == "VlpClipModel"
 
     @property
-    def writes_by_language_model(self) -> bool:
+    def has_language_model(self) -> bool:
         return self.architecture == "VlpBlip2ForConditionalGeneration"
 
     def model(self):
-        """Our model, with these tensors, those of its language model among them where they are here."""
+        """Our model with these tensors, including those of its language model if they are present."""
         stored = getattr(self.config, "store_language_model", None)
         if any(name.startswith(PREFIX) for name in self.tensors):
             self.config.store_language_model = True
@@ -93,11 +96,19 @@ class Checkpoint:
         return model
 
 
-# --- from ---------------------------------------------------------------------------------------------------------
+# --- import -------------------------------------------------------------------------------------------------------
 
 
 def read_source(source: Path, options) -> Checkpoint:
-    """Raises ExchangeError where it is nothing that vlp reads, or does not fit."""
+    """Read a checkpoint in any format that vlp supports.
+
+    Args:
+        source: a file of weights, or a folder.
+        options: the options of the command line, as attributes.
+
+    Raises:
+        ExchangeError: if the source is missing, or its format or architecture is not supported.
+    """
     if source.is_file():
         return from_file(source, options)
     if not source.is_dir():
@@ -105,15 +116,23 @@ def read_source(source: Path, options) -> Checkpoint:
     if (source / "open_clip_config.json").is_file():
         return from_open_clip(source)
     if not (source / "config.json").is_file():
-        raise ExchangeError(f"{source} holds neither config.json nor open_clip_config.json: name a file of weights.")
+        raise ExchangeError(
+            f"{source} contains neither config.json nor open_clip_config.json: pass a file of weights instead."
+        )
     config = AutoConfig.from_pretrained(source)
     return from_vlp(source, config) if config.model_type.startswith("vlp_") else from_transformers(source, config)
 
 
 def from_vlp(folder: Path, config: PreTrainedConfig) -> Checkpoint:
+    """Read a folder of vlp.
+
+    Args:
+        folder: the folder.
+        config: its configuration.
+    """
     name = config.architectures[0]
     model = architecture(name).model.from_pretrained(folder)
-    found = Checkpoint(name, model.config, model.state_dict(), usual_images(config))
+    found = Checkpoint(name, model.config, model.state_dict(), default_images(config))
     if (folder / "tokenizer_config.json").is_file():
         processor = AutoProcessor.from_pretrained(folder)
         found.images, found.tokenizer = processor.image_processor, processor.tokenizer
@@ -123,10 +142,19 @@ def from_vlp(folder: Path, config: PreTrainedConfig) -> Checkpoint:
 
 
 def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
+    """Read a folder of transformers.
+
+    Args:
+        folder: the folder.
+        config: its configuration.
+
+    Raises:
+        ExchangeError: if vlp has no such architecture, or the tensors do not fit it.
+    """
     name = name_of_peer((config.architectures or ["none"])[0])
     ours, state = peer.config_from(config), weights_of(folder)
     words = "text_decoder.bert.embeddings.word_embeddings.weight"
-    if words in state:  # what is read and what is written have the same, which is stored once
+    if words in state:  # input and output embeddings are tied and stored once
         state.setdefault("text_decoder.cls.predictions.decoder.weight", state[words])
     found = assemble(name, ours, state, peer.rules_of(ours, name), peer.IGNORED)
     if list(folder.glob("*processor_config.json")):
@@ -138,22 +166,34 @@ def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
 
 
 def name_of_peer(theirs: str) -> str:
-    """The name of our model for a class of transformers. Raises ExchangeError if there is none."""
+    """The name of our model class for one of transformers.
+
+    Args:
+        theirs: the name of transformers' model class.
+
+    Raises:
+        ExchangeError: if vlp has no such architecture.
+    """
     if theirs == "SiglipModel":
         return VlpClipModel.__name__
-    # Of two that have the same peer, the later is the one that their checkpoint is: it has no language modelling head.
+    # If two of our classes have the same peer, the later row wins: it has no language modelling head, like the peer.
     found = {row.peer: row.model.__name__ for row in ARCHITECTURES if row.peer}
     if theirs not in found:
-        raise ExchangeError(f"{theirs} is not among the architectures that vlp converts: {', '.join(found)}.")
+        raise ExchangeError(f"vlp cannot convert {theirs}; it converts {', '.join(found)}.")
     return found[theirs]
 
 
 def from_open_clip(folder: Path) -> Checkpoint:
-    facts = json.loads((folder / "open_clip_config.json").read_text())
+    """Read a folder of open_clip.
+
+    Raises:
+        ExchangeError: if vlp does not support the architecture, or the tensors do not fit it.
+    """
+    settings = json.loads((folder / "open_clip_config.json").read_text())
     state = openai.as_native(weights_of(folder))
-    config = open_clip.config_from(state, facts["model_cfg"])
+    config = open_clip.config_from(state, settings["model_cfg"])
     found = assemble("VlpClipModel", config, state, open_clip.RULES, open_clip.IGNORED)
-    images = open_clip.image_options(facts.get("preprocess_cfg", {}), config.vision_config.image_size)
+    images = open_clip.image_options(settings.get("preprocess_cfg", {}), config.vision_config.image_size)
     found.images = VlpClipImageProcessor(**images)
     if (folder / "tokenizer_config.json").is_file():
         found.tokenizer = tokenizer_of(found, str(folder))
@@ -161,6 +201,15 @@ def from_open_clip(folder: Path) -> Checkpoint:
 
 
 def from_file(path: Path, options) -> Checkpoint:
+    """Read a file of weights of OpenAI, open_clip, salesforce/BLIP or LAVIS.
+
+    Args:
+        path: the file.
+        options: the options of the command line, as attributes.
+
+    Raises:
+        ExchangeError: if the file is not supported, or an option that it needs is missing.
+    """
     state = openai.as_native(read_tensors(path))
     heads = dict(vision_heads=options.vision_heads, text_heads=options.text_heads)
     if lavis.is_blip2(state):
@@ -175,30 +224,41 @@ def from_file(path: Path, options) -> Checkpoint:
         act = options.hidden_act or ("quick_gelu" if openai.is_openai(state) else None)
         if act is None:
             raise ExchangeError(
-                f"{path} does not tell its activation, and a wrong one spoils the results in silence: pass "
-                "--hidden_act quick_gelu (OpenAI's weights, and what was trained with --force-quick-gelu) or gelu."
+                f"{path} does not record its activation, and a wrong one silently degrades the results: pass "
+                "--hidden_act quick_gelu (OpenAI's weights and models trained with --force-quick-gelu) or gelu."
             )
         config = openai.config_from(state, act, **heads)
         found = assemble("VlpClipModel", config, state, openai.RULES, openai.IGNORED)
     else:
-        raise ExchangeError(f"{path} holds neither a CLIP (visual.*) nor a BLIP (visual_encoder.*): name its folder.")
+        raise ExchangeError(
+            f"{path} contains neither a CLIP (visual.*) nor a BLIP (visual_encoder.*): pass its folder instead."
+        )
     return found
 
 
 def from_lavis(path: Path, state: State, options) -> Checkpoint:
-    """A BLIP-2 of LAVIS, whose files hold what was trained alone."""
+    """Read a BLIP-2 of LAVIS, whose file contains only the trained parts.
+
+    Args:
+        path: the file, for error messages.
+        state: its state dict.
+        options: the options of the command line, as attributes: `image_tower`, `language_model` and heads.
+
+    Raises:
+        ExchangeError: if a part is missing and no option names it, or the tensors do not fit.
+    """
     if options.image_tower:
         state = {key: value for key, value in state.items() if not key.startswith("visual_encoder.")}
         state |= lavis.tower_from(read_tensors(Path(options.image_tower)))
     elif not any(name.startswith("visual_encoder.") for name in state):
         raise ExchangeError(
-            f"{path} has no image tower, which LAVIS keeps in a file of its own: pass --image_tower eva_vit_g.pth (or "
+            f"{path} has no image tower, which LAVIS stores in a separate file: pass --image_tower eva_vit_g.pth (or "
             "clip_vit_L.pth)."
         )
     name, text = lavis.architecture_of(state), None
     if name == "VlpBlip2ForConditionalGeneration":
         if not options.language_model:
-            raise ExchangeError(f"{path} is of stage 2, and has no language model: name it with --language_model.")
+            raise ExchangeError(f"{path} is a stage 2 checkpoint without its language model: pass --language_model.")
         text = AutoConfig.from_pretrained(options.language_model)
     vision = lavis.vision_config_from(state, options.vision_heads)
     config = lavis.config_from(state, vision, text, options.text_heads)
@@ -207,7 +267,20 @@ def from_lavis(path: Path, state: State, options) -> Checkpoint:
 
 
 def assemble(name: str, config: PreTrainedConfig, state: State, rules: tuple[Rule, ...], ignored: str) -> Checkpoint:
-    """Our tensors from theirs; a temperature that they do not have is that of a new model."""
+    """Convert another library's tensors to a checkpoint of ours.
+
+    If the source has no temperature, it gets the initial value of a new model, and a note says so.
+
+    Args:
+        name: the name of our model class.
+        config: our configuration.
+        state: the other library's state dict.
+        rules: how names map.
+        ignored: regular expression for names in `state` that are not needed.
+
+    Raises:
+        ExchangeError: if the tensors do not fit.
+    """
     with torch.device("meta"):
         model = architecture(name).model(config)
         wanted = model.state_dict()
@@ -216,17 +289,17 @@ def assemble(name: str, config: PreTrainedConfig, state: State, rules: tuple[Rul
             state.setdefault(key, state[source])
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     without = {"temp"} - state.keys() if "temp" in wanted else set()
-    tensors = read(state, {key: value for key, value in wanted.items() if key not in without}, rules, ignored)
+    tensors = import_state(state, {key: value for key, value in wanted.items() if key not in without}, rules, ignored)
     notes = []
     if without:
         tensors["temp"] = torch.tensor(config.temperature_init_value)
-        notes.append(f"the source has no temperature: it is {config.temperature_init_value}, that of a new model")
+        notes.append(f"the source has no temperature: initialised to {config.temperature_init_value}")
     config.architectures = [name]
-    return Checkpoint(name, config, tensors, usual_images(config), notes=notes)
+    return Checkpoint(name, config, tensors, default_images(config), notes=notes)
 
 
-def usual_images(config: PreTrainedConfig) -> VlpClipImageProcessor:
-    """The preprocessing of OpenAI and of BLIP, for a model's image size."""
+def default_images(config: PreTrainedConfig) -> VlpClipImageProcessor:
+    """The default preprocessing of OpenAI, BLIP or SigLIP, for a model's image size."""
     side = config.vision_config.image_size
     square = {"height": side, "width": side}
     if config.model_type != VlpClipConfig.model_type:
@@ -238,16 +311,21 @@ def usual_images(config: PreTrainedConfig) -> VlpClipImageProcessor:
 
 
 def image_options(images) -> dict:
-    """What an image processor, ours or transformers', is made with."""
+    """The options to construct an image processor like this one, ours or transformers'."""
     names = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std")
     options = {name: getattr(images, name, None) for name in names}
-    options["do_center_crop"] = bool(options["do_center_crop"])  # some have no such option
+    options["do_center_crop"] = bool(options["do_center_crop"])  # None if the processor has no such option
     return {name: dict(v) if hasattr(v, "items") else v for name, v in options.items() if v is not None}
 
 
 def tokenizer_of(found: Checkpoint, name: str) -> PreTrainedTokenizerFast:
-    """A tokenizer by its hub name, its folder, or OpenAI's file, as the model needs it."""
-    if found.writes_by_language_model:
+    """Load a tokenizer for a model.
+
+    Args:
+        found: the checkpoint.
+        name: hub name or folder of the tokenizer, or OpenAI's bpe_simple_vocab_16e6.txt.gz.
+    """
+    if found.has_language_model:
         return AutoTokenizer.from_pretrained(name)
     length = getattr(found.config, "qformer_config", found.config.text_config).max_position_embeddings
     if name.endswith(".gz"):
@@ -258,27 +336,44 @@ def tokenizer_of(found: Checkpoint, name: str) -> PreTrainedTokenizerFast:
 
 
 def weights_of(folder: Path) -> State:
-    """All tensors of a folder, in one file or several."""
+    """Read all tensors of a folder, from one file or several shards.
+
+    Raises:
+        ExchangeError: if the folder contains no weights, or its index refers to files outside the folder.
+    """
     for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             if any(Path(name).name != name for name in names):
-                raise ExchangeError(f"{index} points out of its folder.")
+                raise ExchangeError(f"{index} refers to files outside its folder.")
             return {key: value for name in names for key, value in read_tensors(folder / name).items()}
     for name in WEIGHTS:
         if (folder / name).is_file():
             return read_tensors(folder / name)
-    raise ExchangeError(f"{folder} holds no weights: none of {', '.join(WEIGHTS)}.")
+    raise ExchangeError(f"{folder} contains no weights: there is none of {', '.join(WEIGHTS)}.")
 
 
-# --- to -----------------------------------------------------------------------------------------------------------
+# --- export -------------------------------------------------------------------------------------------------------
 
 
 def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
-    """Write a checkpoint, whole or not at all; returns the names of our tensors that the format cannot hold."""
+    """Write a checkpoint, completely or not at all.
+
+    Args:
+        found: the checkpoint.
+        target: the folder or file to write.
+        to: the format, one of TARGETS.
+
+    Returns:
+        The names of our tensors that the format cannot store.
+
+    Raises:
+        ExchangeError: if the format does not support the model.
+        ArgumentError: if the target is a folder with other files in it.
+    """
     if to == "vlp":
         write_folder(target, lambda fresh: save_vlp(found, fresh))
-        if found.teacher:  # training state: beside the folder to publish, where training looks for it
+        if found.teacher:  # training state: saved beside the output folder, where training loads it from
             start_anew(state_folder(target))
             write_whole(state_folder(target), lambda fresh: save_file(found.teacher, fresh / TEACHER_FILE))
         return []
@@ -286,9 +381,9 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
         theirs = architecture(found.architecture).peer
         if theirs is None:
             raise ExchangeError(f"transformers has no class for {found.architecture}.")
-        image_token = room_for_image_token(found) if found.writes_by_language_model else None
+        image_token = add_image_token(found) if found.has_language_model else None
         config = peer.config_to(found.config, theirs, image_token)
-        state, left_out = write(found.tensors, peer.rules_of(found.config, found.architecture))
+        state, left_out = export_state(found.tensors, peer.rules_of(found.config, found.architecture))
         write_folder(target, lambda fresh: save_transformers(found, config, state, fresh))
         return left_out
     if to in ("salesforce", "lavis"):
@@ -301,10 +396,10 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
         raise ExchangeError(f"{to} has no {found.architecture}{towers}.")
     if to in ("salesforce", "lavis") and isinstance(found.config.vision_config, VlpModifiedResNetConfig):
         raise ExchangeError("salesforce/BLIP and LAVIS have no ModifiedResNet.")
-    state, left_out = write(found.tensors, rules)
+    state, left_out = export_state(found.tensors, rules)
     if to == "open_clip":
-        facts = {"model_cfg": open_clip.config_to(found.config), "preprocess_cfg": preprocess_cfg(found)}
-        write_folder(target, lambda fresh: save_open_clip(found, facts, state, fresh))
+        settings = {"model_cfg": open_clip.config_to(found.config), "preprocess_cfg": preprocess_cfg(found)}
+        write_folder(target, lambda fresh: save_open_clip(found, settings, state, fresh))
     elif to == "openai":
         save_pickle(state | openai.facts_beside(found.config), target)
     elif found.architecture.startswith("VlpBlip2"):
@@ -315,22 +410,39 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
 
 
 def write_folder(target: Path, save: Callable[[Path], None]) -> None:
-    """Write a folder, whole or not at all. Raises ArgumentError where that would replace other files."""
+    """Write a folder, completely or not at all.
+
+    Args:
+        target: the folder.
+        save: called with a temporary folder, which then becomes the target.
+
+    Raises:
+        ArgumentError: if the target contains other files.
+    """
     check_output(str(target), "TARGET")
     write_whole(target, save)
 
 
 def save_vlp(found: Checkpoint, folder: Path) -> None:
+    """Save the model, and its processor or image processor, in vlp's format."""
     found.model().save_pretrained(folder)
     if found.tokenizer is None:
         found.images.save_pretrained(folder)
     else:
         kind = VlpClipProcessor if found.is_clip else VlpBlipProcessor
-        kind = VlpBlip2Processor if found.writes_by_language_model else kind
+        kind = VlpBlip2Processor if found.has_language_model else kind
         kind(found.images, found.tokenizer).save_pretrained(folder)
 
 
 def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State, folder: Path) -> None:
+    """Save a checkpoint in transformers' format.
+
+    Args:
+        found: the checkpoint.
+        config: transformers' configuration.
+        state: the tensors, with transformers' names.
+        folder: an existing folder.
+    """
     config.save_pretrained(folder)
     save_tensors(state, folder / "model.safetensors")
     kinds = (CLIPImageProcessor, CLIPProcessor) if found.is_clip else (BlipImageProcessor, BlipProcessor)
@@ -340,15 +452,18 @@ def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State,
     if found.tokenizer is None:
         images.save_pretrained(folder)
     elif found.architecture.startswith("VlpBlip2"):
-        tokenizer = found.tokenizer if found.writes_by_language_model else plain_tokenizer(found.tokenizer)
-        queries = found.config.num_query_tokens if found.writes_by_language_model else None
+        tokenizer = found.tokenizer if found.has_language_model else plain_tokenizer(found.tokenizer)
+        queries = found.config.num_query_tokens if found.has_language_model else None
         Blip2Processor(images, tokenizer, queries).save_pretrained(folder)
     else:
         kinds[1](images, plain_tokenizer(found.tokenizer)).save_pretrained(folder)
 
 
-def room_for_image_token(found: Checkpoint) -> int:
-    """The number of the token that stands for a query in transformers' texts; the language model gets a row for it."""
+def add_image_token(found: Checkpoint) -> int:
+    """The id of the token that marks the position of a query in the input of transformers' language model.
+
+    If the embeddings of the language model have no row for it, `found` gets a resized language model.
+    """
     text = found.config.text_config.get_text_config()
     if found.tokenizer is None:
         number = text.vocab_size
@@ -364,22 +479,30 @@ def room_for_image_token(found: Checkpoint) -> int:
 
 
 def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokenizer as a class that transformers has."""
+    """The same tokenizer, as a class of transformers."""
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, model_max_length=tokenizer.model_max_length, **special
     )
 
 
-def save_open_clip(found: Checkpoint, facts: dict, state: State, folder: Path) -> None:
-    (folder / "open_clip_config.json").write_text(json.dumps(facts, indent=1) + "\n")
+def save_open_clip(found: Checkpoint, settings: dict, state: State, folder: Path) -> None:
+    """Save a checkpoint in open_clip's format.
+
+    Args:
+        found: the checkpoint.
+        settings: the content of open_clip_config.json.
+        state: the tensors, with open_clip's names.
+        folder: an existing folder.
+    """
+    (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     save_tensors(state, folder / "open_clip_model.safetensors")
     if found.tokenizer is not None:
         plain_tokenizer(found.tokenizer).save_pretrained(folder)
 
 
 def preprocess_cfg(found: Checkpoint) -> dict:
-    """open_clip's words for our preprocessing."""
+    """The `preprocess_cfg` of open_clip_config.json for our preprocessing."""
     names = {number: name for name, number in open_clip.RESAMPLE.items()}
     return {
         "mean": list(found.images.image_mean), "std": list(found.images.image_std),
@@ -389,14 +512,18 @@ def preprocess_cfg(found: Checkpoint) -> dict:
 
 
 def save_tensors(state: State, path: Path) -> None:
-    """Write a safetensors file, which does not know of tensors that share their memory."""
+    """Write a safetensors file. Tensors are cloned, because the format does not support shared memory."""
     save_file({name: value.clone() for name, value in state.items()}, path, {"format": "pt"})
 
 
 def save_pickle(content: dict, target: Path) -> None:
-    """Write a PyTorch file, whole or not at all. Raises ExchangeError where its name is a folder's."""
+    """Write a PyTorch file, completely or not at all.
+
+    Raises:
+        ExchangeError: if the target is a folder.
+    """
     if target.is_dir():
-        raise ExchangeError(f"TARGET {target} is a folder; this format needs the name of a file.")
+        raise ExchangeError(f"TARGET {target} is a folder; this format is a single file.")
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.writing")
     torch.save(content, fresh)
@@ -407,13 +534,20 @@ def save_pickle(content: dict, target: Path) -> None:
 
 
 def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) -> list[str]:
-    """What the command line does; returns what should be told.
+    """Convert a checkpoint, as the command line does.
 
     Args:
-        to: one of TARGETS. options: those of the command line, by name.
+        source: a file of weights, or a folder.
+        target: the folder to write; for openai, salesforce and lavis the file.
+        to: the format of the target, one of TARGETS.
+        options: the other options of the command line, by name.
 
-    Raises ExchangeError where the source cannot be read, or the target cannot hold it; ArgumentError where the target
-    is a folder with other files in it.
+    Returns:
+        Messages for the user, such as what could not be converted.
+
+    Raises:
+        ExchangeError: if the source cannot be read, or the target's format does not support the model.
+        ArgumentError: if the target is a folder with other files in it.
     """
     given = argparse.Namespace(**{"hidden_act": None, "vision_heads": None, "text_heads": None, "tokenizer": None,
                                   "image_size": None, "max_length": None, "image_tower": None,
@@ -426,17 +560,25 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
     if given.max_length:
         resize_texts(found, given.max_length)
     if found.tokenizer is None and to in ("vlp", "transformers"):
-        found.notes.append("the source has no tokenizer: name one with --tokenizer, or the folder has none")
+        found.notes.append("the source has no tokenizer, so none was saved; to add one, pass --tokenizer")
     left_out = write_target(found, Path(target), to)
-    return found.notes + [f"{to} has no place for: {shortened(left_out)}"] * bool(left_out)
+    return found.notes + [f"{to} cannot store: {shortened(left_out)}"] * bool(left_out)
 
 
 def resize(found: Checkpoint, side: int) -> None:
-    """Resample the positions of the image tower, and let the preprocessing give images of that size."""
+    """Change the image size: resample the position embeddings of the image tower and adapt the preprocessing.
+
+    Args:
+        found: the checkpoint, changed in place.
+        side: the new image size in pixels.
+
+    Raises:
+        ExchangeError: if the image tower does not support the size.
+    """
     model = found.model()
     try:
         model.vision_model.resize_images(side)
-        type(model.config.vision_config)(**model.config.vision_config.to_dict())  # its checks
+        type(model.config.vision_config)(**model.config.vision_config.to_dict())  # runs its validation
     except ValueError as error:
         raise ExchangeError(f"--image_size: {error}") from error
     found.config, found.tensors = model.config, model.state_dict()
@@ -446,7 +588,17 @@ def resize(found: Checkpoint, side: int) -> None:
 
 
 def resize_texts(found: Checkpoint, length: int) -> None:
-    """Let CLIP's text tower read so many tokens: its positions are resampled, as open_clip's resize_text_pos_embed."""
+    """Change the context length of CLIP's text tower by resampling its position embeddings.
+
+    Source: open_clip, resize_text_pos_embed.
+
+    Args:
+        found: the checkpoint, changed in place.
+        length: the new maximum number of tokens.
+
+    Raises:
+        ExchangeError: if the model is not a CLIP.
+    """
     if not found.is_clip:
         raise ExchangeError("--max_length is for CLIP; BLIP's text model has positions for 512 tokens.")
     name = "text_model.embeddings.position_embedding.weight"

@@ -1,8 +1,8 @@
-"""Errors that a user can fix; the programs print their message on one line, without a traceback."""
+"""Errors that a user can fix. The programs print the message on one line, without a traceback."""
 
 
 class ArgumentError(ValueError):
-    """A wrong option; the message names the value, what was expected and what to do."""
+    """An invalid option; the message gives the value, what was expected and how to fix it."""
 
 
 class ResumeError(ValueError):
@@ -10,8 +10,8 @@ class ResumeError(ValueError):
 
 
 class BadDataError(RuntimeError):
-    """More rows are bad than the run allows."""
+    """The data has more bad rows than the run allows."""
 
 
 class UnsupportedModelError(ValueError):
-    """A model that cannot be loaded, or does not support the task; the message says what to do."""
+    """A model that cannot be loaded or does not support the task; the message says how to fix it."""

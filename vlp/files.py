@@ -1,4 +1,4 @@
-"""Folders and files that the programs write: whole or not at all, and never over somebody else's."""
+"""Write folders completely or not at all, and never overwrite files that vlp did not write."""
 
 import json
 import os
@@ -9,18 +9,23 @@ from pathlib import Path
 from .errors import ArgumentError
 
 STATE_FILE = "trainer_state.json"
-TEACHER_FILE = "teacher.safetensors"  # of a pre-training that was begun elsewhere, as vlp-convert writes it
+TEACHER_FILE = "teacher.safetensors"  # momentum teacher of a converted checkpoint, written by vlp-convert
 
 
 def state_folder(output_dir: str | Path) -> Path:
-    """Where the resume states of a run are: beside the folder to publish, so that they are not published with it."""
+    """The folder of a run's resume states: beside the output folder, so that they are not published with it."""
     return Path(f"{str(output_dir).rstrip('/')}.resume")
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `target`, then put it in its place; on any error the old folder stays.
+    """Write a folder as a whole: `write` fills a temporary folder beside it, which then takes its place.
 
-    Raises OSError, with what happened and what is left, where `write` fails.
+    Args:
+        target: the folder to create or replace. It does not change if `write` fails.
+        write: called with the temporary folder.
+
+    Raises:
+        OSError: if `write` fails; the message gives the cause and says what is left.
     """
     fresh = target.with_name(f".{target.name}.writing")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -29,7 +34,7 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
         write(fresh)
     except Exception as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        kept = f"{target} is as it was" if target.exists() else "nothing was left behind"
+        kept = f"{target} is unchanged" if target.exists() else "no partial files were left"
         raise OSError(f"Could not save {target} ({error}); {kept}. Is the disk full?") from error
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -40,20 +45,26 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def check_output(output_dir: str, name: str = "--output_dir") -> None:
-    """Raise ArgumentError unless a folder can be written whole: it is new, empty, or holds an earlier model.
+    """Check that a folder may be replaced: it is new, empty, or contains a model that vlp wrote.
 
     Args:
-        name: what the user calls it.
+        output_dir: the folder.
+        name: the name of the option, for the error message.
+
+    Raises:
+        ArgumentError: if replacing the folder would delete other files.
     """
     path = Path(output_dir)
     if path.resolve() == Path.cwd() or not path.name or os.path.ismount(path) or path.is_file():
-        raise ArgumentError(f"{name} {output_dir} is replaced as a whole: name a folder of its own, such as runs/x.")
+        raise ArgumentError(f"{name} {output_dir} is replaced as a whole: choose a dedicated folder, such as runs/x.")
     if path.is_dir() and any(path.iterdir()) and not holds_a_model(path):
-        raise ArgumentError(f"{name} {output_dir} holds other files, and is replaced as a whole: name another.")
+        raise ArgumentError(
+            f"{name} {output_dir} contains other files and is replaced as a whole: choose another folder."
+        )
 
 
 def holds_a_model(path: Path) -> bool:
-    """Whether a folder is one that vlp wrote: with a model's configuration, or with adapters and how they were made."""
+    """Whether vlp wrote a folder: it contains a vlp configuration, or adapters with their training arguments."""
     if all((path / name).is_file() for name in ("adapter_config.json", "training_arguments.yaml")):
         return True
     config = path / "config.json"
@@ -61,7 +72,7 @@ def holds_a_model(path: Path) -> bool:
 
 
 def start_anew(folder: Path) -> None:
-    """Put the states of an earlier run aside, in FOLDER.previous, not to mistake them for those of this one."""
+    """Move the states of an earlier run to FOLDER.previous, so that they are not mistaken for those of this run."""
     if states(folder):
         previous = folder.with_name(f"{folder.name}.previous")
         shutil.rmtree(previous, ignore_errors=True)

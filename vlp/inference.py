@@ -1,4 +1,4 @@
-"""Models of vlp and transformers with their processors, for prediction: embed, match, caption, answer, reason.
+"""Prediction with models of vlp and transformers: embed, match, caption, answer, reason.
 
     predictor = load("runs/blip-emoji", "embed")
     predictor.similarity(predictor.embed_images(images), predictor.embed_texts(["a cat", "a dog"]))
@@ -31,7 +31,7 @@ from .conversion import convert
 from .errors import UnsupportedModelError
 from .modeling_vlp.blip import VlpBlipForPreTraining
 from .modeling_vlp.blip2 import VlpBlip2PreTrainedModel, best_query
-from .modeling_vlp.blip2_writer import VlpBlip2ForConditionalGeneration
+from .modeling_vlp.blip2_generation import VlpBlip2ForConditionalGeneration
 from .modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from .modeling_vlp.clip import VlpClipModel
 from .modeling_vlp.exchange.places import ExchangeError
@@ -41,11 +41,11 @@ from .processing.pictures import to_rgb
 
 # Shapes: B images, T texts, Q queries, M image tokens, D width, E embedding
 
-CONVERTED = ("blip", "blip-2", "clip", "siglip")  # models of transformers that are converted to ours
+CONVERTED = ("blip", "blip-2", "clip", "siglip")  # model types of transformers that are converted to vlp's on loading
 LACKS = {
     "embed": "it does not embed images and texts in one space",
-    "match": "it has no matching head (ITM), as BLIP and BLIP-2 have",
-    "caption": "it has no decoder that generates captions, as BLIP and BLIP-2 have",
+    "match": "it has no matching head (ITM); BLIP and BLIP-2 have one",
+    "caption": "it has no decoder to generate captions; BLIP and BLIP-2 have one",
     "answer": "it was not fine-tuned to answer questions, as `training blip --task vqa` does",
     "reason": "it was not fine-tuned on pairs of images, as `training blip --task nlvr` does",
 }
@@ -53,7 +53,12 @@ QUESTION = "Question: {} Short answer:"  # the prompt for a language model; LAVI
 
 
 class Predictor:
-    """A model that embeds images and texts in one space: any of transformers with both features."""
+    """A model that embeds images and texts in one space: any model of transformers that has features of both.
+
+    Args:
+        model: the model; it is put into evaluation mode.
+        processor: its processor.
+    """
 
     def __init__(self, model: PreTrainedModel, processor):
         self.model, self.processor = model.eval(), processor
@@ -63,12 +68,23 @@ class Predictor:
         return self.model.config.model_type
 
     def prepare_images(self, images: list[Image.Image]) -> Tensor:
-        """`pixel_values` (B, 3, S, S) of PIL images of any mode, on the model's device."""
+        """Preprocess images.
+
+        Args:
+            images: PIL images of any mode and size.
+
+        Returns:
+            `pixel_values` (B, 3, S, S) on the model's device, in its dtype.
+        """
         pixels = self.processor.image_processor([to_rgb(image) for image in images], return_tensors="pt")
         return pixels["pixel_values"].to(self.model.device, self.model.dtype)
 
     def prepare_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Token ids and their mask, truncated to the model's length."""
+        """Tokenize texts, truncated to the model's maximum length.
+
+        Returns:
+            Token ids and attention mask (T, N) on the model's device.
+        """
         length = self.model.config.get_text_config().max_position_embeddings
         padding = "max_length" if self.model_type.startswith("siglip") else True  # as SigLIP was trained
         tokens = self.processor.tokenizer(
@@ -78,34 +94,53 @@ class Predictor:
 
     @torch.inference_mode()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
-        """Embeddings of unit length, float32, on the CPU: (B, E), or (B, Q, E) for BLIP-2."""
+        """Embed images.
+
+        Args:
+            images: B PIL images of any mode and size.
+
+        Returns:
+            Embeddings of unit length, float32, on the CPU: (B, E), or (B, Q, E) for BLIP-2.
+        """
         return unit_features(self.model.get_image_features(pixel_values=self.prepare_images(images)))
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """(T, E) of unit length, float32, on the CPU."""
+        """Embed texts.
+
+        Returns:
+            Embeddings (T, E) of unit length, float32, on the CPU.
+        """
         return unit_features(self.model.get_text_features(**self.prepare_texts(texts)))
 
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Cosines (B, T) of embeddings; for (B, Q, E), that of the best query."""
+        """Cosine similarities of images and texts.
+
+        Args:
+            images: image embeddings of unit length, (B, E), or (B, Q, E) for BLIP-2.
+            texts: text embeddings of unit length, (T, E).
+
+        Returns:
+            Similarities (B, T); for BLIP-2, those of the query that fits each text best.
+        """
         if images.ndim == 2:
             return images @ texts.T
         return torch.cat([best_query(chunk, texts) for chunk in images.split(256)])
 
     @property
     def temperature(self) -> float:
-        """The divisor of cosines before a softmax."""
+        """The temperature by which cosines are divided before a softmax."""
         scale = getattr(self.model, "logit_scale", None)
         return float((self.model.temp if scale is None else (-scale).exp()).detach())
 
 
 def unit_features(output) -> Tensor:
-    """The features of a model's output, of unit length, on the CPU."""
+    """The features in a model's output, normalised to unit length, on the CPU."""
     return unit_length(getattr(output, "pooler_output", output)).cpu()
 
 
 class VlpPredictor(Predictor):
-    """CLIP and SigLIP of vlp, and what all models of vlp share."""
+    """CLIP and SigLIP of vlp; base class for all models of vlp."""
 
     def prepare_images(self, images: list[Image.Image]) -> Tensor:
         pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -114,7 +149,7 @@ class VlpPredictor(Predictor):
     def prepare_texts(self, texts: list[str]) -> dict[str, Tensor]:
         config = self.model.config
         length = (getattr(config, "qformer_config", None) or config.get_text_config()).max_position_embeddings
-        return self.processor.read_texts(texts, length).to(self.model.device)
+        return self.processor.tokenize(texts, length).to(self.model.device)
 
     @torch.inference_mode()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
@@ -126,54 +161,103 @@ class VlpPredictor(Predictor):
 
 
 class BlipPredictor(VlpPredictor):
-    """BLIP of vlp; which methods work depends on the class of the model."""
+    """BLIP of vlp. Which methods work depends on the model's class."""
 
     @torch.inference_mode()
     def encode_images(self, images: list[Image.Image]) -> Tensor:
-        """The image tower's states (B, M, D) that texts are matched with, on the CPU."""
+        """Encode images for `match`.
+
+        Args:
+            images: B PIL images of any mode and size.
+
+        Returns:
+            The hidden states (B, M, D) of the image tower, on the CPU.
+        """
         return self.model.encode_image(self.prepare_images(images)).last_hidden_state.cpu()
 
     def memory_of(self, states: Tensor) -> Memory:
-        """What texts attend to, of states (B, M, D)."""
-        return self.model.read(states.to(self.model.device))
+        """The keys and values that texts attend to, from states (B, M, D)."""
+        return self.model.memory_of(states.to(self.model.device))
 
     @torch.inference_mode()
     def match(self, states: Tensor, index: Tensor, texts: list[str]) -> Tensor:
-        """ITM logits (T, 2), "no" and "yes", of texts with the images `index` (T,) of `states` (B, M, D)."""
+        """Match texts with images (ITM).
+
+        Args:
+            states: (B, M, D) hidden states of `encode_images`.
+            index: (T,) for each text, the number of its image in `states`.
+            texts: T texts.
+
+        Returns:
+            Logits (T, 2) of "no match" and "match", float32, on the CPU.
+        """
         memory = self.memory_of(states).select(index.to(self.model.device))
         return self.model.match(self.prepare_texts(texts)["input_ids"], None, memory).float().cpu()
 
     @torch.inference_mode()
     def caption(self, images: list[Image.Image], prompt: str = "", **options) -> list[str]:
-        """A caption for each image, without the prompt that it began with.
+        """Generate a caption for each image.
 
         Args:
-            options: those of `generate`; 3 beams and at most 30 tokens if not given.
+            images: B PIL images of any mode and size.
+            prompt: the text that each caption continues; it is not returned.
+            options: options of `generate`; by default 3 beams and at most 30 tokens.
+
+        Returns:
+            B captions.
         """
         options = {"num_beams": 3, "do_sample": False, "max_length": 30} | options
-        ids = self.processor.read_texts([prompt], 512)["input_ids"].to(self.model.device)
+        ids = self.processor.tokenize([prompt], 512)["input_ids"].to(self.model.device)
         generated = self.model.generate(self.prepare_images(images), ids.expand(len(images), -1), **options)
-        return self.processor.write(generated[:, ids.shape[1] - 1 :])  # without [DEC] and the prompt
+        return self.processor.decode_texts(generated[:, ids.shape[1] - 1 :])  # without [DEC] and the prompt
 
     @torch.inference_mode()
     def answer(self, images: list[Image.Image], questions: list[str], **options) -> list[str]:
-        """A generated answer to a question about each image; `options` are those of `generate`."""
+        """Generate an answer to a question about each image.
+
+        Args:
+            images: B PIL images of any mode and size.
+            questions: B questions.
+            options: options of `generate`; by default 3 beams and at most 12 tokens.
+
+        Returns:
+            B answers.
+        """
         options = {"num_beams": 3, "do_sample": False, "max_length": 12} | options
         ids = self.prepare_texts(questions)["input_ids"]
-        return self.processor.write(self.model.generate(self.prepare_images(images), ids, **options))
+        return self.processor.decode_texts(self.model.generate(self.prepare_images(images), ids, **options))
 
     @torch.inference_mode()
     def rank_answers(
         self, images: list[Image.Image], questions: list[str], answers: list[str], top_k: int = 128
     ) -> list[str]:
-        """The likeliest of `answers` to a question about each image; `top_k` of them are scored in full."""
+        """Choose the most probable of given answers to a question about each image.
+
+        Args:
+            images: B PIL images of any mode and size.
+            questions: B questions.
+            answers: the candidates, the same for all questions.
+            top_k: number of candidates that are scored in full, chosen by their first token.
+
+        Returns:
+            B answers.
+        """
         listed = self.prepare_texts(answers)["input_ids"]
         best = self.model.rank(self.prepare_images(images), self.prepare_texts(questions)["input_ids"], listed, top_k)
         return [answers[number] for number in best.tolist()]
 
     @torch.inference_mode()
     def reason(self, left: list[Image.Image], right: list[Image.Image], texts: list[str]) -> Tensor:
-        """Logits (B, 2), "false" and "true", of one text about each pair of images."""
+        """Decide whether a text is true of a pair of images (NLVR2).
+
+        Args:
+            left: B first images.
+            right: B second images.
+            texts: B texts, one per pair.
+
+        Returns:
+            Logits (B, 2) of "false" and "true", float32, on the CPU.
+        """
         pixels = torch.stack([self.prepare_images(left), self.prepare_images(right)], dim=1)  # (B, 2, 3, S, S)
         return self.model(self.prepare_texts(texts)["input_ids"], pixels).logits.float().cpu()
 
@@ -187,11 +271,11 @@ class Blip2Predictor(BlipPredictor):
 
     @torch.inference_mode()
     def encode_images(self, images: list[Image.Image]) -> Tensor:
-        return self.model.see(self.prepare_images(images)).cpu()
+        return self.model.encode_image(self.prepare_images(images)).cpu()
 
 
 class LanguageModelPredictor(Blip2Predictor):
-    """BLIP-2 of vlp after stage 2: a language model generates after a prompt."""
+    """BLIP-2 of vlp after stage 2: a language model generates text from a prompt."""
 
     def caption(self, images: list[Image.Image], prompt: str = "", **options) -> list[str]:
         return self.generate(images, [prompt] * len(images), {"num_beams": 5, "max_new_tokens": 30} | options)
@@ -202,7 +286,16 @@ class LanguageModelPredictor(Blip2Predictor):
 
     @torch.inference_mode()
     def generate(self, images: list[Image.Image], prompts: list[str], options: dict) -> list[str]:
-        """The text that the language model generates after each prompt, without the prompt."""
+        """Generate a text for each image.
+
+        Args:
+            images: B PIL images of any mode and size.
+            prompts: B texts that the generated texts continue; "" for none.
+            options: options of `generate`.
+
+        Returns:
+            B generated texts, without the prompts.
+        """
         inputs, skip = {}, 0
         if any(prompts):
             cleaned = [self.processor.clean(prompt) for prompt in prompts]
@@ -214,15 +307,15 @@ class LanguageModelPredictor(Blip2Predictor):
         generated = self.model.generate(
             pixel_values=self.prepare_images(images), **inputs, **({"do_sample": False} | options)
         )
-        return [text.strip() for text in self.processor.write(generated[:, skip:])]
+        return [text.strip() for text in self.processor.decode_texts(generated[:, skip:])]
 
 
 class TransformersPredictor(Predictor):
-    """A model of transformers that generates captions, or picks answers from its list."""
+    """A model of transformers that generates captions, or chooses answers from a fixed list."""
 
     @torch.inference_mode()
     def caption(self, images: list[Image.Image], prompt: str = "", **options) -> list[str]:
-        """A caption for each image, without the prompt; `options` are those of `generate`."""
+        """Generate a caption for each image, as `BlipPredictor.caption`."""
         text = {"text": [prompt] * len(images)} if prompt else {}
         inputs = self.processor(images=[to_rgb(image) for image in images], return_tensors="pt", **text)
         options = {"num_beams": 3, "do_sample": False, "max_length": 30} | options
@@ -232,21 +325,23 @@ class TransformersPredictor(Predictor):
 
     @torch.inference_mode()
     def answer(self, images: list[Image.Image], questions: list[str], **options) -> list[str]:
-        """The most probable of the model's answers to a question about each image."""
+        """Choose the most probable of the model's answers to each question; `options` are ignored."""
         images = [to_rgb(image) for image in images]
         inputs = self.processor(images=images, text=questions, padding=True, truncation=True, return_tensors="pt")
         best = self.model(**inputs.to(self.model.device)).logits.argmax(dim=-1)
         return [self.model.config.id2label[number] for number in best.tolist()]
 
 
-# --- from a model to its predictor ------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def predictor_of(model: PreTrainedModel, processor, use: str) -> Predictor:
-    """The predictor of a model of vlp that is in memory; its weights are not copied.
+    """The predictor for a model of vlp in memory. The weights are shared, not copied.
 
     Args:
-        model: any model of vlp, in or out of training. use: one of `architectures.USES`.
+        model: any model of vlp, during or after training; it is put into evaluation mode.
+        processor: its processor.
+        use: one of `architectures.USES`.
 
     Raises:
         UnsupportedModelError: if the model does not support the use.
@@ -271,7 +366,10 @@ def load(name: str | Path, use: str, device: str | torch.device = "cpu", dtype=t
     """Load a model with its processor for one use.
 
     Args:
-        name: folder or hub name of a model of vlp or transformers. use: one of `architectures.USES`.
+        name: folder or hub name of a model of vlp or transformers.
+        use: one of `architectures.USES`.
+        device: where to put the model.
+        dtype: the dtype of its weights.
 
     Raises:
         UnsupportedModelError: if there is no such model, or it does not support the use.
@@ -294,7 +392,16 @@ def load(name: str | Path, use: str, device: str | torch.device = "cpu", dtype=t
 
 
 def load_vlp(name: str | Path, config, use: str) -> Predictor:
-    """A model of vlp, as the class that the use needs."""
+    """Load a model of vlp as the class that the use needs.
+
+    Args:
+        name: folder or hub name of the model.
+        config: its configuration.
+        use: one of `architectures.USES`.
+
+    Raises:
+        UnsupportedModelError: if the model does not support the use, or has no processor.
+    """
     try:
         kind = architecture((config.architectures or [config.model_type])[0]).uses.get(use)
     except KeyError as error:
@@ -312,7 +419,7 @@ def load_vlp(name: str | Path, config, use: str) -> Predictor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' warnings about weights that a part of a model does not use."""
+    """Silence transformers' warnings about unused weights, which are expected if only a part of a model is loaded."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -324,7 +431,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_converted(name: str | Path, use: str) -> Predictor:
-    """A model of transformers whose architecture vlp has, converted to ours."""
+    """Load a model of transformers whose architecture vlp has, and convert it to vlp's class."""
     try:
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name)))
         with tempfile.TemporaryDirectory() as place:
@@ -335,7 +442,7 @@ def load_converted(name: str | Path, use: str) -> Predictor:
 
 
 def load_transformers(name: str | Path, config, use: str) -> Predictor:
-    """Any other model of transformers."""
+    """Load any other model of transformers."""
     kinds = {"embed": AutoModel, "caption": AutoModelForImageTextToText, "answer": AutoModelForVisualQuestionAnswering}
     if use not in kinds:
         raise unsupported(f"{name}, a {config.model_type},", use)

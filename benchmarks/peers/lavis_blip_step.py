@@ -1,9 +1,10 @@
 """One BLIP pre-training step of LAVIS (the pip-installable original) at BLIP-base size on random weights.
 
-usage: python lavis_blip_step.py IMAGE_SIZE BATCH THREADS      makes a step for each line that comes in, prints its seconds
+usage: python lavis_blip_step.py IMAGE_SIZE BATCH THREADS
 
-Runs in an environment of its own, because LAVIS needs old libraries (see ../blip_step.py). The captions are given as
-token ids (6 to 15 tokens, padded to LAVIS' fixed 30), the same as `caption_ids` below, so that a second program can use the very same batch.
+Runs a step for each line on stdin, and prints its seconds. Needs a separate environment, because LAVIS needs old libraries
+(see ../blip_step.py). The captions are the token ids of `caption_ids` (6 to 15 tokens, padded to LAVIS' fixed 30), which
+blip_step.py imports to use the same batch.
 """
 
 import collections.abc

@@ -1,7 +1,7 @@
-"""Checkpoints of other libraries, both ways.
+"""Conversion of checkpoints from and to other libraries.
 
-One module for each source. Its RULES say where each tensor of a vlp model stands in the source's file, and are read in
-both directions (`places.py`); its `config_from` infers the configuration from the tensors' shapes. `files.py` reads
-files without running code that is in them. `python -m vlp.commands.convert` puts them together. `bundle.py` lays the
-package's own code beside a checkpoint, for those without vlp.
+Each source has one module. Its RULES map the tensor names of a vlp model to those in the source's file, and
+`places.py` applies them in both directions. Its `config_from` infers the configuration from the tensor shapes.
+`files.py` reads files without running the code they may contain. The command `python -m vlp.commands.convert` combines
+these modules. `bundle.py` copies the package's own code into a checkpoint folder, for users without vlp.
 """

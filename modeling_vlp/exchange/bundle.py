@@ -1,8 +1,8 @@
-"""A model's own code, put into its folder, so that those who have transformers alone can load it.
+"""Copy a model's code into its folder, so that users who have only transformers can load it.
 
-`AutoModel.from_pretrained(NAME, trust_remote_code=True)` copies the files of one folder that import each other as
-`.name`. So the modules of the package that a model needs are laid side by side: `modeling_vlp/clip.py` becomes
-`modeling_vlp_clip.py`, and imports are renamed to match. Nothing is written twice by hand.
+`AutoModel.from_pretrained(NAME, trust_remote_code=True)` loads files of one folder that import each other as `.name`.
+The modules that a model needs are therefore copied into one flat folder: `modeling_vlp/clip.py` becomes
+`modeling_vlp_clip.py`, and imports are renamed to match. The copies are generated; none are maintained by hand.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("configuration", "modeling_vlp", "processing")
+PACKAGES = ("configuration", "modeling_vlp", "processing")
 IMPORT = re.compile(r"^(\s*from )(\.{1,2})([\w.]+)( import )", re.MULTILINE)
 
 CONFIGURATIONS = {
@@ -18,7 +18,7 @@ CONFIGURATIONS = {
     "vlp_blip": "configuration_blip.VlpBlipConfig",
     "vlp_blip2": "configuration_blip2.VlpBlip2Config",
 }
-# The modules of the architectures.
+# The module that defines each architecture.
 MODELS = {
     "VlpClipModel": "modeling_vlp_clip",
     "VlpBlipForPreTraining": "modeling_vlp_blip",
@@ -28,12 +28,12 @@ MODELS = {
     "VlpBlipForVisualReasoning": "modeling_vlp_blip_tasks",
     "VlpBlip2ForPreTraining": "modeling_vlp_blip2",
     "VlpBlip2ForImageTextRetrieval": "modeling_vlp_blip2",
-    "VlpBlip2ForConditionalGeneration": "modeling_vlp_blip2_writer",
+    "VlpBlip2ForConditionalGeneration": "modeling_vlp_blip2_generation",
 }
-WRITERS = {
+GENERATORS = {
     "VlpBlipForPreTraining": "modeling_vlp_blip_captioner.VlpBlipForConditionalGeneration",
     "VlpBlipForConditionalGeneration": "modeling_vlp_blip_captioner.VlpBlipForConditionalGeneration",
-    "VlpBlip2ForConditionalGeneration": "modeling_vlp_blip2_writer.VlpBlip2ForConditionalGeneration",
+    "VlpBlip2ForConditionalGeneration": "modeling_vlp_blip2_generation.VlpBlip2ForConditionalGeneration",
 }
 PROCESSING = {
     "VlpClipProcessor": "processing_clip", "VlpClipImageProcessor": "processing_clip",
@@ -43,26 +43,33 @@ PROCESSING = {
 
 
 def model_map(config: dict) -> dict[str, str]:
-    """Where the classes are that a config.json needs, for the Auto classes."""
+    """The `auto_map` of a config.json.
+
+    Args:
+        config: the content of the config.json.
+
+    Returns:
+        For each Auto class, "module.Class" to load.
+    """
     architecture = config["architectures"][0]
-    place = f"{MODELS[architecture]}.{architecture}"
-    places = {"AutoConfig": CONFIGURATIONS[config["model_type"]], "AutoModel": place}
+    reference = f"{MODELS[architecture]}.{architecture}"
+    auto_map = {"AutoConfig": CONFIGURATIONS[config["model_type"]], "AutoModel": reference}
     if architecture == "VlpClipModel":
-        places["AutoModelForZeroShotImageClassification"] = place
-    if architecture in WRITERS:
-        places["AutoModelForImageTextToText"] = WRITERS[architecture]
-    return places
+        auto_map["AutoModelForZeroShotImageClassification"] = reference
+    if architecture in GENERATORS:
+        auto_map["AutoModelForImageTextToText"] = GENERATORS[architecture]
+    return auto_map
 
 
 def processor_map(content: dict) -> dict[str, str]:
-    """The same of a processor_config.json (or a preprocessor_config.json)."""
+    """The `auto_map` of a processor_config.json or preprocessor_config.json."""
     images = content.get("image_processor", content).get("image_processor_type")
     names = {"AutoProcessor": content.get("processor_class"), "AutoImageProcessor": images}
     return {auto: f"{PROCESSING[name]}.{name}" for auto, name in names.items() if name in PROCESSING}
 
 
 def tokenizer_map(content: dict) -> dict[str, list]:
-    """The same of a tokenizer_config.json; a tokenizer of transformers' own classes needs none."""
+    """The `auto_map` of a tokenizer_config.json; empty if the tokenizer is one of transformers' own classes."""
     name = content.get("tokenizer_class")
     return {"AutoTokenizer": [None, f"{PROCESSING[name]}.{name}"]} if name in PROCESSING else {}
 
@@ -76,8 +83,15 @@ MAPS = {
 
 
 def add_code(folder: str | Path) -> list[str]:
-    """Put the code that a saved model, or its processor, needs into its folder; returns the names of the files."""
-    folder, written = Path(folder), {}
+    """Copy the code that a saved model or processor needs into its folder, and add `auto_map` to its JSON files.
+
+    Args:
+        folder: the folder of the saved model or processor.
+
+    Returns:
+        The names of the copied files, sorted.
+    """
+    folder, modules = Path(folder), {}
     for name, auto_map_of in MAPS.items():
         path = folder / name
         if not path.is_file():
@@ -90,27 +104,32 @@ def add_code(folder: str | Path) -> list[str]:
         if "image_processor" in content:
             content["image_processor"]["auto_map"] = auto_map
         path.write_text(json.dumps(content, indent=2) + "\n")
-        for place in auto_map.values():
-            place = place if isinstance(place, str) else place[-1]
-            lay_flat(place.split(".")[0], written)
-    for name, text in written.items():
+        for reference in auto_map.values():
+            reference = reference if isinstance(reference, str) else reference[-1]
+            add_module(reference.split(".")[0], modules)
+    for name, text in modules.items():
         (folder / name).write_text(text)
-    return sorted(written)
+    return sorted(modules)
 
 
-def lay_flat(name: str, written: dict[str, str]) -> None:
-    """Add a module under its flat name, and those that it imports."""
-    if f"{name}.py" in written:
+def add_module(name: str, modules: dict[str, str]) -> None:
+    """Add a module and everything it imports to `modules`.
+
+    Args:
+        name: the flat name of the module, such as "modeling_vlp_clip".
+        modules: for each file name, its source text; extended in place.
+    """
+    if f"{name}.py" in modules:
         return
-    room = next(room for room in ROOMS if name.startswith(f"{room}_"))
-    found: list[str] = []
+    package = next(package for package in PACKAGES if name.startswith(f"{package}_"))
+    imported: list[str] = []
 
     def rename(match: re.Match) -> str:
-        flat = f"{room}_{match[3]}" if match[2] == "." else match[3].replace(".", "_")
-        found.append(flat)
+        flat = f"{package}_{match[3]}" if match[2] == "." else match[3].replace(".", "_")
+        imported.append(flat)
         return f"{match[1]}.{flat}{match[4]}"
 
-    text = (ROOT / room / f"{name.removeprefix(f'{room}_')}.py").read_text()
-    written[f"{name}.py"] = IMPORT.sub(rename, text)
-    for other in found:
-        lay_flat(other, written)
+    text = (ROOT / package / f"{name.removeprefix(f'{package}_')}.py").read_text()
+    modules[f"{name}.py"] = IMPORT.sub(rename, text)
+    for other in imported:
+        add_module(other, modules)

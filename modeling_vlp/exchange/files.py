@@ -1,4 +1,4 @@
-"""Tensors out of files, without running what else may be in them."""
+"""Read tensors from checkpoint files without running code that the files may contain."""
 
 import io
 import pickle
@@ -13,13 +13,21 @@ from torch import Tensor
 
 from .places import ExchangeError, State
 
-NESTED = ("state_dict", "model", "module")  # under which training scripts store the weights
+NESTED = ("state_dict", "model", "module")  # keys under which training scripts store the weights
 
 
 def read_tensors(path: Path) -> State:
-    """All tensors of a .safetensors file, a PyTorch file (its weights alone), or a TorchScript archive.
+    """Read all tensors of a .safetensors file, a PyTorch file or a TorchScript archive.
 
-    Raises ExchangeError, naming the file, where it is damaged or holds anything else than tensors and plain values.
+    Args:
+        path: the file. A PyTorch file is loaded with `weights_only=True`; the code of a TorchScript archive is not run.
+
+    Returns:
+        The state dict: for each tensor name, the tensor.
+
+    Raises:
+        ExchangeError: if the file is missing or damaged, or contains anything but tensors and plain values; the message
+            names the file.
     """
     try:
         if path.suffix == ".safetensors":
@@ -33,26 +41,34 @@ def read_tensors(path: Path) -> State:
         raise ExchangeError(f"{path} is damaged: {error}.") from error
     except pickle.UnpicklingError as error:
         raise ExchangeError(
-            f"{path} holds more than tensors, and was not loaded, since that could run its code: "
+            f"{path} contains more than tensors and was not loaded, because loading it could run its code: "
             f"{str(error).splitlines()[0]}"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
-        raise ExchangeError(f"{path} is damaged, or no checkpoint: {str(error).splitlines()[0]}") from error
+        raise ExchangeError(f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error
     return weights_in(content, path)
 
 
 def weights_in(content, path: Path) -> State:
-    """The state dict in what a training script saved."""
+    """The state dict inside the content of a checkpoint file.
+
+    Args:
+        content: what the file contains: a state dict, or a dictionary with one under a key of NESTED.
+        path: the file, for the error message.
+
+    Raises:
+        ExchangeError: if there is no state dict.
+    """
     for name in NESTED:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             return weights_in(content[name], path)
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ExchangeError(f"{path} holds no state dict.")
+        raise ExchangeError(f"{path} contains no state dict.")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is a zip archive with code in it, as `torch.jit.save` writes."""
+    """Whether a file is a zip archive with code, as `torch.jit.save` writes it."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -60,11 +76,11 @@ def is_torchscript(path: Path) -> bool:
 
 
 class Module:
-    """Stands for any object of a TorchScript archive: its attributes, and nothing that they could do."""
+    """Placeholder for any object of a TorchScript archive: keeps its attributes, has none of its methods."""
 
     def __setstate__(self, state) -> None:
         if not isinstance(state, dict):
-            raise pickle.UnpicklingError("an object whose state is no dictionary")
+            raise pickle.UnpicklingError("an object whose state is not a dictionary")
         self.attributes = state
 
 
@@ -76,12 +92,12 @@ STORAGES = {
 
 
 def rebuild(storage: Tensor, offset: int, size: tuple, stride: tuple, *ignored) -> Tensor:
-    """What torch._utils._rebuild_tensor_v2 does; out of the storage's bounds is an error."""
+    """Replacement of `torch._utils._rebuild_tensor_v2`; raises if the view exceeds the storage."""
     return storage.as_strided(size, stride, offset).clone()
 
 
 class ArchiveUnpickler(pickle.Unpickler):
-    """Reads data.pkl of a TorchScript archive: tensors, plain values, and modules as `Module`. All else is refused."""
+    """Unpickler for data.pkl of a TorchScript archive. Accepts tensors, plain values and modules (as `Module`) only."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
@@ -98,21 +114,25 @@ class ArchiveUnpickler(pickle.Unpickler):
             return lambda values: values
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        raise pickle.UnpicklingError(f"{module}.{name} is not among what a checkpoint needs")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint")
 
     def persistent_load(self, identity) -> Tensor:
         _, dtype, key, _, count = identity
         if not str(key).isdigit():
-            raise pickle.UnpicklingError(f"a storage called {key!r}")
+            raise pickle.UnpicklingError(f"invalid storage key {key!r}")
         content = self.archive.read(f"{self.root}/data/{key}")
         storage = torch.frombuffer(bytearray(content), dtype=dtype)
         if storage.numel() < count:
-            raise pickle.UnpicklingError(f"storage {key} is cut short")
+            raise pickle.UnpicklingError(f"storage {key} is truncated")
         return storage
 
 
 def read_torchscript(path: Path) -> State:
-    """The parameters and buffers in a TorchScript archive; its code is not run."""
+    """Read the parameters and buffers of a TorchScript archive without running its code.
+
+    Raises:
+        ExchangeError: if the archive contains no module.
+    """
     with zipfile.ZipFile(path) as archive:
         root = next(name.split("/")[0] for name in archive.namelist() if name.endswith("/data.pkl"))
         module = ArchiveUnpickler(archive, root).load()
@@ -122,6 +142,7 @@ def read_torchscript(path: Path) -> State:
 
 
 def tensors_of(module: Module, prefix: str = ""):
+    """Yield the (name, tensor) pairs of a module and its submodules."""
     for name, value in module.attributes.items():
         if isinstance(value, Module):
             yield from tensors_of(value, f"{prefix}{name}.")

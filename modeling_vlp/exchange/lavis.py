@@ -1,6 +1,6 @@
-"""LAVIS' BLIP-2 (models/blip2_models/); its BLIP has the names of salesforce/BLIP (`salesforce.py`).
+"""LAVIS' BLIP-2 (models/blip2_models/). LAVIS' BLIP uses the names of salesforce/BLIP (`salesforce.py`).
 
-LAVIS leaves what is frozen out of its files: the image tower, which has a file of its own, and the language model.
+LAVIS' checkpoints omit the frozen parts: the image tower, which has a separate file, and the language model.
 """
 
 import re
@@ -17,8 +17,10 @@ def qformer(home: str, self_name: str, embeddings: str, layer_norm: str) -> tupl
     """The rules of a Q-Former.
 
     Args:
-        home: where its layers stand; self_name: what projections of an attention stand under; embeddings, layer_norm:
-            where the words and positions stand, and the LayerNorm after them.
+        home: their prefix of the Q-Former.
+        self_name: their name of the module with the query, key and value projections.
+        embeddings: their prefix of the word and position embeddings.
+        layer_norm: their name of the LayerNorm after the embeddings.
     """
     layer, theirs = r"qformer\.layers\.(\d+)", rf"{home}.encoder.layer.\1"
 
@@ -59,7 +61,7 @@ COMMON = (
     *qformer(BERT, "self", f"{BERT}.embeddings", f"{BERT}.embeddings.LayerNorm"),
     *salesforce.lm_head(there="Qformer.cls.predictions"),
 )
-# A CLIP as the tower: OpenAI's names, under "visual_encoder." in the place of "visual.".
+# A CLIP image tower: OpenAI's names, with the prefix "visual_encoder." instead of "visual.".
 CLIP_TOWER = tuple(
     Rule(rule.ours, rule.theirs.replace("visual.", "visual_encoder.", 1), rule.transposed, rule.leading)
     for rule in openai.VISION
@@ -68,7 +70,11 @@ CLIP_TOWER = tuple(
 
 
 def rules_of(config: VlpBlip2Config) -> tuple[Rule, ...]:
-    """Where the tensors of a BLIP-2 stand, its image tower as where it is stored. Raises ExchangeError for a ResNet."""
+    """The rules of a BLIP-2, including its image tower.
+
+    Raises:
+        ExchangeError: if the image tower is a ModifiedResNet.
+    """
     if type(config.vision_config) not in (VlpBlipViTConfig, VlpViTConfig):
         raise ExchangeError("LAVIS' BLIP-2 has no ModifiedResNet.")
     tower = CLIP_TOWER if type(config.vision_config) is VlpViTConfig else salesforce.VISION
@@ -82,22 +88,28 @@ IGNORED = r".*\.position_ids|(opt_model|t5_model)\..*"
 
 
 def is_blip2(state: State) -> bool:
+    """Whether a state dict is a BLIP-2 of LAVIS."""
     return "query_tokens" in state and any(name.startswith(f"{BERT}.") for name in state)
 
 
 def architecture_of(state: State) -> str:
-    """Which of our models holds what a file does."""
+    """The name of our model class for a state dict."""
     if "opt_proj.weight" in state or "t5_proj.weight" in state:
         return "VlpBlip2ForConditionalGeneration"
     return "VlpBlip2ForPreTraining" if "Qformer.cls.predictions.bias" in state else "VlpBlip2ForImageTextRetrieval"
 
 
 def config_from(state: State, vision: dict, text_config=None, text_heads: int | None = None) -> VlpBlip2Config:
-    """The configuration, from the shapes of the tensors.
+    """Infer the configuration from the tensor shapes.
 
     Args:
-        vision: of the image tower (`vision_config_from`); text_config: of the language model, in stage 2.
-        text_heads: where the Q-Former's heads are not 64 wide.
+        state: LAVIS' state dict, with the image tower.
+        vision: configuration of the image tower (`vision_config_from`).
+        text_config: configuration of the language model; None for stage 1.
+        text_heads: attention heads of the Q-Former; None for heads of width 64.
+
+    Raises:
+        ExchangeError: if a tensor that is needed is missing.
     """
     layer = f"{BERT}.encoder.layer"
     require(state, "query_tokens", "ln_vision.weight", f"{layer}.0.crossattention.self.key.weight")
@@ -112,7 +124,7 @@ def config_from(state: State, vision: dict, text_config=None, text_heads: int | 
     }
     words = state.get(f"{BERT}.embeddings.word_embeddings.weight")
     if words is not None:
-        fields |= {"vocab_size": len(words), "bos_token_id": len(words) - 1}  # [DEC] stands at the end
+        fields |= {"vocab_size": len(words), "bos_token_id": len(words) - 1}  # [DEC] is the last token
         fields["max_position_embeddings"] = len(state[f"{BERT}.embeddings.position_embeddings.weight"])
         fields["eos_token_id"] = min(102, len(words) - 1)
     shared = {}
@@ -125,14 +137,19 @@ def config_from(state: State, vision: dict, text_config=None, text_heads: int | 
 
 
 def vision_config_from(state: State, heads: int | None = None) -> dict:
-    """The configuration of an image tower under "visual_encoder.", EVA-CLIP's or CLIP's.
+    """Infer the configuration of the image tower, EVA-CLIP's or CLIP's, from the tensor shapes.
 
     Args:
-        heads: where they are not what BLIP-2's towers have: EVA-CLIP ViT-g 16 of 88, CLIP's 64 wide.
+        state: LAVIS' state dict; the tower's names begin with "visual_encoder.".
+        heads: attention heads; None for those of BLIP-2's towers: 16 heads of width 88 in EVA-CLIP ViT-g, heads of
+            width 64 in all others.
+
+    Returns:
+        The fields of a vision configuration, with its `model_type`.
     """
     if "visual_encoder.conv1.weight" in state:
         native = {name.replace("visual_encoder.", "visual.", 1): value for name, value in state.items()}
-        native["visual.proj"] = torch.empty(0)  # not among a tower's own
+        native["visual.proj"] = torch.empty(0)  # LAVIS' tower has no projection; only its presence is checked
         config = openai.vision_config_from(native, "quick_gelu", heads)
         return config | {"model_type": "vlp_vit", "final_norm": "visual_encoder.ln_post.weight" in state}
     require(state, "visual_encoder.pos_embed", "visual_encoder.patch_embed.proj.weight")
@@ -151,7 +168,10 @@ def vision_config_from(state: State, heads: int | None = None) -> dict:
 
 
 def with_joint_bias(state: State) -> State:
-    """EVA-CLIP has no bias for keys: theirs are zeros between those of queries and values."""
+    """Join EVA-CLIP's biases of queries and values to one of queries, keys and values.
+
+    EVA-CLIP's keys have no bias, so theirs is zero.
+    """
     result = dict(state)
     for name in state:
         if name.endswith(".attn.q_bias"):
@@ -161,7 +181,10 @@ def with_joint_bias(state: State) -> State:
 
 
 def with_separate_bias(state: State) -> State:
-    """The way back. A bias of keys changes nothing: it adds the same to all that a query is compared with."""
+    """The inverse of `with_joint_bias`.
+
+    Dropping the bias of the keys does not change the output: it adds the same value to all attention scores of a query.
+    """
     result = dict(state)
     for name in state:
         if name.endswith(".attn.qkv.bias"):
@@ -171,11 +194,24 @@ def with_separate_bias(state: State) -> State:
 
 
 def tower_from(state: State) -> State:
-    """An image tower's own file (eva_vit_g.pth, clip_vit_L.pth) as it stands in LAVIS' BLIP-2: without its last layer,
-    and what comes after it."""
+    """Convert the file of an image tower (eva_vit_g.pth, clip_vit_L.pth) to the names of LAVIS' BLIP-2.
+
+    As in LAVIS, the last block and everything after it are dropped.
+
+    Args:
+        state: the state dict in the file.
+
+    Returns:
+        The tower's tensors, with the prefix "visual_encoder.".
+
+    Raises:
+        ExchangeError: if the file contains no vision transformer.
+    """
     blocks = r"(blocks|transformer\.resblocks)\.(\d+)\."
     last = max((int(match[2]) for name in state if (match := re.match(blocks, name))), default=None)
     if last is None:
-        raise ExchangeError("--image_tower holds no vision transformer: none of blocks.*, transformer.resblocks.*.")
+        raise ExchangeError(
+            "--image_tower contains no vision transformer: no tensor is named blocks.* or transformer.resblocks.*."
+        )
     after = re.compile(rf"(blocks|transformer\.resblocks)\.{last}\.|(norm|fc_norm|head|ln_post)\.|proj$|.*rel_pos")
     return {f"visual_encoder.{name}": value for name, value in state.items() if not after.match(name)}

@@ -1,4 +1,4 @@
-"""open_clip's native CLIP: OpenAI's names for the tensors, and a configuration file of its own."""
+"""open_clip's native CLIP: OpenAI's tensor names, with open_clip's own configuration file."""
 
 import math
 
@@ -9,7 +9,7 @@ from .places import ExchangeError, State
 
 RULES, IGNORED = openai.RULES, openai.IGNORED
 
-# What vlp's CLIP has as open_clip has it by default; any other option of open_clip is refused.
+# The options of open_clip that vlp's CLIP supports. Others are refused, unless they are unset or as in DEFAULTS.
 VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"}
 TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "hf_tokenizer_name", "tokenizer_mode",
         "tokenizer_kwargs"}  # fmt: skip
@@ -19,15 +19,20 @@ DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "p
 
 
 def config_from(state: State, model: dict) -> VlpClipConfig:
-    """The configuration, from the shapes and from `model_cfg` of open_clip_config.json.
+    """Build the configuration from the tensor shapes and open_clip_config.json.
 
-    Raises ExchangeError for a tower that vlp does not have (timm's, Hugging Face's, and other blocks).
+    Args:
+        state: open_clip's state dict.
+        model: the `model_cfg` of open_clip_config.json.
+
+    Raises:
+        ExchangeError: if vlp does not support a tower (such as timm's or Hugging Face's) or an option of it.
     """
     vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
     for part, known in ((model, MODEL), (vision, VISION), (text, TEXT)):
         for name, value in part.items():
             if name not in known and value not in (None, False, *DEFAULTS.get(name, ())):
-                raise ExchangeError(f"vlp's CLIP has no {name} (here {value!r}), an option of open_clip.")
+                raise ExchangeError(f"vlp's CLIP does not support open_clip's option {name} (here {value!r}).")
     width = vision.get("width", 768)
     heads = None if isinstance(vision.get("layers"), list) else width // vision.get("head_width", 64)
     act = "quick_gelu" if model.get("quick_gelu") else "gelu"
@@ -35,15 +40,21 @@ def config_from(state: State, model: dict) -> VlpClipConfig:
 
 
 def config_to(ours: VlpClipConfig) -> dict:
-    """`model_cfg` of open_clip_config.json. Raises ExchangeError for what open_clip's CLIP cannot be."""
+    """The `model_cfg` of open_clip_config.json for our configuration.
+
+    Raises:
+        ExchangeError: if open_clip's CLIP does not support the model.
+    """
     vision, text = ours.vision_config, ours.text_config
     acts = {text.hidden_act} | ({vision.hidden_act} if hasattr(vision, "hidden_act") else set())
     if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
-        raise ExchangeError(f"open_clip has one activation, gelu or quick_gelu, for both towers; here: {sorted(acts)}.")
+        raise ExchangeError(
+            f"open_clip uses one activation, gelu or quick_gelu, in both towers; this model uses {sorted(acts)}."
+        )
     if isinstance(vision, VlpModifiedResNetConfig):
         tower = {"image_size": vision.image_size, "layers": vision.depths, "width": vision.embedding_size}
         if vision.num_attention_heads != max(vision.hidden_size // 64, 1):
-            raise ExchangeError("open_clip's ResNet has attention heads 64 wide.")
+            raise ExchangeError("open_clip's ResNet needs attention heads of width 64.")
     else:
         tower = {
             "image_size": vision.image_size, "layers": vision.num_hidden_layers, "width": vision.hidden_size,
@@ -67,10 +78,20 @@ def config_to(ours: VlpClipConfig) -> dict:
 
 
 def image_options(preprocess: dict, side: int) -> dict:
-    """Options of `VlpClipImageProcessor` from `preprocess_cfg`."""
+    """Options of `VlpClipImageProcessor` from open_clip_config.json.
+
+    Args:
+        preprocess: the `preprocess_cfg` of open_clip_config.json.
+        side: the model's image size in pixels.
+
+    Raises:
+        ExchangeError: if vlp does not support the resize mode or the interpolation.
+    """
     mode, resample = preprocess.get("resize_mode", "shortest"), preprocess.get("interpolation", "bicubic")
     if mode not in ("shortest", "squash") or resample not in RESAMPLE:
-        raise ExchangeError(f"vlp has no preprocessing with resize_mode {mode!r} and interpolation {resample!r}.")
+        raise ExchangeError(
+            f"vlp does not support preprocessing with resize_mode {mode!r} and interpolation {resample!r}."
+        )
     options = {"resample": RESAMPLE[resample]}
     if "mean" in preprocess:
         options |= {"image_mean": list(preprocess["mean"]), "image_std": list(preprocess["std"])}

@@ -1,4 +1,4 @@
-"""OpenAI's CLIP (clip/model.py), whose names open_clip's native CLIP has too."""
+"""OpenAI's CLIP (clip/model.py). open_clip's native CLIP uses the same tensor names."""
 
 import re
 
@@ -9,7 +9,12 @@ from .places import ExchangeError, Rule, State, count, heads_of, require
 
 
 def block(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """The rules of a tower's transformer blocks."""
+    """The rules of a tower's transformer blocks.
+
+    Args:
+        ours: our name of the tower, as a regular expression.
+        theirs: OpenAI's name of the transformer.
+    """
     ours, theirs = rf"{ours}\.encoder\.layers\.(\d+)", rf"{theirs}.resblocks.\1"
     return (
         Rule(rf"{ours}\.self_attn\.(?P<qkv>[qkv])_proj\.(weight|bias)", rf"{theirs}.attn.in_proj_\3"),
@@ -45,11 +50,17 @@ IGNORED = r"input_resolution|context_length|vocab_size|(text\.)?attn_mask"
 def config_from(
     state: State, hidden_act: str, vision_heads: int | None = None, text_heads: int | None = None
 ) -> VlpClipConfig:
-    """The configuration, from the shapes of the tensors (clip/model.py, build_model).
+    """Infer the configuration from the tensor shapes (clip/model.py, build_model).
 
     Args:
-        hidden_act: what no shape shows: "quick_gelu" in OpenAI's models, "gelu" in most of open_clip's.
-        vision_heads, text_heads: where heads are not 64 wide.
+        state: a state dict with OpenAI's names.
+        hidden_act: the activation, which shapes do not show: "quick_gelu" in OpenAI's models, "gelu" in most of
+            open_clip's.
+        vision_heads: attention heads of the image tower; None for heads of width 64.
+        text_heads: attention heads of the text tower; None for heads of width 64.
+
+    Raises:
+        ExchangeError: if a tensor that is needed is missing, or a width is not a multiple of 64.
     """
     require(state, "text_projection", "positional_embedding", "token_embedding.weight", "ln_final.weight")
     width, projection = state["text_projection"].shape
@@ -71,6 +82,19 @@ def config_from(
 
 
 def vision_config_from(state: State, hidden_act: str, heads: int | None) -> dict:
+    """Infer the configuration of the image tower, a vision transformer or a ModifiedResNet, from the tensor shapes.
+
+    Args:
+        state: a state dict with OpenAI's names.
+        hidden_act: the activation of a vision transformer.
+        heads: attention heads; None for heads of width 64.
+
+    Returns:
+        The fields of a vision configuration.
+
+    Raises:
+        ExchangeError: if a tensor that is needed is missing, or the width is not a multiple of 64.
+    """
     if "visual.proj" not in state:
         require(state, "visual.layer1.0.conv1.weight", "visual.attnpool.positional_embedding")
         stages = count(state, r"visual\.layer(\d+)\.")
@@ -97,12 +121,19 @@ def vision_config_from(state: State, hidden_act: str, heads: int | None) -> dict
 
 
 def is_openai(state: State) -> bool:
-    """Whether a file is OpenAI's own: it holds what its TorchScript archives hold beside the weights."""
+    """Whether a state dict is from OpenAI's own file, whose TorchScript archive has metadata beside the weights."""
     return {"input_resolution", "context_length", "vocab_size"} <= state.keys()
 
 
 def facts_beside(config: VlpClipConfig) -> State:
-    """What OpenAI's files hold beside the weights. Raises ExchangeError for what OpenAI's code cannot be."""
+    """The metadata that OpenAI's files contain beside the weights.
+
+    Returns:
+        The image size, context length and vocabulary size, as scalar tensors.
+
+    Raises:
+        ExchangeError: if OpenAI's code does not support the model.
+    """
     vision, text = config.vision_config, config.text_config
     problems = []
     if {text.hidden_act, getattr(vision, "hidden_act", "quick_gelu")} != {"quick_gelu"}:
@@ -112,7 +143,7 @@ def facts_beside(config: VlpClipConfig) -> State:
     if config.logit_bias_init_value is not None:
         problems.append("there is a logit_bias")
     if problems:
-        raise ExchangeError(f"OpenAI's code cannot be this model: {', '.join(problems)}.")
+        raise ExchangeError(f"OpenAI's code does not support this model: {', '.join(problems)}.")
     return {
         "input_resolution": torch.tensor(vision.image_size),
         "context_length": torch.tensor(text.max_position_embeddings),
@@ -121,7 +152,9 @@ def facts_beside(config: VlpClipConfig) -> State:
 
 
 def as_native(state: State) -> State:
-    """open_clip's tensors under the names of its native CLIP: without "module.", and without the prefix of its
-    CustomTextCLIP."""
+    """Rename open_clip's tensors to those of its native CLIP.
+
+    Removes the prefix "module." (of distributed training) and the prefix "text." (of open_clip's CustomTextCLIP).
+    """
     state = {re.sub(r"^module\.", "", name): value for name, value in state.items()}
     return {re.sub(r"^text\.", "", name): value for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""Where each tensor of a vlp model stands in another library's file: one description, for reading and for writing."""
+"""Map tensor names of vlp models to those of other libraries: one set of rules for import and export."""
 
 import re
 from collections.abc import Iterable
@@ -8,23 +8,24 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-SHOWN = 5  # names in an error message
+SHOWN = 5  # at most this many names in an error message
 
 
 class ExchangeError(ValueError):
-    """A checkpoint that does not fit; the message names the tensors."""
+    """A checkpoint that cannot be read or converted; the message says why."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    r"""Our tensors' names, as a pattern that matches the whole of them, and their name there.
+    r"""Maps names of our tensors to names in another library.
 
     Attributes:
-        ours: a regular expression; where it has a group named "qkv", ours is that third of their joint projection.
-        theirs: their name, in which \1 and the like stand for groups; several names where the tensor stands in several
-            places, as shared ones do.
-        transposed: it is the transpose of ours.
-        leading: dimensions of size 1 that it has before ours.
+        ours: regular expression that matches our whole name. If it has a group named "qkv", our tensor is that third of
+            the other library's joint query-key-value projection.
+        theirs: template of the other library's name, with \1, \2, ... for the groups of `ours`; several templates if
+            the other library stores the tensor several times, as it does for shared tensors.
+        transposed: whether their tensor is the transpose of ours.
+        leading: number of leading dimensions of size 1 that their tensor has in addition to ours.
     """
 
     ours: str
@@ -35,7 +36,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor stands: under a name, perhaps as one of three parts."""
+    """Where another library stores one of our tensors.
+
+    Attributes:
+        name: their name.
+        part: 0, 1 or 2 if our tensor is that third of theirs (query, key, value); None if it is the whole tensor.
+        transposed: whether their tensor is the transpose of ours.
+        leading: number of leading dimensions of size 1 that their tensor has in addition to ours.
+    """
 
     name: str
     part: int | None
@@ -43,7 +51,7 @@ class Place:
     leading: int
 
     def take(self, value: Tensor) -> Tensor:
-        """Ours from theirs."""
+        """Our tensor, from theirs."""
         if self.part is not None:
             value = value.chunk(3)[self.part]
         if self.transposed:
@@ -51,12 +59,12 @@ class Place:
         return value[(0,) * self.leading].contiguous()
 
     def give(self, value: Tensor) -> Tensor:
-        """Theirs from ours, or their part."""
+        """Their tensor (or the third of it that is ours), from ours."""
         return (value.T if self.transposed else value)[(None,) * self.leading].contiguous()
 
 
 def places_of(name: str, rules: Iterable[Rule]) -> list[Place]:
-    """Where our tensor `name` stands, by the first rule that fits; nowhere where none does."""
+    """The places of our tensor `name`, by the first rule that matches; an empty list if none does."""
     for rule in rules:
         if match := re.fullmatch(rule.ours, name):
             part = "qkv".index(match["qkv"]) if "qkv" in match.groupdict() else None
@@ -65,17 +73,24 @@ def places_of(name: str, rules: Iterable[Rule]) -> list[Place]:
     return []
 
 
-def read(theirs: State, wanted: State, rules: Iterable[Rule], ignored: str = "") -> State:
-    """The tensors of a vlp model from another library's.
+def import_state(theirs: State, wanted: State, rules: Iterable[Rule], ignored: str = "") -> State:
+    """Convert another library's tensors to those of a vlp model.
 
     Args:
-        wanted: our names, with tensors of the right shapes (on "meta").
-        ignored: a pattern of names of theirs that hold nothing to be kept.
+        theirs: the other library's state dict.
+        wanted: our names, with tensors of the expected shapes (on the "meta" device).
+        rules: how names map; for each name, the first rule that matches is used.
+        ignored: regular expression for names in `theirs` that are not needed; "" for none.
 
-    Raises ExchangeError for what is missing, unexpected, of another shape, or should be shared and is not equal.
+    Returns:
+        Our state dict, with the names of `wanted`.
+
+    Raises:
+        ExchangeError: if tensors are missing, unexpected or of the wrong shape, or if tensors that should be shared
+            differ.
     """
     result, used, missing, wrong, unequal = {}, set(), [], [], []
-    for name, like in wanted.items():
+    for name, expected in wanted.items():
         places = places_of(name, rules)
         present = [place for place in places if place.name in theirs]
         if not present:
@@ -87,9 +102,9 @@ def read(theirs: State, wanted: State, rules: Iterable[Rule], ignored: str = "")
         except IndexError:
             wrong.append(f"{present[0].name} is {tuple(theirs[present[0].name].shape)}")
             continue
-        if values[0].shape != like.shape:
-            shape = tuple(theirs[present[0].name].shape)
-            wrong.append(f"{present[0].name} is {shape}, which gives {tuple(values[0].shape)}, not {tuple(like.shape)}")
+        if values[0].shape != expected.shape:
+            shape, converted = tuple(theirs[present[0].name].shape), tuple(values[0].shape)
+            wrong.append(f"{present[0].name} is {shape} (converted: {converted}, expected: {tuple(expected.shape)})")
         elif any(not torch.equal(values[0], other) for other in values[1:]):
             unequal.append(" and ".join(place.name for place in present))
         result[name] = values[0]
@@ -97,7 +112,7 @@ def read(theirs: State, wanted: State, rules: Iterable[Rule], ignored: str = "")
     problems = [
         f"{what}: {shortened(names)}"
         for what, names in (("missing", sorted(set(missing))), ("unexpected", sorted(unexpected)),
-                            ("of the wrong shape", wrong), ("shared in BLIP but not equal here", unequal))
+                            ("of the wrong shape", wrong), ("shared in BLIP but different here", unequal))
         if names
     ]  # fmt: skip
     if problems:
@@ -106,12 +121,20 @@ def read(theirs: State, wanted: State, rules: Iterable[Rule], ignored: str = "")
 
 
 def shortened(names: list[str]) -> str:
-    """Names for a message, not more than a few of them."""
+    """Names for a message, at most SHOWN of them."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def write(ours: State, rules: Iterable[Rule]) -> tuple[State, list[str]]:
-    """Another library's tensors from those of a vlp model, and the names of ours that have no place there."""
+def export_state(ours: State, rules: Iterable[Rule]) -> tuple[State, list[str]]:
+    """Convert the tensors of a vlp model to another library's.
+
+    Args:
+        ours: our state dict.
+        rules: how names map; for each name, the first rule that matches is used.
+
+    Returns:
+        The other library's state dict, and the names of our tensors that it cannot store.
+    """
     result, parts, left_out = {}, {}, []
     for name, value in ours.items():
         places = places_of(name, rules)
@@ -128,22 +151,32 @@ def write(ours: State, rules: Iterable[Rule]) -> tuple[State, list[str]]:
 
 
 def count(state: State, pattern: str) -> int:
-    r"""How many numbers stand where a pattern has `(\d+)`: the layers of a tower."""
+    r"""Count the distinct numbers that `(\d+)` in a pattern matches, such as the layers of a tower."""
     found = {int(match[1]) for name in state if (match := re.match(pattern, name))}
     return len(found)
 
 
 def require(state: State, *names: str) -> None:
-    """Raise ExchangeError unless these tensors are there, from which the architecture is inferred."""
+    """Raise ExchangeError if any of these tensors, from which the architecture is inferred, is missing."""
     missing = [name for name in names if name not in state]
     if missing:
         raise ExchangeError(f"The checkpoint does not fit: missing: {', '.join(missing)}.")
 
 
 def heads_of(width: int, head_width: int = 64) -> int:
-    """Attention heads, which shapes do not show: all published models have heads of 64."""
+    """The number of attention heads of a tower, assuming heads of width 64 as in all published models.
+
+    The number of heads cannot be inferred from tensor shapes.
+
+    Args:
+        width: hidden size of the tower.
+        head_width: width of a head.
+
+    Raises:
+        ExchangeError: if the width is not a multiple of the head width.
+    """
     if width % head_width:
         raise ExchangeError(
-            f"A tower is {width} wide, no multiple of {head_width}: tell its heads by --vision_heads or --text_heads."
+            f"A tower is {width} wide, which is not a multiple of {head_width}: pass --vision_heads or --text_heads."
         )
     return width // head_width

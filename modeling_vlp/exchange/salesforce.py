@@ -1,4 +1,4 @@
-"""BLIP's own checkpoints (salesforce/BLIP; those of LAVIS have the same names): pre-trained and of each task."""
+"""BLIP's original checkpoints (salesforce/BLIP; LAVIS uses the same names), pre-trained or fine-tuned for a task."""
 
 import re
 
@@ -6,7 +6,7 @@ import torch
 
 from ...configuration.blip import VlpBlipConfig
 from ..blip import VlpBlipDualEncoder
-from .places import Rule, State, count, heads_of, read, require
+from .places import Rule, State, count, heads_of, import_state, require
 
 VISION = (
     Rule(r"vision_model\.embeddings\.class_embedding", "visual_encoder.cls_token", leading=2),
@@ -30,7 +30,13 @@ HEADS = (Rule(r"((?:vision_proj|text_proj|itm_head|cls_head)\.\S+|temp)", r"\1")
 
 
 def text(homes: tuple[str, ...], ours: str = "text_model") -> tuple[Rule, ...]:
-    """The rules of a MED whose shared tensors stand in each of `homes` ("text_encoder", "text_decoder.bert")."""
+    """The rules of a multimodal mixture of encoder and decoder (MED).
+
+    Args:
+        homes: their prefixes of the text model ("text_encoder", "text_decoder.bert"); shared tensors are stored under
+            each of them.
+        ours: our name of the text model, as a regular expression.
+    """
     layer = rf"{ours}\.layers\.(\d+)"
 
     def places(theirs: str) -> tuple[str, ...]:
@@ -63,6 +69,12 @@ def text(homes: tuple[str, ...], ours: str = "text_model") -> tuple[Rule, ...]:
 
 
 def lm_head(ours: str = "lm_head", there: str = "text_decoder.cls.predictions") -> tuple[Rule, ...]:
+    """The rules of a language modelling head.
+
+    Args:
+        ours: our name of the head, as a regular expression.
+        there: their name of the head.
+    """
     return (
         Rule(rf"{ours}\.dense\.(weight|bias)", rf"{there}.transform.dense.\1"),
         Rule(rf"{ours}\.layer_norm\.(weight|bias)", rf"{there}.transform.LayerNorm.\1"),
@@ -71,7 +83,7 @@ def lm_head(ours: str = "lm_head", there: str = "text_decoder.cls.predictions") 
     )
 
 
-# NLVR2 reads two images: each has projections of its own.
+# NLVR2 has two input images; the cross-attention has separate projections for each.
 PAIRS = (
     *(
         Rule(rf"text_model\.layers\.(\d+)\.cross_attention\.attention([01])\.{own}_proj\.(weight|bias)",
@@ -98,29 +110,34 @@ TEXTS = {
 }
 RULES = {architecture: (*VISION, *HEADS, *rules) for architecture, rules in TEXTS.items()}
 
-# What a checkpoint holds beside the model: positions counted up, and the state of its training.
+# What a checkpoint contains beside the model: a buffer of position ids, and the training state (momentum and queue).
 IGNORED = r".*\.position_ids"
 TEACHER = r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\..*|(image|text|idx)_queue|queue_ptr|ptr_queue"
 
 
 def architecture_of(state: State) -> str:
-    """Which of our models holds what a file does."""
+    """The name of our model class for a state dict."""
     if any(".crossattention.self0." in name for name in state):
         return "VlpBlipForVisualReasoning"
-    writes = any(name.startswith("text_decoder.") for name in state)
+    has_decoder = any(name.startswith("text_decoder.") for name in state)
     if "itm_head.weight" in state:
-        return "VlpBlipForPreTraining" if writes else "VlpBlipForImageTextRetrieval"
+        return "VlpBlipForPreTraining" if has_decoder else "VlpBlipForImageTextRetrieval"
     if any(name.startswith("text_encoder.") for name in state):
         return "VlpBlipForQuestionAnswering"
     return "VlpBlipForConditionalGeneration"
 
 
 def config_from(state: State, vision_heads: int | None = None, text_heads: int | None = None, **text) -> VlpBlipConfig:
-    """The configuration, from the shapes of the tensors.
+    """Infer the configuration from the tensor shapes.
 
     Args:
-        vision_heads, text_heads: where heads are not 64 wide.
-        text: fields of the text configuration that shapes do not show; BERT's and BLIP's where not given.
+        state: BLIP's state dict.
+        vision_heads: attention heads of the image tower; None for heads of width 64.
+        text_heads: attention heads of the text model; None for heads of width 64.
+        text: fields of the text configuration that shapes do not show; BERT's and BLIP's values if not given.
+
+    Raises:
+        ExchangeError: if a tensor that is needed is missing, or a width is not a multiple of 64.
     """
     require(state, "visual_encoder.pos_embed", "visual_encoder.patch_embed.proj.weight")
     home = DECODER if architecture_of(state) == "VlpBlipForConditionalGeneration" else ENCODER
@@ -145,7 +162,7 @@ def config_from(state: State, vision_heads: int | None = None, text_heads: int |
         "num_hidden_layers": count(state, rf"{home}\.encoder\.layer\.(\d+)\."),
         "num_attention_heads": text_heads or heads_of(hidden),
         "max_position_embeddings": state[positions].shape[0],
-        "bos_token_id": vocabulary - 2,  # [DEC] and [ENC] stand at the end
+        "bos_token_id": vocabulary - 2,  # [DEC] and [ENC] are the last tokens
         "enc_token_id": vocabulary - 1,
     }
     shared = {}
@@ -155,16 +172,27 @@ def config_from(state: State, vision_heads: int | None = None, text_heads: int |
 
 
 def teacher_from(state: State, config: VlpBlipConfig) -> State:
-    """The momentum towers and the queue, as `training.momentum.Teacher` is saved; empty where there are none.
+    """The momentum towers and the queue, with the names that `training.momentum.Teacher` saves.
 
-    Whose pairs the features in the queue are is not known: they get numbers of their own, which no pair has.
+    The checkpoint does not record which pairs the queued features belong to. They get unique negative ids, which no
+    pair in training has.
+
+    Args:
+        state: BLIP's state dict.
+        config: our configuration of the model.
+
+    Returns:
+        The teacher's state dict; empty if the checkpoint has no queue.
+
+    Raises:
+        ExchangeError: if a tensor of the momentum towers is missing, unexpected or of the wrong shape.
     """
     if "image_queue" not in state:
         return {}
     online = {re.sub(r"_m\.", ".", name, count=1): value for name, value in state.items() if re.match(r"\w+_m\.", name)}
     with torch.device("meta"):
         wanted = VlpBlipDualEncoder(config).state_dict()
-    tensors = read(online, wanted, (*VISION, *HEADS, *text((ENCODER,))), rf"{IGNORED}|.*\.crossattention\..*")
+    tensors = import_state(online, wanted, (*VISION, *HEADS, *text((ENCODER,))), rf"{IGNORED}|.*\.crossattention\..*")
     size = state["image_queue"].shape[1]
     pointer = state["queue_ptr"] if "queue_ptr" in state else state["ptr_queue"]
     return {f"model.{name}": value for name, value in tensors.items()} | {

@@ -1,4 +1,4 @@
-"""transformers' CLIPModel, whose names vlp's CLIP has, its SiglipModel, Blip and Blip2 models."""
+"""transformers' CLIPModel (vlp's CLIP uses its tensor names), SiglipModel, Blip and Blip2 models."""
 
 import math
 
@@ -62,7 +62,15 @@ QFORMER_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attenti
 
 
 def rules_of(config: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, architecture: str) -> tuple[Rule, ...]:
-    """Where the tensors of one of our models are in theirs."""
+    """The rules that map one of our models to theirs.
+
+    Args:
+        config: our configuration.
+        architecture: the name of our model class.
+
+    Raises:
+        ExchangeError: if only one tower of a CLIP is SigLIP's.
+    """
     if isinstance(config, VlpBlip2Config):
         return BLIP2
     if isinstance(config, VlpClipConfig):
@@ -71,15 +79,19 @@ def rules_of(config: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, architectur
 
 
 def is_siglip(ours: PreTrainedConfig) -> bool:
-    """Whether a CLIP of ours is what transformers calls a SiglipModel. Raises ExchangeError where it is partly one."""
+    """Whether a CLIP of ours is a SiglipModel in transformers.
+
+    Raises:
+        ExchangeError: if only one of its towers is SigLIP's.
+    """
     kinds = (ours.vision_config.model_type, getattr(ours.text_config, "model_type", None))
     if kinds.count("vlp_siglip_vit") + kinds.count("vlp_siglip_text") == 1:
-        raise ExchangeError("transformers' SiglipModel has both its towers, or neither.")
+        raise ExchangeError("transformers' SiglipModel has two SigLIP towers; this model has one.")
     return kinds[0] == "vlp_siglip_vit"
 
 
 def config_from(theirs: CLIPConfig | BlipConfig | Blip2Config) -> VlpClipConfig | VlpBlipConfig | VlpBlip2Config:
-    """Our configuration from theirs."""
+    """Convert transformers' configuration to ours."""
     vision = pick(theirs.vision_config, VISION_FIELDS)
     if isinstance(theirs, Blip2Config):
         return blip2_config_from(theirs, vision)
@@ -87,20 +99,26 @@ def config_from(theirs: CLIPConfig | BlipConfig | Blip2Config) -> VlpClipConfig 
         return siglip_config_from(theirs, vision)
     if isinstance(theirs, CLIPConfig):
         text = pick(theirs.text_config, CLIP_TEXT_FIELDS)
-        if text["eos_token_id"] == 2:  # what early configurations say, though OpenAI's end token is the last
+        if text["eos_token_id"] == 2:  # an error of early configurations: OpenAI's end token is the last one
             text |= {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
         return VlpClipConfig(vision_config=vision, text_config=text, projection_dim=theirs.projection_dim)
     text = pick(theirs.text_config, BLIP_TEXT_FIELDS)
     text["eos_token_id"] = theirs.text_config.sep_token_id
-    text["enc_token_id"] = text["vocab_size"] - 1  # transformers has no [ENC]; it stands last in BLIP's vocabulary
+    text["enc_token_id"] = text["vocab_size"] - 1  # transformers has no [ENC], the last token of BLIP's vocabulary
     return VlpBlipConfig(
         vision_config=vision, text_config=text, image_text_hidden_size=theirs.image_text_hidden_size
     )  # fmt: skip
 
 
 def siglip_config_from(theirs: SiglipConfig, vision: dict) -> VlpClipConfig:
+    """Convert the configuration of a SiglipModel to ours.
+
+    Args:
+        theirs: transformers' configuration.
+        vision: the fields of its vision configuration that ours has too.
+    """
     text = pick(theirs.text_config, CLIP_TEXT_FIELDS)
-    for name in ("bos_token_id", "eos_token_id"):  # of CLIP's vocabulary, not of SigLIP's
+    for name in ("bos_token_id", "eos_token_id"):  # transformers' defaults are ids of CLIP's vocabulary
         if text[name] >= text["vocab_size"]:
             text[name] = None
     return VlpClipConfig(
@@ -110,6 +128,11 @@ def siglip_config_from(theirs: SiglipConfig, vision: dict) -> VlpClipConfig:
 
 
 def siglip_config_to(ours: VlpClipConfig) -> SiglipConfig:
+    """Convert our configuration to that of a SiglipModel.
+
+    Raises:
+        ExchangeError: if the model has no `logit_bias`.
+    """
     if ours.logit_bias_init_value is None:
         raise ExchangeError("transformers' SiglipModel has a logit_bias; this model has none.")
     text = pick(ours.text_config, CLIP_TEXT_FIELDS) | {"projection_size": ours.projection_dim}
@@ -117,38 +140,48 @@ def siglip_config_to(ours: VlpClipConfig) -> SiglipConfig:
 
 
 def blip2_config_from(theirs: Blip2Config, vision: dict) -> VlpBlip2Config:
-    """Our configuration from theirs; the language model, where there is one, is kept in the checkpoint, as theirs."""
-    writes = theirs.architectures[0] == "Blip2ForConditionalGeneration"
+    """Convert transformers' configuration of a BLIP-2 to ours.
+
+    If there is a language model, it is stored in our checkpoint, as in theirs.
+
+    Args:
+        theirs: transformers' configuration.
+        vision: the fields of its vision configuration that ours has too.
+    """
+    has_language_model = theirs.architectures[0] == "Blip2ForConditionalGeneration"
     qformer = pick(theirs.qformer_config, QFORMER_FIELDS)
-    qformer["bos_token_id"] = min(30522, qformer["vocab_size"] - 1)  # [DEC] stands after BERT's vocabulary
+    qformer["bos_token_id"] = min(30522, qformer["vocab_size"] - 1)  # [DEC] follows BERT's vocabulary
     qformer["eos_token_id"] = min(102, qformer["vocab_size"] - 1)
     return VlpBlip2Config(
         vision_config=vision | {"model_type": "vlp_blip_vit", "final_norm": False},
         qformer_config=qformer,
-        text_config=theirs.text_config if writes else None,
+        text_config=theirs.text_config if has_language_model else None,
         num_query_tokens=theirs.num_query_tokens,
         image_text_hidden_size=theirs.image_text_hidden_size,
         vision_norm_eps=theirs.vision_config.layer_norm_eps,
-        store_language_model=writes,
+        store_language_model=has_language_model,
     )
 
 
-def blip2_config_to(ours: VlpBlip2Config, writes: bool, image_token_id: int | None) -> Blip2Config:
-    """Their configuration from ours.
+def blip2_config_to(ours: VlpBlip2Config, has_language_model: bool, image_token_id: int | None) -> Blip2Config:
+    """Convert our configuration of a BLIP-2 to transformers'.
 
     Args:
-        writes: whether there is a language model, in which `image_token_id` stands for a query.
+        ours: our configuration.
+        has_language_model: whether the model is a Blip2ForConditionalGeneration.
+        image_token_id: the token that marks the position of a query in the language model's input.
 
-    Raises ExchangeError where the image tower is none that they have.
+    Raises:
+        ExchangeError: if transformers' Blip2 does not support the image tower.
     """
     vision = ours.vision_config
     if vision.model_type != "vlp_blip_vit" or vision.final_norm:
         raise ExchangeError(
-            "transformers' Blip2 has a vision transformer without a LayerNorm before its blocks, and none after them "
-            f"(EVA-CLIP's); this tower is a {vision.model_type} that has one."
+            "transformers' Blip2 supports only EVA-CLIP's vision transformer, without a LayerNorm before or after its "
+            f"blocks; this tower, a {vision.model_type}, has one."
         )
-    qformer = pick(ours.qformer_config, QFORMER_FIELDS) | {"use_qformer_text_input": not writes}
-    text = {"text_config": ours.text_config} if writes else {}
+    qformer = pick(ours.qformer_config, QFORMER_FIELDS) | {"use_qformer_text_input": not has_language_model}
+    text = {"text_config": ours.text_config} if has_language_model else {}
     return Blip2Config(
         vision_config=pick(vision, VISION_FIELDS), qformer_config=qformer, num_query_tokens=ours.num_query_tokens,
         image_text_hidden_size=ours.image_text_hidden_size, image_token_index=image_token_id, **text,
@@ -158,14 +191,16 @@ def blip2_config_to(ours: VlpBlip2Config, writes: bool, image_token_id: int | No
 def config_to(
     ours: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, peer: str, image_token_id: int | None = None
 ) -> CLIPConfig | BlipConfig | Blip2Config:
-    """Their configuration from ours.
+    """Convert our configuration to transformers'.
 
     Args:
-        peer: the name of their class.
-        image_token_id: of BLIP-2 with a language model, the token that stands for a query in a text.
+        ours: our configuration.
+        peer: the name of transformers' model class.
+        image_token_id: for a BLIP-2 with a language model, the token that marks the position of a query in the language
+            model's input; None for other models.
 
     Raises:
-        ExchangeError: if their class has no such towers.
+        ExchangeError: if transformers' class does not support the model.
     """
     if ours.vision_config.model_type == "vlp_modified_resnet":
         raise ExchangeError("transformers has no ModifiedResNet.")
@@ -193,4 +228,5 @@ def config_to(
 
 
 def pick(config: PreTrainedConfig, fields: tuple[str, ...]) -> dict:
+    """The named fields that a configuration has."""
     return {name: getattr(config, name) for name in fields if hasattr(config, name)}

@@ -1,4 +1,4 @@
-"""Configurations refuse what cannot be. Run: pytest tests/test_configuration.py"""
+"""Configurations reject invalid values and round-trip through files."""
 
 import pytest
 from conftest import tiny_config
@@ -24,13 +24,13 @@ import vlp
         (lambda: vlp.VlpClipConfig(vision_config={"model_type": "vgg"}), "'vgg'"),
     ],
 )
-def test_impossible_values_are_refused_with_the_value(build, message):
+def test_invalid_values_are_rejected(build, message):
     with pytest.raises(Exception, match=message):
         build()
 
 
 @pytest.mark.parametrize("tower", ["vit", "resnet"])
-def test_round_trip_through_a_file(tower, tmp_path):
+def test_save_load_round_trip(tower, tmp_path):
     config = tiny_config(tower)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -38,7 +38,7 @@ def test_round_trip_through_a_file(tower, tmp_path):
     assert loaded.to_dict() == config.to_dict() | {"_name_or_path": str(tmp_path)}
 
 
-def test_resnet_follows_the_shared_width():
+def test_resnet_uses_the_shared_projection_dim():
     config = vlp.VlpClipConfig(vision_config={"model_type": "vlp_modified_resnet"}, projection_dim=640)
     assert config.vision_config.projection_dim == 640
     assert config.vision_config.hidden_size == 2048 and config.vision_config.num_attention_heads == 32

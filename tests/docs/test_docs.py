@@ -1,4 +1,4 @@
-"""What the pages in docs/ say is so. Run: pytest tests/test_docs.py"""
+"""The snippets, commands and links in docs/ work, and the API reference contains the docstrings."""
 
 import re
 import shlex
@@ -28,7 +28,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A folder with pictures, pairs and small models under the names that the pages use."""
+    """A folder with pictures, pairs and small models, named as in the pages."""
     (tmp_path / "pictures").mkdir()
     for colour in COLOURS:
         (tmp_path / f"pictures/{colour}-square.png").write_bytes(picture(colour, (40, 40)))
@@ -48,7 +48,7 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-TOLD = {  # a word of what a page's snippets print
+PRINTED = {  # text that the snippets of each page print
     "own-data.md": "",
     "fine-tuning.md": "['",
     "converting.md": "parameters",
@@ -57,19 +57,19 @@ TOLD = {  # a word of what a page's snippets print
 }
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_snippets_run_in_their_order(name, place, capsys):
+@pytest.mark.parametrize("name", PRINTED)
+def test_snippets_run_in_order(name, place, capsys):
     snippets, names = blocks(name, "python"), {}
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, name, "exec"), names)
-    assert TOLD[name] in capsys.readouterr().out
+    assert PRINTED[name] in capsys.readouterr().out
     if name == "extending.md":
         assert "gap" in (place / "runs/gap/results.json").read_text()
         assert "embeds the mean of its patches" in (place / "runs/mean/README.md").read_text()
     if name == "evaluation.md":
         assert list(place.glob("*.png"))
-    if name == "own-data.md":  # and what is then to be run
+    if name == "own-data.md":  # also run the training command
         words = shlex.split(blocks(name, "bash")[0])
         less = ["--max_train_minutes", "none", "--max_train_steps", "2", "--per_device_train_batch_size", "4",
                 "--report_to", "none", "--vocab_size", "600", "--num_threads", "2"]  # fmt: skip
@@ -78,8 +78,8 @@ def test_snippets_run_in_their_order(name, place, capsys):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_commands_are_commands(name):
-    """Every command of a page parses; every option and file of ours that it names is there."""
+def test_commands_parse(name):
+    """Every command of a page parses, and the files it names exist."""
     lines = "\n".join(blocks(name, "bash")).replace("\\\n", " ").splitlines()
     for line in lines:
         words = shlex.split(line, comments=True)
@@ -102,18 +102,18 @@ def test_commands_are_commands(name):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name):
+def test_link_targets_exist(name):
     for target in re.findall(r"\]\(([^)#:]+)\)", (DOCS / name).read_text()):
         assert (DOCS / target).exists(), target
 
 
-def test_the_reference_is_made_of_the_docstrings(tmp_path):
-    """`make docs`: every public name has its place, with what its docstring says."""
+def test_api_reference_contains_the_docstrings(tmp_path):
+    """`make docs` lists every public name with its docstring."""
     command = [sys.executable, "-m", "pdoc", "-o", str(tmp_path), "vlp", "vlp.inference", "vlp.commands.index"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     page = (tmp_path / "vlp.html").read_text()
     for name in vlp.__all__:
         assert f'id="{name}"' in page, name
         assert getattr(vlp, name).__doc__, name
-    assert "An image tower and a text tower that meet in one embedding space" in page
-    assert "Write an index of a folder" in (tmp_path / "vlp/commands/index.html").read_text()
+    assert "An image tower and a text tower that share one embedding space" in page
+    assert "Build or update the index of a folder" in (tmp_path / "vlp/commands/index.html").read_text()

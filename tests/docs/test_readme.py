@@ -1,4 +1,4 @@
-"""What the README says is so. Run: pytest tests/test_readme.py"""
+"""The snippets, commands, figures and links of the README work."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import pytest
 from conftest import QFORMER, VIT, save_language_model
 from transformers import AutoTokenizer, pipeline
 from vlp.model_cards.card import render_card
-from vlp.modeling_vlp.blip2_writer import load_language_model
+from vlp.modeling_vlp.blip2_generation import load_language_model
 from vlp.training import evaluate
 from vlp.training.command_line import TASKS, parse
 
@@ -28,15 +28,15 @@ def blocks(name: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A place with the models that come along and the pictures of docs/, where runs/blip2-emoji-2 is a small model."""
+    """A folder with the included models, docs/ and its pictures, and a small model as runs/blip2-emoji-2."""
     base = tmp_path_factory.mktemp("readme")
     for name in ("model_cards", "docs"):
         (base / name).symlink_to(ROOT / name)
     save_language_model(base / "llm", ["An emoji of a red square"])
     config = vlp.VlpBlip2Config(vision_config=dict(VIT), qformer_config=dict(QFORMER), num_query_tokens=3,
                                 language_model_name_or_path=str(base / "llm"))  # fmt: skip
-    writer = vlp.VlpBlip2ForConditionalGeneration(config, load_language_model(config))
-    writer.save_pretrained(base / "runs/blip2-emoji-2")
+    captioner = vlp.VlpBlip2ForConditionalGeneration(config, load_language_model(config))
+    captioner.save_pretrained(base / "runs/blip2-emoji-2")
     tokenizer = AutoTokenizer.from_pretrained(base / "llm")
     images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
     vlp.VlpBlip2Processor(images, tokenizer).save_pretrained(base / "runs/blip2-emoji-2")
@@ -47,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
 def test_python_snippets_run(name, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     pushed = []
-    for kind in (vlp.VlpClipModel, vlp.VlpClipProcessor):  # what a push does is tested in test_hub.py
+    for kind in (vlp.VlpClipModel, vlp.VlpClipProcessor):  # test_hub.py tests the push itself
         monkeypatch.setattr(kind, "push_to_hub", lambda self, name, bundle: pushed.append((type(self).__name__, name)))
     snippets = blocks(name, "python")
     assert len(snippets) == 7
@@ -59,8 +59,8 @@ def test_python_snippets_run(name, folder, monkeypatch, capsys):
     assert pushed == [("VlpClipModel", "ME/my-clip"), ("VlpClipProcessor", "ME/my-clip")]
 
 
-def test_the_models_that_come_along_know_an_apple(monkeypatch):
-    """The first thing that a reader runs, with the models of this repository."""
+def test_included_models_recognise_an_apple(monkeypatch):
+    """The first example of the README, with the models of this repository."""
     monkeypatch.chdir(ROOT)
     for model, names, right in (("clip-emoji", ["red apple", "dog", "rocket"], "red apple"),
                                 ("clip-emoji-vi", ["táo đỏ", "con chó", "tên lửa"], "táo đỏ"),
@@ -75,10 +75,10 @@ def test_the_models_that_come_along_know_an_apple(monkeypatch):
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_commands_are_commands(name):
-    """Every training command parses; every make target is there."""
+def test_commands_parse(name):
+    """Every command parses, and every make target exists."""
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    seen = converted = 0
+    parsed = converted = 0
     for line in "\n".join(blocks(name, "bash")).splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
@@ -90,11 +90,11 @@ def test_commands_are_commands(name):
         elif words[:2] == ["accelerate", "launch"] and "--help" not in words:
             task = next(word for word in words if word in TASKS)
             parse(words[words.index(task) + 1 :], task)
-            seen += 1
+            parsed += 1
         elif words[:1] == ["vlp-convert"]:
             options = vars(build_parser().parse_args(words[1:]))
             converted += 1
-    assert seen == 15 and converted == 6
+    assert parsed == 15 and converted == 6
     convert_options = options
     for options in re.findall(r"`(--[^`]*)`", (ROOT / name).read_text()):
         words = shlex.split(options)
@@ -105,7 +105,7 @@ def test_commands_are_commands(name):
                 ), word
 
 
-def test_both_languages_have_the_same_parts():
+def test_both_languages_have_the_same_structure():
     english, vietnamese = ((ROOT / name).read_text() for name in READMES)
     for pattern in (r"^## ", r"^\|", r"^!\[", r"```"):
         assert len(re.findall(pattern, english, re.M)) == len(re.findall(pattern, vietnamese, re.M)), pattern
@@ -115,17 +115,17 @@ def test_both_languages_have_the_same_parts():
             assert strip(a) == strip(b)
 
 
-def test_figures_are_those_of_the_stored_results():
+def test_figures_match_the_stored_results():
     subprocess.run([sys.executable, ROOT / "benchmarks/readme.py", "--check"], check=True)
 
 
 @pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", "docs/scaling.md"])
-def test_links_and_pictures_are_there(name):
+def test_links_and_pictures_exist(name):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
         assert target.startswith("http") or ((ROOT / name).parent / target).exists(), target
 
 
-def test_makefile_explains_itself():
+def test_make_help_lists_the_targets():
     output = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("train", "test", "test-all", "check", "bench", "cards", "demo", "docs"):
         assert re.search(rf"make {target}\s+\w", output)

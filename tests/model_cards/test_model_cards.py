@@ -1,4 +1,4 @@
-"""The card is rendered from facts; a fact that is missing drops its section. Run: pytest tests/test_model_cards.py"""
+"""Model cards are rendered from stored facts; sections without facts are omitted."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def facts(**changes) -> dict:
 
 
 def save_evaluation(folder: Path, name: str = "emoji-test-zero-shot", column: str = "caption", **changes) -> None:
-    """An evaluation as `training.evaluation.results` writes it."""
+    """Save an evaluation in the format of `training.evaluation.results`."""
     arguments = {"task": "zero-shot", "dataset": "emoji", "split": "test", "class_column": None, "templates": "name",
                  "caption_column": column, "group_column": "group"}  # fmt: skip
     evaluation = {"rows": 60, "pictures": 50, "classes": 40, "arguments": arguments,
@@ -62,10 +62,10 @@ def save_evaluation(folder: Path, name: str = "emoji-test-zero-shot", column: st
 
 
 @pytest.mark.parametrize("tower", ["vit", "resnet"])
-def test_every_fact_is_told(tmp_path, tower):
+def test_card_contains_every_fact(tmp_path, tower):
     tiny_config(tower, architectures=["VlpClipModel"]).save_pretrained(tmp_path)
     history = [{"step": step, "samples": step, "contrastive": 5 / step} for step in range(1, 20)]
-    history[-1]["matching"] = 0.5  # a loss that begins late
+    history[-1]["matching"] = 0.5  # a loss that starts late
     example = {
         "image": Image.new("RGB", (8, 8)),
         "label": "a $ sign",
@@ -77,7 +77,7 @@ def test_every_fact_is_told(tmp_path, tower):
                [example] * 3)  # fmt: skip
     card = ModelCard.load(tmp_path / "README.md")
     for text in ("1,234,567", "1,234 optimiser steps", "5,678 samples", "50.00 %", "empty caption: 2", "CC BY 4.0",
-                 "learning_rate | 0.001", "seed | 3", "40 classes", "con mèo", "never saw the split `test`",
+                 "learning_rate | 0.001", "seed | 3", "40 classes", "con mèo", "not trained on the split `test`",
                  "2 processes", "loss.png", "metrics.png",
                  "examples.png", "ViT, 3 layers" if tower == "vit" else "ModifiedResNet, 1-2-1"):  # fmt: skip
         assert text in card.content, text
@@ -89,7 +89,7 @@ def test_every_fact_is_told(tmp_path, tower):
     assert stored["examples"][0]["predictions"][0] == ["cat", 0.7, True]
 
 
-def test_a_seed_of_nought_is_told(tmp_path):
+def test_seed_zero_is_shown(tmp_path):
     tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
     found = facts()
     found["arguments"] |= {"seed": 0, "layer_decay": 0.0}
@@ -98,7 +98,7 @@ def test_a_seed_of_nought_is_told(tmp_path):
     assert "| seed | 0 |" in text and "layer_decay" not in text
 
 
-def test_what_is_not_known_is_left_out(tmp_path):
+def test_unknown_facts_are_omitted(tmp_path):
     tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
     write_card(tmp_path, facts(metrics={}, classes=None, evaluation_pairs=None, training_pairs=None), [])
     text = (tmp_path / "README.md").read_text()
@@ -107,15 +107,15 @@ def test_what_is_not_known_is_left_out(tmp_path):
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
 
 
-def test_a_card_is_rendered_again_from_its_folder_alone(tmp_path):
+def test_card_is_rendered_again_from_its_folder(tmp_path):
     tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
     write_card(tmp_path, facts(), [])
     written = (tmp_path / "README.md").read_text()
     assert str(render_card(tmp_path)) == written.rstrip("\n") or str(render_card(tmp_path)) == written
 
 
-def test_evaluations_and_known_failures_are_told(tmp_path):
-    """What `vlp.training.evaluate` left beside a model, and what its data's licence asks for."""
+def test_card_lists_evaluations_and_known_failures(tmp_path):
+    """The evaluations saved by `vlp.training.evaluate`, and the terms of the data's licence."""
     tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
     found = facts()
     found["arguments"] |= {"dataset_name": "emoji", "data_license": None, "language": "en,vi"}
@@ -126,7 +126,7 @@ def test_evaluations_and_known_failures_are_told(tmp_path):
     for text in ("Task zero-shot on 50 pictures (60 rows) of emoji, split `test`, 40 classes",
                  "| 50.00 % | 40.00 % – 60.00 % |", "“cat” for “dog”",
                  "Zero-shot top-1 accuracy (`caption`) by group: flags 10 % (of 20), food 75 % (of 30)",
-                 "evaluations/emoji-test-zero-shot.png", "shared alike"):  # fmt: skip
+                 "evaluations/emoji-test-zero-shot.png", "share-alike"):  # fmt: skip
         assert text in card.content, text
     assert card.data.license == "cc-by-sa-4.0" and card.data.language == ["en", "vi"]
 
@@ -135,7 +135,7 @@ SHIPPED = sorted(path.parent for path in Path(__file__).parents[2].glob("model_c
 
 
 def figures(card: str) -> list[tuple[str, str, str]]:
-    """(data and task, metric, value) of every row of a card's tables of results."""
+    """(data and task, metric, value) of each row of a card's result tables."""
     found, sentence = [], ""
     for line in card.splitlines():
         if line.startswith("Task "):
@@ -149,8 +149,8 @@ def figures(card: str) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
-def test_a_card_has_one_figure_for_each_metric(folder):
-    """The same metric on the same data and column is there once, in its text and in its metadata."""
+def test_card_has_one_figure_per_metric(folder):
+    """Each metric of the same data and column appears once, both in the text and in the metadata."""
     card = ModelCard.load(folder / "README.md")
     rows = figures(card.text)
     assert len(rows) >= 9
@@ -163,6 +163,6 @@ def test_a_card_has_one_figure_for_each_metric(folder):
     )
 
 
-def test_two_figures_of_one_metric_would_be_found():
+def test_figures_finds_duplicate_metrics():
     card = "## Results\n\nTask itm on 5 pictures of x, split `t`.\n\n| BLEU-4 | 35.65 % | |\n| BLEU-4 | 38.49 % | |\n"
     assert [row[1:] for row in figures(card)] == [("BLEU-4", "35.65 %"), ("BLEU-4", "38.49 %")]

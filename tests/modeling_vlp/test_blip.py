@@ -1,4 +1,4 @@
-"""BLIP: sizes, sharing, masks, what is computed once, losses, saving. Run: pytest tests/test_blip.py"""
+"""BLIP: parameter counts, weight sharing, masks, shared computation, losses, saving and loading."""
 
 import copy
 
@@ -33,10 +33,10 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-# --- sizes and sharing ------------------------------------------------------------------------------------------------
+# --- parameter counts and weight sharing ------------------------------------------------------------------------------
 
 
-def test_the_base_model_has_the_252_million_parameters_of_the_paper():
+def test_base_model_has_the_papers_252_million_parameters():
     with torch.device("meta"):
         model = vlp.VlpBlipForPreTraining(vlp.VlpBlipConfig())
 
@@ -48,14 +48,14 @@ def test_the_base_model_has_the_252_million_parameters_of_the_paper():
     assert self_attention == count(*(layer.decoder_attention for layer in model.text_model.layers)) == 28_366_848
     assert count(model.text_model) - 2 * self_attention == 108_891_648
     whole = count(model.vision_model, model.text_model, model.lm_head)
-    assert whole == 252_046_652  # Table 3, "All except SA": 252 M; the head's word embeddings are the text model's
+    assert whole == 252_046_652  # Table 3, "All except SA": 252 M; the LM head reuses the text model's word embeddings
 
 
 def test_encoder_and_decoder_share_all_but_self_attention():
     model, batch = tiny_blip(), tiny_blip_batch()
-    memory = model.text_model.read(model.encode_image(batch["pixel_values"]).last_hidden_state)
+    memory = model.text_model.memory_of(model.encode_image(batch["pixel_values"]).last_hidden_state)
     encoder = gradients(model, model.match(batch["input_ids"], None, memory).sum())
-    memory = model.text_model.read(model.encode_image(batch["pixel_values"]).last_hidden_state)
+    memory = model.text_model.memory_of(model.encode_image(batch["pixel_values"]).last_hidden_state)
     decoder = gradients(model, model.lm_loss(batch["input_ids"], memory))
     text = {name for name in encoder.keys() | decoder.keys() if name.startswith("text_model.")}
     assert {name for name in text if name not in decoder} == {n for n in text if ".encoder_attention." in n}
@@ -63,7 +63,7 @@ def test_encoder_and_decoder_share_all_but_self_attention():
     assert model.lm_head.decoder.weight is model.text_model.embeddings.word_embeddings.weight
 
 
-def test_weights_start_as_the_papers():
+def test_initial_weights_match_the_paper():
     torch.manual_seed(0)
     wide = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 512}
     config = vlp.VlpBlipConfig(
@@ -84,11 +84,11 @@ def test_weights_start_as_the_papers():
     assert not model.lm_head.decoder.bias.any() and model.temp.item() == pytest.approx(0.07)
 
 
-# --- masks and what is computed once ----------------------------------------------------------------------------------
+# --- masks and shared computation -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_padding_changes_nothing_in_any_mode():
+def test_padding_does_not_change_results():
     model, batch = tiny_blip().eval(), tiny_blip_batch()
     ids, pad = batch["input_ids"], model.config.text_config.pad_token_id
     longer = F.pad(ids, (0, 5), value=pad)
@@ -96,14 +96,14 @@ def test_padding_changes_nothing_in_any_mode():
         model.get_text_features(longer, pooled_only=True).pooler_output,
         model.get_text_features(ids, pooled_only=True).pooler_output,
     )
-    memory = model.text_model.read(model.encode_image(batch["pixel_values"]).last_hidden_state)
+    memory = model.text_model.memory_of(model.encode_image(batch["pixel_values"]).last_hidden_state)
     close(model.match(longer, None, memory), model.match(ids, None, memory))
     close(model.lm_loss(longer, memory), model.lm_loss(ids, memory))
 
 
 @torch.no_grad()
-def test_what_an_image_mask_hides_is_not_seen():
-    """transformers' BLIP reads what its mask hides; this does not."""
+def test_masked_image_tokens_are_ignored():
+    """Unlike transformers' BLIP, this model does not attend to masked image tokens."""
     model, batch = tiny_blip().eval(), tiny_blip_batch()
     states = model.encode_image(batch["pixel_values"]).last_hidden_state
     mask = torch.ones(states.shape[:2]).long()
@@ -112,20 +112,25 @@ def test_what_an_image_mask_hides_is_not_seen():
     changed[1, 5:] = 100.0
     ids = batch["input_ids"]
     for decode in (False, True):
-        seen = [
-            model.text_model(ids, model.padding_mask(ids), model.text_model.read(x, mask), decode).last_hidden_state
+        outputs = [
+            model.text_model(
+                ids, model.padding_mask(ids), model.text_model.memory_of(x, mask), decode
+            ).last_hidden_state
             for x in (states, changed)
         ]
-        assert torch.equal(seen[0], seen[1])
-    short = Memory([(k[1:2, :, :5], v[1:2, :, :5]) for k, v in model.text_model.read(states).key_values], states[1:2])
+        assert torch.equal(outputs[0], outputs[1])
+    short = Memory(
+        [(k[1:2, :, :5], v[1:2, :, :5]) for k, v in model.text_model.memory_of(states).key_values], states[1:2]
+    )
     close(
-        model.match(ids[1:2], None, short), model.match(ids[1:2], None, model.text_model.read(states[1:2], mask[1:2]))
+        model.match(ids[1:2], None, short),
+        model.match(ids[1:2], None, model.text_model.memory_of(states[1:2], mask[1:2])),
     )
 
 
 @torch.no_grad()
-def test_the_peers_fault_that_this_is_free_of():
-    """transformers 5: a padded question gives another loss, since cross-attention ignores its mask."""
+def test_transformers_ignores_the_cross_attention_mask():
+    """In transformers 5, padding a question changes the loss, because cross-attention ignores its mask."""
     torch.manual_seed(0)
     text = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 118, "sep_token_id": 3}  # fmt: skip
@@ -141,17 +146,17 @@ def test_the_peers_fault_that_this_is_free_of():
         theirs(input_ids=x, attention_mask=(x != 0).long(), pixel_values=pixels, labels=answer).loss.item()
         for x in (ids, padded)
     ]
-    assert abs(losses[0] - losses[1]) > 1e-3  # where this fails, the peer has been mended
+    assert abs(losses[0] - losses[1]) > 1e-3  # if this fails, transformers has fixed the bug
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_packing_gives_the_same_values_and_gradients(decode):
+def test_packing_does_not_change_values_or_gradients(decode):
     model, batch = tiny_blip(), tiny_blip_batch()
     ids = batch["input_ids"]
     mask = model.padding_mask(ids)
     results = []
     for pack in (False, True):
-        memory = model.text_model.read(model.encode_image(batch["pixel_values"]).last_hidden_state)
+        memory = model.text_model.memory_of(model.encode_image(batch["pixel_values"]).last_hidden_state)
         states = model.text_model(ids, mask, memory, decode, pack=pack).last_hidden_state * mask[..., None]
         results.append((states, gradients(model, (states**2).sum())))
     close(results[1][0], results[0][0])
@@ -159,7 +164,7 @@ def test_packing_gives_the_same_values_and_gradients(decode):
         assert_close(results[1][1][name], value, rtol=1e-4, atol=1e-5 * max(value.abs().max().item(), 1.0))
 
 
-def test_packing_puts_tokens_back():
+def test_unpack_inverts_pack():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
     packing, x = Packing(mask), torch.arange(9.0).view(3, 3, 1) + 1
     packed = packing.pack(x)
@@ -168,18 +173,18 @@ def test_packing_puts_tokens_back():
 
 
 @torch.no_grad()
-def test_the_last_layer_at_the_first_token_alone_gives_the_same():
+def test_pooled_only_matches_the_full_last_layer():
     model, batch = tiny_blip().eval(), tiny_blip_batch()
     ids, mask = batch["input_ids"], model.padding_mask(batch["input_ids"])
-    memory = model.text_model.read(model.encode_image(batch["pixel_values"]).last_hidden_state)
+    memory = model.text_model.memory_of(model.encode_image(batch["pixel_values"]).last_hidden_state)
     for images in (None, memory):
         whole = model.text_model(ids, mask, images).last_hidden_state[:, :1]
         for pack in (False, True):
             close(model.text_model(ids, mask, images, pooled_only=True, pack=pack).last_hidden_state, whole)
 
 
-def test_keys_and_values_computed_once_give_what_repeated_images_give():
-    """ITM's three kinds of pairs and the LM pass read one memory; the long way repeats every image."""
+def test_shared_keys_and_values_match_repeated_images():
+    """ITM's three kinds of pairs and the LM pass share one memory; the reference repeats every image."""
     model, batch = tiny_blip(), tiny_blip_batch()
     ids, mask, count = batch["input_ids"], model.padding_mask(batch["input_ids"]), len(batch["input_ids"])
     images, texts = torch.tensor([1, 2, 3, 0]), torch.tensor([3, 0, 1, 2])
@@ -188,12 +193,12 @@ def test_keys_and_values_computed_once_give_what_repeated_images_give():
     for once in (True, False):
         states = model.encode_image(batch["pixel_values"]).last_hidden_state
         if once:
-            memory = model.text_model.read(states)
+            memory = model.text_model.memory_of(states)
             logits, lm = model.itm_logits(ids, mask, memory, images, texts), model.lm_loss(ids, memory)
         else:
             pairs = [(own, own), (own, images), (texts, own)]
-            logits = torch.cat([model.match(ids[t], mask[t], model.text_model.read(states[i])) for t, i in pairs])
-            lm = model.lm_loss(ids, model.text_model.read(states))
+            logits = torch.cat([model.match(ids[t], mask[t], model.text_model.memory_of(states[i])) for t, i in pairs])
+            lm = model.lm_loss(ids, model.text_model.memory_of(states))
         outputs.append((logits, lm, gradients(model, logits.square().sum() + lm)))
     close(outputs[0][0], outputs[1][0])
     close(outputs[0][1], outputs[1][1])
@@ -202,12 +207,12 @@ def test_keys_and_values_computed_once_give_what_repeated_images_give():
 
 
 @torch.no_grad()
-def test_texts_of_one_image_share_it():
+def test_texts_share_the_memory_of_their_image():
     model, batch = tiny_blip().eval(), tiny_blip_batch()
     states = model.encode_image(batch["pixel_values"][:2]).last_hidden_state
     ids = batch["input_ids"]  # texts 0 and 1 with image 0, texts 2 and 3 with image 1
-    shared = model.match(ids, None, model.text_model.read(states))
-    repeated = model.match(ids, None, model.text_model.read(states.repeat_interleave(2, dim=0)))
+    shared = model.match(ids, None, model.text_model.memory_of(states))
+    repeated = model.match(ids, None, model.text_model.memory_of(states.repeat_interleave(2, dim=0)))
     close(shared, repeated)
 
 
@@ -219,7 +224,7 @@ def test_eager_and_sdpa_agree():
         model = tiny_blip().eval()
         model.set_attn_implementation(kind)
         assert model.text_model.config._attn_implementation == model.vision_model.config._attn_implementation == kind
-        memory = model.text_model.read(model.encode_image(batch["pixel_values"]).last_hidden_state)
+        memory = model.text_model.memory_of(model.encode_image(batch["pixel_values"]).last_hidden_state)
         outputs.append((model.match(batch["input_ids"], None, memory), model.lm_loss(batch["input_ids"], memory)))
     close(outputs[0][0], outputs[1][0])
     close(outputs[0][1], outputs[1][1])
@@ -232,7 +237,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model = tiny_blip().train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        memory = model.text_model.read(model.encode_image(batch["pixel_values"]).last_hidden_state)
+        memory = model.text_model.memory_of(model.encode_image(batch["pixel_values"]).last_hidden_state)
         loss = model.match(batch["input_ids"], None, memory).sum() + model.lm_loss(batch["input_ids"], memory)
         results.append(gradients(model, loss))
     for name, value in results[0].items():
@@ -240,12 +245,12 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 @torch.no_grad()
-def test_attention_maps_and_hidden_states_have_their_shapes():
+def test_shapes_of_attention_maps_and_hidden_states():
     model, batch = tiny_blip().eval(), tiny_blip_batch()
     model.set_attn_implementation("eager")
     states = model.encode_image(batch["pixel_values"]).last_hidden_state
     ids, layers = batch["input_ids"], len(model.text_model.layers)
-    output = model.text_model(ids, model.padding_mask(ids), model.text_model.read(states),
+    output = model.text_model(ids, model.padding_mask(ids), model.text_model.memory_of(states),
                               output_hidden_states=True, output_attentions=True)  # fmt: skip
     texts, length = ids.shape
     assert [tuple(x.shape) for x in output.hidden_states] == [(texts, length, 32)] * (layers + 1)
@@ -256,41 +261,41 @@ def test_attention_maps_and_hidden_states_have_their_shapes():
 
 @pytest.mark.parametrize("tower", ["vit", "resnet"])
 @torch.no_grad()
-def test_bfloat16_stays_finite(tower):
+def test_bfloat16_outputs_are_finite(tower):
     model, batch = tiny_blip(tower).eval().to(torch.bfloat16), tiny_blip_batch(tower)
     output = model(batch["input_ids"], batch["pixel_values"].to(torch.bfloat16))
     assert all(torch.isfinite(output[name]).all() for name in ("loss", "itm_logits", "logits_per_image"))
 
 
-def test_texts_that_are_too_long_are_refused():
+def test_overlong_texts_are_rejected():
     model, batch = tiny_blip(), tiny_blip_batch()
-    with pytest.raises(ValueError, match="61 tokens long, the model reads at most 40"):
+    with pytest.raises(ValueError, match="61 tokens, but the model supports at most 40"):
         model.get_text_features(F.pad(batch["input_ids"], (0, 61 - batch["input_ids"].shape[1]), value=5))
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def test_losses_within_the_batch_are_those_of_their_definitions():
+def test_losses_match_their_definitions():
     torch.manual_seed(0)
     model, batch = tiny_blip().eval(), tiny_blip_batch()
     output = model(**batch)
     logits = F.normalize(output.image_embeds, dim=-1) @ output.text_embeds.T / model.temp
     own = torch.arange(len(logits))
-    wanted = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-    close(output.loss_itc, wanted)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    close(output.loss_itc, expected)
     labels = torch.cat([torch.ones(4), torch.zeros(8)]).long()
     close(output.loss_itm, F.cross_entropy(output.itm_logits, labels))
     close(output.loss, output.loss_itc + output.loss_itm + output.loss_lm)
 
 
-def test_rows_with_the_same_caption_are_no_negatives():
+def test_duplicate_captions_are_not_negatives():
     model, batch = tiny_blip().eval(), tiny_blip_batch()
     batch["input_ids"] = batch["input_ids"][:1].expand(4, -1)
     output = model(**batch)
     assert (
         output.loss_itm.item()
-        == pytest.approx(  # only the pairs count: there is nothing else to tell them from
+        == pytest.approx(  # only the matching pairs count: there are no negatives
             F.cross_entropy(output.itm_logits[:4], torch.ones(4).long()).item(), rel=1e-5
         )
     )
@@ -298,7 +303,7 @@ def test_rows_with_the_same_caption_are_no_negatives():
     close(output.loss_itc, (soft_contrastive_loss(logits, labels) + soft_contrastive_loss(logits.T, labels)) / 2)
 
 
-def test_hard_negatives_follow_the_similarities():
+def test_hard_negatives_are_drawn_by_similarity():
     logits = torch.tensor([[5.0, 2.0, 1.0, -9.0], [0.0, 0.0, 0.0, 0.0]])
     excluded = torch.tensor([[True, False, False, False], [False, True, False, True]])
     uniform = torch.linspace(0, 0.99999, 20001)
@@ -311,15 +316,15 @@ def test_hard_negatives_follow_the_similarities():
         assert_close(shares, weights / weights.sum(), rtol=0, atol=1e-3)
 
 
-def test_a_row_without_negatives_is_told_and_not_counted():
+def test_rows_without_negatives_are_flagged_and_excluded():
     excluded = torch.tensor([[True, True], [True, False]])
     drawn, found = draw_hard_negatives(torch.zeros(2, 2), excluded, torch.tensor([0.5, 0.5]))
     assert drawn.tolist() == [0, 1] and found.tolist() == [False, True]
     logits = torch.randn(3, 2)
     counted = torch.tensor([True, False, True])
     matches = torch.tensor([True, False, False])
-    wanted = F.cross_entropy(logits[[0, 2]], torch.tensor([1, 0]))
-    assert_close(matching_loss(logits, matches, counted), wanted)
+    expected = F.cross_entropy(logits[[0, 2]], torch.tensor([1, 0]))
+    assert_close(matching_loss(logits, matches, counted), expected)
 
 
 def test_soft_targets_are_distributions():
@@ -336,7 +341,7 @@ def test_soft_targets_are_distributions():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tower", ["vit", "resnet"])
-def test_a_folder_gives_back_every_tensor(tower, dtype, tmp_path):
+def test_save_load_round_trip(tower, dtype, tmp_path):
     model = tiny_blip(tower).to(dtype)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype)
@@ -346,21 +351,21 @@ def test_a_folder_gives_back_every_tensor(tower, dtype, tmp_path):
     assert loaded.lm_head.decoder.weight is loaded.text_model.embeddings.word_embeddings.weight
 
 
-def test_heads_load_what_is_theirs_from_a_pre_trained_folder(tmp_path, caplog):
+def test_task_models_load_from_a_pretrained_folder(tmp_path, caplog):
     model, batch = tiny_blip().eval(), tiny_blip_batch()
     model.save_pretrained(tmp_path)
     matcher, info = vlp.VlpBlipForImageTextRetrieval.from_pretrained(tmp_path, output_loading_info=True)
-    writer, other = vlp.VlpBlipForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not other["missing_keys"]
+    captioner, captioner_info = vlp.VlpBlipForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not captioner_info["missing_keys"]
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is vlp.VlpBlipForConditionalGeneration
     with torch.no_grad():
         output = matcher(batch["input_ids"], batch["pixel_values"])
-        memory = model.text_model.read(model.encode_image(batch["pixel_values"]).last_hidden_state)
+        memory = model.text_model.memory_of(model.encode_image(batch["pixel_values"]).last_hidden_state)
         assert torch.equal(output.itm_logits, model.match(batch["input_ids"], None, memory))
         assert_close(output.logits_per_image, model(**batch, return_loss=False).logits_per_image)
         assert torch.equal(output.logits_per_text, output.logits_per_image.T)
-    assert torch.equal(writer.text_model.layers[0].mlp.fc1.weight, model.text_model.layers[0].mlp.fc1.weight)
+    assert torch.equal(captioner.text_model.layers[0].mlp.fc1.weight, model.text_model.layers[0].mlp.fc1.weight)
 
 
 def test_new_tokens_can_be_added():
@@ -371,7 +376,7 @@ def test_new_tokens_can_be_added():
     assert torch.isfinite(model(**batch).loss)
 
 
-def test_transformers_trainer_can_train_it(tmp_path):
+def test_transformers_trainer_trains_the_model(tmp_path):
     model, batch = tiny_blip(), tiny_blip_batch()
     before = copy.deepcopy(model.state_dict())
     rows = [{name: value[row] for name, value in batch.items()} for row in range(4)]
@@ -392,7 +397,7 @@ def test_transformers_trainer_can_train_it(tmp_path):
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def test_impossible_configurations_are_refused():
+def test_invalid_configurations_are_rejected():
     for fields, message in (
         ({"text_config": {"hidden_size": 30, "num_attention_heads": 4}}, r"hidden_size \(30\) must be divisible"),
         ({"text_config": {"vocab_size": 100}}, r"bos_token_id \(30522\) must be below vocab_size|eos_token_id \(102\)"),
@@ -405,5 +410,5 @@ def test_impossible_configurations_are_refused():
             vlp.VlpBlipConfig(**fields)
 
 
-def test_cross_attention_is_as_wide_as_the_image_tower():
+def test_cross_attention_width_matches_the_image_tower():
     assert vlp.VlpBlipConfig(vision_config={"hidden_size": 96}).text_config.encoder_hidden_size == 96

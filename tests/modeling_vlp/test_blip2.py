@@ -1,4 +1,4 @@
-"""BLIP-2's stage 1: the Q-Former, who sees whom in it, and the models around it. Run: pytest tests/test_blip2.py"""
+"""BLIP-2 stage 1: the Q-Former, its attention masks and the models built on it."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def millions(parameters) -> float:
     return sum(parameter.numel() for parameter in parameters) / 1e6
 
 
-def test_the_qformer_has_the_papers_size():
-    """188 M (section 3.1); 186.3 M as LAVIS builds it, with the head that writes, whose matrix is the embeddings'."""
+def test_qformer_parameter_count():
+    """188 M in the paper (section 3.1); 186.3 M in LAVIS, including the LM head, which is tied to the embeddings."""
     with torch.device("meta"):
         config = vlp.VlpBlip2Config(vision_config={"hidden_size": 1408, "num_hidden_layers": 1, "patch_size": 14,
                                                    "num_attention_heads": 16})  # fmt: skip
@@ -39,7 +39,7 @@ def test_the_qformer_has_the_papers_size():
 
 
 @pytest.mark.parametrize(("width", "count"), [(2560, 107.1), (4096, 108.3), (2048, 106.7)])
-def test_stage_2_trains_as_much_as_in_the_paper(width, count):
+def test_stage_2_trainable_parameter_count(width, count):
     """Table 2: 107 M with OPT-2.7B, 108 M with OPT-6.7B, 107 M with FlanT5-XL."""
     from transformers import OPTConfig
 
@@ -52,12 +52,12 @@ def test_stage_2_trains_as_much_as_in_the_paper(width, count):
     assert millions(p for p in model.parameters() if p.requires_grad) == pytest.approx(count, abs=0.06)
 
 
-def test_the_paper_s_tower_is_the_default():
+def test_default_tower_is_the_papers():
     vision = vlp.VlpBlip2Config().vision_config
     assert (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.final_norm) == (1408, 39, 14, False)
 
 
-def test_how_weights_start():
+def test_initial_weights():
     torch.manual_seed(0)
     model = vlp.VlpBlip2ForPreTraining(tiny_blip2_config())
     assert model.query_tokens.std().item() == pytest.approx(0.02, rel=0.3)
@@ -70,7 +70,7 @@ def test_how_weights_start():
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_the_tower_is_frozen_and_in_evaluation_mode(tower):
+def test_tower_is_frozen_and_in_evaluation_mode(tower):
     model = tiny_blip2(tower).train()
     assert model.training and not any(module.training for module in model.vision_model.modules())
     before = {name: value.clone() for name, value in model.vision_model.state_dict().items()}
@@ -79,7 +79,7 @@ def test_the_tower_is_frozen_and_in_evaluation_mode(tower):
     assert all(torch.equal(value, before[name]) for name, value in model.vision_model.state_dict().items())
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
-    states = model.see(batch(model)["pixel_values"])
+    states = model.encode_image(batch(model)["pixel_values"])
     given = {"input_ids": batch(model)["input_ids"], "vision_states": states}
     torch.manual_seed(5)
     first = model.eval()(**batch(model)).loss
@@ -87,7 +87,7 @@ def test_the_tower_is_frozen_and_in_evaluation_mode(tower):
     assert_close(model(**given).loss, first)
 
 
-def test_a_tower_that_is_not_frozen_is_trained():
+def test_unfrozen_tower_is_trained():
     torch.manual_seed(0)
     model = vlp.VlpBlip2ForPreTraining(tiny_blip2_config(freeze_vision=False)).train()
     assert model.vision_model.training
@@ -96,26 +96,26 @@ def test_a_tower_that_is_not_frozen_is_trained():
 
 
 @torch.no_grad()
-def test_texts_see_queries_and_queries_see_no_text_while_writing():
-    """UniLM's mask, by way of the cache: what is written depends on the image and on what stands before."""
+def test_generation_uses_the_unilm_mask():
+    """Through the cache: a token depends on the image and on earlier tokens, and queries ignore the text."""
     model, given = tiny_blip2(), batch(tiny_blip2())
     ids = given["input_ids"]
-    memory = model.read(model.see(given["pixel_values"]))
+    memory = model.memory_of(model.encode_image(given["pixel_values"]))
 
-    def write(ids: torch.Tensor, memory) -> torch.Tensor:
+    def decode(ids: torch.Tensor, memory) -> torch.Tensor:
         cache = DynamicCache()
         model.query(memory, past_key_values=cache)
-        return model.write(ids, cache)
+        return model.decode(ids, cache)
 
-    states = write(ids, memory)
+    states = decode(ids, memory)
     later = ids.clone()
     later[:, 5:] = 7
-    changed = write(later, memory)
+    changed = decode(later, memory)
     close(changed[:, :5], states[:, :5])
     assert (changed[:, 5:] - states[:, 5:]).abs().max() > 1e-2
-    other = write(ids, memory.select(torch.tensor([1, 2, 3, 0])))
+    other = decode(ids, memory.select(torch.tensor([1, 2, 3, 0])))
     assert (other[:, 0] - states[:, 0]).abs().max() > 1e-3
-    # Token by token, as `generate` would, after the same queries.
+    # Decode token by token, like `generate`, after the same queries.
     cache = DynamicCache()
     model.query(memory, past_key_values=cache)
     ids = torch.cat([torch.full_like(ids[:, :1], 118), ids[:, 1:]], dim=1)
@@ -127,9 +127,9 @@ def test_texts_see_queries_and_queries_see_no_text_while_writing():
 
 
 @torch.no_grad()
-def test_everyone_sees_everyone_while_matching():
+def test_matching_uses_bidirectional_attention():
     model, given = tiny_blip2(), batch(tiny_blip2())
-    memory = model.read(model.see(given["pixel_values"]))
+    memory = model.memory_of(model.encode_image(given["pixel_values"]))
     logits = model.match(given["input_ids"], None, memory)
     later = given["input_ids"].clone()
     later[:, 2] = 7
@@ -140,18 +140,18 @@ def test_everyone_sees_everyone_while_matching():
     queries = model.query_tokens.expand(4, -1, -1)
     mask = model.padding_mask(given["input_ids"])
     whole = model.qformer(queries, given["input_ids"], mask, memory).last_hidden_state[:, :5]
-    close(logits, model.itm_head(whole).mean(dim=1))  # of the last layer, the queries' rows alone are computed
+    close(logits, model.itm_head(whole).mean(dim=1))  # in the last layer, only the queries' rows are computed
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_changes_nothing(attention):
+def test_padding_does_not_change_results(attention):
     model = tiny_blip2()
     model.set_attn_implementation(attention)
     given = batch(model)
     ids, pixels = given["input_ids"], given["pixel_values"]
     padded = F.pad(ids, (0, 6))
-    memory = model.read(model.see(pixels))
+    memory = model.memory_of(model.encode_image(pixels))
     close(model.match(padded, None, memory), model.match(ids, None, memory))
     text = model.get_text_features(ids)
     close(model.get_text_features(padded).pooler_output, text.pooler_output)
@@ -165,13 +165,13 @@ def test_padding_changes_nothing(attention):
 
 
 @torch.no_grad()
-def test_an_image_is_read_once_for_any_number_of_texts():
+def test_texts_share_the_memory_of_their_image():
     model, given = tiny_blip2(), batch(tiny_blip2())
-    memory = model.read(model.see(given["pixel_values"][:2]))
+    memory = model.memory_of(model.encode_image(given["pixel_values"][:2]))
     together = model.match(given["input_ids"], None, memory)  # two texts for each of two images
     for text in range(4):
-        alone = model.match(given["input_ids"][text : text + 1], None, memory.select(torch.tensor([text // 2])))
-        close(together[text : text + 1], alone)
+        single = model.match(given["input_ids"][text : text + 1], None, memory.select(torch.tensor([text // 2])))
+        close(together[text : text + 1], single)
 
 
 @torch.no_grad()
@@ -182,7 +182,7 @@ def test_ranking_by_the_best_query_and_by_matching():
     cosine = torch.stack([torch.stack([(image[b] @ text[t]).max() for t in range(4)]) for b in range(4)])
     close(best_query(image, text), cosine)
     ranking = rank(model, **given, top_k=2)
-    memory = model.read(model.see(given["pixel_values"]))
+    memory = model.memory_of(model.encode_image(given["pixel_values"]))
     best = cosine.topk(2, dim=1).indices
     for b in range(4):
         for t in range(4):
@@ -194,7 +194,7 @@ def test_ranking_by_the_best_query_and_by_matching():
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_saved_and_loaded(tmp_path, tower):
+def test_save_load_round_trip(tmp_path, tower):
     model = tiny_blip2(tower)
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path).eval()
@@ -203,15 +203,15 @@ def test_saved_and_loaded(tmp_path, tower):
         assert torch.equal(again.state_dict()[name], value), name
     assert again.lm_head.decoder.weight is again.qformer.embeddings.word_embeddings.weight
     assert not any(parameter.requires_grad for parameter in again.vision_model.parameters())
-    finder = vlp.VlpBlip2ForImageTextRetrieval.from_pretrained(tmp_path).eval()
+    retriever = vlp.VlpBlip2ForImageTextRetrieval.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        output = finder(**batch(model))
-        wanted = model(**batch(model), return_loss=False)
-    close(output.logits_per_image, wanted.logits_per_image)
+        output = retriever(**batch(model))
+        expected = model(**batch(model), return_loss=False)
+    close(output.logits_per_image, expected.logits_per_image)
     assert output.itm_logits.shape == (4, 2) and output.image_embeds.shape == (4, 5, 24)
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):
         model = tiny_blip2().train()
@@ -225,13 +225,13 @@ def test_gradient_checkpointing_changes_nothing():
         close(gradients[1][name], gradient)
 
 
-def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="reads vectors 10 wide, the image tower gives 48"):
+def test_invalid_arguments_are_rejected():
+    with pytest.raises(ValueError, match="encoder_hidden_size is 10, but the image tower has width 48"):
         vlp.VlpBlip2Config(vision_config=dict(hidden_size=48, num_attention_heads=4),
                            qformer_config={"encoder_hidden_size": 10})  # fmt: skip
     with pytest.raises(ValueError, match="num_query_tokens must be positive, got 0"):
         vlp.VlpBlip2Config(num_query_tokens=0)
-    with pytest.raises(ValueError, match="needs pixel_values, the images, or their vision_states"):
+    with pytest.raises(ValueError, match=r"needs pixel_values \(the images\) or their vision_states"):
         tiny_blip2()(torch.ones(2, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match="50 tokens long, the model reads at most 40"):
+    with pytest.raises(ValueError, match="50 tokens, but the model supports at most 40"):
         tiny_blip2().get_text_features(torch.ones(2, 50, dtype=torch.long))

@@ -1,6 +1,6 @@
-"""BLIP-2's stage 1 against one step of LAVIS' code on random weights.
+"""BLIP-2 stage 1 matches one step of the LAVIS code on random weights.
 
-Every fixture blip2_stage1_*.safetensors in the folder VLP_REFERENCE (default: tests/reference) is tried.
+The tests run on every fixture blip2_stage1_*.safetensors in the folder VLP_REFERENCE (default: tests/reference).
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from vlp.modeling_vlp.exchange import lavis
-from vlp.modeling_vlp.exchange.places import places_of, read
+from vlp.modeling_vlp.exchange.places import import_state, places_of
 from vlp.training.objectives.blip2 import Blip2Objective
 
 import vlp
@@ -45,13 +45,13 @@ class Fixture:
         self.model = vlp.VlpBlip2ForPreTraining(config)
         self.rules = lavis.rules_of(config)
         wanted = {name: v for name, v in self.model.state_dict().items() if not name.startswith("vision_model.")}
-        self.model.load_state_dict(read(state, wanted, self.rules, lavis.IGNORED), strict=False)
+        self.model.load_state_dict(import_state(state, wanted, self.rules, lavis.IGNORED), strict=False)
 
     def __getattr__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
     def step(self) -> dict[str, torch.Tensor]:
-        """One step, up to the gradients, with the hard negatives that the original drew."""
+        """Run one step up to the gradients, with the hard negatives of the original code."""
         objective = Blip2Objective(
             self.model, exclude_duplicates=False, label_smoothing=self.facts["label_smoothing_itc"]
         )
@@ -70,21 +70,21 @@ def original(request) -> Fixture:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal to 1e-5 of the largest value."""
+    """Assert equality within 1e-5 of the largest value."""
     assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
-def test_there_are_fixtures():
+def test_fixtures_exist():
     assert FIXTURES, f"no blip2_stage1_*.safetensors in {FOLDER}"
 
 
-def test_the_three_losses_are_the_originals(original):
+def test_losses_match_the_original(original):
     losses = original.step()
     for ours, theirs in (("itc", "itc"), ("itm", "itm"), ("itg", "lm")):
         assert_close(losses[ours], original.tensors[f"loss_{theirs}"], rtol=1e-5, atol=0)
 
 
-def test_gradients_are_the_originals(original):
+def test_gradients_match_the_original(original):
     original.step()
     gradients = {name[5:]: value for name, value in original.tensors.items() if name.startswith("grad.")}
     compared = 0
@@ -96,8 +96,8 @@ def test_gradients_are_the_originals(original):
     assert len(gradients) == compared == 9
 
 
-def test_the_losses_of_the_model_by_itself_are_the_originals(original):
-    """`forward`, as Trainer calls it; hard negatives are drawn anew there, and the loss of matching is another."""
+def test_forward_losses_match_the_original(original):
+    """`forward`, as Trainer calls it, draws new hard negatives, so its matching loss is not compared."""
     losses = original.model(
         original.input_ids, vision_states=original.vision_hidden_states, label_smoothing=0.1,
         caption_ids=torch.arange(len(original.input_ids)),
@@ -107,10 +107,10 @@ def test_the_losses_of_the_model_by_itself_are_the_originals(original):
 
 
 @torch.no_grad()
-def test_the_outputs_are_the_originals(original):
+def test_outputs_match_the_original(original):
     model = original.model.eval()
-    memory = model.read(original.vision_hidden_states)
+    memory = model.memory_of(original.vision_hidden_states)
     close(model.query(memory).last_hidden_state, original.query_output)
     text = model.qformer(input_ids=original.input_ids, attention_mask=original.attention_mask).last_hidden_state
-    real = original.attention_mask.bool()  # what stands in padding is read by nothing
+    real = original.attention_mask.bool()  # outputs at padding positions are never used
     close(text[real], original.text_output[real])

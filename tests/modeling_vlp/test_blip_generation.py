@@ -1,11 +1,11 @@
-"""Writing captions: what transformers' BLIP writes, token for token, and what its `generate` offers."""
+"""Caption generation matches transformers' BLIP token for token and supports the options of `generate`."""
 
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 from transformers import BlipConfig, BlipForConditionalGeneration, TextStreamer
-from vlp.modeling_vlp.exchange.places import read
+from vlp.modeling_vlp.exchange.places import import_state
 from vlp.modeling_vlp.exchange.transformers import IGNORED, rules_of
 from vlp.processing.blip import train_tokenizer
 
@@ -20,12 +20,12 @@ RULES = rules_of(vlp.VlpBlipConfig(), "VlpBlipForConditionalGeneration")
 
 
 def load_from_transformers(ours: vlp.VlpBlipForConditionalGeneration, theirs: BlipForConditionalGeneration) -> None:
-    ours.load_state_dict(read(theirs.state_dict(), ours.state_dict(), RULES, IGNORED))
+    ours.load_state_dict(import_state(theirs.state_dict(), ours.state_dict(), RULES, IGNORED))
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[vlp.VlpBlipForConditionalGeneration, BlipForConditionalGeneration]:
-    """Our captioner and transformers' with the same random weights, large enough for its choices to differ."""
+    """Our captioner and transformers' with the same random weights, large enough for varied captions."""
     torch.manual_seed(0)
     config = BlipConfig(
         vision_config=VISION, text_config=TEXT | TOKENS | {"eos_token_id": 3, "sep_token_id": 3}, projection_dim=16
@@ -47,56 +47,56 @@ def pixels() -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_logits_are_those_of_transformers(pair, pixels):
+def test_logits_match_transformers(pair, pixels):
     ours, theirs = pair
     ids = torch.randint(4, 118, (2, 7), generator=torch.Generator().manual_seed(2))
-    wanted = theirs(pixel_values=pixels, input_ids=ids).logits
-    assert_close(ours(ids, pixels).logits, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+    expected = theirs(pixel_values=pixels, input_ids=ids).logits
+    assert_close(ours(ids, pixels).logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 3}, {"num_beams": 5, "length_penalty": 2.0}])
 @pytest.mark.parametrize("prompt", [None, [2, 17, 30, 55, 3]])
-def test_generate_gives_the_tokens_of_transformers(pair, pixels, options, prompt):
+def test_generate_matches_transformers(pair, pixels, options, prompt):
     ours, theirs = pair
-    # Random weights would write the same token again and again.
+    # Without this constraint, random weights generate one token repeatedly.
     options = options | {"do_sample": False, "max_new_tokens": 12, "no_repeat_ngram_size": 1}
     ids = None if prompt is None else torch.tensor([prompt] * 2)
-    wanted = theirs.generate(pixels, input_ids=None if ids is None else ids.clone(), **options)
-    assert torch.equal(ours.generate(pixels, input_ids=ids, **options), wanted)
-    assert len(set(wanted.flatten().tolist())) > 8
+    expected = theirs.generate(pixels, input_ids=None if ids is None else ids.clone(), **options)
+    assert torch.equal(ours.generate(pixels, input_ids=ids, **options), expected)
+    assert len(set(expected.flatten().tolist())) > 8
 
 
-def test_images_are_read_once_however_many_beams_and_steps(pair, pixels, monkeypatch):
+def test_images_are_encoded_once_for_all_beams_and_steps(pair, pixels, monkeypatch):
     ours, _ = pair
-    reads, rows = [], []
+    projected, encoded = [], []
     projection = ours.text_model.layers[0].cross_attention.attention.k_proj
-    handle = projection.register_forward_hook(lambda module, inputs, output: reads.append(len(output)))
-    vision = ours.vision_model.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    handle = projection.register_forward_hook(lambda module, inputs, output: projected.append(len(output)))
+    vision = ours.vision_model.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
     ours.generate(pixels, num_beams=4, max_new_tokens=10)
     handle.remove(), vision.remove()
-    assert reads == [2] and rows == [2]
+    assert projected == [2] and encoded == [2]
 
 
-def test_prompts_of_different_lengths_give_what_each_gives_alone(pair, pixels):
+def test_batched_prompts_match_single_prompts(pair, pixels):
     ours, _ = pair
     prompts = torch.tensor([[2, 17, 30, 55, 3], [2, 9, 3, 0, 0]])
     together = ours.generate(pixels, input_ids=prompts, num_beams=3, max_new_tokens=8)
     for row, length in enumerate((5, 3)):
-        alone = ours.generate(pixels[row : row + 1], input_ids=prompts[row : row + 1, :length], num_beams=3,
+        single = ours.generate(pixels[row : row + 1], input_ids=prompts[row : row + 1, :length], num_beams=3,
                               max_new_tokens=8)  # fmt: skip
         kept = together[row][together[row] != 0]
-        assert torch.equal(kept, alone[0][alone[0] != 0])
+        assert torch.equal(kept, single[0][single[0] != 0])
 
 
-def test_a_static_cache_and_none_give_the_same(pair, pixels):
+def test_static_cache_and_no_cache_give_the_same_captions(pair, pixels):
     ours, _ = pair
     options = {"num_beams": 3, "max_new_tokens": 8}
-    wanted = ours.generate(pixels, **options)
-    assert torch.equal(ours.generate(pixels, cache_implementation="static", **options), wanted)
-    assert torch.equal(ours.generate(pixels, use_cache=False, **options), wanted)
+    expected = ours.generate(pixels, **options)
+    assert torch.equal(ours.generate(pixels, cache_implementation="static", **options), expected)
+    assert torch.equal(ours.generate(pixels, use_cache=False, **options), expected)
 
 
-def test_sampling_constraints_and_several_captions(pair, pixels):
+def test_sampling_constraints_and_multiple_captions(pair, pixels):
     ours, _ = pair
     torch.manual_seed(0)
     nucleus = ours.generate(pixels, do_sample=True, top_p=0.9, num_return_sequences=3, max_new_tokens=6)
@@ -112,15 +112,15 @@ def test_sampling_constraints_and_several_captions(pair, pixels):
     assert beams.sequences.shape[0] == 4 and beams.sequences_scores[0] >= beams.sequences_scores[1]
 
 
-def test_loss_in_training_is_that_of_all_logits(pair, pixels):
+def test_training_loss_matches_the_loss_of_all_logits(pair, pixels):
     ours, _ = pair
     ids = torch.randint(4, 118, (2, 7), generator=torch.Generator().manual_seed(2))
     labels = ids.masked_fill(torch.arange(7) < 3, -100)
     evaluated = ours(ids, pixels, labels=labels)
-    wanted = torch.nn.functional.cross_entropy(
+    expected = torch.nn.functional.cross_entropy(
         evaluated.logits[:, 2:-1].flatten(0, 1), ids[:, 3:].flatten(), label_smoothing=0.1
     )
-    assert_close(evaluated.loss, wanted)
+    assert_close(evaluated.loss, expected)
     ours.text_model.config.hidden_dropout_prob = 0.0
     trained = vlp.VlpBlipForConditionalGeneration(ours.config)
     trained.load_state_dict(ours.state_dict())
@@ -130,22 +130,22 @@ def test_loss_in_training_is_that_of_all_logits(pair, pixels):
     ours.config.text_config.attention_probs_dropout_prob = 0.0
     output = trained.train()(ids, pixels, labels=labels)
     assert output.logits is None
-    assert_close(output.loss, wanted)
+    assert_close(output.loss, expected)
 
 
 @torch.no_grad()
-def test_the_head_gives_few_rows_what_it_gives_many(pair):
+def test_head_gives_the_same_logits_for_few_and_many_rows(pair):
     head = pair[0].lm_head
     rows = torch.randn(40, 1, 32, generator=torch.Generator().manual_seed(0))
     parts = torch.cat([head(part) for part in rows.split(6)])
     assert_close(parts, head(rows), rtol=1e-5, atol=1e-5 * parts.abs().max().item())
 
 
-def test_no_image_and_uneven_groups_are_refused(pair, pixels):
+def test_missing_images_and_uneven_groups_are_rejected(pair, pixels):
     ours, _ = pair
     with pytest.raises(ValueError, match="needs pixel_values"):
         ours(torch.tensor([[118, 5]]))
-    with pytest.raises(ValueError, match="3 texts cannot be shared out evenly to 2 images"):
+    with pytest.raises(ValueError, match="3 texts cannot be divided evenly among 2 images"):
         ours(torch.full((3, 2), 5), pixels)
 
 
@@ -161,17 +161,17 @@ def test_captions_can_be_streamed(capsys):
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     ids = model.generate(**inputs, streamer=streamer, max_new_tokens=4, do_sample=False)
     streamed = capsys.readouterr().out.strip()
-    assert processor.write(ids) == [streamed] and streamed.startswith("a red")
-    assert processor.write(ids, prompt="A red") == [streamed.removeprefix("a red").strip()]
+    assert processor.decode_texts(ids) == [streamed] and streamed.startswith("a red")
+    assert processor.decode_texts(ids, prompt="A red") == [streamed.removeprefix("a red").strip()]
 
 
-def test_a_usual_length_is_no_cause_for_a_warning(recwarn):
-    """Twenty new tokens, as transformers has it, where nothing says how many."""
+def test_default_length_gives_no_warning(recwarn):
+    """The default is 20 new tokens, as in transformers."""
     from conftest import tiny_blip
 
-    writer, pixels = vlp.VlpBlipForConditionalGeneration.sharing(tiny_blip().eval()), torch.randn(1, 3, 32, 32)
-    plain = writer.generate(pixels, do_sample=False, eos_token_id=-1)
+    captioner, pixels = vlp.VlpBlipForConditionalGeneration.sharing(tiny_blip().eval()), torch.randn(1, 3, 32, 32)
+    plain = captioner.generate(pixels, do_sample=False, eos_token_id=-1)
     assert plain.shape == (1, 21) and not [w for w in recwarn if "max_length" in str(w.message)]
-    assert torch.equal(plain, writer.generate(pixels, do_sample=False, eos_token_id=-1, max_length=21))
-    writer.generation_config.max_new_tokens = 3
-    assert writer.generate(pixels, do_sample=False, eos_token_id=-1).shape == (1, 4)
+    assert torch.equal(plain, captioner.generate(pixels, do_sample=False, eos_token_id=-1, max_length=21))
+    captioner.generation_config.max_new_tokens = 3
+    assert captioner.generate(pixels, do_sample=False, eos_token_id=-1).shape == (1, 4)

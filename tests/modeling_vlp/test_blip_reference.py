@@ -1,6 +1,6 @@
-"""BLIP against one step of the original pre-training code (salesforce/BLIP) on random weights.
+"""BLIP matches one step of the original pre-training code (salesforce/BLIP) on random weights.
 
-Every fixture blip_pretrain_*.safetensors in the folder VLP_REFERENCE (default: tests/reference) is tried.
+The tests run on every fixture blip_pretrain_*.safetensors in the folder VLP_REFERENCE (default: tests/reference).
 """
 
 import json
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 from vlp.modeling_vlp.exchange import salesforce
-from vlp.modeling_vlp.exchange.places import places_of, read
+from vlp.modeling_vlp.exchange.places import import_state, places_of
 from vlp.training.objectives.blip import BlipObjective
 from vlp.training.objectives.momentum import Teacher
 
@@ -28,7 +28,7 @@ RULES = salesforce.RULES["VlpBlipForPreTraining"]
 
 
 def pairs(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]):
-    """Each of our tensors with what it should be, where `theirs` has it."""
+    """Yield each of our tensors with its counterpart, if `theirs` has one."""
     for name, value in ours.items():
         for place in places_of(name, RULES):
             if place.name in theirs:
@@ -61,7 +61,7 @@ class Fixture:
         state = {name[6:]: value for name, value in self.tensors.items() if name.startswith("state.")}
         self.model = vlp.VlpBlipForPreTraining(config)
         own = {name: value for name, value in state.items() if not re.fullmatch(salesforce.TEACHER, name)}
-        self.model.load_state_dict(read(own, self.model.state_dict(), RULES, salesforce.IGNORED))
+        self.model.load_state_dict(import_state(own, self.model.state_dict(), RULES, salesforce.IGNORED))
         teacher = Teacher(self.model, self.facts["momentum"], self.facts["queue_size"])
         teacher.load_state_dict(salesforce.teacher_from(state, config))
         self.objective = BlipObjective(
@@ -72,7 +72,7 @@ class Fixture:
         return self.tensors[name]
 
     def step(self) -> dict[str, torch.Tensor]:
-        """One step, up to the gradients, with the hard negatives that the original drew."""
+        """Run one step, with the hard negatives of the original code."""
         rows = torch.arange(len(self.pixel_values))
         self.objective.before_step(step=10**6)
         losses = self.objective(
@@ -90,31 +90,31 @@ def original(request) -> Fixture:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal to 1e-5 of the largest value."""
+    """Assert equality within 1e-5 of the largest value."""
     assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
-def test_there_are_fixtures():
+def test_fixtures_exist():
     assert FIXTURES, f"no blip_pretrain_*.safetensors in {FOLDER}"
 
 
-def test_the_three_losses_are_the_originals(original):
+def test_losses_match_the_original(original):
     losses = original.step()
     for name in ("itc", "itm", "lm"):
         assert_close(losses[name], original.tensors[f"loss_{name}"], rtol=1e-5, atol=0)
 
 
-def test_gradients_are_the_originals(original):
+def test_gradients_match_the_original(original):
     original.step()
     gradients = {name[5:]: value for name, value in original.tensors.items() if name.startswith("grad.")}
     ours = {name: parameter.grad for name, parameter in original.model.named_parameters()}
     compared = list(pairs(ours, gradients))
-    for gradient, wanted in compared:
-        close(gradient, wanted)
+    for gradient, expected in compared:
+        close(gradient, expected)
     assert len(gradients) == 10 and len(compared) >= 10
 
 
-def test_the_queue_and_the_teacher_after_the_step_are_the_originals(original):
+def test_queue_and_teacher_after_the_step_match_the_original(original):
     original.step()
     teacher = original.objective.teacher
     close(teacher.image_queue.T, original.tensors["after.image_queue"])
@@ -124,20 +124,20 @@ def test_the_queue_and_the_teacher_after_the_step_are_the_originals(original):
              if re.match(r"after\.\w+_m\.", name)}  # fmt: skip
     compared = list(pairs(teacher.model.state_dict(), after))
     assert compared
-    for value, wanted in compared:
-        close(value, wanted)
+    for value, expected in compared:
+        close(value, expected)
 
 
 @torch.no_grad()
-def test_the_outputs_of_each_mode_are_the_originals(original):
+def test_outputs_of_each_mode_match_the_original(original):
     model = original.model.eval()
     vision = model.get_image_features(original.pixel_values)
     close(vision.last_hidden_state, original.image_embeds)
     ids, mask = original.input_ids, original.attention_mask
-    real = mask.bool()  # what stands in padding is read by nothing
+    real = mask.bool()  # outputs at padding positions are never used
     text = model.text_model(ids, mask).last_hidden_state
     close(text[real], original.text_embeds[real])
-    memory = model.text_model.read(vision.last_hidden_state)
+    memory = model.text_model.memory_of(vision.last_hidden_state)
     encode = torch.cat([torch.full_like(ids[:, :1], model.config.text_config.enc_token_id), ids[:, 1:]], 1)
     both = model.text_model(encode, mask, memory).last_hidden_state
     close(both[real], original.multimodal_embeds[real])

@@ -1,4 +1,4 @@
-"""Questions (VQA) and two images (NLVR2): models and whole runs. Run: pytest tests/test_blip_tasks.py"""
+"""Question answering (VQA) and visual reasoning on two images (NLVR2): models and complete runs."""
 
 import json
 from pathlib import Path
@@ -42,35 +42,35 @@ def questions(folder) -> tuple[vlp.VlpBlipForQuestionAnswering, dict]:
     return vlp.VlpBlipForQuestionAnswering.from_pre_training(folder).eval(), batch
 
 
-def test_encoder_and_decoder_start_as_the_pre_trained_ones(folder):
+def test_encoder_and_decoder_start_from_the_pretrained_weights(folder):
     model, source = questions(folder)[0], tiny_blip()
     ours, theirs = model.text_model.layers[0], source.text_model.layers[0]
     assert_close(ours.encoder_attention.state_dict(), theirs.encoder_attention.state_dict())
     answer = model.answer_decoder.text_model.layers[0]
     assert_close(answer.decoder_attention.state_dict(), theirs.decoder_attention.state_dict())
     assert_close(model.answer_decoder.lm_head.dense.weight, source.lm_head.dense.weight)
-    assert answer.mlp.fc1.weight is not ours.mlp.fc1.weight  # they part in fine-tuning
-    # The tiny image tower is wider than the text model: what read it cannot read a question.
+    assert answer.mlp.fc1.weight is not ours.mlp.fc1.weight  # separate copies, because they diverge in fine-tuning
+    # The tiny image tower is wider than the text model, so its cross-attention weights do not fit a question.
     assert answer.cross_attention.attention.k_proj.weight.shape == (32, 32)
 
 
 @torch.no_grad()
-def test_the_loss_is_the_weighted_sum_of_the_answers(folder):
+def test_loss_is_the_weighted_sum_over_answers(folder):
     model, batch = questions(folder)
     loss = model(**batch).loss
     total = 0.0
     for row, (question, weight) in enumerate(zip(batch["answer_index"], batch["answer_weights"], strict=True)):
         ids = batch["input_ids"][question][batch["input_ids"][question] != 0][None]
-        memory = model.read_question(batch["pixel_values"][question][None], ids)
+        memory = model.question_memory(batch["pixel_values"][question][None], ids)
         answer = batch["labels"][row][batch["labels"][row] != 0][None]
-        begun = torch.cat([torch.tensor([[118]]), answer[:, 1:]], 1)
-        logits = model.answer_decoder(begun[:, :-1], memory=memory).logits[0]
+        decoder_ids = torch.cat([torch.tensor([[118]]), answer[:, 1:]], 1)
+        logits = model.answer_decoder(decoder_ids[:, :-1], memory=memory).logits[0]
         total += weight * F.cross_entropy(logits, answer[0, 1:], label_smoothing=0.1, reduction="sum") / 4
     assert_close(loss, total, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_padded_question_changes_nothing(folder):
+def test_padding_a_question_does_not_change_results(folder):
     model, batch = questions(folder)
     longer = batch | {"input_ids": F.pad(batch["input_ids"], (0, 6))}
     assert_close(model(**longer).loss, model(**batch).loss, rtol=1e-5, atol=1e-5)
@@ -80,20 +80,22 @@ def test_a_padded_question_changes_nothing(folder):
 
 
 @torch.no_grad()
-def test_ranking_finds_the_likeliest_answer(folder):
+def test_ranking_returns_the_most_likely_answer(folder):
     model, batch = questions(folder)
     pixels, ids = batch["pixel_values"], batch["input_ids"]
     answers = torch.tensor([[2, 9, 3, 0], [2, 11, 12, 3], [2, 13, 3, 0], [2, 40, 3, 0]])
     scores = torch.zeros(4, 4)
     for column, answer in enumerate(answers):
         real = answer[answer != 0]
-        begun = torch.cat([torch.tensor([118]), real[1:]])[None].expand(4, -1)
-        logits = model.answer_decoder(begun[:, :-1], memory=model.read_question(pixels, ids)).logits.log_softmax(-1)
+        decoder_ids = torch.cat([torch.tensor([118]), real[1:]])[None].expand(4, -1)
+        logits = model.answer_decoder(
+            decoder_ids[:, :-1], memory=model.question_memory(pixels, ids)
+        ).logits.log_softmax(-1)
         scores[:, column] = logits.gather(2, real[1:].expand(4, -1)[..., None])[..., 0].sum(1)
     assert torch.equal(model.rank(pixels, ids, answers, top_k=4), scores.argmax(1))
 
 
-def test_a_question_answerer_is_saved_and_loaded(folder, tmp_path):
+def test_question_answering_save_load_round_trip(folder, tmp_path):
     model, batch = questions(folder)
     model.save_pretrained(tmp_path / "vqa")
     loaded, info = vlp.VlpBlipForQuestionAnswering.from_pretrained(tmp_path / "vqa", output_loading_info=True)
@@ -104,7 +106,7 @@ def test_a_question_answerer_is_saved_and_loaded(folder, tmp_path):
     assert decoder.lm_head.decoder.weight is decoder.text_model.embeddings.word_embeddings.weight
 
 
-def test_vqa_accuracy_is_the_official_one():
+def test_vqa_accuracy_follows_the_official_formula():
     assert vqa_accuracy("red", ["red"] * 10) == 1.0
     assert vqa_accuracy("red", ["red"] * 3 + ["blue"] * 7) == pytest.approx((3 * 2 / 3 + 7) / 10)
     assert vqa_accuracy("red", ["red"] + ["blue"] * 9) == pytest.approx(9 / 3 / 10)
@@ -112,7 +114,7 @@ def test_vqa_accuracy_is_the_official_one():
     assert vqa_accuracy("red", ["red"]) == 1.0 and vqa_accuracy("red", ["blue", "green"]) == 0.0
 
 
-def test_a_run_learns_to_answer(trained, tmp_path):  # noqa: F811
+def test_vqa_run_learns_to_answer(trained, tmp_path):  # noqa: F811
     rows = {"image": [], "question": [], "answers": [], "split": []}
     for number in range(48):
         colour = COLOURS[number % 8]
@@ -135,10 +137,10 @@ def test_a_run_learns_to_answer(trained, tmp_path):  # noqa: F811
     model = vlp.VlpBlipForQuestionAnswering.from_pretrained(tmp_path / "vqa")
     processor = AutoProcessor.from_pretrained(tmp_path / "vqa")
     inputs = processor(images=Image.new("RGB", (20, 20), "blue"), text="Which colour?", return_tensors="pt")
-    assert processor.write(model.generate(**inputs, max_new_tokens=4)) == ["blue"]
+    assert processor.decode_texts(model.generate(**inputs, max_new_tokens=4)) == ["blue"]
     assert "answers questions" in (tmp_path / "vqa" / "README.md").read_text()
     assert "red" in what_the_card_says(tmp_path / "vqa")
-    with pytest.raises(ArgumentError, match="has no column 'answer'; .* Name one with --answer_column"):
+    with pytest.raises(ArgumentError, match="has no column 'answer'; .* Choose one with --answer_column"):
         train(arguments(tmp_path / "questions", tmp_path / "x", answer_column="answer", **options))
 
 
@@ -153,8 +155,8 @@ def reasoning(folder) -> tuple[vlp.VlpBlipForVisualReasoning, dict]:
 
 
 @torch.no_grad()
-def test_two_equal_images_are_read_as_one_where_answers_are_averaged(folder):
-    """Both projections start as the pre-trained one, so that the mean of two equal answers is that answer."""
+def test_averaging_layers_give_two_equal_images_the_output_of_one(folder):
+    """Both attentions start from the pre-trained one, so the mean of two equal outputs is that output."""
     model, batch = reasoning(folder)
     source = tiny_blip().eval()
     pixels = batch["pixel_values"][:, :1].expand(-1, 2, -1, -1, -1)
@@ -162,12 +164,12 @@ def test_two_equal_images_are_read_as_one_where_answers_are_averaged(folder):
     assert pair.merge is None and model.text_model.layers[-1].cross_attention.merge is not None
     states = model.encode_image(pixels.flatten(0, 1)).last_hidden_state.unflatten(0, (-1, 2))
     x = torch.randn(3, 5, 32)
-    answer = pair(x, key_values=pair.read(states.flatten(1, 2)))[0]
+    output = pair(x, key_values=pair.keys_values(states.flatten(1, 2)))[0]
     one = source.text_model.layers[0].cross_attention
-    assert_close(answer, one(x, key_values=one.read(states[:, 0]))[0], rtol=1e-5, atol=1e-5)
+    assert_close(output, one(x, key_values=one.keys_values(states[:, 0]))[0], rtol=1e-5, atol=1e-5)
 
 
-def test_images_keep_their_sides_and_padding_changes_nothing(folder):
+def test_image_order_matters_and_padding_does_not(folder):
     model, batch = reasoning(folder)
     with torch.no_grad():
         output = model(**batch)
@@ -183,7 +185,7 @@ def test_images_keep_their_sides_and_padding_changes_nothing(folder):
         assert part.weight.grad.abs().sum() > 0
 
 
-def test_a_run_learns_to_compare_two_images(trained, tmp_path):  # noqa: F811
+def test_nlvr_run_learns_to_compare_two_images(trained, tmp_path):  # noqa: F811
     lines = ["image,second_image,caption,label,split"]
     for colour in COLOURS:
         Image.new("RGB", (16, 16), colour).save(tmp_path / f"{colour}.png")
@@ -218,8 +220,8 @@ def test_fine_tuning_at_another_image_size(pairs, trained, tmp_path):  # noqa: F
 
 
 @torch.no_grad()
-def test_resized_positions_are_those_of_interpolation():
+def test_resized_position_embeddings_match_interpolation():
     model, pixels = tiny_blip().eval(), torch.randn(2, 3, 64, 64)
-    wanted = model.encode_image(pixels, interpolate_pos_encoding=True).last_hidden_state
+    expected = model.encode_image(pixels, interpolate_pos_encoding=True).last_hidden_state
     model.vision_model.resize_images(64)
-    assert torch.equal(model.encode_image(pixels).last_hidden_state, wanted)
+    assert torch.equal(model.encode_image(pixels).last_hidden_state, expected)

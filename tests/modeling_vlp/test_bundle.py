@@ -1,4 +1,4 @@
-"""A published folder with its code loads where vlp is not installed. Run: pytest tests/test_bundle.py"""
+"""A published folder that includes its code loads without vlp installed."""
 
 import json
 import subprocess
@@ -16,17 +16,17 @@ from vlp.processing.blip import token_ids, train_tokenizer
 
 import vlp
 
-ALONE = """
+LOAD_MODEL = """
 import json, sys
-sys.modules["vlp"] = None  # as where it is not installed
+sys.modules["vlp"] = None  # as if it were not installed
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
-folder, told = sys.argv[1:]
+folder, output = sys.argv[1:]
 trusted = dict(trust_remote_code=True)
 try:
     AutoModel.from_pretrained(folder, trust_remote_code=False)
-    sys.exit("it was loaded without trust")
+    sys.exit("the model was loaded without trust_remote_code")
 except ValueError:
     pass
 processor = AutoProcessor.from_pretrained(folder, **trusted)
@@ -41,18 +41,18 @@ if result["classes"][0] == "VlpClipModel":
     classify = pipeline("zero-shot-image-classification", model=folder, **trusted)
     result["best"] = classify(image, candidate_labels=texts, hypothesis_template="{}")[0]["label"]
 else:
-    writer = AutoModelForImageTextToText.from_pretrained(folder, **trusted)
-    result["written"] = writer.generate(inputs["pixel_values"], max_new_tokens=5)
-torch.save(result, told)
+    captioner = AutoModelForImageTextToText.from_pretrained(folder, **trusted)
+    result["generated"] = captioner.generate(inputs["pixel_values"], max_new_tokens=5)
+torch.save(result, output)
 """
 
 
-def alone(folder: Path, tmp_path: Path, code: str = ALONE) -> dict:
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "told.pt")]
+def run_without_vlp(folder: Path, tmp_path: Path, code: str = LOAD_MODEL) -> dict:
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "result.pt")]
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return torch.load(tmp_path / "told.pt", weights_only=True)
+    return torch.load(tmp_path / "result.pt", weights_only=True)
 
 
 def expected(model, processor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,11 +69,11 @@ def test_clip_loads_without_vlp(tmp_path):
     processor.save_pretrained(folder)
     files = add_code(folder)
     assert "modeling_vlp_clip.py" in files and not any("med" in name or "blip" in name for name in files)
-    told = alone(folder, tmp_path)
-    assert told["classes"] == ["VlpClipModel", "VlpClipProcessor"] and told["best"] in ("a red square", "two dogs")
+    result = run_without_vlp(folder, tmp_path)
+    assert result["classes"] == ["VlpClipModel", "VlpClipProcessor"] and result["best"] in ("a red square", "two dogs")
     for name, value in zip(("image", "text"), expected(model, processor), strict=True):
-        assert_close(told[name], value, rtol=1e-5, atol=1e-6)
-    again = vlp.VlpClipModel.from_pretrained(folder)  # and with vlp as before
+        assert_close(result[name], value, rtol=1e-5, atol=1e-6)
+    again = vlp.VlpClipModel.from_pretrained(folder)  # it still loads with vlp
     assert torch.equal(again.logit_scale, model.logit_scale)
 
 
@@ -87,30 +87,30 @@ def test_blip_loads_without_vlp(tmp_path):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     add_code(folder)
-    told = alone(folder, tmp_path)
-    assert told["classes"] == ["VlpBlipForPreTraining", "VlpBlipProcessor"]
+    result = run_without_vlp(folder, tmp_path)
+    assert result["classes"] == ["VlpBlipForPreTraining", "VlpBlipProcessor"]
     for name, value in zip(("image", "text"), expected(model, processor), strict=True):
-        assert_close(told[name], value, rtol=1e-5, atol=1e-6)
-    assert told["written"].shape[0] == 1
+        assert_close(result[name], value, rtol=1e-5, atol=1e-6)
+    assert result["generated"].shape[0] == 1
 
 
-BLIP_2_ALONE = """
+LOAD_BLIP_2 = """
 import sys
-sys.modules["vlp"] = None  # as where it is not installed
+sys.modules["vlp"] = None  # as if it were not installed
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-folder, told = sys.argv[1:]
+folder, output = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
 inputs = processor(images=Image.new("RGB", (40, 32), "red"), text="a red", return_tensors="pt")
 torch.save({"classes": [type(model).__name__, type(processor).__name__, type(processor.image_processor).__name__],
-            "written": model.generate(**inputs, num_beams=2, max_new_tokens=4)}, told)
+            "generated": model.generate(**inputs, num_beams=2, max_new_tokens=4)}, output)
 """
 
 
 def test_blip_2_loads_without_vlp(tmp_path):
-    """With its language model fetched from where its configuration names it."""
+    """The language model is loaded from the source named in the configuration."""
     save_language_model(tmp_path / "llm", ["a red square", "two dogs"])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "llm")
     torch.manual_seed(0)
@@ -124,14 +124,14 @@ def test_blip_2_loads_without_vlp(tmp_path):
     folder = tmp_path / "blip-2"
     model.save_pretrained(folder, bundle=True)
     processor.save_pretrained(folder, bundle=True)
-    told = alone(folder, tmp_path, BLIP_2_ALONE)
-    assert told["classes"] == ["VlpBlip2ForConditionalGeneration", "VlpBlip2Processor", "VlpClipImageProcessor"]
+    result = run_without_vlp(folder, tmp_path, LOAD_BLIP_2)
+    assert result["classes"] == ["VlpBlip2ForConditionalGeneration", "VlpBlip2Processor", "VlpClipImageProcessor"]
     inputs = processor(images=Image.new("RGB", (40, 32), "red"), text="a red", return_tensors="pt")
-    assert torch.equal(told["written"], model.generate(**inputs, num_beams=2, max_new_tokens=4))
+    assert torch.equal(result["generated"], model.generate(**inputs, num_beams=2, max_new_tokens=4))
 
 
 @pytest.mark.parametrize("architecture", ["VlpBlipForQuestionAnswering", "VlpBlipForVisualReasoning"])
-def test_the_code_of_each_architecture_is_there(tmp_path, architecture):
+def test_code_of_each_architecture_is_included(tmp_path, architecture):
     config = vlp.VlpBlipConfig(vision_config=VIT, text_config=BLIP_TEXT, architectures=[architecture])
     config.save_pretrained(tmp_path)
     files = add_code(tmp_path)

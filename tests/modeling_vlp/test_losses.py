@@ -1,4 +1,4 @@
-"""The losses against their definitions. Run: pytest tests/test_losses.py"""
+"""The losses match their definitions."""
 
 import torch
 from torch.nn import functional as F
@@ -20,7 +20,7 @@ def test_clip_loss_is_the_mean_of_two_cross_entropies():
     )
 
 
-def test_duplicates_are_left_out_of_the_denominator():
+def test_duplicates_are_excluded_from_the_denominator():
     image, text, scale = embeddings()
     not_negative = same_pairs(torch.tensor([7, 8, 7, 9, 10, 11]))
     logits = scale * image @ text.T
@@ -46,6 +46,6 @@ def test_siglip_loss_is_the_sum_of_sigmoids_over_the_batch():
     assert_close(skipped, -(F.logsigmoid(sign * logits) * mask).sum() / 6)
 
 
-def test_same_pairs_joins_its_columns():
+def test_same_pairs_combines_all_columns():
     same = same_pairs(torch.tensor([1, 2, 3]), torch.tensor([5, 6, 5]))
     assert same.tolist() == [[True, False, True], [False, True, False], [True, False, True]]

@@ -1,4 +1,4 @@
-"""The towers and CLIP itself, on tiny random weights. Run: pytest tests/test_modeling.py"""
+"""CLIP and its towers with tiny random weights."""
 
 import copy
 
@@ -17,7 +17,7 @@ both_towers = pytest.mark.parametrize("tower", ["vit", "resnet"])
 
 
 @both_towers
-def test_output_has_the_shapes_of_transformers(tower):
+def test_output_shapes_match_transformers(tower):
     model = tiny_model(tower).eval()
     batch = tiny_batch(model)
     output = model(**batch, return_loss=True, output_hidden_states=True)
@@ -40,7 +40,7 @@ def test_output_has_the_shapes_of_transformers(tower):
 
 @both_towers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_and_load_round_trip_is_bit_for_bit(tower, dtype, tmp_path):
+def test_save_load_round_trip_is_bit_exact(tower, dtype, tmp_path):
     model = tiny_model(tower).to(dtype)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype)
@@ -111,14 +111,14 @@ def test_batch_of_one_equals_batch_of_many(tower):
     batch = tiny_batch(model)
     together = model(**batch)
     for row in range(4):
-        alone = model(input_ids=batch["input_ids"][row : row + 1], pixel_values=batch["pixel_values"][row : row + 1])
-        assert_close(alone.image_embeds[0], together.image_embeds[row], rtol=1e-4, atol=1e-5)
-        assert_close(alone.text_embeds[0], together.text_embeds[row], rtol=1e-4, atol=1e-5)
+        single = model(input_ids=batch["input_ids"][row : row + 1], pixel_values=batch["pixel_values"][row : row + 1])
+        assert_close(single.image_embeds[0], together.image_embeds[row], rtol=1e-4, atol=1e-5)
+        assert_close(single.text_embeds[0], together.text_embeds[row], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooled_only", [False, True])
 @torch.no_grad()
-def test_padding_and_what_stands_in_it_change_nothing(pooled_only):
+def test_padding_does_not_change_results(pooled_only):
     model = tiny_model().eval()
     batch = tiny_batch(model)
     expected = model.get_text_features(batch["input_ids"], pooled_only=pooled_only).pooler_output
@@ -132,7 +132,7 @@ def test_padding_and_what_stands_in_it_change_nothing(pooled_only):
 
 @both_towers
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_finite_and_near(tower, dtype):
+def test_half_precision_is_finite_and_close(tower, dtype):
     model = tiny_model(tower)
     batch = tiny_batch(model)
     expected = model(**batch, return_loss=True)
@@ -161,9 +161,9 @@ def test_other_resolutions(tower):
         model.get_image_features(torch.randn(1, 3, side + 1, side), interpolate_pos_encoding=True)
 
 
-def test_too_long_a_caption_is_refused():
+def test_overlong_captions_are_rejected():
     model = tiny_model()
-    with pytest.raises(ValueError, match="21 tokens long, the model reads at most 20"):
+    with pytest.raises(ValueError, match="21 tokens, but the model supports at most 20"):
         model.get_text_features(torch.zeros(1, 21, dtype=torch.long))
 
 
@@ -189,7 +189,7 @@ def test_compiles_without_graph_breaks(tower):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_texts_give_the_same_without_computing_padding(checkpointing):
+def test_packing_gives_the_same_results_without_computing_padding(checkpointing):
     model, rows = tiny_model().double().train(), []
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -203,12 +203,12 @@ def test_packed_texts_give_the_same_without_computing_padding(checkpointing):
         features.square().sum().backward()
         gradients = {name: p.grad.clone() for name, p in model.text_model.named_parameters()}
         results.append((features.detach(), gradients))
-    real = int((ids != model.config.text_config.eos_token_id).sum()) + len(ids)  # and an end token each
+    real = int((ids != model.config.text_config.eos_token_id).sum()) + len(ids)  # plus one end token per text
     assert rows[0] == ids.numel() and rows[-1] == real < ids.numel()
     assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
 
 
-def test_quick_gelu_is_its_definition():
+def test_quick_gelu_matches_its_definition():
     x = torch.linspace(-30, 30, 601, dtype=torch.double, requires_grad=True)
     ours, definition = quick_gelu(x), x * torch.sigmoid(1.702 * x)
     assert_close(ours, definition, rtol=1e-12, atol=1e-14)
@@ -217,8 +217,8 @@ def test_quick_gelu_is_its_definition():
 
 
 @both_towers
-def test_forward_never_waits_for_the_device(tower):
-    """Fake tensors have shapes and no values: a value that the host would have to wait for raises an error."""
+def test_forward_never_synchronises_with_the_device(tower):
+    """Fake tensors have shapes but no values, so reading a value on the host raises an error."""
     model = tiny_model(tower).train()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         batch = {name: fake.from_tensor(tensor) for name, tensor in tiny_batch(model).items()}
@@ -228,7 +228,7 @@ def test_forward_never_waits_for_the_device(tower):
             output.loss.item()
 
 
-def test_patch_dropout_drops_in_training_alone():
+def test_patch_dropout_is_active_only_in_training():
     config = tiny_config()
     config.vision_config.patch_dropout = 0.5
     model = vlp.VlpClipModel(config)
@@ -285,8 +285,8 @@ def test_siglip_model_has_a_bias_and_uses_the_sigmoid_loss():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_few_rows_give_what_many_give(bias):
-    """However they are laid out; with gradients, autocast or many rows, it is PyTorch's own product."""
+def test_linear_gives_the_same_for_few_and_many_rows(bias):
+    """In any memory layout; with gradients, autocast or many rows, PyTorch's own product is used."""
     torch.manual_seed(0)
     linear = Linear(48, 80, bias=bias)
     x = torch.randn(4, 3, 48)
@@ -303,7 +303,7 @@ def test_few_rows_give_what_many_give(bias):
     assert linear.float()(x).requires_grad
 
 
-def test_an_exported_program_has_no_private_operators():
+def test_exported_program_has_no_private_operators():
     linear = Linear(8, 8)
     with torch.no_grad():
         program = torch.export.export(linear, (torch.randn(2, 8),))

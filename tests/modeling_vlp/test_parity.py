@@ -1,13 +1,10 @@
-"""The same random weights give the outputs and gradients of open_clip and of transformers' CLIPModel.
-
-Run: pytest tests/test_parity.py
-"""
+"""With the same random weights, outputs and gradients match open_clip and transformers' CLIPModel."""
 
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 from vlp.modeling_vlp.exchange.open_clip import RULES
-from vlp.modeling_vlp.exchange.places import write
+from vlp.modeling_vlp.exchange.places import export_state
 
 import vlp
 
@@ -26,7 +23,7 @@ VIT = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "intermediate_size"
 
 def batch(side: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    ids = torch.zeros(5, 12, dtype=torch.long)  # padded with 0, as OpenAI's tokenizer
+    ids = torch.zeros(5, 12, dtype=torch.long)  # padded with 0, as by OpenAI's tokenizer
     for row in range(5):
         length = 4 + row
         ids[row, :length] = torch.randint(1, 298, (length,), generator=generator)
@@ -35,13 +32,13 @@ def batch(side: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor, name: str = "") -> None:
-    """Within 1e-5 of the largest value."""
+    """Assert equality within 1e-5 of the largest value."""
     difference = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
     assert difference <= 1e-5, f"{name}: {difference:.2e}"
 
 
 @pytest.mark.parametrize(("tower", "activation"), [("vit", "quick_gelu"), ("vit", "gelu"), ("resnet", "gelu")])
-def test_open_clip_gives_the_same_outputs_and_gradients(tower, activation):
+def test_outputs_and_gradients_match_open_clip(tower, activation):
     text = TEXT | {"hidden_act": activation}
     if tower == "vit":
         vision = VIT | {"hidden_act": activation}
@@ -52,7 +49,7 @@ def test_open_clip_gives_the_same_outputs_and_gradients(tower, activation):
     torch.manual_seed(0)
     ours = vlp.VlpClipModel(vlp.VlpClipConfig(vision_config=vision, text_config=text, projection_dim=48))
     for module in ours.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # zero gains would hide the blocks
+        if isinstance(module, torch.nn.BatchNorm2d):  # with zero gains, the blocks would have no effect
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     theirs = open_clip.CLIP(
         embed_dim=48,
@@ -60,10 +57,10 @@ def test_open_clip_gives_the_same_outputs_and_gradients(tower, activation):
         text_cfg={"context_length": 77, "vocab_size": 300, "width": 32, "heads": 4, "layers": 3},
         quick_gelu=activation == "quick_gelu",
     )
-    report = theirs.load_state_dict(write(ours.state_dict(), RULES)[0], strict=False)
+    report = theirs.load_state_dict(export_state(ours.state_dict(), RULES)[0], strict=False)
     assert not report.unexpected_keys and set(report.missing_keys) <= {"attn_mask"}
     pixels, ids = batch(vision["image_size"])
-    if tower == "resnet":  # batch norm makes the rounding of float32 larger than what is to be seen
+    if tower == "resnet":  # batch norm amplifies float32 rounding beyond the tolerance
         ours, theirs, pixels = ours.double(), theirs.double(), pixels.double()
         theirs.attn_mask = theirs.attn_mask.double()
     for mode in (True, False):
@@ -79,16 +76,16 @@ def test_open_clip_gives_the_same_outputs_and_gradients(tower, activation):
     ours.zero_grad(), theirs.zero_grad()
     output.loss.backward()
     expected.backward()
-    gradients = write({name: p.grad for name, p in ours.named_parameters()}, RULES)[0]
+    gradients = export_state({name: p.grad for name, p in ours.named_parameters()}, RULES)[0]
     largest = max(p.grad.abs().max() for p in theirs.parameters())
     for name, parameter in theirs.named_parameters():
-        # Key biases have no gradient but rounding: they are measured against the largest of all gradients.
+        # The gradients of key biases are only rounding errors, so compare them with the largest gradient.
         difference = (gradients[name] - parameter.grad).abs().max()
         assert difference <= 1e-5 * max(parameter.grad.abs().max(), 1e-2 * largest), name
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_transformers_gives_the_same_outputs_and_gradients(activation):
+def test_outputs_and_gradients_match_transformers(activation):
     text = TEXT | {"hidden_act": activation, "eos_token_id": 299, "bos_token_id": 298, "pad_token_id": 0}
     vision = VIT | {"hidden_act": activation}
     torch.manual_seed(0)
@@ -125,7 +122,7 @@ def test_transformers_gives_the_same_outputs_and_gradients(activation):
         assert (a.grad - b.grad).abs().max() <= 1e-5 * max(b.grad.abs().max(), 1e-2 * largest), name
 
 
-def test_parameter_counts_are_those_of_openai():
+def test_parameter_counts_match_openai():
     with torch.device("meta"):
         assert sum(p.numel() for p in vlp.VlpClipModel(vlp.VlpClipConfig()).parameters()) == 151_277_313  # ViT-B/32
         resnet = vlp.VlpClipConfig(vision_config={"model_type": "vlp_modified_resnet"}, projection_dim=1024)

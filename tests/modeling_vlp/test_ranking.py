@@ -1,4 +1,4 @@
-"""Ranking by similarity and matching."""
+"""Ranking by similarity and matching scores."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from vlp.modeling_vlp.ranking import candidates_of, rerank
 @pytest.mark.parametrize("temperature", [None, 0.05])
 def test_matched_candidates_rank_above_the_rest(temperature):
     similarity = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
-    similarity[range(5), range(5)] = 0.9 * similarity.max()  # the right ones are among the best, but not the best
+    similarity[range(5), range(5)] = 0.9 * similarity.max()  # correct pairs are near the top, but not first
     candidates = candidates_of(similarity, 3)
     assert candidates.sum(dim=1).tolist() == [3] * 5
     assert all(similarity[row][candidates[row]].min() >= similarity[row][~candidates[row]].max() for row in range(5))
@@ -21,8 +21,8 @@ def test_matched_candidates_rank_above_the_rest(temperature):
         assert scores[row][candidates[row]].min() > scores[row][~candidates[row]].max()
 
 
-def test_scores_are_those_of_the_original_or_log_posteriors():
-    """If ITM's odds are the ratio of the truth to ITC's belief, the posterior is the truth up to a constant."""
+def test_scores_are_the_originals_or_log_posteriors():
+    """If ITM's odds are the true distribution over ITC's, scores are true log-probabilities plus a constant."""
     generator = torch.Generator().manual_seed(0)
     similarity, truth = torch.rand(4, 6, generator=generator), torch.rand(4, 6, generator=generator).softmax(1)
     odds = (truth / (similarity / 0.1).softmax(1)).log()

@@ -1,7 +1,4 @@
-"""Captions that come again are read once, exactly, and never by weights that have changed.
-
-Run: pytest tests/test_known_texts.py
-"""
+"""Repeated captions are embedded from a cache: outputs are exact and never stale after a weight change."""
 
 import pytest
 import torch
@@ -14,15 +11,15 @@ from transformers import pipeline
 
 @pytest.fixture
 def counted():
-    """A model in evaluation mode, a batch, and how often its text tower computed."""
+    """A model in evaluation mode, a batch, and a list with one entry per call of the text tower."""
     model, calls = tiny_model().eval(), []
     forward = model.text_model.forward
     model.text_model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     return model, tiny_batch(model), calls
 
 
-def test_captions_that_come_again_are_read_twice_and_then_known(counted):
-    """Once they may never come again, and nothing is kept of them."""
+def test_repeated_captions_are_cached_after_the_second_call(counted):
+    """Nothing is cached after the first call, because the captions may never be repeated."""
     model, batch, calls = counted
     with torch.no_grad():
         outputs = [model(**batch) for _ in range(5)]
@@ -36,7 +33,7 @@ def test_captions_that_come_again_are_read_twice_and_then_known(counted):
         assert_close(model(**other).text_embeds, outputs[0].text_embeds.flip(0))
 
 
-def test_many_captions_are_known_at_once(counted):
+def test_many_captions_are_cached_after_the_first_call(counted):
     model, batch, calls = counted
     many = batch | {"input_ids": batch["input_ids"].repeat(8, 1)}
     with torch.no_grad():
@@ -72,7 +69,7 @@ def test_never_stale_after_a_weight_change(counted, name, change):
                            model.get_text_features(batch["input_ids"]).pooler_output)  # fmt: skip
 
 
-def test_never_stale_after_other_embeddings_dtypes_kernels_and_states(counted):
+def test_never_stale_after_embedding_state_kernel_or_dtype_changes(counted):
     model, batch, calls = counted
     with torch.no_grad():
 
@@ -81,40 +78,40 @@ def test_never_stale_after_other_embeddings_dtypes_kernels_and_states(counted):
                 model(**batch)
             return len(calls)
 
-        seen = settle()
+        calls_before = settle()
         model.text_model.embeddings.token_embedding.weight[batch["input_ids"][0, 1]] += 1.0
         changed = model(**batch).text_embeds
-        assert len(calls) == seen + 1
-        seen = settle()
+        assert len(calls) == calls_before + 1
+        calls_before = settle()
         model.load_state_dict(tiny_model().state_dict())
-        assert not torch.equal(model(**batch).text_embeds, changed) and len(calls) == seen + 1
-        seen = settle()
+        assert not torch.equal(model(**batch).text_embeds, changed) and len(calls) == calls_before + 1
+        calls_before = settle()
         model.set_attn_implementation("eager")
         model(**batch)
-        assert len(calls) == seen + 1
-        seen = settle()
-        assert model.bfloat16()(**batch).text_embeds.dtype == torch.bfloat16 and len(calls) == seen + 1
+        assert len(calls) == calls_before + 1
+        calls_before = settle()
+        assert model.bfloat16()(**batch).text_embeds.dtype == torch.bfloat16 and len(calls) == calls_before + 1
         model.float()
-        seen = settle()
+        calls_before = settle()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(**batch)
-        assert len(calls) == seen + 1
+        assert len(calls) == calls_before + 1
 
 
-def test_what_one_does_to_an_output_is_not_in_the_next(counted):
+def test_modifying_an_output_does_not_affect_the_next(counted):
     model, batch, _ = counted
     with torch.inference_mode():
         outputs = [model(**batch) for _ in range(4)]
-        wanted = outputs[0].text_model_output.pooler_output.clone()
+        expected = outputs[0].text_model_output.pooler_output.clone()
         for output in outputs:
             output.text_model_output.pooler_output.zero_()
-        assert torch.equal(model(**batch).text_model_output.pooler_output, wanted)
-    with torch.no_grad():  # what was kept in inference mode is of use outside of it
+        assert torch.equal(model(**batch).text_model_output.pooler_output, expected)
+    with torch.no_grad():  # the cache from inference mode is usable outside it
         again = model(**batch).text_model_output.pooler_output
     (again * torch.ones((), requires_grad=True)).sum().backward()
 
 
-def test_nothing_is_kept_in_training_with_gradients_hooks_or_adapters(counted):
+def test_nothing_is_cached_with_training_gradients_hooks_or_adapters(counted):
     model, batch, calls = counted
     model(**batch).logits_per_image.sum().backward()
     model.train()
@@ -134,7 +131,7 @@ def test_nothing_is_kept_in_training_with_gradients_hooks_or_adapters(counted):
         assert not torch.equal(model(**batch).text_embeds, adapted)
 
 
-def test_the_stock_pipeline_reads_its_labels_twice_for_many_images():
+def test_pipeline_embeds_its_labels_twice_for_many_images():
     model, processor = tiny_pair()
     calls, forward = [], model.text_model.forward
     model.text_model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
@@ -146,6 +143,6 @@ def test_the_stock_pipeline_reads_its_labels_twice_for_many_images():
     assert len(calls) == 2
     for picture, found in zip(pictures, together, strict=True):
         model.known_texts.last = None
-        alone = classify(picture, candidate_labels=labels)
-        assert [entry["label"] for entry in found] == [entry["label"] for entry in alone]
-        assert_close([entry["score"] for entry in found], [entry["score"] for entry in alone])
+        single = classify(picture, candidate_labels=labels)
+        assert [entry["label"] for entry in found] == [entry["label"] for entry in single]
+        assert_close([entry["score"] for entry in found], [entry["score"] for entry in single])

@@ -1,4 +1,4 @@
-"""Reading pictures: every path reads the same pixels, of every kind of file."""
+"""Decoding pictures: every code path gives the same pixels for every kind of file."""
 
 import io
 import random
@@ -62,7 +62,7 @@ def stored_turned(orientation: int) -> bytes:
 
 
 def transparent(under: str = "black") -> Image.Image:
-    """The drawing whose white ground is transparent, with another colour under it."""
+    """The drawing with its white background made transparent and stored in another colour."""
     image = drawing()
     alpha = Image.fromarray((np.asarray(image).min(axis=-1) < 255).astype(np.uint8) * 255)
     hidden = Image.new("RGB", image.size, under)
@@ -139,13 +139,13 @@ def as_lab(image: Image.Image) -> Image.Image:
 FILES = zoo()
 
 
-def test_the_zoo_has_sixty_kinds():
+def test_there_are_sixty_kinds_of_files():
     assert len(FILES) >= 60
 
 
 @pytest.mark.parametrize("kind", FILES)
 def test_every_path_reads_the_same_pixels(kind, tmp_path, monkeypatch):
-    """Evaluation, training, the processor, the pipeline and the index, pixel for pixel."""
+    """Evaluation, training, the processor, the pipeline and the index agree pixel for pixel."""
     path = tmp_path / "pictures/a.png"  # the content decides, not the name
     path.parent.mkdir()
     path.write_bytes(FILES[kind])
@@ -168,21 +168,21 @@ def test_every_path_reads_the_same_pixels(kind, tmp_path, monkeypatch):
     classify = pipeline("zero-shot-image-classification", model=model, tokenizer=processor.tokenizer,
                         image_processor=processor.image_processor)  # fmt: skip
     pixels["pipeline"] = classify.preprocess(str(path), candidate_labels=["a"])["pixel_values"]
-    embed, seen = VlpPredictor.embed_images, []
+    embed, recorded = VlpPredictor.embed_images, []
 
-    def embed_and_see(self, images):
-        seen.append(self.prepare_images(images))
+    def embed_and_record(self, images):
+        recorded.append(self.prepare_images(images))
         return embed(self, images)
 
-    monkeypatch.setattr(VlpPredictor, "embed_images", embed_and_see)
+    monkeypatch.setattr(VlpPredictor, "embed_images", embed_and_record)
     build(path.parent, tmp_path / "index", "model", predictor=predictor)
-    pixels["index"] = seen[0]
+    pixels["index"] = recorded[0]
     for name, value in pixels.items():
         assert torch.equal(value, pixels["evaluation"]), name
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_blips_processor_reads_the_same_as_its_training(kind):
+def test_blip_processor_matches_blip_training(kind):
     processor = vlp.VlpBlipImageProcessor(size=32)
     with Image.open(io.BytesIO(FILES[kind])) as opened:
         given = processor(opened, return_tensors="pt")["pixel_values"][0]
@@ -196,20 +196,20 @@ def test_blips_processor_reads_the_same_as_its_training(kind):
     [kind for kind in FILES if kind.startswith("orientation")]
     + ["PNG RGBA", "PNG RGBA, red below", "TIFF RGBA", "WEBP RGBA", "PNG RGB, transparent colour", "PNG RGBA, opaque"],
 )
-def test_turned_and_transparent_twins_show_the_drawing(kind):
+def test_rotated_and_transparent_copies_show_the_drawing(kind):
     assert to_rgb(read_picture(FILES[kind])).tobytes() == drawing().tobytes()
 
 
 @pytest.mark.parametrize(
     "kind", ["PNG I;16", "TIFF I;16", "TIFF I", "TIFF F, 0 to 1", "TIFF F, 0 to 255", "PGM, 16 bits"]
 )
-def test_deep_twins_show_the_grey_drawing(kind):
+def test_deep_copies_show_the_grey_drawing(kind):
     assert to_rgb(read_picture(FILES[kind])).tobytes() == drawing().convert("L").convert("RGB").tobytes()
 
 
 def test_lab_shows_the_drawing():
     difference = np.asarray(read_picture(FILES["TIFF LAB"])).astype(int) - np.asarray(drawing())
-    assert np.abs(difference).mean() < 1 and np.abs(difference).max() <= 12  # saturated colours in eight bits of LAB
+    assert np.abs(difference).mean() < 1 and np.abs(difference).max() <= 12  # eight-bit LAB rounds saturated colours
 
 
 def test_colour_spaces_without_a_file_format():
@@ -218,15 +218,15 @@ def test_colour_spaces_without_a_file_format():
     assert to_rgb(read_picture(drawing().convert("RGBX"))).tobytes() == drawing().tobytes()
 
 
-def test_reading_what_was_read_changes_nothing():
+def test_reading_twice_changes_nothing():
     for kind, content in FILES.items():
         once = read_picture(content)
         twice = read_picture(once)
         assert (once.mode, once.tobytes()) == (twice.mode, twice.tobytes()), kind
 
 
-def test_a_file_is_not_read_by_its_name(tmp_path, monkeypatch):
-    """An EPS named .png would start Ghostscript."""
+def test_files_are_not_opened_by_their_extension(tmp_path, monkeypatch):
+    """Opening an EPS file named .png must not start Ghostscript."""
     eps = tmp_path / "picture.png"
     drawing().save(eps, "EPS")
     from PIL import EpsImagePlugin
@@ -252,14 +252,14 @@ def test_a_file_is_not_read_by_its_name(tmp_path, monkeypatch):
         (None, "no image"), (b"", "no image"), ("", "no image"), ({"bytes": None, "path": None}, "no image"),
         (b"no picture", "not an image"), ("missing.png", "missing image file"), (".", "not an image"),
         (FILES["PNG file"][:100], "truncated or broken image"), ("https://example.com/a.png", "a URL, which is not"),
-        ("s3://bucket/a.png", "a URL, which is not"), (5, "not an image but a int"), (np.zeros(5), "shape"),
+        ("s3://bucket/a.png", "a URL, which is not"), (5, "not an image but of type int"), (np.zeros(5), "shape"),
         (np.zeros((7, 4, 5)), "7 channels"), (np.full((4, 4), -1), "below 0"),
         (np.full((4, 4), 300.0), "floats from 300"),
         (np.full((4, 4), np.nan), "floats from nan"), (Image.new("RGB", (1, 2000)), "longer than 1000 times"),
         (np.zeros((0, 4, 3)), "without pixels"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_has_a_cause(source, cause):
+def test_unreadable_sources_are_reported_with_a_cause(source, cause):
     with pytest.raises(PictureError, match=cause):
         read_picture(source)
 
@@ -286,9 +286,9 @@ def test_eight_bits():
     assert to_eight_bits(np.array([0.0, 0.5, np.nan, 1.0]), "F").tolist() == [0, 128, 0, 255]
 
 
-# --- the processors' options, beside transformers' own ----------------------------------------------------------------
+# --- options of the processors, compared with transformers ------------------------------------------------------------
 
-ARRAY = np.asarray(drawing().resize((64, 44)))  # an even number of pixels is cropped, where both round alike
+ARRAY = np.asarray(drawing().resize((64, 44)))  # an even number of pixels is cropped, so both round alike
 
 
 @pytest.mark.parametrize(
@@ -304,14 +304,14 @@ ARRAY = np.asarray(drawing().resize((64, 44)))  # an even number of pixels is cr
         (ARRAY[..., :1], {"input_data_format": "channels_last"}),
     ],
 )  # fmt: skip
-def test_options_do_what_they_do_in_transformers(image, options):
+def test_options_match_transformers(image, options):
     ours = vlp.VlpClipImageProcessor(size={"shortest_edge": 32}, crop_size=32)(image, return_tensors="pt", **options)
     theirs = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)(image, return_tensors="pt", **options)
     torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"].expand_as(ours["pixel_values"]),
                                rtol=1e-5, atol=1e-6, check_dtype=False)  # fmt: skip
 
 
-def test_bfloat16_tensors_are_read_as_their_values():
+def test_bfloat16_tensors_match_float32():
     values = torch.from_numpy(ARRAY.copy()).permute(2, 0, 1).bfloat16() / 255
     processor = vlp.VlpClipImageProcessor(size=32, crop_size=32)
     half, whole = (processor(v, return_tensors="pt")["pixel_values"] for v in (values, values.float()))
@@ -328,17 +328,17 @@ def test_bfloat16_tensors_are_read_as_their_values():
         ({"input_data_format": "rows"}, "input_data_format.*'rows'"),
     ],
 )  # fmt: skip
-def test_other_options_are_refused_with_their_value(options, message):
+def test_unsupported_options_are_rejected(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         vlp.VlpClipImageProcessor(size=32, crop_size=32)(ARRAY, return_tensors="pt", **options)
 
 
-def test_a_size_that_is_a_number_is_a_square_for_blip():
+def test_blip_size_given_as_a_number_is_a_square():
     assert vlp.VlpBlipImageProcessor(size=32)(ARRAY, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
     assert vlp.VlpBlipImageProcessor()(ARRAY, size=48, return_tensors="pt")["pixel_values"].shape == (1, 3, 48, 48)
 
 
-def test_the_pipeline_leaves_other_models_alone(tmp_path):
+def test_pipeline_does_not_affect_other_models(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
     config = CLIPConfig(

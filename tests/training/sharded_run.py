@@ -1,4 +1,4 @@
-"""A run under FSDP2 on CPUs; Accelerate chooses FSDP on GPUs alone. Started by tests/test_training.py."""
+"""Run training with FSDP2 on CPUs; Accelerate itself supports FSDP only on GPUs."""
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -17,6 +17,7 @@ def make_sharding_accelerator(arguments):
     return accelerator
 
 
-setup.make_accelerator = make_sharding_accelerator
-if __name__ == "__main__":
+def run_sharded() -> None:
+    """Do what `python -m vlp.training` does, with sharded parameters."""
+    setup.make_accelerator = make_sharding_accelerator
     run.main()

@@ -1,4 +1,4 @@
-"""Options: recipes, the command line, and what is refused. Run: pytest tests/test_arguments.py"""
+"""Tests of the training options: recipes, YAML files, the command line and validation."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from vlp.errors import ArgumentError
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def test_the_recipes_are_there():
+def test_recipe_names():
     assert NAMES == ["blip-captioning", "blip-emoji", "blip-nlvr", "blip-retrieval", "blip-vit-b-16", "blip-vit-l-16",
                      "blip-vqa", "blip2-emoji", "blip2-emoji-2", "blip2-stage-1", "blip2-stage-2",
                      "capfilt", "clip-emoji", "clip-emoji-vit", "rn101", "rn50", "rn50x4", "shards", "vit-b-16",
@@ -25,11 +25,11 @@ def test_the_recipes_are_there():
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    # open_clip's docs/model_profile.csv
+    # Parameters in millions, from open_clip's docs/model_profile.csv.
     [("vit-b-32", 151.28), ("vit-b-16", 149.62), ("vit-l-14", 427.62), ("rn50", 102.01), ("rn101", 119.69),
      ("rn50x4", 178.3)],
 )  # fmt: skip
-def test_recipes_build_the_models_of_the_paper(name, millions):
+def test_recipes_build_models_of_published_size(name, millions):
     arguments = parse(["--config", name])
     fields = arguments.model | {
         "vision_config": arguments.model["vision_config"] | {"image_size": arguments.image_size}
@@ -39,7 +39,7 @@ def test_recipes_build_the_models_of_the_paper(name, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_the_embedded_recipe_is_the_default_and_the_command_line_wins():
+def test_default_recipe_and_command_line_overrides():
     arguments = parse([])
     assert arguments.dataset_name == "emoji" and arguments.output_dir == "runs/clip-emoji"
     assert arguments.max_train_minutes <= 6 and arguments.templates in TEMPLATES
@@ -51,7 +51,7 @@ def test_the_embedded_recipe_is_the_default_and_the_command_line_wins():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_help_tells_every_option_with_its_default(task, capsys):
+def test_help_lists_every_option_and_default(task, capsys):
     with pytest.raises(SystemExit) as stop:
         build_parser(task).parse_args(["--help"])
     assert stop.value.code == 0
@@ -62,7 +62,7 @@ def test_help_tells_every_option_with_its_default(task, capsys):
     assert text.count("(default: ") >= len(fields) and f"accelerate launch training {task}" in text
 
 
-def test_blip_starts_from_the_hyperparameters_of_its_authors():
+def test_blip_recipe_uses_original_hyperparameters():
     arguments = parse(["--config", "blip-vit-b-16"], "blip")
     assert (arguments.learning_rate, arguments.weight_decay, arguments.adam_beta2) == (3e-4, 0.05, 0.999)
     assert (arguments.momentum, arguments.queue_size, arguments.alpha, arguments.alpha_epochs) == (0.995, 57600, 0.4, 2)
@@ -73,7 +73,7 @@ def test_blip_starts_from_the_hyperparameters_of_its_authors():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--momentum", "1.5"], "--momentum must be between 0 and 1, got 1.5"),
         (["--contrastive_share", "2"], "--contrastive_share must be between 0 and 1, got 2.0"),
@@ -82,14 +82,14 @@ def test_blip_starts_from_the_hyperparameters_of_its_authors():
         (["--crop_scale", "0"], "--crop_scale must be positive, got 0.0"),
     ],
 )
-def test_wrong_options_of_blip_are_refused(words, message):
+def test_invalid_blip_options_raise(argv, message):
     with pytest.raises(ArgumentError, match=message):
-        parse(words, "blip")
+        parse(argv, "blip")
 
 
-def test_models_that_cannot_be_are_refused():
+def test_invalid_model_configs_raise():
     for fields, message in (
-        ('{"text_config": {"hidden_siz": 8}}', "has no field 'hidden_siz'; hidden_size?"),
+        ('{"text_config": {"hidden_siz": 8}}', "has no field 'hidden_siz'; did you mean hidden_size?"),
         ('{"text_config": {"max_position_embeddings": 4}}', "--max_length 24 is above max_position_embeddings, 4"),
         ('{"vision_config": {"patch_size": 7}}', "must be divisible by patch_size"),
     ):
@@ -97,7 +97,7 @@ def test_models_that_cannot_be_are_refused():
             new_config(parse(["--model", fields], "blip"))
 
 
-def test_a_file_of_options(tmp_path):
+def test_options_from_yaml_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("learning_rate: 1\nadam_epsilon: 1e-7\nmax_train_steps: 7\n")
     arguments = parse(["--config", str(path)])
@@ -108,13 +108,13 @@ def test_a_file_of_options(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- a\n", "one `name: value` a line; got a list"),
-        ("a: [\n", "is no YAML"),
-        ("learning_rat: 1.0\n", "'learning_rat' is no option"),
+        ("- a\n", "one `name: value` per line; got a list"),
+        ("a: [\n", "is not valid YAML"),
+        ("learning_rat: 1.0\n", "'learning_rat' is not an option"),
         ("seed: many\n", "seed must be of type .*'many'"),
     ],
 )
-def test_mistakes_in_a_file_are_named(tmp_path, content, message):
+def test_invalid_yaml_files_raise(tmp_path, content, message):
     path = tmp_path / "mine.yaml"
     path.write_text(content)
     with pytest.raises(ArgumentError, match=message):
@@ -122,7 +122,7 @@ def test_mistakes_in_a_file_are_named(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--config", "vit-h"], "recipes are blip-captioning, .*clip-emoji, "),
         (["--per_device_train_batch_size", "0"], "at least 1, got 0"),
@@ -132,13 +132,13 @@ def test_mistakes_in_a_file_are_named(tmp_path, content, message):
         (["--tag_share", "1.5"], "between 0 and 1, got 1.5"),
         (["--lock_image_tower", "--lock_text_tower"], "Nothing is left to train"),
         (["--text_tower", "x"], "needs --tokenizer_name"),
-        (["--eval_split", "train"], "is what is trained on"),
+        (["--eval_split", "train"], "is the training split"),
         (["--adam_beta2", "1"], "must be below 1"),
         (["--push_to_hub"], "needs --hub_model_id"),
-        (["--hub_model_id", "me/x"], "does nothing without --push_to_hub"),
+        (["--hub_model_id", "me/x"], "has no effect without --push_to_hub"),
         (["--augmentation", "crop"], "--cache_images needs"),
         (["--templates", "x"], "one of name, photo, .*got 'x'"),
-        (["--caption_column", "a,b,c", "--tag_column", "t,u"], "--tag_column names 2, for the 3 of --caption_column"),
+        (["--caption_column", "a,b,c", "--tag_column", "t,u"], "--tag_column has 2 entries and --caption_column 3"),
         (["--caption_column", "a,b", "--templates", "emoji,x"], "one of name, photo, .*got 'x'"),
         (["--class_names", "x"], "one of cifar100, .*got 'x'"),
         (["--tag_column", "none"], "--tag_share 0.25 needs --tag_column"),
@@ -146,12 +146,12 @@ def test_mistakes_in_a_file_are_named(tmp_path, content, message):
         (["--max_train_minutes", "0"], "must be positive, got 0.0"),
     ],
 )
-def test_wrong_options_are_refused_before_anything_is_loaded(words, message):
+def test_invalid_options_raise_before_loading(argv, message):
     with pytest.raises(ArgumentError, match=message):
-        parse(words)
+        parse(argv)
 
 
-def test_choices_are_in_the_help_and_checked_everywhere(capsys):
+def test_choices_are_listed_in_help_and_validated(capsys):
     assert "{softmax,sigmoid}" in build_parser("clip").format_help()
     with pytest.raises(SystemExit):
         parse(["--loss", "triplet"])
@@ -160,7 +160,7 @@ def test_choices_are_in_the_help_and_checked_everywhere(capsys):
         ClipArguments(loss="triplet")
 
 
-def test_options_say_what_a_resumed_run_is_bound_to_and_what_the_card_shows():
+def test_bound_and_shown_options():
     options = ClipArguments()
     bound, shown = names_of(options, "bound"), names_of(options, "shown")
     assert {"dataset_name", "tag_column", "caption_column", "tokenizer_name", "seed", "loss"} <= set(bound)

@@ -1,7 +1,4 @@
-"""Whole small BLIP-2 runs: stage 1 on a trained tower, stage 2 on it, and what is refused.
-
-Run: pytest tests/test_blip2_training.py
-"""
+"""Tests of complete small BLIP-2 runs: stage 1, stage 2, adapters, cached features, initialisation and errors."""
 
 import json
 from pathlib import Path
@@ -43,7 +40,7 @@ def fresh_accelerator():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def features_of_these_tests_alone(tmp_path_factory):
+def separate_feature_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -51,7 +48,7 @@ def features_of_these_tests_alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """Cards of eight colours, some of them to evaluate on."""
+    """Cards in eight colours; eight of the 40 rows are the test split."""
     folder = tmp_path_factory.mktemp("pairs")
     lines = ["image,caption,split"]
     for number in range(40):
@@ -79,7 +76,7 @@ def arguments(pairs, output_dir, **changes) -> Blip2Arguments:
 
 @pytest.fixture(scope="module")
 def towers(pairs, tmp_path_factory) -> Path:
-    """A CLIP and a BLIP, trained for a few steps."""
+    """Two CLIP models (ResNet and ViT) and a BLIP model, trained for a few steps."""
     folder = tmp_path_factory.mktemp("towers")
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vit = text | {"num_hidden_layers": 3, "patch_size": 8}
@@ -96,7 +93,7 @@ def towers(pairs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stage_1(pairs, towers, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "reader"
+    folder = tmp_path_factory.mktemp("runs") / "stage-1"
     train(arguments(pairs, folder, vision_tower=str(towers / "clip"), max_train_steps=500, cache_vision_features=True))
     return folder
 
@@ -110,14 +107,14 @@ def language_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stage_2(pairs, stage_1, language_model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "writer"
+    folder = tmp_path_factory.mktemp("runs") / "stage-2"
     train(arguments(pairs, folder, stage=2, model_name_or_path=str(stage_1), max_train_steps=200, prompt="it is",
                     language_model_name_or_path=str(language_model), cache_vision_features=True, eval_num_beams=2,
                     example_prompts="it is|what is it?"))  # fmt: skip
     return folder
 
 
-def test_stage_1_learns_to_compare_to_match_and_to_write(stage_1, towers):
+def test_stage_1_learns_itc_itm_and_itg(stage_1, towers):
     results = json.loads((stage_1 / "results.json").read_text())
     metrics, first, last = results["metrics"], results["history"][0], results["history"][-1]
     assert set(results["losses"]) == {"itc", "itm", "itg"}
@@ -130,7 +127,7 @@ def test_stage_1_learns_to_compare_to_match_and_to_write(stage_1, towers):
             assert torch.equal(ours[name], value), name
 
 
-def test_the_folder_of_stage_1_finds(stage_1, monkeypatch):
+def test_stage_1_folder_retrieves(stage_1, monkeypatch):
     processor = AutoProcessor.from_pretrained(stage_1)
     model = vlp.VlpBlip2ForImageTextRetrieval.from_pretrained(stage_1).eval()
     images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
@@ -144,7 +141,7 @@ def test_the_folder_of_stage_1_finds(stage_1, monkeypatch):
     assert "tensor" in what_the_card_says(stage_1)
 
 
-def test_stage_2_learns_to_tell_what_is_seen(stage_2):
+def test_stage_2_learns_captioning(stage_2):
     results = json.loads((stage_2 / "results.json").read_text())
     assert results["losses"] == ["lm"] and results["history"][-1]["lm"] < results["history"][0]["lm"] / 3
     assert results["metrics"]["caption_exact"] >= 0.85
@@ -153,20 +150,20 @@ def test_stage_2_learns_to_tell_what_is_seen(stage_2):
     assert not [name for name in load_file(stage_2 / "model.safetensors") if name.startswith("language_model.")]
     state = load_file(states(state_folder(stage_2))[-1] / "model.safetensors")
     assert "model.language_projection.weight" in state
-    assert not [name for name in state if "language_model" in name]  # which never changes, and is large
+    assert not [name for name in state if "language_model" in name]  # it is frozen and large
 
 
-def test_the_folder_of_stage_2_writes(stage_2, language_model):
+def test_stage_2_folder_generates_captions(stage_2, language_model):
     processor = AutoProcessor.from_pretrained(stage_2)
     assert type(processor) is vlp.VlpBlip2Processor and processor.tokenizer.padding_side == "left"
     model = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(stage_2)
     images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
     inputs = processor(images=images, text=["it is", "it is"], return_tensors="pt")
-    written = processor.write(model.generate(**inputs, num_beams=2), prompt="it is")
-    assert written == ["A red card", "A blue card"]
+    captions = processor.decode_texts(model.generate(**inputs, num_beams=2), prompt="it is")
+    assert captions == ["A red card", "A blue card"]
     describe = pipeline("image-text-to-text", model=str(stage_2))
-    told = describe(Image.new("RGB", (20, 20), "orange"), text="it is", max_new_tokens=4)
-    assert "A orange card" in told[0]["generated_text"]
+    outputs = describe(Image.new("RGB", (20, 20), "orange"), text="it is", max_new_tokens=4)
+    assert "A orange card" in outputs[0]["generated_text"]
     card = ModelCard.load(stage_2 / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text"
     assert "the generated text after “it is” and “what is it?”; green" in card.text
@@ -174,13 +171,13 @@ def test_the_folder_of_stage_2_writes(stage_2, language_model):
     assert "card" in what_the_card_says(stage_2)
 
 
-def test_stage_2_goes_on_from_its_own_folder_and_resumes(pairs, stage_2, tmp_path):
-    going_on = dict(stage=2, model_name_or_path=str(stage_2), prompt="it is ", cache_vision_features=True)
-    train(arguments(pairs, tmp_path / "whole", max_train_steps=6, save_steps=3, save_total_limit=5, **going_on))
+def test_stage_2_continues_from_its_folder_and_resumes(pairs, stage_2, tmp_path):
+    options = dict(stage=2, model_name_or_path=str(stage_2), prompt="it is ", cache_vision_features=True)
+    train(arguments(pairs, tmp_path / "whole", max_train_steps=6, save_steps=3, save_total_limit=5, **options))
     first = json.loads((tmp_path / "whole" / "results.json").read_text())["history"][0]
-    assert first["lm"] < 1.0  # what it had learnt is there
+    assert first["lm"] < 1.0  # it starts from the trained weights
     AcceleratorState._reset_state(reset_partial_state=True)
-    train(arguments(pairs, tmp_path / "half", max_train_steps=6, **going_on,
+    train(arguments(pairs, tmp_path / "half", max_train_steps=6, **options,
                     resume_from_checkpoint=str(states(state_folder(tmp_path / "whole"))[0])))  # fmt: skip
     for name, value in load_file(tmp_path / "whole" / "model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "half" / "model.safetensors")[name], value), name
@@ -188,7 +185,7 @@ def test_stage_2_goes_on_from_its_own_folder_and_resumes(pairs, stage_2, tmp_pat
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_adapters_are_trained_saved_loaded_and_merged(pairs, stage_1, stage_2, tmp_path, stage):
-    """In stage 2 on the language model, too."""
+    """In stage 2, the language model gets adapters too."""
     base = stage_1 if stage == 1 else stage_2
     options = dict(stage=stage, model_name_or_path=str(base), lora_rank=2, max_train_steps=4, learning_rate=1e-2)
     train(arguments(pairs, tmp_path / "run", **options | ({"prompt": "it is "} if stage == 2 else {})))
@@ -208,33 +205,33 @@ def test_adapters_are_trained_saved_loaded_and_merged(pairs, stage_1, stage_2, t
     assert (outputs[2] - outputs[0]).abs().max() > 1e-3
 
 
-def test_adapters_need_a_base_that_has_every_part(pairs, stage_1, tmp_path):
+def test_adapters_need_a_complete_base_model(pairs, stage_1, tmp_path):
     with pytest.raises(ArgumentError, match="--stage 2 adds parts that .* does not have"):
         train(arguments(pairs, tmp_path / "x", stage=2, model_name_or_path=str(stage_1), lora_rank=2,
                         language_model_name_or_path="x"))  # fmt: skip
 
 
-# --- features computed once -------------------------------------------------------------------------------------------
+# --- cached features --------------------------------------------------------------------------------------------------
 
 
-def test_cached_features_train_the_very_model_that_images_do(pairs, towers, tmp_path):
+def test_cached_features_train_the_same_model_as_images(pairs, towers, tmp_path):
     for name, cached in (("cached", True), ("images", False)):
         AcceleratorState._reset_state(reset_partial_state=True)
         train(arguments(pairs, tmp_path / name, vision_tower=str(towers / "clip"), cache_vision_features=cached))
     images = load_file(tmp_path / "images" / "model.safetensors")
     for name, value in load_file(tmp_path / "cached" / "model.safetensors").items():
-        # What a tower gives for an image depends, in the last digit, on the size of the batch that it stands in.
+        # The tower's output for an image depends on the batch size in the last digit.
         assert_close(value, images[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_features_are_computed_once_and_anew_for_another_tower(pairs, towers, tmp_path, monkeypatch):
+def test_features_are_recomputed_only_for_another_tower(pairs, towers, tmp_path, monkeypatch):
     monkeypatch.setenv("VLP_CACHE", str(tmp_path))
     rows = datasets.Dataset.from_dict(
         {"image": [str(pairs.parent / "0.png"), str(pairs.parent / "none.png"), str(pairs.parent / "2.png")],
          "caption": ["a", "b", "c"]})  # fmt: skip
     processor = AutoProcessor.from_pretrained(towers / "clip")
-    told = arguments(pairs, tmp_path / "x", vision_tower=str(towers / "clip"))
-    model = blip2.make_model(told, blip2.make_processor(told, datasets.Dataset.from_dict({"caption": CAPTIONS}),
+    options = arguments(pairs, tmp_path / "x", vision_tower=str(towers / "clip"))
+    model = blip2.make_model(options, blip2.make_processor(options, datasets.Dataset.from_dict({"caption": CAPTIONS}),
                                                         CaptionChooser()))  # fmt: skip
     calls = []
     model.vision_model.register_forward_hook(lambda *_: calls.append(1))
@@ -242,7 +239,7 @@ def test_features_are_computed_once_and_anew_for_another_tower(pairs, towers, tm
     assert compute_features(model, processor, rows, "image", 10**6) == path and len(calls) == 1
     features = Features(path)
     image = processor.image_processor(Image.open(pairs.parent / "2.png"), return_tensors="pt")["pixel_values"]
-    assert_close(features[2], model.see(image)[0], rtol=1e-5, atol=1e-6)
+    assert_close(features[2], model.encode_image(image)[0], rtol=1e-5, atol=1e-6)
     with pytest.raises(BadRow, match="missing image file"):
         features[1]
     with torch.no_grad():
@@ -251,10 +248,10 @@ def test_features_are_computed_once_and_anew_for_another_tower(pairs, towers, tm
     assert sorted(file.suffix for file in tmp_path.glob("*.*")) == [".json", ".json", ".npy", ".npy"]
 
 
-# --- what it starts from ----------------------------------------------------------------------------------------------
+# --- initialisation ---------------------------------------------------------------------------------------------------
 
 
-def test_the_qformer_starts_from_a_bert(pairs, towers, tmp_path):
+def test_qformer_is_initialised_from_bert(pairs, towers, tmp_path):
     torch.manual_seed(3)
     size = {name: QFORMER[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
                                              "num_attention_heads", "max_position_embeddings")}  # fmt: skip
@@ -262,10 +259,10 @@ def test_the_qformer_starts_from_a_bert(pairs, towers, tmp_path):
     bert.save_pretrained(tmp_path / "bert")
     save_file({k: v.clone() for k, v in bert.state_dict().items() if "decoder.weight" not in k},
               tmp_path / "bert" / "model.safetensors")  # fmt: skip
-    told = arguments(pairs, tmp_path / "x", vision_tower=str(towers / "clip"), max_length=10)
-    processor = blip2.make_processor(told, datasets.Dataset.from_dict({"caption": CAPTIONS}), CaptionChooser())
-    told.bert_name_or_path = str(tmp_path / "bert")
-    model = blip2.make_model(told, processor)
+    options = arguments(pairs, tmp_path / "x", vision_tower=str(towers / "clip"), max_length=10)
+    processor = blip2.make_processor(options, datasets.Dataset.from_dict({"caption": CAPTIONS}), CaptionChooser())
+    options.bert_name_or_path = str(tmp_path / "bert")
+    model = blip2.make_model(options, processor)
     layer, theirs = model.qformer.layers[1], bert.bert.encoder.layer[1]
     assert torch.equal(layer.self_attention.attention.q_proj.weight, theirs.attention.self.query.weight)
     for own in (layer.query_mlp, layer.text_mlp):
@@ -276,15 +273,17 @@ def test_the_qformer_starts_from_a_bert(pairs, towers, tmp_path):
     assert torch.equal(words[:known], bert.bert.embeddings.word_embeddings.weight[:known])
     wide = BertForMaskedLM(BertConfig(vocab_size=70, **(size | {"intermediate_size": 8})))
     wide.save_pretrained(tmp_path / "wide")
-    told.bert_name_or_path = str(tmp_path / "wide")
+    options.bert_name_or_path = str(tmp_path / "wide")
     with pytest.raises(ArgumentError, match="of the wrong shape: bert.encoder.layer.0.intermediate.dense.weight"):
-        blip2.make_model(told, processor)
+        blip2.make_model(options, processor)
 
 
-def test_the_qformer_starts_from_the_text_encoder_of_a_blip(pairs, towers, tmp_path):
-    told = arguments(pairs, tmp_path / "x", vision_tower=str(towers / "blip"), bert_name_or_path=str(towers / "blip"))
-    processor = blip2.make_processor(told, None, CaptionChooser())
-    model, given = blip2.make_model(told, processor), load_file(towers / "blip" / "model.safetensors")
+def test_qformer_is_initialised_from_blip_text_encoder(pairs, towers, tmp_path):
+    options = arguments(
+        pairs, tmp_path / "x", vision_tower=str(towers / "blip"), bert_name_or_path=str(towers / "blip")
+    )
+    processor = blip2.make_processor(options, None, CaptionChooser())
+    model, given = blip2.make_model(options, processor), load_file(towers / "blip" / "model.safetensors")
     pairs_of_names = {
         "qformer.embeddings.word_embeddings.weight": "text_model.embeddings.word_embeddings.weight",
         "qformer.layers.1.self_attention.attention.k_proj.weight":
@@ -299,27 +298,27 @@ def test_the_qformer_starts_from_the_text_encoder_of_a_blip(pairs, towers, tmp_p
         assert torch.equal(model.state_dict()[own], given[theirs]), own
 
 
-def test_the_last_layers_of_a_vision_transformer_are_left_out(pairs, towers, tmp_path):
-    told = arguments(pairs, tmp_path / "x", vision_tower=str(towers / "vit"), vision_layers_left_out=1)
-    processor = blip2.make_processor(told, datasets.Dataset.from_dict({"caption": CAPTIONS}), CaptionChooser())
-    model = blip2.make_model(told, processor).eval()
+def test_last_vision_layers_are_left_out(pairs, towers, tmp_path):
+    options = arguments(pairs, tmp_path / "x", vision_tower=str(towers / "vit"), vision_layers_left_out=1)
+    processor = blip2.make_processor(options, datasets.Dataset.from_dict({"caption": CAPTIONS}), CaptionChooser())
+    model = blip2.make_model(options, processor).eval()
     clip = vlp.VlpClipModel.from_pretrained(towers / "vit").eval()
     pixels = torch.randn(2, 3, 16, 16)
     hidden = clip.get_image_features(pixels, output_hidden_states=True).hidden_states
-    assert_close(model.see(pixels), hidden[-2])
-    told.vision_layers_left_out = 3
+    assert_close(model.encode_image(pixels), hidden[-2])
+    options.vision_layers_left_out = 3
     with pytest.raises(ArgumentError, match="--vision_layers_left_out 3 leaves no layer"):
-        blip2.make_model(told, processor)
+        blip2.make_model(options, processor)
 
 
-def test_wrong_options_are_refused(pairs, towers, stage_1, tmp_path):
+def test_invalid_options_raise(pairs, towers, stage_1, tmp_path):
     clip = str(towers / "clip")
     for changes, message in (
         (dict(), "BLIP-2 needs --vision_tower"),
         (dict(vision_tower=clip, stage=3), "--stage must be one of 1, 2, got 3"),
         (dict(vision_tower=clip, stage=2), "--stage 2 needs --language_model_name_or_path"),
-        (dict(vision_tower=clip, language_model_name_or_path="x"), "is for --stage 2"),
-        (dict(vision_tower=clip, prompt="x"), "--prompt and --example_prompts are for --stage 2"),
+        (dict(vision_tower=clip, language_model_name_or_path="x"), "is only for --stage 2"),
+        (dict(vision_tower=clip, prompt="x"), "--prompt and --example_prompts are only for --stage 2"),
         (dict(vision_tower=clip, cache_vision_features=True, augmentation="strong"), "needs --augmentation none"),
         (dict(vision_tower=clip, cache_vision_features=True, freeze_vision=False), "and a frozen tower"),
     ):

@@ -1,8 +1,7 @@
-"""Whole small BLIP runs: train, evaluate, publish, load, resume, be killed. Run: pytest tests/test_blip_training.py"""
+"""Tests of complete small BLIP runs: pre-training, fine-tuning, CapFilt, loading, resuming and killed runs."""
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from accelerate.state import AcceleratorState
 from conftest import what_the_card_says
 from huggingface_hub import ModelCard
 from PIL import Image
+from processes import CONTEXT
 from safetensors.torch import load_file
 from transformers import AutoProcessor, pipeline
 from vlp.modeling_vlp.ranking import rank
@@ -46,7 +46,7 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """Cards of eight colours, some of them to evaluate on."""
+    """Cards in eight colours; eight of the 40 rows are the test split."""
     folder = tmp_path_factory.mktemp("pairs")
     lines = ["image,caption,split"]
     for number in range(40):
@@ -78,7 +78,7 @@ def trained(pairs, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_learns_to_compare_to_match_and_to_write(trained):
+def test_pre_training_learns_itc_itm_and_lm(trained):
     results = json.loads((trained / "results.json").read_text())
     metrics, first, last = results["metrics"], results["history"][0], results["history"][-1]
     assert set(results["losses"]) == {"itc", "itm", "lm"}
@@ -89,7 +89,7 @@ def test_a_run_learns_to_compare_to_match_and_to_write(trained):
     assert all(example["predictions"][0][2] for example in results["examples"])
 
 
-def test_the_folder_holds_the_model_and_the_state_holds_the_teacher(trained):
+def test_teacher_is_saved_in_state_but_not_in_folder(trained):
     names = load_file(trained / "model.safetensors").keys()
     assert not [name for name in names if "teacher" in name or "queue" in name]
     assert {name.split(".")[0] for name in names} == {
@@ -98,15 +98,15 @@ def test_the_folder_holds_the_model_and_the_state_holds_the_teacher(trained):
     assert int(state["teacher.filled"]) == 40 and "teacher.model.text_proj.weight" in state
 
 
-def test_the_folder_writes_captions_and_matches(trained):
+def test_folder_captions_and_matches_images(trained):
     processor = AutoProcessor.from_pretrained(trained)
     assert type(processor) is vlp.VlpBlipProcessor
-    writer = vlp.VlpBlipForConditionalGeneration.from_pretrained(trained)
+    captioner = vlp.VlpBlipForConditionalGeneration.from_pretrained(trained)
     images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
     inputs = processor(images=images, return_tensors="pt")
-    assert processor.write(writer.generate(**inputs, num_beams=3)) == ["a red card", "a blue card"]
+    assert processor.decode_texts(captioner.generate(**inputs, num_beams=3)) == ["a red card", "a blue card"]
     prompted = processor(images=images, text=["A red", "A blue"], return_tensors="pt")
-    assert processor.write(writer.generate(**prompted), prompt="A") == ["red card", "blue card"]
+    assert processor.decode_texts(captioner.generate(**prompted), prompt="A") == ["red card", "blue card"]
     matcher = vlp.VlpBlipForImageTextRetrieval.from_pretrained(trained)
     output = matcher(**processor(images=images, text=["a red card", "a green card"], return_tensors="pt"))
     assert output.itm_logits.softmax(-1)[0, 1] > 0.5 > output.itm_logits.softmax(-1)[1, 1]
@@ -116,13 +116,13 @@ def test_the_folder_writes_captions_and_matches(trained):
     assert ranking.image_to_text.argmax(1).tolist() == [2, 1] and ranking.text_to_image.argmax(1)[1:].tolist() == [1, 0]
 
 
-def test_the_pipeline_writes(trained):
+def test_pipeline_generates_caption(trained):
     describe = pipeline("image-text-to-text", model=str(trained))
-    written = describe(Image.new("RGB", (20, 20), "orange"), text="a", max_new_tokens=4)
-    assert "orange card" in written[0]["generated_text"]
+    outputs = describe(Image.new("RGB", (20, 20), "orange"), text="a", max_new_tokens=4)
+    assert "orange card" in outputs[0]["generated_text"]
 
 
-def test_the_card_tells_the_captions(trained):
+def test_model_card_shows_caption_results(trained):
     card = ModelCard.load(trained / "README.md")
     assert card.data.pipeline_tag == "image-to-text" and "blip" in card.data.tags
     names = {result.metric_name for result in card.data.eval_results}
@@ -132,19 +132,19 @@ def test_the_card_tells_the_captions(trained):
     assert what_the_card_says(trained) == "['a red card']\n"
 
 
-def test_resume_gives_the_run_that_was_never_stopped(pairs, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(pairs, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(arguments(pairs, whole, max_train_steps=8))
     train(arguments(pairs, stopped, max_train_steps=8, save_steps=3, save_total_limit=5))
     first = states(state_folder(stopped))[0]
     train(arguments(pairs, stopped, max_train_steps=8, resume_from_checkpoint=str(first)))
     assert_same_states(whole, stopped)
-    train(arguments(pairs, stopped, max_train_steps=8, resume_from_checkpoint="latest"))  # nothing is left to do
+    train(arguments(pairs, stopped, max_train_steps=8, resume_from_checkpoint="latest"))  # already complete
     assert json.loads((stopped / "results.json").read_text())["losses"] == ["itc", "itm", "lm"]
 
 
 def assert_same_states(a: Path, b: Path) -> None:
-    """Weights, optimiser, teacher and queue at the end of two runs are equal bit for bit, and so are their losses."""
+    """Check that the final weights, optimiser state, teacher, queue and losses of two runs are exactly equal."""
     last = [states(state_folder(folder))[-1] for folder in (a, b)]
     assert last[0].name == last[1].name
     tensors = [load_file(folder / "model.safetensors") for folder in last]
@@ -161,16 +161,16 @@ def assert_same_states(a: Path, b: Path) -> None:
         assert [x[name] for x in results[0]["history"]] == [x[name] for x in results[1]["history"]]
 
 
-def go_on(words: dict) -> None:
-    """In a process of its own: begin a run, or go on with it from its last state."""
-    os.setsid()  # its workers are killed with it
-    last = "latest" if states(state_folder(words["output_dir"])) else None
-    train(BlipArguments(**words, resume_from_checkpoint=last))
+def start_or_resume(settings: dict) -> None:
+    """Start a run, or resume it from its last state. Runs in its own process."""
+    os.setsid()  # so that its workers can be killed with it
+    last = "latest" if states(state_folder(settings["output_dir"])) else None
+    train(BlipArguments(**settings, resume_from_checkpoint=last))
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(pairs, trained, tmp_path, times):
-    """Weights, optimiser, schedule, draws, the teacher and its queue, and the place in shards that two workers read."""
+def test_repeatedly_killed_run_equals_uninterrupted_run(pairs, trained, tmp_path, times):
+    """Covers weights, optimiser, schedule, sampling, teacher, queue and the position in shards read by two workers."""
     write_shards(ShardsArguments(dataset_name=str(pairs), samples_per_shard=4, output_dir=str(tmp_path / "shards")))
     changes = dict(
         dataset_name=str(tmp_path / "shards" / "{00000..00007}.tar"), eval_dataset_name=str(pairs), num_workers=2,
@@ -178,18 +178,16 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(pairs
         max_train_steps=40 + 12 * times,
     )  # fmt: skip
     whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    folder, words = state_folder(killed), options(pairs, killed, **changes)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlp.training.run"])  # a process then starts at once
+    folder, settings = state_folder(killed), options(pairs, killed, **changes)
 
     def newest() -> str:
         return max((path.name for path in states(folder)), default="")
 
-    pace, seen = 0.5, []  # seconds from a state to the next, at most
+    pace, seen = 0.5, []  # upper bound of the seconds between two states
     for number in range(times):
-        process = context.Process(target=go_on, args=(words,))
+        process = CONTEXT.Process(target=start_or_resume, args=(settings,))
         process.start()
-        if number % 4 == 2:  # while it starts, or loads
+        if number % 4 == 2:  # while it starts or loads
             time.sleep(rng.uniform(0, 1.5))
         else:
             before, started, deadline = newest(), time.monotonic(), time.monotonic() + 120
@@ -199,16 +197,16 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(pairs
             while newest() == after and process.is_alive() and time.monotonic() < started + pace:
                 time.sleep(0.005)
             pace = min(pace, time.monotonic() - started)
-            time.sleep(rng.uniform(0, pace))  # in a step, or while it saves
-        assert process.is_alive(), f"it ended before it was killed for the {number + 1}th time"
+            time.sleep(rng.uniform(0, pace))  # in a step or while it saves
+        assert process.is_alive(), f"the run ended before kill {number + 1}"
         try:
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it had not yet come to have a group
+        except ProcessLookupError:  # it has no process group yet
             process.kill()
         process.join()
         seen.append(newest())
-        assert len(states(folder)) <= 4  # one that is about to be dropped
-        # A state is there whole or not at all.
+        assert len(states(folder)) <= 4  # three, and one that is about to be deleted
+        # States are complete.
         assert all((path / "model.safetensors").exists() for path in states(folder))
     assert len(set(seen)) > times // 2
     train(arguments(pairs, killed, **changes, resume_from_checkpoint="latest"))
@@ -220,55 +218,56 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(pairs
 
 @pytest.fixture(scope="module")
 def tuned(pairs, trained, tmp_path_factory) -> tuple[Path, Path]:
-    """A captioner and a filter."""
+    """A fine-tuned captioner and a fine-tuned retrieval model for filtering."""
     folder = tmp_path_factory.mktemp("tuned")
-    write = dict(task="captioning", prompt="A picture of ", model_name_or_path=str(trained), max_train_steps=80)
-    train(arguments(pairs, folder / "write", **write))
-    match = dict(task="retrieval", model_name_or_path=str(trained), max_train_steps=5, learning_rate=1e-4)
-    train(arguments(pairs, folder / "match", **match))
-    return folder / "write", folder / "match"
+    options = dict(task="captioning", prompt="A picture of ", model_name_or_path=str(trained), max_train_steps=80)
+    train(arguments(pairs, folder / "captioner", **options))
+    options = dict(task="retrieval", model_name_or_path=str(trained), max_train_steps=5, learning_rate=1e-4)
+    train(arguments(pairs, folder / "matcher", **options))
+    return folder / "captioner", folder / "matcher"
 
 
-def test_fine_tuning_to_write_and_to_match(pairs, tuned, tmp_path):
-    write, match = tuned
-    results = json.loads((write / "results.json").read_text())
+def test_fine_tuning_for_captioning_and_retrieval(pairs, tuned, tmp_path):
+    captioner_folder, matcher_folder = tuned
+    results = json.loads((captioner_folder / "results.json").read_text())
     assert results["losses"] == ["lm"] and {"caption_exact", "bleu_4", "cider"} <= set(results["metrics"])
     assert results["metrics"]["caption_exact"] >= 0.9
-    writer = vlp.VlpBlipForConditionalGeneration.from_pretrained(write)
-    processor = AutoProcessor.from_pretrained(write)
+    captioner = vlp.VlpBlipForConditionalGeneration.from_pretrained(captioner_folder)
+    processor = AutoProcessor.from_pretrained(captioner_folder)
     inputs = processor(images=Image.new("RGB", (20, 20), "red"), text="a picture of", return_tensors="pt")
-    begun = inputs["input_ids"].shape[1] - 1  # the prompt's words are new to this small vocabulary
-    assert processor.write(writer.generate(**inputs)[:, begun:]) == ["a red card"]
-    assert "tensor([" in what_the_card_says(match) and "generates captions" in (write / "README.md").read_text()
-    results = json.loads((match / "results.json").read_text())
+    start = inputs["input_ids"].shape[1] - 1  # the prompt's words are not in the small vocabulary
+    assert processor.decode_texts(captioner.generate(**inputs)[:, start:]) == ["a red card"]
+    assert "tensor([" in what_the_card_says(matcher_folder)
+    assert "generates captions" in (captioner_folder / "README.md").read_text()
+    results = json.loads((matcher_folder / "results.json").read_text())
     assert results["losses"] == ["itc", "itm"] and "cider" not in results["metrics"]
     assert results["metrics"]["itm_accuracy"] >= 0.8
     with pytest.raises(ArgumentError, match="lacks what --task retrieval needs"):
-        train(arguments(pairs, tmp_path / "x", task="retrieval", model_name_or_path=str(write)))
+        train(arguments(pairs, tmp_path / "x", task="retrieval", model_name_or_path=str(captioner_folder)))
 
 
-def test_a_captioner_by_adapters(pairs, trained, tmp_path):
+def test_captioning_with_adapters(pairs, trained, tmp_path):
     options = dict(task="captioning", model_name_or_path=str(trained), lora_rank=2, max_train_steps=2)
-    train(arguments(pairs, tmp_path / "write", **options))
-    writer = vlp.VlpBlipForConditionalGeneration.from_pretrained(tmp_path / "write")
-    assert [name for name in writer.state_dict() if "lora_A" in name]
-    processor = AutoProcessor.from_pretrained(tmp_path / "write")
+    train(arguments(pairs, tmp_path / "captioner", **options))
+    captioner = vlp.VlpBlipForConditionalGeneration.from_pretrained(tmp_path / "captioner")
+    assert [name for name in captioner.state_dict() if "lora_A" in name]
+    processor = AutoProcessor.from_pretrained(tmp_path / "captioner")
     inputs = processor(images=Image.new("RGB", (20, 20), "red"), return_tensors="pt")
-    assert processor.write(writer.generate(**inputs, max_new_tokens=5)) == ["a red card"]
+    assert processor.decode_texts(captioner.generate(**inputs, max_new_tokens=5)) == ["a red card"]
     for task in ("vqa", "nlvr"):
         with pytest.raises(ArgumentError, match=f"--task {task} adds parts that .* does not have"):
             train(arguments(pairs, tmp_path / "x", **options | {"task": task}))
 
 
-def test_a_matcher_by_adapters_whose_teacher_follows_them(pairs, trained, tmp_path):
+def test_retrieval_with_adapters_updates_teacher_adapters(pairs, trained, tmp_path):
     options = dict(task="retrieval", model_name_or_path=str(trained), lora_rank=2, max_train_steps=3)
-    train(arguments(pairs, tmp_path / "match", **options))
-    matcher = vlp.VlpBlipForImageTextRetrieval.from_pretrained(tmp_path / "match").eval()
-    processor = AutoProcessor.from_pretrained(tmp_path / "match")
+    train(arguments(pairs, tmp_path / "matcher", **options))
+    matcher = vlp.VlpBlipForImageTextRetrieval.from_pretrained(tmp_path / "matcher").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "matcher")
     images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
     output = matcher(**processor(images=images, text=["a red card", "a green card"], return_tensors="pt"))
     assert output.itm_logits.softmax(-1)[0, 1] > 0.5 > output.itm_logits.softmax(-1)[1, 1]
-    state = load_file(states(state_folder(tmp_path / "match"))[-1] / "model.safetensors")
+    state = load_file(states(state_folder(tmp_path / "matcher"))[-1] / "model.safetensors")
     name = "text_model.layers.0.encoder_attention.attention.q_proj.lora_B.default.weight"
     student, teacher = state[f"model.{name}"], state[f"teacher.model.{name}"]
     assert student.abs().max() > 0 and 0 < teacher.abs().max() < student.abs().max()
@@ -276,7 +275,7 @@ def test_a_matcher_by_adapters_whose_teacher_follows_them(pairs, trained, tmp_pa
 
 @pytest.fixture
 def web(tmp_path) -> Path:
-    """Web pairs: right captions, wrong ones, none, and an image that is broken."""
+    """Web pairs: six correct captions, eight wrong ones, two empty ones and a broken image."""
     lines = ["image,caption"]
     for number, colour in enumerate(COLOURS * 2):
         Image.new("RGB", (18, 16), colour).save(tmp_path / f"{number}.png")
@@ -287,41 +286,41 @@ def web(tmp_path) -> Path:
     return tmp_path / "web.csv"
 
 
-def test_capfilt_keeps_what_matches_and_can_be_gone_on_with(web, tuned, tmp_path, pairs, capsys):
-    write, match = tuned
-    made = CapFiltArguments(dataset_name=str(web), captioner=str(write), filter=str(match), prompt="a picture of ",
-                            shard_size=6, batch_size=4, output_dir=str(tmp_path / "new"), max_length=12,
-                            min_length=3)  # fmt: skip
-    capfilt(made)
-    told = capsys.readouterr().out
-    assert "not an image: 1" in told and "of 14 captions" in told and "of 16 captions" in told
+def test_capfilt_keeps_matching_captions_and_resumes(web, tuned, tmp_path, pairs, capsys):
+    captioner, matcher = tuned
+    settings = CapFiltArguments(dataset_name=str(web), captioner=str(captioner), filter=str(matcher),
+                                prompt="a picture of ", shard_size=6, batch_size=4, output_dir=str(tmp_path / "new"),
+                                max_length=12, min_length=3)  # fmt: skip
+    capfilt(settings)
+    printed = capsys.readouterr().out
+    assert "not an image: 1" in printed and "of 14 captions" in printed and "of 16 captions" in printed
     rows = load_rows(str(tmp_path / "new"), "train", "image")
     dropped = datasets.Dataset.from_parquet([str(p) for p in sorted((tmp_path / "new" / "dropped").glob("*.parquet"))])
     assert len(rows) + len(dropped) == 30
-    right = {
+    correct = {
         picture_id(row, "image"): f"a {COLOURS[n % 8]} card"
         for n, row in enumerate(load_rows(str(web), "train", "image"))
     }
     kept = [row for row in rows if row["source"] == "web"]
-    assert sum(row["caption"] == right[row["image_id"]] for row in kept) >= 0.8 * len(kept) > 3
+    assert sum(row["caption"] == correct[row["image_id"]] for row in kept) >= 0.8 * len(kept) > 3
     lost = [row for row in dropped if row["source"] == "web"]
-    assert sum(row["caption"] != right[row["image_id"]] for row in lost) >= 0.8 * len(lost) > 4
+    assert sum(row["caption"] != correct[row["image_id"]] for row in lost) >= 0.8 * len(lost) > 4
     assert all(row["score"] > 0.5 for row in rows) and all(row["score"] <= 0.5 for row in dropped)
     assert {row["source"] for row in rows} == {"web", "synthetic"}
     assert all(row["image"]["bytes"] for row in rows)
     shards = sorted((tmp_path / "new" / "data").glob("*.parquet"))
     before = {path.name: path.read_bytes() for path in shards}
     shards[1].unlink()
-    capfilt(made)  # as after an interruption: what is there stays, what is missing is made, and is the same
+    capfilt(settings)  # as after an interruption: only the missing shard is computed again, with the same result
     assert {path.name: path.read_bytes() for path in shards} == before
-    with pytest.raises(ResumeError, match="made with other options: top_p is 0.9 there and 0.5 here"):
-        capfilt(dataclasses.replace(made, top_p=0.5))
+    with pytest.raises(ResumeError, match="created with other options: top_p was 0.9 and is now 0.5"):
+        capfilt(dataclasses.replace(settings, top_p=0.5))
     train(arguments(tmp_path / "new", tmp_path / "again", eval_split=None, max_train_steps=2))
     results = json.loads((tmp_path / "again" / "results.json").read_text())
     assert results["training_pairs"] == len(rows)
 
 
-def test_capfilt_needs_two_models(web, trained, tmp_path):
+def test_invalid_capfilt_options_raise(web, trained, tmp_path):
     with pytest.raises(ArgumentError, match="CapFilt needs --filter"):
         CapFiltArguments(captioner=str(trained))
     (tmp_path / "full").mkdir()
@@ -333,7 +332,7 @@ def test_capfilt_needs_two_models(web, trained, tmp_path):
         capfilt(CapFiltArguments(dataset_name="a.tar", captioner="x", filter="x", output_dir=str(tmp_path / "n")))
 
 
-def test_wrong_models_are_refused(pairs, trained, tmp_path):
+def test_wrong_model_or_tokenizer_raises(pairs, trained, tmp_path):
     from conftest import tiny_model
 
     tiny_model().save_pretrained(tmp_path / "clip")
@@ -343,7 +342,7 @@ def test_wrong_models_are_refused(pairs, trained, tmp_path):
         train(arguments(pairs, tmp_path / "run", tokenizer_name=str(tmp_path)))
 
 
-def test_going_on_from_a_folder_keeps_what_it_knows(pairs, trained, tmp_path):
+def test_initialisation_from_folder_keeps_metrics(pairs, trained, tmp_path):
     train(arguments(pairs, tmp_path / "more", model_name_or_path=str(trained), max_train_steps=1, learning_rate=1e-9))
     metrics = json.loads((tmp_path / "more" / "results.json").read_text())["metrics"]
     assert metrics == json.loads((trained / "results.json").read_text())["metrics"]

@@ -1,4 +1,4 @@
-"""Whole small runs: train, publish, load, resume, and what goes wrong. Run: pytest tests/test_training.py"""
+"""Tests of complete small CLIP runs: training, publishing, loading, resuming and errors."""
 
 import io
 import json
@@ -19,11 +19,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from conftest import free_port, tiny_batch, tiny_model
+from conftest import tiny_batch, tiny_model
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from PIL import Image
+from processes import Program, run_group
 from safetensors.torch import load_file
+from sharded_run import run_sharded
 from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 from transformers import (
@@ -46,7 +48,7 @@ from vlp.training.families.clip import CLIP, ClipArguments
 from vlp.training.machine import hardware, hub
 from vlp.training.machine.optim import learning_rate_factor, levels_below_top, make_optimizer, parameter_groups
 from vlp.training.objectives.clip import ClipObjective
-from vlp.training.run import train
+from vlp.training.run import main, train
 
 import vlp
 from vlp import files
@@ -67,13 +69,13 @@ RESNET = MODEL | {"vision_config": {"model_type": "vlp_modified_resnet", "depths
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """Each run of a test chooses its precision anew."""
+    """Reset Accelerate's global state, so that each run can set its own precision."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """Cards of eight colours in five sizes, some of them to evaluate on."""
+    """Cards in eight colours and five sizes; eight of the 40 rows are the test split."""
     folder = tmp_path_factory.mktemp("pairs")
     lines = ["image,caption,split"]
     for number in range(40):
@@ -85,6 +87,7 @@ def pairs(tmp_path_factory) -> Path:
 
 
 def arguments(pairs, output_dir, **options) -> ClipArguments:
+    """Options of a small, fast run; `options` override the defaults."""
     defaults = dict(
         dataset_name=str(pairs), output_dir=str(output_dir), eval_split="test", class_column="caption", image_size=16,
         max_length=8, vocab_size=560, augmentation="strong", cache_images=True, model=json.loads(json.dumps(MODEL)),
@@ -101,7 +104,7 @@ def trained(pairs, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_learns_and_leaves_a_folder_to_publish(trained):
+def test_training_learns_and_writes_publishable_folder(trained):
     files = {path.name for path in trained.iterdir()}
     model = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     pictures = {"loss.png", "metrics.png", "examples.png", "retrieval.png"}
@@ -118,7 +121,7 @@ def test_a_run_learns_and_leaves_a_folder_to_publish(trained):
     assert yaml.safe_load((trained / "training_arguments.yaml").read_text())["max_train_steps"] == 120
 
 
-def test_the_folder_loads_with_every_auto_class(trained):
+def test_folder_loads_with_auto_classes(trained):
     assert type(AutoConfig.from_pretrained(trained)) is vlp.VlpClipConfig
     assert type(AutoModel.from_pretrained(trained)) is vlp.VlpClipModel
     assert type(AutoModelForZeroShotImageClassification.from_pretrained(trained)) is vlp.VlpClipModel
@@ -128,7 +131,7 @@ def test_the_folder_loads_with_every_auto_class(trained):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_pipeline_classifies(trained, dtype, caplog):
+def test_zero_shot_pipeline_classifies(trained, dtype, caplog):
     classify = pipeline("zero-shot-image-classification", model=str(trained), dtype=dtype)
     labels = [f"{colour} card" for colour in COLOURS]
     for colour in ("red", "blue", "orange"):
@@ -137,7 +140,7 @@ def test_the_pipeline_classifies(trained, dtype, caplog):
     assert not [record for record in caplog.records if "not supported" in record.getMessage()]
 
 
-def test_the_card_is_rendered_from_the_facts(trained):
+def test_model_card_shows_results(trained):
     card = ModelCard.load(trained / "README.md")
     assert card.data.pipeline_tag == "zero-shot-image-classification" and card.data.license == "apache-2.0"
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
@@ -146,7 +149,7 @@ def test_the_card_is_rendered_from_the_facts(trained):
         assert text in card.content, text
 
 
-def test_resume_gives_the_run_that_was_never_stopped(pairs, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(pairs, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(arguments(pairs, whole, max_train_steps=8, ema_decay=0.9))
     train(arguments(pairs, stopped, max_train_steps=8, ema_decay=0.9, save_steps=3, save_total_limit=5))
@@ -161,7 +164,7 @@ def test_resume_gives_the_run_that_was_never_stopped(pairs, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_matrices_may_be_published_small_and_are_measured_as_published(pairs, tmp_path, dtype):
+def test_half_precision_weights_are_published_and_evaluated(pairs, tmp_path, dtype):
     train(arguments(pairs, tmp_path / "whole", max_train_steps=30))
     train(arguments(pairs, tmp_path / "small", max_train_steps=30, publish_dtype=dtype))
     whole, small = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "small"))
@@ -178,50 +181,50 @@ def test_matrices_may_be_published_small_and_are_measured_as_published(pairs, tm
     assert metrics_of(evaluations, evaluate_model(model, processor, evaluations, 0)) == pytest.approx(results)
 
 
-def test_only_the_last_states_are_kept(pairs, tmp_path):
+def test_save_total_limit_keeps_latest_states(pairs, tmp_path):
     train(arguments(pairs, tmp_path / "run", save_steps=1, save_total_limit=2))
     assert [path.name for path in states(tmp_path / "run.resume")] == ["step-0000005", "step-0000006"]
 
 
-def test_a_state_of_another_architecture_is_refused(pairs, tmp_path):
+def test_resuming_with_incompatible_state_raises(pairs, tmp_path):
     train(arguments(pairs, tmp_path / "run", max_train_steps=1))
     other = json.loads(json.dumps(MODEL)) | {"projection_dim": 24}
-    with pytest.raises(ResumeError, match="of another model: projection_dim is 16 there and 24 here"):
+    with pytest.raises(ResumeError, match="belongs to another model: projection_dim was 16 and is now 24"):
         train(arguments(pairs, tmp_path / "run", model=other, resume_from_checkpoint="latest"))
     with pytest.raises(ResumeError, match="there is no state in"):
         train(arguments(pairs, tmp_path / "new", resume_from_checkpoint="latest"))
-    with pytest.raises(ResumeError, match="is not there"):
+    with pytest.raises(ResumeError, match="does not exist"):
         train(arguments(pairs, tmp_path / "new", resume_from_checkpoint=str(tmp_path)))
 
 
-def test_a_second_run_in_a_folder_puts_the_states_of_the_first_aside(pairs, tmp_path):
+def test_new_run_moves_previous_states_aside(pairs, tmp_path):
     train(arguments(pairs, tmp_path / "run", max_train_steps=4))
     train(arguments(pairs, tmp_path / "run", max_train_steps=2))
     assert [path.name for path in states(tmp_path / "run.resume")] == ["step-0000002"]
     assert [path.name for path in states(tmp_path / "run.resume.previous")] == ["step-0000004"]
 
 
-def test_a_folder_with_other_things_in_it_is_not_replaced(pairs, tmp_path, monkeypatch):
-    precious = tmp_path / "mine"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
-    for name in (str(precious), ".", str(pairs), str(precious / "thesis.txt")):
-        monkeypatch.chdir(precious)
+def test_folder_with_other_files_is_not_replaced(pairs, tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    for name in (str(folder), ".", str(pairs), str(folder / "thesis.txt")):
+        monkeypatch.chdir(folder)
         with pytest.raises(ArgumentError, match="is replaced as a whole"):
             train(arguments(pairs, name))
-    assert (precious / "thesis.txt").read_text() == "years of work"
+    assert (folder / "thesis.txt").read_text() == "years of work"
 
 
-def test_resuming_takes_new_learning_rates_and_refuses_other_data(pairs, tmp_path):
+def test_resuming_accepts_new_learning_rate_but_not_new_seed(pairs, tmp_path):
     train(arguments(pairs, tmp_path / "run", max_train_steps=2))
-    with pytest.raises(ResumeError, match="of another recipe: seed is 0 there and 1 here"):
+    with pytest.raises(ResumeError, match="belongs to another recipe: seed was 0 and is now 1"):
         train(arguments(pairs, tmp_path / "run", seed=1, resume_from_checkpoint="latest"))
     train(arguments(pairs, tmp_path / "run", learning_rate=5e-4, warmup_steps=0, resume_from_checkpoint="latest"))
     history = json.loads((tmp_path / "run" / "results.json").read_text())["history"]
     assert history[-1]["step"] == 6 and history[2]["learning_rate"] < 5e-4 < history[1]["learning_rate"]
 
 
-def test_a_locked_tower_stays_as_it_is_through_evaluations(pairs, tmp_path):
+def test_locked_tower_is_unchanged_after_evaluations(pairs, tmp_path):
     options = dict(image_size=32, model=RESNET, augmentation="none")
     train(arguments(pairs, tmp_path / "a", max_train_steps=1, **options))
     first = AutoModel.from_pretrained(tmp_path / "a").vision_model.state_dict()
@@ -230,7 +233,7 @@ def test_a_locked_tower_stays_as_it_is_through_evaluations(pairs, tmp_path):
     assert_close(AutoModel.from_pretrained(tmp_path / "b").vision_model.state_dict(), first, rtol=0, atol=0)
 
 
-def test_tokenizers_from_elsewhere(pairs, trained, tmp_path):
+def test_external_tokenizers(pairs, trained, tmp_path):
     clip = pytest.importorskip("clip")
     merges = Path(clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
     train(arguments(pairs, tmp_path / "openai", tokenizer_name=str(merges), max_train_steps=1))
@@ -246,18 +249,18 @@ def test_tokenizers_from_elsewhere(pairs, trained, tmp_path):
     assert loaded("a red card")["input_ids"] == theirs("a red card")["input_ids"]
 
 
-def test_a_tokenizer_without_an_end_token_is_refused(pairs, tmp_path):
+def test_tokenizer_without_end_token_raises(pairs, tmp_path):
     backend = Tokenizer(models.WordLevel({"a": 0, "<s>": 1, "</s>": 2, "<pad>": 3}, unk_token="a"))
     special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "none")
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path / "unused")
     with pytest.raises(ArgumentError, match="lacks a start, end or pad token"):
         train(arguments(pairs, tmp_path / "run", tokenizer_name=str(tmp_path / "none")))
-    with pytest.raises(ArgumentError, match="does not put its end token, once, at the end"):
+    with pytest.raises(ArgumentError, match="does not end each caption with exactly one end token"):
         train(arguments(pairs, tmp_path / "run", tokenizer_name=str(tmp_path / "unused")))
 
 
-def test_hold_out_evaluates_on_what_it_keeps_out_of_training(pairs, tmp_path):
+def test_hold_out_rows_are_used_for_evaluation_only(pairs, tmp_path):
     train(arguments(pairs, tmp_path / "run", hold_out="caption=red card", eval_split=None, max_train_steps=1))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["training_pairs"], results["evaluation_pairs"]) == (28, 4)
@@ -290,7 +293,7 @@ def test_shards_end_to_end(tmp_path, trained):
             train(arguments(shard, tmp_path / "other", **options | wrong))
 
 
-def test_zero_shot_on_another_data_set_of_classes(pairs, tmp_path):
+def test_zero_shot_evaluation_on_another_data_set(pairs, tmp_path):
     rows = datasets.Dataset.from_dict(
         {"img": [Image.new("RGB", (16, 16), c) for c in ("red", "blue")], "label": [0, 1]},
         features=datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["red", "blue"])}),
@@ -303,8 +306,8 @@ def test_zero_shot_on_another_data_set_of_classes(pairs, tmp_path):
     }  # fmt: skip
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(pairs, tmp_path, capsys):
-    """The system itself refuses to write: files may not grow past 20 KB."""
+def test_full_disk_keeps_previous_checkpoint(pairs, tmp_path, capsys):
+    """A limit of 20 kB on the file size makes every larger write fail."""
     resume = dict(resume_from_checkpoint="latest", max_train_steps=2)
     train(arguments(pairs, tmp_path / "run", max_train_steps=1))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -312,72 +315,70 @@ def test_a_full_disk_leaves_the_old_checkpoint(pairs, tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="Could not save .*run .*is as it was. Is the disk full?"):
+        with pytest.raises(OSError, match="Could not save .*run .*is unchanged. Is the disk full?"):
             train(arguments(pairs, tmp_path / "run", **resume))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "warning: Could not save" in capsys.readouterr().out  # the state; the folder to publish then failed too
+    # Saving the state only warns; saving the folder then raises the error.
+    assert "warning: Could not save" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert {path: path.read_bytes() for path in states(tmp_path / "run.resume")[0].iterdir()} == state
     assert [path.name for path in states(tmp_path / "run.resume")] == ["step-0000001"]
 
 
-def run_in_process(pairs, folder, *words) -> subprocess.Popen:
+def run_in_process(pairs, folder, *words) -> Program:
     options = arguments(pairs, folder, max_train_steps=100_000)
     config = folder.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(vars(options)))
-    command = [sys.executable, "-m", "vlp.training", "clip", "--config", str(config), *words]
-    return subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return Program(
+        folder.with_suffix(".txt"),
+        main,
+        argv=["training", "clip", "--config", str(config), *words],
+        folder=folder.parent,
+    )
 
 
-def test_ctrl_c_saves_the_state_and_the_run_goes_on_from_it(pairs, tmp_path):
+def test_run_resumes_after_ctrl_c(pairs, tmp_path):
     folder = tmp_path / "run"
     process = run_in_process(pairs, folder, "--save_steps", "20")
     deadline = time.time() + 120
     while not states(state_folder(folder)) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    code, output = process.wait(60)
+    assert code == 0, output
     assert "Interrupted at step" in output and "--resume_from_checkpoint latest" in output
     step = int(states(state_folder(folder))[-1].name.removeprefix("step-"))
     assert f"Interrupted at step {step}." in output and step >= 20
     process = run_in_process(pairs, folder, "--resume_from_checkpoint", "latest", "--max_train_steps", str(step + 1))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and f"step {step}." in output, output
+    code, output = process.wait(120)
+    assert code == 0 and f"step {step}." in output, output
     assert (folder / "model.safetensors").exists()
 
 
-def test_accelerate_launches_the_folder_as_the_readme_says(pairs, tmp_path):
+def test_accelerate_launch_command_of_readme(pairs, tmp_path):
     (tmp_path / "options.yaml").write_text(yaml.safe_dump(vars(arguments(pairs, tmp_path / "run", max_train_steps=2))))
     accelerate = Path(sys.executable).with_name("accelerate")
     command = [accelerate, "launch", "training", "clip", "--config", tmp_path / "options.yaml"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f'model="{tmp_path / "run"}"' in done.stdout.splitlines()[-3]
-    wrong = subprocess.run(
-        [*command, "--learning_rate", "-1"], cwd=Path(__file__).parents[2], capture_output=True, text=True
-    )
-    assert wrong.returncode == 1 and "error: --learning_rate must be positive, got -1.0." in wrong.stderr
+    code, output = run_in_process(pairs, tmp_path / "wrong", "--learning_rate", "-1").wait()
+    assert code == 1 and "error: --learning_rate must be positive, got -1.0." in output
 
 
-def run_in_processes(count: int, options: ClipArguments, folder: Path, *words: str) -> None:
-    """A run in a group of processes, as `accelerate launch` starts it."""
+def run_in_processes(count: int, options: ClipArguments, folder: Path, function=main) -> None:
+    """Run training in a group of processes, as `accelerate launch` does."""
     config = folder / f"{Path(options.output_dir).name}.yaml"
     config.write_text(yaml.safe_dump(vars(options)))
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(free_port())]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *torchrun, *words, "clip", "--config", str(config)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_group(count, folder, function, argv=["training", "clip", "--config", str(config)])
 
 
-def test_two_processes_train_as_one_with_the_joined_batch(pairs, tmp_path):
+def test_two_processes_match_one_with_joined_batch(pairs, tmp_path):
     options = dict(augmentation="none", max_train_steps=5, save_steps=2)
     train(arguments(pairs, tmp_path / "one", **options))
     two = arguments(pairs, tmp_path / "two", per_device_train_batch_size=8, micro_batch_size=3, **options)
-    run_in_processes(2, two, tmp_path, "-m", "vlp.training")
+    run_in_processes(2, two, tmp_path)
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2 and two["samples"] == one["samples"] == 80
     for a, b in zip(one["history"], two["history"], strict=True):
@@ -386,25 +387,24 @@ def test_two_processes_train_as_one_with_the_joined_batch(pairs, tmp_path):
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in state.iterdir()}
 
 
-def test_a_sharded_run_learns_the_same_resumes_exactly_and_publishes_a_whole_model(pairs, tmp_path):
+def test_sharded_run_matches_unsharded_and_resumes_exactly(pairs, tmp_path):
     options = dict(augmentation="none", max_train_steps=4, save_steps=2, save_total_limit=5)
     train(arguments(pairs, tmp_path / "one", **options))
     sharded = arguments(pairs, tmp_path / "two", per_device_train_batch_size=8, **options)
-    script = str(Path(__file__).with_name("sharded_run.py"))
-    run_in_processes(2, sharded, tmp_path, script)
+    run_in_processes(2, sharded, tmp_path, run_sharded)
     first = load_file(tmp_path / "two" / "model.safetensors")
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     for a, b in zip(one["history"], two["history"], strict=True):
         assert a["contrastive"] == pytest.approx(b["contrastive"], rel=1e-4)
         assert a["logit_scale"] == pytest.approx(b["logit_scale"], rel=1e-4)
     for name, value in load_file(tmp_path / "one" / "model.safetensors").items():
-        assert_close(first[name], value, rtol=1e-2, atol=1e-4, msg=name)  # four steps of AdamW, which divides by little
+        assert_close(first[name], value, rtol=1e-2, atol=1e-4, msg=name)  # AdamW amplifies rounding errors
     sharded.resume_from_checkpoint = str(states(state_folder(tmp_path / "two"))[0])
-    run_in_processes(2, sharded, tmp_path, script)
+    run_in_processes(2, sharded, tmp_path, run_sharded)
     assert_close(load_file(tmp_path / "two" / "model.safetensors"), first, rtol=0, atol=0)
 
 
-def test_what_sharding_cannot_do_is_refused(pairs, tmp_path, monkeypatch):
+def test_unsupported_sharding_options_raise(pairs, tmp_path, monkeypatch):
     for sharded, options, message in ((True, {"ema_decay": 0.9}, "--ema_decay"), (False, {}, "fsdp_version: 2")):
         state = SimpleNamespace(is_fsdp2=sharded, distributed_type=DistributedType.FSDP)
         monkeypatch.setattr(hardware, "Accelerator", lambda state=state, **given: state)
@@ -412,7 +412,7 @@ def test_what_sharding_cannot_do_is_refused(pairs, tmp_path, monkeypatch):
             train(arguments(pairs, tmp_path / "run", **options))
 
 
-def test_deepspeed_learns_the_batch_size(pairs, tmp_path, monkeypatch):
+def test_deepspeed_config_receives_batch_size(pairs, tmp_path, monkeypatch):
     plugin = SimpleNamespace(deepspeed_config={"train_micro_batch_size_per_gpu": "auto"})
     state = SimpleNamespace(
         is_fsdp2=False, distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
@@ -423,7 +423,7 @@ def test_deepspeed_learns_the_batch_size(pairs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((Path(command_line.__file__).parent / "recipes/accelerate").glob("*.yaml")))
-def test_accelerate_reads_the_example_configurations(path):
+def test_accelerate_loads_example_configurations(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == 8 and config.mixed_precision == "bf16"
     assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
@@ -439,7 +439,7 @@ def test_accelerate_reads_the_example_configurations(path):
         ({"image_size": 17}, ArgumentError, r"image_size \(17\) must be divisible by patch_size \(8\)"),
         ({"model": {"projection_dim": -1}}, ArgumentError, "projection_dim must be positive, got -1"),
         ({"model": {"projection_dim": "x"}}, ArgumentError, "projection_dim must be positive, got 'x'"),
-        ({"model": {"text_config": {"hiden_size": 8}}}, ArgumentError, "no field 'hiden_size'; hidden_size?"),
+        ({"model": {"text_config": {"hiden_size": 8}}}, ArgumentError, "no field 'hiden_size'; did you mean hidden_"),
         ({"hold_out": "caption=pink card"}, ArgumentError, "0 of 32 rows"),
         ({"patch_dropout": 0.5, "image_size": 32, "model": RESNET}, ArgumentError, "a ResNet has no patches"),
         (
@@ -449,13 +449,13 @@ def test_accelerate_reads_the_example_configurations(path):
         ),
     ],
 )
-def test_mistakes_end_the_run_with_what_to_do(pairs, tmp_path, options, error, message):
+def test_errors_end_the_run_with_helpful_messages(pairs, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         train(arguments(pairs, tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
 
 
-def test_data_with_too_many_bad_rows_ends_the_run(pairs, tmp_path):
+def test_too_many_bad_rows_end_the_run(pairs, tmp_path):
     for path in pairs.parent.glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 45 if int(path.stem) % 4 == 0 else None])
     broken = tmp_path / "pairs.csv"
@@ -466,7 +466,7 @@ def test_data_with_too_many_bad_rows_ends_the_run(pairs, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["bad_rows"] == "truncated or broken image: 8"
 
 
-def test_go_on_from_a_folder_and_from_towers(trained, pairs, tmp_path):
+def test_initialisation_from_model_and_from_tower(trained, pairs, tmp_path):
     options = dict(max_train_steps=1, learning_rate=1e-9, augmentation="none")
     train(arguments(pairs, tmp_path / "again", model_name_or_path=str(trained), **options))
     a, b = AutoModel.from_pretrained(trained), AutoModel.from_pretrained(tmp_path / "again")
@@ -477,7 +477,7 @@ def test_go_on_from_a_folder_and_from_towers(trained, pairs, tmp_path):
     assert not torch.equal(a.text_projection.weight, c.text_projection.weight)
 
 
-def test_a_tower_of_transformers_own_clip(pairs, trained, tmp_path):
+def test_tower_from_transformers_clip(pairs, trained, tmp_path):
     config = CLIPConfig(
         vision_config=MODEL["vision_config"] | {"image_size": 16}, text_config=MODEL["text_config"], projection_dim=16
     )
@@ -486,7 +486,7 @@ def test_a_tower_of_transformers_own_clip(pairs, trained, tmp_path):
     train(arguments(pairs, tmp_path / "run", image_tower=str(tmp_path / "theirs"), lock_image_tower=True))
     ours = AutoModel.from_pretrained(tmp_path / "run")
     assert_close(ours.vision_model.state_dict(), theirs.vision_model.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ArgumentError, match="has another text_model: .*token_embedding.weight is"):
+    with pytest.raises(ArgumentError, match="has a different text_model: .*token_embedding.weight is"):
         train(arguments(pairs, tmp_path / "run", text_tower=str(tmp_path / "theirs"), tokenizer_name=str(trained)))
 
 
@@ -503,7 +503,7 @@ def test_a_tower_of_transformers_own_clip(pairs, trained, tmp_path):
         {"max_train_steps": None, "num_train_epochs": 2.0},
     ],
 )
-def test_options_run(pairs, tmp_path, options):
+def test_training_options_run(pairs, tmp_path, options):
     train(arguments(pairs, tmp_path / "run", **options))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] >= 2 and (tmp_path / "run" / "model.safetensors").exists()
@@ -511,7 +511,7 @@ def test_options_run(pairs, tmp_path, options):
         assert results["steps"] == 4 and results["samples"] == 64
 
 
-def test_push_is_one_commit_of_the_whole_folder(pairs, tmp_path, monkeypatch):
+def test_push_uploads_folder_in_one_commit(pairs, tmp_path, monkeypatch):
     calls = []
 
     class Url:
@@ -537,7 +537,7 @@ def test_push_is_one_commit_of_the_whole_folder(pairs, tmp_path, monkeypatch):
     assert not any("optimizer" in name or "step-" in name for name in calls[2][2])
 
 
-def test_push_without_a_token_fails_before_training_and_a_failed_push_loses_nothing(pairs, tmp_path, monkeypatch):
+def test_push_needs_token_and_failed_push_keeps_folder(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "get_token", lambda: None)
     options = dict(push_to_hub=True, hub_model_id="me/cards")
     with pytest.raises(ArgumentError, match="hf auth login"):
@@ -549,7 +549,7 @@ def test_push_without_a_token_fails_before_training_and_a_failed_push_loses_noth
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_whole_or_not_at_all(tmp_path):
+def test_write_whole_is_atomic(tmp_path):
     target = tmp_path / "folder"
     files.write_whole(target, lambda fresh: (fresh / "a").write_text("old"))
 
@@ -557,12 +557,12 @@ def test_whole_or_not_at_all(tmp_path):
         (fresh / "a").write_text("new")
         raise OSError("No space left on device")
 
-    with pytest.raises(OSError, match="No space left on device.*is as it was"):
+    with pytest.raises(OSError, match="No space left on device.*is unchanged"):
         files.write_whole(target, fail)
     assert (target / "a").read_text() == "old" and os.listdir(tmp_path) == ["folder"]
 
 
-def test_schedule():
+def test_learning_rate_schedule():
     factors = [learning_rate_factor(step, 4, step / 100) for step in range(101)]
     assert factors[0] == pytest.approx(0.25) and max(factors) == pytest.approx(factors[3], rel=0.01)
     assert factors[50] == pytest.approx(0.5) and factors[100] == pytest.approx(0)
@@ -593,7 +593,7 @@ def test_parameter_groups(tower):
         assert rates[id(model.get_parameter(name))] == 0.5**level, name
 
 
-def test_one_batch_can_be_learnt_by_heart():
+def test_objective_overfits_one_batch():
     for tower in ("vit", "resnet"):
         model = tiny_model(tower)
         objective, batch = ClipObjective(model).train(), tiny_batch(model)
@@ -611,7 +611,7 @@ def test_one_batch_can_be_learnt_by_heart():
 
 
 def test_adapters_are_trained_saved_loaded_and_merged(pairs, trained, tmp_path):
-    """The folder holds them and the name of their base, and loads by its own name; merged, they give the same."""
+    """The folder has adapters and their base's name instead of all weights; merging them gives the same features."""
     base = load_file(trained / "model.safetensors")
     options = dict(model_name_or_path=str(trained), lora_rank=4, max_train_steps=6, learning_rate=1e-2)
     train(arguments(pairs, tmp_path / "run", **options))
@@ -634,15 +634,15 @@ def test_adapters_are_trained_saved_loaded_and_merged(pairs, trained, tmp_path):
     assert "lora" not in " ".join(merged.state_dict())
 
 
-def test_a_folder_of_other_adapters_is_left_alone(tmp_path):
+def test_folder_with_other_adapters_is_not_replaced(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ArgumentError, match="holds other files"):
+    with pytest.raises(ArgumentError, match="contains other files"):
         files.check_output(str(tmp_path))
     (tmp_path / "training_arguments.yaml").write_text("")
     files.check_output(str(tmp_path))
 
 
-def test_what_adapters_cannot_be_added_to_is_refused(pairs, trained, tmp_path, monkeypatch):
+def test_invalid_adapter_options_raise(pairs, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "get_token", lambda: "token")
     for options, message in (
         (dict(lora_rank=4), "--lora_rank needs --model_name_or_path"),

@@ -1,4 +1,4 @@
-"""The demo: what it does, what it refuses, and the page in a headless browser. Run: pytest tests/test_demo.py"""
+"""The demo: its functions, its error messages, and the page in a headless browser."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ COLOURS = ["red", "green", "blue", "yellow"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with two small models, pictures, and a file that is nobody's business."""
+    """A folder with two small models, pictures and private files."""
     base = tmp_path_factory.mktemp("demo")
     clip, processor = tiny_pair()
     for part in (clip, processor):
@@ -34,7 +34,7 @@ def place(tmp_path_factory) -> Path:
     for colour in COLOURS:
         (base / f"pictures/{colour}.png").write_bytes(picture(colour))
     (base / "pictures/more/black.png").write_bytes(picture("black"))
-    (base / "secret.txt").write_text("nobody's business")
+    (base / "secret.txt").write_text("private")
     (base / "secret.png").write_bytes(picture("white"))
     return base
 
@@ -47,28 +47,28 @@ def demo(place) -> Demo:
 CLIP, BLIP = "model_cards/clip-tiny", "runs/blip-tiny"
 
 
-def test_every_tab_does_its_work(demo, place):
+def test_every_tab_works(demo, place):
     red = str(place / "pictures/red.png")
     assert demo.models() == [CLIP, BLIP]
     for model in (CLIP, BLIP):
         shares = demo.classify(model, red, "red card, dog,\nrocket, dog")
         assert list(shares) == ["red card", "dog", "rocket"] and sum(shares.values()) == pytest.approx(1.0)
-    told = []
-    assert demo.build(CLIP, ".", lambda *done: told.append(done)) == "5 pictures; could not be read: none."
-    assert told[-1] == (5, 5)
+    progress = []
+    assert demo.build(CLIP, ".", lambda *done: progress.append(done)) == "Indexed pictures: 5. Skipped: none."
+    assert progress[-1] == (5, 5)
     found = demo.search(CLIP, ".", "", red)
     assert found[0][1].startswith("red.png  1.00") and len(found) == 5
     assert len(demo.search(CLIP, ".", "a red square", None)) == 5
-    assert demo.build(CLIP, "more", lambda *done: None).startswith("1 pictures")
-    grown = list(demo.caption(BLIP, red))
+    assert demo.build(CLIP, "more", lambda *done: None).startswith("Indexed pictures: 1.")
+    partial = list(demo.caption(BLIP, red))
     predictor = demo.predictor(BLIP, "caption")
-    assert grown[-1] == predictor.caption([Image.open(red)], num_beams=1)[0]
-    assert len(grown) > 2 and all(len(a) <= len(b) for a, b in zip(grown, grown[1:], strict=False))
+    assert partial[-1] == predictor.caption([Image.open(red)], num_beams=1)[0]
+    assert len(partial) > 2 and all(len(a) <= len(b) for a, b in zip(partial, partial[1:], strict=False))
     shares, heat = demo.match(BLIP, red, "a red card")
     assert sum(shares.values()) == pytest.approx(1.0) and heat.size == Image.open(red).size
 
 
-def test_what_cannot_be_is_told(demo, place):
+def test_errors_are_reported(demo, place):
     red = str(place / "pictures/red.png")
     large = place / "large.png"
     Image.new("1", (6000, 6000)).save(large)
@@ -76,35 +76,35 @@ def test_what_cannot_be_is_told(demo, place):
     Image.new("RGB", (2000, 2000)).save(many)
     for call, message in (
         (lambda: demo.classify(CLIP, None, "a, b"), "Choose a picture first"),
-        (lambda: demo.classify(CLIP, red, "a"), "Give from 2 to 1000 names"),
+        (lambda: demo.classify(CLIP, red, "a"), "Enter 2 to 1000 class names"),
         (lambda: demo.classify(CLIP, str(large), "a, b"), "decompression bomb; at most 25 million pixels"),
-        (lambda: demo.classify(CLIP, str(many), "a, b"), "more than 10 MB"),
+        (lambda: demo.classify(CLIP, str(many), "a, b"), "larger than 10 MB"),
         (lambda: demo.classify(CLIP, str(place / "secret.txt"), "a, b"), "cannot be read: not an image"),
-        (lambda: demo.classify("runs/none", red, "a, b"), "is no folder of a model; there are model_cards/clip-tiny"),
+        (lambda: demo.classify("runs/none", red, "a, b"), "is not a model folder; choose from model_cards/clip-tiny"),
         (lambda: demo.match(CLIP, red, "a card"), "cannot match: it has no matching head"),
-        (lambda: demo.match(BLIP, red, " "), "Say what the picture is to be matched with"),
+        (lambda: demo.match(BLIP, red, " "), "Enter a text to match with the picture"),
         (lambda: list(demo.caption(CLIP, red)), "cannot caption"),
-        (lambda: list(demo.caption(BLIP, red, "x" * 1001)), "1,001 letters"),
-        (lambda: demo.search(BLIP, ".", "x", None), "no index of this folder by this model yet"),
+        (lambda: list(demo.caption(BLIP, red, "x" * 1001)), "1,001 characters"),
+        (lambda: demo.search(BLIP, ".", "x", None), "no index of this folder for this model yet"),
         (lambda: demo.build(CLIP, "nowhere", print), "no folder 'nowhere' in pictures"),
     ):
         with pytest.raises(DemoError, match=message):
             call()
     demo.build(CLIP, ".", lambda *done: None)
-    with pytest.raises(DemoError, match="Say what to look for"):
+    with pytest.raises(DemoError, match="Enter a query, or choose a picture"):
         demo.search(CLIP, ".", " ", None)
 
 
 @pytest.mark.parametrize("name", ["..", "../secret.png", "/etc", "more/../../root"])
-def test_nothing_outside_of_the_folders_is_read(name, demo, place):
+def test_files_outside_the_folders_are_not_read(name, demo, place):
     for call in (lambda: demo.build(CLIP, name, print), lambda: demo.search(CLIP, name, "x", None)):
-        with pytest.raises(DemoError, match="outside of the folder of pictures"):
+        with pytest.raises(DemoError, match="outside the folder of pictures"):
             call()
-    with pytest.raises(DemoError, match="outside of the folder of models"):
+    with pytest.raises(DemoError, match="outside the folder of models"):
         demo.classify("../" + name if not name.startswith("/") else name, str(place / "pictures/red.png"), "a, b")
 
 
-def test_a_picture_on_its_side_is_put_upright(demo, place):
+def test_exif_orientation_is_applied(demo, place):
     from vlp.commands.demo import opened
 
     image, path = Image.new("RGB", (30, 20), "red"), place / "turned.jpg"
@@ -114,7 +114,7 @@ def test_a_picture_on_its_side_is_put_upright(demo, place):
     assert opened(str(path)).size == (20, 30)
 
 
-def test_the_embedded_drawings_become_files(tmp_path):
+def test_embedded_pictures_are_written_to_files(tmp_path):
     folder = embedded_pictures(tmp_path)
     assert len(list(folder.glob("*.webp"))) == 1906 and "CC BY" in (folder / "LICENCE.txt").read_text()
     assert Image.open(folder / "red apple.webp").size == (64, 64)
@@ -122,7 +122,7 @@ def test_the_embedded_drawings_become_files(tmp_path):
 
 @pytest.fixture(scope="module")
 def address(demo):
-    """The page, served as `vlp-demo` does."""
+    """The address of the page, served as by `vlp-demo`."""
     pytest.importorskip("gradio")
     blocks = page(demo).queue(default_concurrency_limit=1)
     _, url, _ = blocks.launch(server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True,
@@ -132,15 +132,15 @@ def address(demo):
 
 
 def test_files_are_not_served(address, place):
-    """Neither what lies beside the folder nor the pictures themselves can be fetched by their paths."""
+    """Neither other files nor the pictures themselves can be fetched by their paths."""
     for path in (place / "secret.txt", place / "pictures/red.png", "/etc/passwd"):
-        with pytest.raises(urllib.error.HTTPError) as told:
+        with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(f"{address}/gradio_api/file={path}")
-        assert told.value.code in (403, 404)
+        assert error.value.code in (403, 404)
 
 
-def test_a_path_that_was_not_uploaded_is_no_picture(address, place):
-    """An upload is classified; a call that names a file of this machine as its upload is refused."""
+def test_paths_that_were_not_uploaded_are_rejected(address, place):
+    """An upload is classified; a request that names a local file as its upload is rejected."""
     body = b"--x\r\nContent-Disposition: form-data; name=files; filename=r.png\r\n\r\n" + picture("red") + b"\r\n--x--"
     upload = urllib.request.Request(f"{address}/gradio_api/upload", body,
                                     {"Content-Type": "multipart/form-data; boundary=x"})  # fmt: skip
@@ -158,8 +158,8 @@ def test_a_path_that_was_not_uploaded_is_no_picture(address, place):
     assert "event: error" in refused and "complete" not in refused
 
 
-def test_the_page_in_a_browser(address, place):
-    """Each tab, by clicks, read back."""
+def test_page_in_a_browser(address, place):
+    """Each tab is used by clicking, and its result is checked."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine (apt-get install chromium)")
@@ -184,11 +184,13 @@ def test_the_page_in_a_browser(address, place):
         upload("classify")
         window.click("#classify-go")
         window.wait_for_selector("#classify-result h2")
-        told = window.inner_text("#classify-result")
-        assert "red card" in told and "dog" in told and "%" in told
+        shown = window.inner_text("#classify-result")
+        assert "red card" in shown and "dog" in shown and "%" in shown
         window.get_by_role("tab", name="Search").click()
         window.click("#search-build")
-        window.wait_for_function("document.querySelector('#search-state textarea').value.startsWith('5 pictures')")
+        window.wait_for_function(
+            "document.querySelector('#search-state textarea').value.startsWith('Indexed pictures: 5')"
+        )
         window.fill("#search-words textarea", "a red square")
         window.click("#search-go")
         window.wait_for_selector("#search-result img")
@@ -202,7 +204,7 @@ def test_the_page_in_a_browser(address, place):
         window.fill("#match-text textarea", "a red card")
         window.click("#match-go")
         window.wait_for_selector("#match-result h2")
-        assert "they match" in window.inner_text("#match-result")
+        assert "match" in window.inner_text("#match-result")
         window.wait_for_selector("#match-heat img")
         assert errors == []
         chromium.close()

@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries, both ways: `vlp-convert`. Run: pytest tests/test_exchange.py"""
+"""Conversion of checkpoints from and to other libraries: `vlp-convert`."""
 
 import json
 import pickle
@@ -47,7 +47,7 @@ def pixels(side: int = 32) -> torch.Tensor:
 
 
 def ids(vocabulary: int = 99, length: int = 12) -> torch.Tensor:
-    """Texts that end in the last token, padded with 0."""
+    """Texts that end with the last token of the vocabulary, padded with 0."""
     generator, result = torch.Generator().manual_seed(2), torch.zeros(3, length, dtype=torch.long)
     for row in range(3):
         result[row, : 4 + row] = torch.randint(1, vocabulary - 2, (4 + row,), generator=generator)
@@ -68,7 +68,7 @@ def equal(a: dict, b: dict) -> None:
 
 
 def openai_model(resnet: bool = False):
-    """OpenAI's own class, tiny; heads are 64 wide, as its code has it."""
+    """A tiny model of OpenAI's own class, whose heads are always 64 wide."""
     from clip.model import CLIP
 
     torch.manual_seed(0)
@@ -88,8 +88,8 @@ def compare_clip(folder: Path, theirs, side: int) -> vlp.VlpClipModel:
 
 
 @torch.no_grad()
-def test_siglip_of_transformers_both_ways(tmp_path):
-    """Its own loss, its attention to padding, its pooling, and its preprocessing."""
+def test_transformers_siglip_both_ways(tmp_path):
+    """Loss, attention to padding, pooling and preprocessing match transformers."""
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     theirs = SiglipModel(SiglipConfig(text_config=size | {"vocab_size": 99, "max_position_embeddings": 12},
@@ -101,21 +101,21 @@ def test_siglip_of_transformers_both_ways(tmp_path):
     SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours")
     ours = vlp.VlpClipModel.from_pretrained(tmp_path / "ours").eval()
-    texts = torch.cat([ids()[:, :5], torch.ones(3, 7, dtype=torch.long)], dim=1)  # padded with 1, as SigLIP's are
-    wanted = theirs(texts, pixels(), return_loss=True)
-    for given in (texts, texts[:, :5]):  # whatever length they are given in
+    texts = torch.cat([ids()[:, :5], torch.ones(3, 7, dtype=torch.long)], dim=1)  # padded with 1, as for SigLIP
+    expected = theirs(texts, pixels(), return_loss=True)
+    for given in (texts, texts[:, :5]):  # padded and unpadded
         output = ours(given, pixels(), return_loss=True)
-        same(output.logits_per_image, wanted.logits_per_image)
-        same(output.loss, wanted.loss)
+        same(output.logits_per_image, expected.logits_per_image)
+        same(output.loss, expected.loss)
         short = ours(given, pixels(), pooled_only=True)
-        same(short.text_embeds, wanted.text_embeds)
-        same(short.image_embeds, wanted.image_embeds)
+        same(short.text_embeds, expected.text_embeds)
+        same(short.image_embeds, expected.image_embeds)
     images = AutoImageProcessor.from_pretrained(tmp_path / "ours")
     assert list(images.image_mean) == [0.5, 0.5, 0.5] and not images.do_center_crop
     convert(tmp_path / "ours", tmp_path / "back", "transformers")
     equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors"))
     again = SiglipModel.from_pretrained(tmp_path / "back").eval()
-    assert torch.equal(again(texts, pixels()).logits_per_image, wanted.logits_per_image)
+    assert torch.equal(again(texts, pixels()).logits_per_image, expected.logits_per_image)
     for target in ("openai", "open_clip"):
         with pytest.raises(ExchangeError, match=f"{target} has no VlpClipModel with SigLIP's towers"):
             convert(tmp_path / "ours", tmp_path / "x", target)
@@ -127,12 +127,12 @@ def test_siglip_of_transformers_both_ways(tmp_path):
 
 @pytest.mark.parametrize("resnet", [False, True], ids=["vit", "resnet"])
 def test_openai_both_ways(tmp_path, resnet):
-    """From a TorchScript archive, whose code is not run, and back into a file that OpenAI's own loader takes."""
+    """From a TorchScript archive, without running its code, and back to a file that OpenAI's own loader accepts."""
     import clip
 
     theirs, side = openai_model(resnet), 64 if resnet else 32
 
-    class Released(torch.nn.Module):  # their archives hold three integers beside the weights
+    class Released(torch.nn.Module):  # OpenAI's archives contain three integers besides the weights
         def __init__(self):
             super().__init__()
             for name, module in theirs.named_children():
@@ -194,7 +194,7 @@ def test_open_clip_both_ways(tmp_path, activation, resnet):
 
 
 def test_open_clip_training_files(tmp_path):
-    """A checkpoint of a run: under "state_dict", "module." before each name, the text tower apart, a logit_bias."""
+    """A training checkpoint: a "state_dict" with "module." prefixes, a separate text tower and a logit_bias."""
     theirs = open_clip_folder(tmp_path / "theirs", "gelu", resnet=False, init_logit_bias=-10.0)
     state = {}
     for name, value in theirs.state_dict().items():
@@ -202,9 +202,9 @@ def test_open_clip_training_files(tmp_path):
         state[f"module.{'text.' if of_text else ''}{name}"] = value
     torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}, tmp_path / "epoch_3.pt")
     heads = dict(vision_heads=4, text_heads=4)
-    with pytest.raises(ExchangeError, match="does not tell its activation.*--hidden_act quick_gelu"):
+    with pytest.raises(ExchangeError, match="does not record its activation.*--hidden_act quick_gelu"):
         convert(tmp_path / "epoch_3.pt", tmp_path / "ours", **heads)
-    with pytest.raises(ExchangeError, match="32 wide, no multiple of 64: tell its heads by"):
+    with pytest.raises(ExchangeError, match="32 wide, which is not a multiple of 64: pass --vision_heads"):
         convert(tmp_path / "epoch_3.pt", tmp_path / "ours", hidden_act="gelu", vision_heads=4)
     convert(tmp_path / "epoch_3.pt", tmp_path / "ours", hidden_act="gelu", **heads)
     ours = compare_clip(tmp_path / "ours", theirs, 32)
@@ -213,7 +213,7 @@ def test_open_clip_training_files(tmp_path):
     equal(load_file(tmp_path / "back" / "open_clip_model.safetensors"), dict(theirs.state_dict()))
 
 
-def test_towers_that_vlp_does_not_have_are_refused(tmp_path):
+def test_unsupported_towers_are_rejected(tmp_path):
     open_clip_folder(tmp_path / "theirs", "gelu", resnet=False)
     path = tmp_path / "theirs" / "open_clip_config.json"
     facts = json.loads(path.read_text())
@@ -221,7 +221,7 @@ def test_towers_that_vlp_does_not_have_are_refused(tmp_path):
         changed = json.loads(json.dumps(facts))
         changed["model_cfg"][part][option] = value
         path.write_text(json.dumps(changed))
-        with pytest.raises(ExchangeError, match=f"vlp's CLIP has no {option}"):
+        with pytest.raises(ExchangeError, match=f"vlp's CLIP does not support open_clip's option {option}"):
             convert(tmp_path / "theirs", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
@@ -241,7 +241,7 @@ def clip_of_transformers(folder: Path) -> CLIPModel:
     return theirs
 
 
-READ_WITHOUT_VLP = """
+LOAD_WITHOUT_VLP = """
 import sys
 sys.modules["vlp"] = None
 import torch
@@ -269,14 +269,14 @@ def test_transformers_clip_both_ways(tmp_path):
         same(logits, theirs(**inputs).logits_per_image)
     assert convert(tmp_path / "ours", tmp_path / "back", to="transformers") == []
     equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors"))
-    command = [sys.executable, "-c", READ_WITHOUT_VLP, str(tmp_path / "back"), str(tmp_path / "told.pt")]
+    command = [sys.executable, "-c", LOAD_WITHOUT_VLP, str(tmp_path / "back"), str(tmp_path / "result.pt")]
     subprocess.run(command, check=True, cwd=tmp_path)
-    told = torch.load(tmp_path / "told.pt", weights_only=True)
-    assert told["type"] == "CLIPModel"
-    same(told["logits"], logits)
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert result["type"] == "CLIPModel"
+    same(result["logits"], logits)
 
 
-def test_the_end_token_of_early_configurations_is_the_last(tmp_path):
+def test_end_token_of_early_configurations_is_corrected(tmp_path):
     theirs = clip_of_transformers(tmp_path / "theirs")
     path = tmp_path / "theirs" / "config.json"
     path.write_text(re.sub(r'"eos_token_id": \d+', '"eos_token_id": 2', path.read_text()))
@@ -290,14 +290,14 @@ def test_the_end_token_of_early_configurations_is_the_last(tmp_path):
     ("vit", "openai", "heads are not 64 wide"),
     ("vit", "salesforce", "salesforce has no VlpClipModel"),
 ])  # fmt: skip
-def test_what_a_target_cannot_be_is_refused(tmp_path, tower, to, message):
+def test_unsupported_targets_are_rejected(tmp_path, tower, to, message):
     tiny_model(tower).save_pretrained(tmp_path / "ours")
     with pytest.raises(ExchangeError, match=message):
         convert(tmp_path / "ours", tmp_path / "theirs", to=to)
     assert not (tmp_path / "theirs").exists()
 
 
-def test_a_blip_with_a_resnet_is_vlps_own(tmp_path):
+def test_blip_with_a_resnet_cannot_be_exported(tmp_path):
     tiny_blip("resnet").save_pretrained(tmp_path / "ours")
     with pytest.raises(ExchangeError, match="salesforce/BLIP and LAVIS have no ModifiedResNet"):
         convert(tmp_path / "ours", tmp_path / "theirs.pth", to="salesforce")
@@ -347,7 +347,7 @@ def heads_of_fixture() -> dict:
     return {"vision_heads": facts["vision"]["heads"], "text_heads": facts["text"]["heads"]}
 
 
-def test_a_pre_trained_blip_both_ways(tmp_path):
+def test_pretrained_blip_both_ways(tmp_path):
     state = pretrained_file(tmp_path / "model_base.pth")
     convert(tmp_path / "model_base.pth", tmp_path / "ours", **heads_of_fixture())
     ours = vlp.VlpBlipForPreTraining.from_pretrained(tmp_path / "ours")
@@ -360,8 +360,8 @@ def test_a_pre_trained_blip_both_ways(tmp_path):
     equal(back, kept)
 
 
-def test_the_teacher_and_its_queue_are_training_state(tmp_path):
-    """Of a pre-training that goes on, not of the model; pairs in the queue are nobody's."""
+def test_teacher_and_queue_are_training_state(tmp_path):
+    """They belong to resumed pre-training, not to the model; queued pairs match no pair of the data."""
     state = pretrained_file(tmp_path / "model_base.pth")
     convert(tmp_path / "model_base.pth", tmp_path / "ours", **heads_of_fixture())
     ours = vlp.VlpBlipForPreTraining.from_pretrained(tmp_path / "ours")
@@ -372,7 +372,7 @@ def test_the_teacher_and_its_queue_are_training_state(tmp_path):
     assert torch.equal(teacher.model.text_proj.weight, state["text_proj_m.weight"])
     assert not torch.equal(teacher.model.text_proj.weight, ours.text_proj.weight)
     assert (teacher.image_ids < 0).all() and len(set(teacher.image_ids.tolist())) == size
-    with pytest.raises(ArgumentError, match="does not fit, as where --queue_size is not"):
+    with pytest.raises(ArgumentError, match="does not fit this run, for example because it has another --queue_size"):
         make_teacher(BlipArguments(model_name_or_path=str(tmp_path / "ours"), queue_size=size + 1), ours)
     assert [path.name for path in state_folder(tmp_path / "ours").iterdir()] == ["teacher.safetensors"]
 
@@ -387,7 +387,7 @@ TASKS = {
 
 @pytest.mark.parametrize("architecture", TASKS)
 def test_fine_tuned_blips_both_ways(tmp_path, architecture):
-    """Out and in again, bit for bit; the names out there are those of the pre-trained fixture, where it has them."""
+    """The round trip is bit-exact; exported names that the pre-trained fixture also has are the same there."""
     torch.manual_seed(0)
     config = tiny_blip().config
     ours = getattr(vlp, architecture)(config)
@@ -442,28 +442,28 @@ def test_transformers_blip_both_ways(tmp_path, kind):
         assert torch.equal(ours.generate(pixels(), **options), theirs.generate(pixels(), **options))
     elif kind is BlipForImageTextRetrieval:
         assert any("no temperature" in note for note in notes)
-        ours.config.text_config.enc_token_id = tokenizer.cls_token_id  # transformers leaves out [ENC]
+        ours.config.text_config.enc_token_id = tokenizer.cls_token_id  # transformers does not use [ENC]
         mine = ours(words["input_ids"], pixels(), words["attention_mask"])
         same(mine.itm_logits, theirs(pixel_values=pixels(), **words).itm_score)
         cosine = theirs(pixel_values=pixels(), **words, use_itm_head=False).itm_score
         same(mine.image_embeds @ mine.text_embeds.T, cosine)
     else:
-        one = tokenizer(["two dogs"], return_tensors="pt")  # padding they would attend to
+        one = tokenizer(["two dogs"], return_tensors="pt")  # one text, because transformers attends to padding
         ours.config.text_config.enc_token_id = tokenizer.cls_token_id
         options = dict(max_new_tokens=6, do_sample=False)
-        written = theirs.generate(pixel_values=pixels()[:1], **one, **options)
-        assert torch.equal(ours.generate(pixels()[:1], one["input_ids"], **options), written)
+        generated = theirs.generate(pixel_values=pixels()[:1], **one, **options)
+        assert torch.equal(ours.generate(pixels()[:1], one["input_ids"], **options), generated)
     left_out = convert(tmp_path / "ours", tmp_path / "back", to="transformers")
-    assert left_out == (["transformers has no place for: temp"] if kind is BlipForImageTextRetrieval else [])
+    assert left_out == (["transformers cannot store: temp"] if kind is BlipForImageTextRetrieval else [])
     back, wrong = kind.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not wrong["missing_keys"] and not wrong["unexpected_keys"] and not wrong["mismatched_keys"]
     equal(dict(back.state_dict()), dict(theirs.state_dict()))
 
 
-# --- what is broken or meant to harm ----------------------------------------------------------------------------------
+# --- damaged and malicious files --------------------------------------------------------------------------------------
 
 
-def test_files_that_do_not_fit_are_named(tmp_path):
+def test_mismatched_tensors_are_named(tmp_path):
     state = pretrained_file(tmp_path / "x.pth")
     heads, name = heads_of_fixture(), "text_encoder.encoder.layer.0.output.dense.weight"
     other = name.replace("text_encoder", "text_decoder.bert")
@@ -471,7 +471,7 @@ def test_files_that_do_not_fit_are_named(tmp_path):
         (lambda s: [s.pop(n) for n in (name, other)], f"missing: {re.escape(name)}"),
         (lambda s: s.update({"text_encoder.pooler.dense.weight": torch.ones(2)}), r"unexpected: text_encoder\.pooler"),
         (lambda s: s.update({"itm_head.weight": torch.ones(3, 2)}), r"itm_head\.weight is \(3, 2\)"),
-        (lambda s: s.update({other: s[other] + 1}), "shared in BLIP but not equal here"),
+        (lambda s: s.update({other: s[other] + 1}), "shared in BLIP but different here"),
     ):
         changed = dict(state)
         change(changed)
@@ -489,14 +489,14 @@ class Harm:
 def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"x": torch.ones(1)}, "config": Harm()}, "harm.pth")
-    with pytest.raises(ExchangeError, match="harm.pth holds more than tensors, and was not loaded"):
+    with pytest.raises(ExchangeError, match="harm.pth contains more than tensors and was not loaded"):
         convert("harm.pth", "ours")
     torch.jit.script(torch.nn.Linear(2, 2)).save("scripted.pt")
     with zipfile.ZipFile("scripted.pt") as archive, zipfile.ZipFile("harm.pt", "w") as harmed:
         for entry in archive.namelist():
             content = pickle.dumps(Harm()) if entry.endswith("/data.pkl") else archive.read(entry)
             harmed.writestr(entry, content)
-    with pytest.raises(ExchangeError, match="harm.pt holds more than tensors"):
+    with pytest.raises(ExchangeError, match="harm.pt contains more than tensors"):
         convert("harm.pt", "ours")
     assert not Path("harmed").exists() and not Path("ours").exists()
 
@@ -519,37 +519,37 @@ def test_damaged_files_are_named(tmp_path):
         convert(tmp_path / "nowhere", tmp_path / "ours")
 
 
-def test_a_path_that_climbs_out_of_its_folder_is_refused(tmp_path):
+def test_paths_outside_the_folder_are_rejected(tmp_path):
     clip_of_transformers(tmp_path / "theirs")
     (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "outside.safetensors")
     index = {"weight_map": {"logit_scale": "../outside.safetensors"}}
     (tmp_path / "theirs" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ExchangeError, match="points out of its folder"):
+    with pytest.raises(ExchangeError, match="refers to files outside its folder"):
         convert(tmp_path / "theirs", tmp_path / "ours")
 
 
 @pytest.mark.parametrize("to", ["vlp", "transformers", "open_clip"])
-def test_a_folder_with_other_files_is_left_alone(tmp_path, to):
+def test_folder_with_other_files_is_not_changed(tmp_path, to):
     clip_of_transformers(tmp_path / "theirs")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "years of work.txt").write_text("x")
-    with pytest.raises(ArgumentError, match="TARGET .*thesis holds other files"):
+    with pytest.raises(ArgumentError, match="TARGET .*thesis contains other files"):
         convert(tmp_path / "theirs", tmp_path / "thesis", to=to)
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["years of work.txt"]
 
 
-def test_states_of_an_earlier_run_are_put_aside(tmp_path):
+def test_training_states_of_an_earlier_run_are_moved_aside(tmp_path):
     pretrained_file(tmp_path / "model_base.pth")
     state = state_folder(tmp_path / "ours") / "step-0000003"
     state.mkdir(parents=True)
     (state / "trainer_state.json").write_text("{}")
     convert(tmp_path / "model_base.pth", tmp_path / "ours", **heads_of_fixture())
     assert (tmp_path / "ours.resume.previous" / "step-0000003" / "trainer_state.json").exists()
-    with pytest.raises(ExchangeError, match="is a folder; this format needs the name of a file"):
+    with pytest.raises(ExchangeError, match="is a folder; this format is a single file"):
         convert(tmp_path / "ours", tmp_path / "ours", to="salesforce")
 
 
-def test_several_files_are_one_model(tmp_path):
+def test_sharded_checkpoints_are_loaded(tmp_path):
     theirs = clip_of_transformers(tmp_path / "theirs")
     (tmp_path / "theirs" / "model.safetensors").unlink()
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
@@ -558,7 +558,7 @@ def test_several_files_are_one_model(tmp_path):
     equal(dict(vlp.VlpClipModel.from_pretrained(tmp_path / "ours").state_dict()), dict(theirs.state_dict()))
 
 
-def test_tensors_of_half_precision_are_read(tmp_path):
+def test_half_precision_tensors_are_loaded(tmp_path):
     torch.save({"a": torch.ones(3, dtype=torch.bfloat16), "b": "text", "c": 3}, tmp_path / "x.bin")
     assert {name: value.dtype for name, value in read_tensors(tmp_path / "x.bin").items()} == {"a": torch.bfloat16}
 
@@ -567,6 +567,6 @@ def test_the_command_line(tmp_path):
     tiny_blip().save_pretrained(tmp_path / "ours")
     command = [sys.executable, "-m", "vlp.commands.convert", str(tmp_path / "ours"), str(tmp_path / "theirs.pth")]
     done = subprocess.run([*command, "--to", "salesforce"], capture_output=True, text=True)
-    assert done.returncode == 0 and "Written:" in done.stdout, done.stderr
+    assert done.returncode == 0 and "Wrote " in done.stdout, done.stderr
     wrong = subprocess.run([*command, "--to", "transformers"], capture_output=True, text=True)
     assert wrong.returncode == 1 and "error: transformers has no class for VlpBlipForPreTraining" in wrong.stderr

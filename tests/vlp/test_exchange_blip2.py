@@ -1,4 +1,4 @@
-"""Checkpoints of BLIP-2, both ways: transformers' and LAVIS'. Run: pytest tests/test_exchange_blip2.py"""
+"""Conversion of BLIP-2 checkpoints from and to transformers and LAVIS."""
 
 import json
 
@@ -11,7 +11,7 @@ from conftest import (
     tiny_blip,
     tiny_blip2,
     tiny_blip2_config,
-    tiny_blip2_writer,
+    tiny_blip2_generation,
     tiny_language_model,
     with_larger_weights,
 )
@@ -25,7 +25,7 @@ from transformers import (
     Blip2ForImageTextRetrieval,
     Blip2Processor,
 )
-from vlp.modeling_vlp.blip2_writer import load_language_model
+from vlp.modeling_vlp.blip2_generation import load_language_model
 from vlp.modeling_vlp.exchange.places import ExchangeError
 
 import vlp
@@ -54,7 +54,7 @@ def equal(a: dict, b: dict) -> None:
 
 
 def peer(kind: str | None):
-    """transformers' own class, tiny, with random weights; `kind` of language model, or the one that compares."""
+    """A tiny model of transformers with random weights: with a language model, or for retrieval if `kind` is None."""
     torch.manual_seed(0)
     common = dict(vision_config=VISION, num_query_tokens=5, image_text_hidden_size=12)
     if kind is None:
@@ -86,8 +86,8 @@ def test_transformers_retrieval_both_ways(tmp_path):
     same(output.image_embeds, compared.image_embeds)
     same(output.itm_logits, theirs(PIXELS, IDS, mask, use_image_text_matching_head=True).logits_per_image)
     assert convert(tmp_path / "ours", tmp_path / "back", "transformers") == [
-        "the source has no tokenizer: name one with --tokenizer, or the folder has none",
-        "transformers has no place for: temp",
+        "the source has no tokenizer, so none was saved; to add one, pass --tokenizer",
+        "transformers cannot store: temp",
     ]
     equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors"))
     again = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "back").eval()
@@ -96,13 +96,13 @@ def test_transformers_retrieval_both_ways(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["opt", "t5"])
-def test_transformers_writing_both_ways(tmp_path, kind):
+def test_transformers_generation_both_ways(tmp_path, kind):
     theirs = peer(kind)
     theirs.save_pretrained(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours")
     ours = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
     prompt = torch.tensor([[1, 7, 9], [1, 8, 4]])
-    ids = torch.cat([torch.full((2, 5), 59), prompt], dim=1)  # the image's places come first
+    ids = torch.cat([torch.full((2, 5), 59), prompt], dim=1)  # the image tokens come first
     if kind == "opt":
         logits = theirs(PIXELS, ids, torch.ones_like(ids)).logits[:, 5:]
         same(ours(prompt, PIXELS).logits, logits)
@@ -114,24 +114,26 @@ def test_transformers_writing_both_ways(tmp_path, kind):
         same(mine.loss, output.loss)
     for options in ({"num_beams": 1}, {"num_beams": 5}, {"num_beams": 4, "num_return_sequences": 2}):
         options |= {"max_new_tokens": 8, "min_new_tokens": 2}
-        wanted = theirs.generate(PIXELS, ids, torch.ones_like(ids), **options)
-        written = ours.generate(PIXELS, prompt, **options)
-        assert torch.equal(written, wanted[:, 5:] if kind == "opt" else wanted)
+        expected = theirs.generate(PIXELS, ids, torch.ones_like(ids), **options)
+        generated = ours.generate(PIXELS, prompt, **options)
+        assert torch.equal(generated, expected[:, 5:] if kind == "opt" else expected)
     convert(tmp_path / "ours", tmp_path / "back", "transformers")
     again = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
     image_token = again.config.image_token_index
-    assert image_token == 60  # a row of its own
+    assert image_token == 60  # a new row of the embedding table
     for name, value in theirs.state_dict().items():
         assert torch.equal(again.state_dict()[name][: len(value)] if value.ndim else again.state_dict()[name], value)
     ids = ids.masked_fill(ids == 59, image_token)
     options = {"num_beams": 5, "max_new_tokens": 8, "bad_words_ids": [[60]]}
-    written = ours.generate(PIXELS, prompt, num_beams=5, max_new_tokens=8)
-    assert torch.equal(again.generate(PIXELS, ids, torch.ones_like(ids), **options)[:, 5 * (kind == "opt") :], written)
+    generated = ours.generate(PIXELS, prompt, num_beams=5, max_new_tokens=8)
+    assert torch.equal(
+        again.generate(PIXELS, ids, torch.ones_like(ids), **options)[:, 5 * (kind == "opt") :], generated
+    )
 
 
 @torch.no_grad()
-def test_transformers_own_processor_and_model_write_the_same(tmp_path):
-    """From a folder with a tokenizer: the export is used as any Blip2 of the Hub, by transformers alone."""
+def test_transformers_processor_and_model_generate_the_same(tmp_path):
+    """With a tokenizer in the folder, transformers alone can use the export like any BLIP-2 of the Hub."""
     save_language_model(tmp_path / "llm", ["a red square", "two dogs"])
     vision = VIT | {"model_type": "vlp_blip_vit", "final_norm": False}
     torch.manual_seed(0)
@@ -145,24 +147,24 @@ def test_transformers_own_processor_and_model_write_the_same(tmp_path):
     notes = convert(tmp_path / "ours", tmp_path / "theirs", "transformers")
     assert notes == []
     theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "theirs").eval()
-    reader = Blip2Processor.from_pretrained(tmp_path / "theirs")
+    their_processor = Blip2Processor.from_pretrained(tmp_path / "theirs")
     picture, options = Image.new("RGB", (40, 30), "red"), {"num_beams": 3, "max_new_tokens": 5}
-    inputs = reader(images=picture, text="a red", return_tensors="pt")
+    inputs = their_processor(images=picture, text="a red", return_tensors="pt")
     own = processor(images=picture, text="a red", return_tensors="pt")
     same(own["pixel_values"], inputs["pixel_values"])
-    wanted = theirs.generate(**inputs, **options, bad_words_ids=[[theirs.config.image_token_index]])
-    assert torch.equal(model.generate(**own, **options)[0], wanted[0, 3:])
+    expected = theirs.generate(**inputs, **options, bad_words_ids=[[theirs.config.image_token_index]])
+    assert torch.equal(model.generate(**own, **options)[0], expected[0, 3:])
 
 
-def test_transformers_cannot_hold_every_tower(tmp_path):
+def test_unsupported_towers_are_rejected(tmp_path):
     tiny_blip2("clip").save_pretrained(tmp_path / "ours")
-    with pytest.raises(ExchangeError, match="this tower is a vlp_vit that has one"):
+    with pytest.raises(ExchangeError, match="this tower, a vlp_vit, has one"):
         convert(tmp_path / "ours", tmp_path / "theirs", "transformers")
     assert not (tmp_path / "theirs").exists()
 
 
 def eva_tower(layers: int = 3) -> dict[str, torch.Tensor]:
-    """A file as eva_vit_g.pth: one layer more than is read, and what comes after it."""
+    """Weights as in eva_vit_g.pth: one layer more than is used, and the unused final norm and head."""
     generator = torch.Generator().manual_seed(2)
 
     def values(*shape):
@@ -196,11 +198,11 @@ def test_lavis_stage_1_both_ways(tmp_path):
     ours = vlp.VlpBlip2ForPreTraining.from_pretrained(tmp_path / "ours").eval()
     assert ours.config.vision_config.num_hidden_layers == 2 and not ours.config.vision_config.final_norm
     assert ours.config.qformer_config.cross_attention_frequency == 2
-    assert ours.temp.item() == state["temp"].item()  # transformers' own conversion loses it, and the head that writes
-    wanted = Fixture(FIXTURES[0])
-    memory = ours.read(wanted.vision_hidden_states)
-    same(ours.query(memory).last_hidden_state, wanted.query_output)
-    same(ours.see(torch.ones(1, 3, 8, 8)), eva_forward(eva_tower(), torch.ones(1, 3, 8, 8), 2))
+    assert ours.temp.item() == state["temp"].item()  # transformers' own conversion drops it and the LM head
+    expected = Fixture(FIXTURES[0])
+    memory = ours.memory_of(expected.vision_hidden_states)
+    same(ours.query(memory).last_hidden_state, expected.query_output)
+    same(ours.encode_image(torch.ones(1, 3, 8, 8)), eva_forward(eva_tower(), torch.ones(1, 3, 8, 8), 2))
     assert convert(tmp_path / "ours", tmp_path / "back.pth", "lavis") == []
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
     theirs = {name: value for name, value in state.items() if not name.endswith("position_ids")}
@@ -209,14 +211,14 @@ def test_lavis_stage_1_both_ways(tmp_path):
     equal(back, theirs | tower)
     convert(tmp_path / "back.pth", tmp_path / "again", **heads)
     equal(load_file(tmp_path / "again" / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors"))
-    # And on to transformers, which has no place for the head that writes, nor for the temperature.
+    # Transformers cannot store the LM head or the temperature.
     notes = convert(tmp_path / "ours", tmp_path / "theirs", "transformers")
     assert "temp" in notes[-1] and "lm_head.dense.weight" in notes[-1]
     assert Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "theirs")
 
 
 def eva_forward(state: dict, images: torch.Tensor, layers: int, heads: int = 4) -> torch.Tensor:
-    """EVA-CLIP's blocks, written out (LAVIS, models/eva_vit.py)."""
+    """Reference forward pass of EVA-CLIP's blocks (LAVIS, models/eva_vit.py)."""
     from torch.nn import functional as F
 
     x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=4)
@@ -242,12 +244,12 @@ def test_lavis_stage_2_both_ways(tmp_path, kind):
     model = with_larger_weights(vlp.VlpBlip2ForConditionalGeneration(config, tiny_language_model(kind)))
     model.save_pretrained(tmp_path / "ours")
     notes = convert(tmp_path / "ours", tmp_path / "theirs.pth", "lavis")
-    assert len(notes) == 1 and notes[0].startswith("lavis has no place for: language_model.")
+    assert len(notes) == 1 and notes[0].startswith("lavis cannot store: language_model.")
     state = torch.load(tmp_path / "theirs.pth", weights_only=True)["model"]
     assert f"{kind}_proj.weight" in state and "visual_encoder.transformer.resblocks.2.ln_1.weight" in state
     torch.save({"model": state}, tmp_path / "theirs.pth")
     heads = {"vision_heads": 4, "text_heads": 4}
-    with pytest.raises(ExchangeError, match="name it with --language_model"):
+    with pytest.raises(ExchangeError, match="pass --language_model"):
         convert(tmp_path / "theirs.pth", tmp_path / "again", **heads)
     convert(tmp_path / "theirs.pth", tmp_path / "again", language_model=str(tmp_path / "llm"), **heads)
     equal(load_file(tmp_path / "again" / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors"))
@@ -257,16 +259,16 @@ def test_lavis_stage_2_both_ways(tmp_path, kind):
     assert json.loads((tmp_path / "again" / "config.json").read_text())["store_language_model"] is False
 
 
-def test_a_vlp_folder_with_its_language_model_goes_through_convert(tmp_path):
+def test_vlp_folder_with_a_language_model_can_be_copied(tmp_path):
     tiny_language_model().save_pretrained(tmp_path / "llm")
-    model = tiny_blip2_writer()
+    model = tiny_blip2_generation()
     model.config.language_model_name_or_path = str(tmp_path / "llm")
     model.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "copy")
     equal(load_file(tmp_path / "copy" / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors"))
 
 
-def test_lavis_has_salesforces_names_for_blip(tmp_path):
+def test_lavis_uses_salesforces_names_for_blip(tmp_path):
     tiny_blip().save_pretrained(tmp_path / "ours")
     for target in ("lavis", "salesforce"):
         convert(tmp_path / "ours", tmp_path / f"{target}.pth", target)
@@ -277,7 +279,7 @@ def test_lavis_has_salesforces_names_for_blip(tmp_path):
         convert(tmp_path / "blip-2", tmp_path / "x.pth", "salesforce")
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_tensors_are_named(tmp_path):
     state = lavis_state() | {f"visual_encoder.{name}": value for name, value in eva_tower(2).items()
                              if not name.startswith(("fc_norm", "head"))}  # fmt: skip
     del state["Qformer.bert.encoder.layer.1.intermediate_query.dense.bias"]

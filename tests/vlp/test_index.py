@@ -1,4 +1,4 @@
-"""The search index: what it finds, what it keeps, what it refuses. Run: pytest tests/test_index.py"""
+"""The search index: search results, updates, storage and error messages."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from test_data import picture
 from torch.nn import functional as F
 
 import vlp.commands.index as module
-from vlp.commands.index import Index, NoIndexError, build, in_cells, main
+from vlp.commands.index import Index, NoIndexError, build, main
 from vlp.inference import VlpPredictor, load
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
@@ -39,70 +39,70 @@ def pictures(tmp_path):
     return folder
 
 
-def test_what_is_found_is_what_comparing_finds(model, pictures, tmp_path):
+def test_search_matches_exhaustive_comparison(model, pictures, tmp_path):
     assert build(pictures, tmp_path / "index", model, batch_size=2) == Counter({"not an image": 1})
-    index, ready = Index(tmp_path / "index"), load(model, "embed")
+    index, predictor = Index(tmp_path / "index"), load(model, "embed")
     assert len(index) == 6 and {path.name for path in (tmp_path / "index").iterdir()} == {
         "embeddings.safetensors", "index.json", "pictures.parquet",
     }  # fmt: skip
     from PIL import Image
 
-    query = ready.embed_texts(["two yellow triangles"])[0]
-    scores = {path: (ready.embed_images([Image.open(pictures / path)])[0] @ query).item()
+    query = predictor.embed_texts(["two yellow triangles"])[0]
+    scores = {path: (predictor.embed_images([Image.open(pictures / path)])[0] @ query).item()
               for path in index.table["path"].to_pylist()}  # fmt: skip
     hits = index.search(query, top_k=4)
     assert [hit.path for hit in hits] == sorted(scores, key=scores.get, reverse=True)[:4]
     assert [hit.score for hit in hits] == pytest.approx([scores[hit.path] for hit in hits], abs=1e-3)
-    own = index.search(ready.embed_images([Image.open(pictures / "more/green.png")])[0], top_k=1)[0]
+    own = index.search(predictor.embed_images([Image.open(pictures / "more/green.png")])[0], top_k=1)[0]
     assert own.path == "more/green.png" and own.score == pytest.approx(1.0, abs=1e-3)
     assert len(index.search(query, top_k=99)) == 6
 
 
-def test_new_pictures_alone_are_embedded(model, pictures, tmp_path, monkeypatch):
-    seen = []
+def test_only_new_pictures_are_embedded(model, pictures, tmp_path, monkeypatch):
+    embedded = []
     embed = VlpPredictor.embed_images
     monkeypatch.setattr(
-        VlpPredictor, "embed_images", lambda self, images: seen.append(len(images)) or embed(self, images)
+        VlpPredictor, "embed_images", lambda self, images: embedded.append(len(images)) or embed(self, images)
     )
     build(pictures, tmp_path / "index", model)
-    assert sum(seen) == 6
+    assert sum(embedded) == 6
     before = {path: row for path, row in zip(Index(tmp_path / "index").table["path"].to_pylist(),
                                              Index(tmp_path / "index").embeddings.clone(), strict=True)}  # fmt: skip
     (pictures / "red.png").unlink()
     (pictures / "cyan.png").write_bytes(picture("cyan"))
     (pictures / "blue.png").write_bytes(picture("navy", (30, 30)))  # changed
-    seen.clear()
-    told = []
-    build(pictures, tmp_path / "index", model, progress=lambda done, total: told.append((done, total)))
+    embedded.clear()
+    reported = []
+    build(pictures, tmp_path / "index", model, progress=lambda done, total: reported.append((done, total)))
     index = Index(tmp_path / "index")
-    assert sum(seen) == 2 and told[-1] == (3, 3)  # the broken one is tried again
+    assert sum(embedded) == 2 and reported[-1] == (3, 3)  # the broken file is tried again
     paths = index.table["path"].to_pylist()
     assert "red.png" not in paths and "cyan.png" in paths and len(index) == 6
     assert torch.equal(index.embeddings[paths.index("more/green.png")], before["more/green.png"])
     assert not torch.equal(index.embeddings[paths.index("blue.png")], before["blue.png"])
 
 
-def test_a_build_that_was_stopped_goes_on(model, pictures, tmp_path, monkeypatch):
+def test_interrupted_build_is_resumed(model, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PART", 2)
-    embed, seen = VlpPredictor.embed_images, []
+    embed, embedded = VlpPredictor.embed_images, []
 
-    def stops(self, images):
-        if len(seen) == 2:
+    def interrupted(self, images):
+        if len(embedded) == 2:
             raise KeyboardInterrupt
-        seen.append(len(images))
+        embedded.append(len(images))
         return embed(self, images)
 
-    monkeypatch.setattr(VlpPredictor, "embed_images", stops)
+    monkeypatch.setattr(VlpPredictor, "embed_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(pictures, tmp_path / "index", model, batch_size=2)
     assert not (tmp_path / "index").exists() and list((tmp_path / "index.building").iterdir())
-    before = sum(seen)
-    seen.clear()
+    before = sum(embedded)
+    embedded.clear()
     monkeypatch.setattr(
-        VlpPredictor, "embed_images", lambda self, images: seen.append(len(images)) or embed(self, images)
+        VlpPredictor, "embed_images", lambda self, images: embedded.append(len(images)) or embed(self, images)
     )
     build(pictures, tmp_path / "index", model, batch_size=2)
-    assert before + sum(seen) == 6 and len(Index(tmp_path / "index")) == 6
+    assert before + sum(embedded) == 6 and len(Index(tmp_path / "index")) == 6
     assert not (tmp_path / "index.building").exists()
 
 
@@ -113,27 +113,35 @@ def clustered(count: int, width: int = 32) -> torch.Tensor:
     return F.normalize(near + 0.5 * torch.randn(count, width, generator=generator), dim=1)
 
 
-def test_cells_hold_every_vector_once_and_find_what_all_of_them_find(tmp_path, monkeypatch):
+def test_cells_of_a_large_index_match_exact_search(tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
     vectors = clustered(5000)
-    order, centres, starts = in_cells(vectors)
-    assert sorted(order.tolist()) == list(range(5000)) and starts[0] == 0 and starts[-1] == 5000
-    assert centres.shape == (71, 32)
-    monkeypatch.setattr(module, "EXACT", 1000)
     names = [(f"{number}.png", 1, 1) for number in range(5000)]
+    module.save(tmp_path / "exact", names, vectors, "a model", tmp_path, None)
+    monkeypatch.setattr(module, "EXACT", 1000)
     module.save(tmp_path / "index", names, vectors, "a model", tmp_path, None)
-    index = Index(tmp_path / "index")
-    right = total = 0
+    exact, index = Index(tmp_path / "exact"), Index(tmp_path / "index")
+    assert exact.faiss is None and index.faiss.ntotal == 5000
+    found = total = 0
     for query in clustered(50, 32):
-        wanted = {f"{number}.png" for number in (vectors.half() @ query.half()).float().topk(10).indices.tolist()}
-        exact = index.search(query, 10, probes=0)
-        assert len(wanted & {hit.path for hit in exact}) >= 9  # equal scores in float16 may be in another order
-        assert [h.score for h in index.search(query, 10, probes=71)] == pytest.approx([h.score for h in exact])
-        right += len({hit.path for hit in exact} & {hit.path for hit in index.search(query, 10, probes=20)})
+        expected = exact.search(query, 10)
+        every = index.search(query, 10, probes=0)
+        assert [hit.score for hit in every] == pytest.approx([hit.score for hit in expected], abs=1e-3)
+        found += len({hit.path for hit in expected} & {hit.path for hit in index.search(query, 10, probes=20)})
         total += 10
-    assert right / total > 0.95
+    assert found / total > 0.95
 
 
-def test_faiss_finds_the_same(model, pictures, tmp_path):
+def test_large_index_is_searched_exactly_without_faiss(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "EXACT", 1000)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    vectors = clustered(2000)
+    module.save(tmp_path / "index", [(f"{n}.png", 1, 1) for n in range(2000)], vectors, "a model", tmp_path, None)
+    assert Index(tmp_path / "index").faiss is None
+    assert Index(tmp_path / "index").search(vectors[7], 1)[0].path == "7.png"
+
+
+def test_faiss_gives_the_same_results(model, pictures, tmp_path):
     pytest.importorskip("faiss")
     build(pictures, tmp_path / "plain", model)
     build(pictures, tmp_path / "faiss", model, faiss="Flat")
@@ -149,7 +157,7 @@ def test_the_command_line(model, pictures, tmp_path, monkeypatch, capsys):
         main()
         return capsys.readouterr().out
 
-    assert "6 pictures in" in run("build", pictures, tmp_path / "index", "--model", model)
+    assert ": 6. Skipped: not an image: 1." in run("build", pictures, tmp_path / "index", "--model", model)
     assert json.loads((tmp_path / "index/index.json").read_text())["folder"] == str(pictures)
     lines = run("search", tmp_path / "index", "a", "red", "square", "--top_k", "3").splitlines()
     assert len(lines) == 3 and all(line.endswith(".png") for line in lines)
@@ -162,14 +170,14 @@ def test_the_command_line(model, pictures, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["search", "nowhere", "x"], "nowhere holds no index: `vlp-index build"),
-        (["build", "nowhere", "index", "--model", "M"], "nowhere: there is no such folder"),
-        (["build", "empty", "index", "--model", "M"], "empty holds no picture"),
-        (["build", "pictures", "empty/other", "--model", "M"], "empty/other holds other files"),
+        (["search", "nowhere", "x"], "nowhere contains no index: build one with `vlp-index build"),
+        (["build", "nowhere", "index", "--model", "M"], "nowhere: no such folder"),
+        (["build", "empty", "index", "--model", "M"], "empty contains no pictures"),
+        (["build", "pictures", "empty/other", "--model", "M"], "empty/other contains other files"),
         (["build", "pictures", "index", "--model", "nothing"], "nothing is not a model folder of vlp or transformers"),
     ],
 )
-def test_what_is_wrong_is_told(words, message, model, pictures, tmp_path, monkeypatch):
+def test_errors_are_reported(words, message, model, pictures, tmp_path, monkeypatch):
     (tmp_path / "empty/other").mkdir(parents=True)
     (tmp_path / "empty/other/notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
@@ -178,17 +186,17 @@ def test_what_is_wrong_is_told(words, message, model, pictures, tmp_path, monkey
         main()
 
 
-def test_links_out_of_the_folder_are_left_out(model, pictures, tmp_path):
+def test_links_outside_the_folder_are_skipped(model, pictures, tmp_path):
     (tmp_path / "secret.png").write_bytes(picture("red"))
     (pictures / "link.png").symlink_to(tmp_path / "secret.png")
     build(pictures, tmp_path / "index", model)
     assert "link.png" not in Index(tmp_path / "index").table["path"].to_pylist()
 
 
-def test_vectors_are_stored_in_float16_of_unit_length(model, pictures, tmp_path):
+def test_vectors_are_stored_as_float16_of_unit_length(model, pictures, tmp_path):
     build(pictures, tmp_path / "index", model)
     vectors = load_file(tmp_path / "index/embeddings.safetensors")["embeddings"]
     assert vectors.dtype == torch.float16
     torch.testing.assert_close(vectors.float().norm(dim=1), torch.ones(6), atol=2e-3, rtol=0)
-    with pytest.raises(NoIndexError, match="holds no index"):
+    with pytest.raises(NoIndexError, match="contains no index"):
         Index(pictures)

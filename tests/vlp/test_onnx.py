@@ -1,4 +1,4 @@
-"""ONNX files give what the models give, for other batches and lengths too. Run: pytest tests/test_onnx.py"""
+"""ONNX files match the models, including for other batch sizes and text lengths."""
 
 import subprocess
 import sys
@@ -21,14 +21,14 @@ def compute(path: Path, **inputs: torch.Tensor) -> list[torch.Tensor]:
     return [torch.tensor(x) for x in session.run(None, {name: value.numpy() for name, value in inputs.items()})]
 
 
-def close(ours: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert_close(ours, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    assert_close(ours, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("tower", ["vit", "resnet", "siglip"])
 @torch.no_grad()
-def test_torch_export_gives_the_same(tower):
-    """The whole of CLIP, for any number of images and captions."""
+def test_torch_export_matches_the_model(tower):
+    """The whole CLIP model, for any number of images and captions."""
     model = tiny_model(tower).eval()
     free, batch = torch.export.Dim.DYNAMIC, tiny_batch(model, size=6)
     shapes = {"input_ids": {0: free}, "pixel_values": {0: free}}
@@ -39,7 +39,7 @@ def test_torch_export_gives_the_same(tower):
 
 @pytest.mark.parametrize("tower", ["vit", "resnet", "siglip"])
 @torch.no_grad()
-def test_both_towers_of_clip(tmp_path, tower):
+def test_clip_towers_match_the_model(tmp_path, tower):
     model = tiny_model(tower)
     assert export(model, tmp_path / "onnx") == ["image.onnx", "text.onnx"]
     batch = tiny_batch(model.eval(), size=4)
@@ -50,7 +50,7 @@ def test_both_towers_of_clip(tmp_path, tower):
 
 
 @torch.no_grad()
-def test_the_modes_of_blip(tmp_path):
+def test_blip_modes_match_the_model(tmp_path):
     model, batch = tiny_blip(), tiny_blip_batch(size=3)
     assert export(model, tmp_path / "onnx") == ["image.onnx", "match.onnx", "text.onnx", "write.onnx"]
     model.eval()
@@ -59,13 +59,13 @@ def test_the_modes_of_blip(tmp_path):
     close(embeds, vision.pooler_output)
     close(states, vision.last_hidden_state)
     close(compute(tmp_path / "onnx" / "text.onnx", input_ids=ids)[0], model.get_text_features(ids).pooler_output)
-    memory = model.text_model.read(vision.last_hidden_state)
-    wanted = model.match(ids, None, memory)
-    close(compute(tmp_path / "onnx" / "match.onnx", input_ids=ids, states=states)[0], wanted)
-    begun = ids.clone()
-    begun[:, 0] = model.config.text_config.bos_token_id
-    wanted = model.lm_head(model.text_model(begun, None, memory, decode=True).last_hidden_state)
-    close(compute(tmp_path / "onnx" / "write.onnx", input_ids=begun, states=states)[0], wanted)
+    memory = model.text_model.memory_of(vision.last_hidden_state)
+    expected = model.match(ids, None, memory)
+    close(compute(tmp_path / "onnx" / "match.onnx", input_ids=ids, states=states)[0], expected)
+    decoder_ids = ids.clone()
+    decoder_ids[:, 0] = model.config.text_config.bos_token_id
+    expected = model.lm_head(model.text_model(decoder_ids, None, memory, decode=True).last_hidden_state)
+    close(compute(tmp_path / "onnx" / "write.onnx", input_ids=decoder_ids, states=states)[0], expected)
 
 
 def test_the_command_line(tmp_path):

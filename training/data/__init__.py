@@ -1,1 +1,1 @@
-"""Where pairs come from, and how they become batches."""
+"""Load image-text pairs and turn them into batches."""

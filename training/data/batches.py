@@ -1,4 +1,4 @@
-"""From samples to batches, and the bad rows that are met on the way."""
+"""Collate samples into batches and count bad rows."""
 
 import signal
 from collections import Counter
@@ -16,40 +16,42 @@ from .samples import Sample
 
 @dataclass
 class Batch:
-    """What a step gets, and the bad rows that were met while it was made."""
+    """The input of a training step, and the bad rows that were skipped while it was prepared."""
 
-    pixels: Tensor  # (B, 3, S, S) uint8; of two images for each text (2 B, 3, S, S); cached features (B, M, D)
-    input_ids: Tensor  # (T, N): the different texts of the batch, N the longest of them
-    text_index: Tensor  # (B,): which of the texts belongs to each image
-    caption_ids: Tensor  # (B,)
-    image_ids: Tensor  # (B,)
-    skipped: list[tuple[Any, str]]
-    extra: dict[str, Tensor] = field(default_factory=dict)  # what a fine-tuning task needs beside
-    place: dict[str, dict] = field(default_factory=dict)  # as `Sample.place`
+    pixels: Tensor  # (B, 3, S, S) uint8; with two images per text (2 B, 3, S, S); cached features (B, M, D)
+    input_ids: Tensor  # (T, N): the distinct texts of the batch, padded to the longest
+    text_index: Tensor  # (B,): the row of input_ids that belongs to each image
+    caption_ids: Tensor  # (B,) integers, equal for equal captions
+    image_ids: Tensor  # (B,) integers, equal for equal images
+    skipped: list[tuple[Any, str]]  # (row key, cause) of each bad row
+    extra: dict[str, Tensor] = field(default_factory=dict)  # further inputs of a fine-tuning task
+    place: dict[str, dict] = field(default_factory=dict)  # see `Sample.place`
 
     def __len__(self) -> int:
         return len(self.text_index)
 
     def pin_memory(self) -> "Batch":
-        """What a DataLoader with `pin_memory` calls, for copies to the device that nobody waits for."""
+        """Pin the tensors, so that copies to the device are asynchronous. Called by a DataLoader with `pin_memory`."""
         names = ("pixels", "input_ids", "text_index", "caption_ids", "image_ids")
         extra = {name: value.pin_memory() for name, value in self.extra.items()}
         return replace(self, extra=extra, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 class Collator:
-    """Samples -> Batch; a text that stands twice is read once, and padding goes to the longest, never further.
+    """Collate samples into a Batch. Repeated texts are tokenized once; texts are padded to the longest one.
 
     Args:
-        prompt: what is put before every text.
+        processor: the processor whose tokenizer is used.
+        max_length: maximum number of tokens per text.
+        prompt: prefix of every text.
     """
 
     def __init__(self, processor, max_length: int, prompt: str = ""):
         self.processor, self.max_length, self.prompt = processor, max_length, prompt
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        texts = {text: number for number, text in enumerate(dict.fromkeys(sample.text for sample in samples))}
-        tokens = self.processor.read_texts([self.prompt + text for text in texts], self.max_length)
+        texts = {text: index for index, text in enumerate(dict.fromkeys(sample.text for sample in samples))}
+        tokens = self.processor.tokenize([self.prompt + text for text in texts], self.max_length)
         pixels = torch.stack([sample.pixels for sample in samples])
         return Batch(
             pixels=pixels.flatten(0, -4) if pixels.ndim > 3 else pixels,
@@ -63,13 +65,13 @@ class Collator:
         )
 
     def extra(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """The answers of questions, one after the other, or the labels of pairs of images, where there are."""
+        """Tensors for VQA (tokenized answers, the sample of each, weights) or NLVR2 (labels); otherwise empty."""
         if samples[0].answers is not None:
-            answers = [(place, *answer) for place, sample in enumerate(samples) for answer in sample.answers]
-            tokens = self.processor.read_texts([text for _, text, _ in answers], self.max_length)
+            answers = [(index, *answer) for index, sample in enumerate(samples) for answer in sample.answers]
+            tokens = self.processor.tokenize([text for _, text, _ in answers], self.max_length)
             return {
                 "answer_ids": tokens["input_ids"],
-                "answer_index": torch.tensor([place for place, _, _ in answers]),
+                "answer_index": torch.tensor([index for index, _, _ in answers]),
                 "answer_weights": torch.tensor([weight for _, _, weight in answers]),
             }
         if samples[0].label is not None:
@@ -78,18 +80,22 @@ class Collator:
 
 
 class BadRows:
-    """The bad rows of a run, each counted once, by cause.
+    """Count the bad rows of a run by cause. Each row is counted once.
 
     Args:
-        max_share: share of rows that may be bad.
-        size: rows in all, where that is known.
+        max_share: maximum share of bad rows (0 to 1).
+        size: total number of rows; None if it is not known.
     """
 
     def __init__(self, max_share: float, size: int | None = None):
         self.max_share, self.size, self.causes, self.seen = max_share, size, {}, 0
 
     def update(self, batch: Batch) -> None:
-        """Count a batch. Raises BadDataError where the share of bad rows is past what is allowed."""
+        """Count the rows of a batch.
+
+        Raises:
+            BadDataError: if the share of bad rows exceeds `max_share`.
+        """
         self.seen += len(batch)
         self.causes.update(batch.skipped)
         rows = self.seen + len(self.causes)
@@ -101,11 +107,19 @@ class BadRows:
             )
 
     def describe(self) -> str:
+        """The causes and their counts, as text."""
         return describe(Counter(self.causes.values()))
 
 
 def train_loader(arguments, dataset: Dataset, sampler: Sampler | None, collator: Collator) -> DataLoader:
-    """Batches of one process, without end; a data set that streams has no sampler."""
+    """The endless DataLoader of this process.
+
+    Args:
+        arguments: the training options; batch size and number of workers are used.
+        dataset: a map-style data set, or a streaming one.
+        sampler: draws the samples; None for a streaming data set.
+        collator: turns samples into batches.
+    """
     return DataLoader(
         dataset,
         batch_size=arguments.per_device_train_batch_size,
@@ -113,13 +127,13 @@ def train_loader(arguments, dataset: Dataset, sampler: Sampler | None, collator:
         collate_fn=collator,
         num_workers=arguments.num_workers,
         persistent_workers=arguments.num_workers > 0,
-        worker_init_fn=leave_interruptions_to_the_main_process,
+        worker_init_fn=ignore_interrupts,
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
-        generator=torch.Generator(),  # its own: the global one is what augmentation draws from, and is resumed
+        generator=torch.Generator(),  # leaves the global generator, which is resumed, to augmentation
     )
 
 
-def leave_interruptions_to_the_main_process(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; a loader's must live on until the main one has saved the state."""
+def ignore_interrupts(worker: int) -> None:
+    """Ignore Ctrl-C in a worker: it reaches every process, and workers must live until the state is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

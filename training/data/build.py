@@ -1,4 +1,4 @@
-"""The rows that a run trains and evaluates on, from its options."""
+"""Load the training and evaluation rows of a run from its options."""
 
 from ...errors import ArgumentError
 from ..arguments import TrainingArguments
@@ -7,9 +7,16 @@ from .sources import is_shards, load_rows, require_column, require_text
 
 
 def load_data(arguments: TrainingArguments) -> tuple:
-    """The rows to train on (None for shards) and to evaluate on (None for no evaluation)."""
+    """Load the training and evaluation data, and check their columns.
+
+    Returns:
+        The rows to train on (None for shards) and the rows to evaluate on (None if there is no evaluation).
+
+    Raises:
+        ArgumentError: if the data, a split or a column is missing, or the options do not fit together.
+    """
     name, rows, eval_rows = arguments.dataset_name, None, None
-    class_column = getattr(arguments, "class_column", None)  # CLIP's, for zero-shot classification
+    class_column = getattr(arguments, "class_column", None)  # CLIP only: zero-shot classification
     if is_shards(name):
         check_shards(arguments)
     else:
@@ -23,17 +30,17 @@ def load_data(arguments: TrainingArguments) -> tuple:
     if arguments.hold_out:
         rows, eval_rows = hold_out(rows, arguments)
     elif arguments.eval_split:
-        other = arguments.eval_dataset_name or name
-        if is_shards(other):
-            raise ArgumentError("Evaluation needs data whose rows are known: --eval_dataset_name cannot be shards.")
+        eval_name = arguments.eval_dataset_name or name
+        if is_shards(eval_name):
+            raise ArgumentError("Evaluation needs random access to the rows: --eval_dataset_name cannot be shards.")
         image_column = arguments.eval_image_column or arguments.image_column
         config = None if arguments.eval_dataset_name else arguments.dataset_config_name
-        eval_rows = load_rows(other, arguments.eval_split, image_column, arguments.image_root, config)
+        eval_rows = load_rows(eval_name, arguments.eval_split, image_column, arguments.image_root, config)
         if image_column != arguments.image_column:
             eval_rows = eval_rows.rename_column(image_column, arguments.image_column)
         if not class_column:
             for column in arguments.caption_column.split(","):
-                require_text(eval_rows, column, other, "--caption_column")
+                require_text(eval_rows, column, eval_name, "--caption_column")
     if eval_rows is not None and class_column:
         for column in class_column.split(","):
             require_column(eval_rows, column, arguments.eval_dataset_name or name, "--class_column")
@@ -41,15 +48,19 @@ def load_data(arguments: TrainingArguments) -> tuple:
 
 
 def hold_out(rows, arguments: TrainingArguments) -> tuple:
-    """Part the rows in those to train on and those that `--hold_out` names, to evaluate on."""
+    """Split the rows into training rows and the rows that match `--hold_out`, for evaluation.
+
+    Raises:
+        ArgumentError: if the data is shards, the column is missing, or no row or every row matches.
+    """
     column, value = arguments.hold_out.split("=", 1)
     if rows is None:
-        raise ArgumentError("--hold_out needs data whose rows are known beforehand, not shards.")
+        raise ArgumentError("--hold_out needs random access to the rows: --dataset_name cannot be shards.")
     require_column(rows, column, arguments.dataset_name, "--hold_out")
     held = [str(entry) == value for entry in rows[column]]
     if not any(held) or all(held):
         raise ArgumentError(
-            f"--hold_out {arguments.hold_out}: {sum(held)} of {len(held)} rows; expected some, not all."
+            f"--hold_out {arguments.hold_out} matches {sum(held)} of {len(held)} rows; it must match some, but not all."
         )
     kept = rows.select([number for number, out in enumerate(held) if not out])
     return kept, rows.select([number for number, out in enumerate(held) if out])

@@ -1,7 +1,7 @@
-"""CapFilt (BLIP, section 3.3): a captioner writes about web images, a filter drops captions that do not match.
+"""CapFilt (BLIP, section 3.3): a captioner captions web images, a filter drops captions that do not match.
 
-Captioner and filter are fine-tuned apart from the same pre-trained model: with shared weights the filter passes what
-the captioner makes up (table 13 of the paper).
+Captioner and filter are fine-tuned separately from the same pre-trained model. If they share weights, the filter keeps
+wrong captions that the captioner generated (table 13 of the paper).
 """
 
 import dataclasses
@@ -34,34 +34,34 @@ configs:
   data_files:
   - {split: train, path: "data/train-*.parquet"}
 ---
-# Pairs that CapFilt kept
+# Pairs kept by CapFilt
 
-Made by vlp from `%s`: columns image, caption, source (web or synthetic), score (the filter's probability of a match)
-and image_id. What was dropped is in `dropped/`, without its images. The options are in `capfilt.json`.
+Created with vlp from `%s`. The columns are image, caption, source (web or synthetic), score (the filter's match
+probability) and image_id. Dropped captions are in `dropped/`, without images. The options are in `capfilt.json`.
 """
 
 
 @dataclass(kw_only=True)
 class CapFiltArguments:
-    """CapFilt: caption images and filter captions. The defaults are those of the paper (BLIP, sections 3.3 and 4.3)."""
+    """Options of CapFilt. The defaults are those of the paper (BLIP, sections 3.3 and 4.3)."""
 
-    dataset_name: str = option(EMOJI, "pairs to caption and to filter, as for training; not shards")
+    dataset_name: str = option(EMOJI, "pairs to caption and filter, as --dataset_name of training; not shards")
     train_split: str = option("train", "split to read")
     image_column: str = option("image", "column with the images, or with their paths")
     caption_column: str = option("caption", "column with one web caption or a list of them")
-    image_root: str | None = option(None, "folder that image paths start from; that of the file where not given")
-    max_image_pixels: int = option(MAX_PIXELS, "images of more pixels are skipped as decompression bombs, in pixels")
-    captioner: str | None = option(None, "folder or hub name of a BLIP that was fine-tuned with --task captioning")
-    filter: str | None = option(None, "folder or hub name of a BLIP that was fine-tuned with --task retrieval")
-    prompt: str = option("", "what the captioner was trained to begin with")
-    top_p: float = option(0.9, "share of probability (0 to 1) that nucleus sampling draws from")
-    min_length: int = option(5, "fewest tokens of a new caption, start and prompt included")
-    max_length: int = option(20, "most tokens of a new caption, start and prompt included")
-    threshold: float = option(0.5, "captions that match with a probability up to this are dropped (0 to 1)")
-    batch_size: int = option(32, "images at a time")
-    shard_size: int = option(1000, "rows in a file of the new data set; what is written when all is stopped, stays")
-    seed: int = option(0, "seed of the sampling")
-    output_dir: str | None = option(None, "folder of the new data set; runs/capfilt where not given")
+    image_root: str | None = option(None, "folder that image paths start from; that of the data file if not given")
+    max_image_pixels: int = option(MAX_PIXELS, "larger images, in pixels, are skipped as decompression bombs")
+    captioner: str | None = option(None, "folder or hub name of a BLIP fine-tuned with --task captioning")
+    filter: str | None = option(None, "folder or hub name of a BLIP fine-tuned with --task retrieval")
+    prompt: str = option("", "prompt that the captioner was fine-tuned with")
+    top_p: float = option(0.9, "probability mass (0 to 1) of nucleus sampling")
+    min_length: int = option(5, "minimum tokens of a generated caption, start token and prompt included")
+    max_length: int = option(20, "maximum tokens of a generated caption, start token and prompt included")
+    threshold: float = option(0.5, "captions with a match probability up to this (0 to 1) are dropped")
+    batch_size: int = option(32, "images per batch")
+    shard_size: int = option(1000, "source rows per output file; an interrupted run keeps its finished files")
+    seed: int = option(0, "seed of nucleus sampling")
+    output_dir: str | None = option(None, "folder of the new data set; runs/capfilt if not given")
 
     def __post_init__(self):
         for name in ("captioner", "filter"):
@@ -72,7 +72,15 @@ class CapFiltArguments:
 
 
 class CapFilt:
-    """The captioner and the filter. Raises ArgumentError if one of them is not a BLIP with the needed head."""
+    """The captioner and the filter.
+
+    Args:
+        arguments: the options, which name both models.
+        device: where the models run.
+
+    Raises:
+        ArgumentError: if one of them is not a BLIP with the required head.
+    """
 
     def __init__(self, arguments: CapFiltArguments, device: torch.device):
         self.arguments = arguments
@@ -83,7 +91,7 @@ class CapFilt:
             raise ArgumentError(str(error)) from error
 
     def caption(self, images: list) -> list[str]:
-        """A caption for each image, by nucleus sampling, which the paper finds better than beams (table 2)."""
+        """Generate a caption per image by nucleus sampling, which beats beam search in the paper (table 2)."""
         arguments = self.arguments
         return self.captioner.caption(
             images, arguments.prompt, num_beams=1, do_sample=True, top_p=arguments.top_p, top_k=0,
@@ -91,7 +99,15 @@ class CapFilt:
         )  # fmt: skip
 
     def match(self, images: list, captions: list[list[str]]) -> list[list[float]]:
-        """The probability that each caption matches its image; each image is encoded once."""
+        """Compute the probability that each caption matches its image. Each image is encoded once.
+
+        Args:
+            images: PIL images.
+            captions: the captions of each image.
+
+        Returns:
+            The probabilities (0 to 1), in the structure of `captions`.
+        """
         counts = torch.tensor([len(row) for row in captions])
         index = torch.arange(len(images)).repeat_interleave(counts)
         logits = self.filter.match(self.filter.encode_images(images), index, [text for row in captions for text in row])
@@ -99,56 +115,77 @@ class CapFilt:
 
 
 def capfilt(arguments: CapFiltArguments) -> None:
-    """Write the pairs that are kept as a data set that training reads, shard by shard; those that are there, stay."""
+    """Caption and filter a data set, and write the kept pairs as a data set for training, file by file.
+
+    Existing files of an interrupted run are kept. Called by every process.
+
+    Raises:
+        ArgumentError: if the data, a column or a model does not fit, or the output folder holds other files.
+        ResumeError: if the output folder was created with other options.
+        BadDataError: if the filter kept no caption.
+    """
     state = PartialState()
     if state.device.type == "cpu":
         use_cpu_well(max(1, cpu_cores() // state.num_processes))
     if is_shards(arguments.dataset_name):
-        raise ArgumentError("CapFilt needs data whose rows are known beforehand: --dataset_name cannot be shards.")
+        raise ArgumentError("CapFilt needs random access to the rows: --dataset_name cannot be shards.")
     rows = load_rows(arguments.dataset_name, arguments.train_split, arguments.image_column, arguments.image_root)
     require_text(rows, arguments.caption_column, arguments.dataset_name, "--caption_column")
     folder = Path(arguments.output_dir)
     if state.is_main_process:
         prepare(folder, arguments)
     state.wait_for_everyone()
-    pair = CapFilt(arguments, state.device)
+    models = CapFilt(arguments, state.device)
     shards = range(0, len(rows), arguments.shard_size)
-    mine = [n for n in range(len(shards)) if n % state.num_processes == state.process_index]
+    own = [n for n in range(len(shards)) if n % state.num_processes == state.process_index]
     causes: Counter = Counter()
-    for number in tqdm(mine, unit="shard", disable=not state.is_main_process):
+    for number in tqdm(own, unit="shard", disable=not state.is_main_process):
         target = folder / "data" / f"train-{number:05d}.parquet"
         if not target.exists():
-            torch.manual_seed(arguments.seed + number)  # so that a shard is the same whenever it is made
+            torch.manual_seed(arguments.seed + number)  # a shard does not depend on when it is created
             chunk = rows.select(range(shards[number], min(shards[number] + arguments.shard_size, len(rows))))
-            causes += make_shard(pair, chunk, target, folder / "dropped" / target.name, arguments)
+            causes += make_shard(models, chunk, target, folder / "dropped" / target.name, arguments)
     state.wait_for_everyone()
     if state.is_main_process:
         report(folder, causes)
 
 
 def prepare(folder: Path, arguments: CapFiltArguments) -> None:
-    """Make the folder, or check that what it holds was made with the same options.
+    """Create the output folder, or check that an existing one was created with the same options.
 
-    Raises ResumeError, with what differs, where it was not; ArgumentError where it holds other things.
+    Raises:
+        ResumeError: if the options differ; the message lists the differences.
+        ArgumentError: if the folder holds other files.
     """
     options, path = dataclasses.asdict(arguments), folder / OPTIONS_FILE
     if path.is_file():
         if differences := compare(json.loads(path.read_text()), options):
-            raise ResumeError(f"{folder} was made with other options: {'; '.join(differences)}.")
+            raise ResumeError(f"{folder} was created with other options: {'; '.join(differences)}.")
         return
     if folder.is_dir() and any(folder.iterdir()):
-        raise ArgumentError(f"--output_dir {folder} holds other files: name another.")
+        raise ArgumentError(f"--output_dir {folder} holds other files: choose another folder.")
     for name in ("data", "dropped"):
         (folder / name).mkdir(parents=True)
     (folder / "README.md").write_text(CARD % arguments.dataset_name)
     path.write_text(json.dumps(options, indent=1) + "\n")
 
 
-def make_shard(pair: CapFilt, rows, target: Path, dropped: Path, arguments: CapFiltArguments) -> Counter:
-    """Caption and filter some rows, and write them, whole; returns the rows that could not be used, by cause."""
+def make_shard(models: CapFilt, rows, target: Path, dropped: Path, arguments: CapFiltArguments) -> Counter:
+    """Caption and filter some rows, and write one file of kept and one of dropped captions, each atomically.
+
+    Args:
+        models: the captioner and the filter.
+        rows: the source rows.
+        target: Parquet file of the kept pairs.
+        dropped: Parquet file of the dropped captions.
+        arguments: the options.
+
+    Returns:
+        The number of unusable rows by cause.
+    """
     chooser = CaptionChooser(caption_column=arguments.caption_column)
     kept: list[dict] = []
-    rest: list[dict] = []
+    rejected: list[dict] = []
     causes: Counter = Counter()
     usable = []
     for row in rows:
@@ -160,44 +197,52 @@ def make_shard(pair: CapFilt, rows, target: Path, dropped: Path, arguments: CapF
         try:
             captions = chooser.captions(row)
         except BadRow:
-            captions = []  # an image without a caption gets one
+            captions = []  # images without a caption are captioned too
         identity = picture_id(row, arguments.image_column)
         usable.append((identity, row[arguments.image_column], image, [clean_caption(text) for text in captions]))
     for start in range(0, len(usable), arguments.batch_size):
         batch = usable[start : start + arguments.batch_size]
         images = [image for _, _, image, _ in batch]
-        written = pair.caption(images)
-        texts = [[*web, new] for (_, _, _, web), new in zip(batch, written, strict=True)]
-        for (identity, source, _, web), captions, scores in zip(batch, texts, pair.match(images, texts), strict=True):
-            for place, (caption, score) in enumerate(zip(captions, scores, strict=True)):
-                origin = "web" if place < len(web) else "synthetic"
-                facts = {"caption": caption, "source": origin, "score": score, "image_id": identity}
-                good = bool(caption) and score > arguments.threshold
-                (kept if good else rest).append({"image": source} | facts if good else facts)
+        generated = models.caption(images)
+        texts = [[*web, new] for (_, _, _, web), new in zip(batch, generated, strict=True)]
+        for (identity, source, _, web), captions, scores in zip(batch, texts, models.match(images, texts), strict=True):
+            for index, (caption, score) in enumerate(zip(captions, scores, strict=True)):
+                origin = "web" if index < len(web) else "synthetic"
+                entry = {"caption": caption, "source": origin, "score": score, "image_id": identity}
+                if caption and score > arguments.threshold:
+                    kept.append({"image": source} | entry)
+                else:
+                    rejected.append(entry)
     features = datasets.Features({
         "image": datasets.Image(decode=False), "caption": datasets.Value("string"), "source": datasets.Value("string"),
         "score": datasets.Value("float32"), "image_id": datasets.Value("string"),
     })  # fmt: skip
-    for path, pairs, names in ((dropped, rest, [n for n in features if n != "image"]), (target, kept, list(features))):
+    without_image = [name for name in features if name != "image"]
+    for path, pairs, names in ((dropped, rejected, without_image), (target, kept, list(features))):
         columns = {name: [entry[name] for entry in pairs] for name in names}
         if "image" in names:
             columns["image"] = [{"bytes": picture_bytes(image), "path": None} for image in columns["image"]]
         table = datasets.Dataset.from_dict(columns, datasets.Features({name: features[name] for name in names}))
-        fresh = path.with_name(f".{path.name}.writing")
-        table.to_parquet(str(fresh))
-        os.replace(fresh, path)
+        temporary = path.with_name(f".{path.name}.writing")
+        table.to_parquet(str(temporary))
+        os.replace(temporary, path)
     return causes
 
 
 def report(folder: Path, causes: Counter) -> None:
+    """Print how many captions were kept, and the unusable rows by cause.
+
+    Raises:
+        BadDataError: if no caption was kept.
+    """
     counts = {}
     for name in ("data", "dropped"):
         tables = [parquet.read_table(path, columns=["source"]) for path in sorted((folder / name).glob("*.parquet"))]
         counts[name] = Counter(source for table in tables for source in table["source"].to_pylist())
     if not counts["data"]:
-        raise BadDataError(f"The filter kept none of {sum(counts['dropped'].values())} captions: is it fine-tuned?")
+        raise BadDataError(f"The filter kept none of {sum(counts['dropped'].values())} captions. Was it fine-tuned?")
     for source in ("web", "synthetic"):
-        whole = counts["data"][source] + counts["dropped"][source]
-        print(f"{source}: kept {counts['data'][source]:,} of {whole:,} captions.")
-    print(f"Bad rows: {describe(causes)}.")
-    print(f"The data set is in {folder}. Train on it: accelerate launch training blip --dataset_name {folder}")
+        total = counts["data"][source] + counts["dropped"][source]
+        print(f"{source}: kept {counts['data'][source]:,} of {total:,} captions.")
+    print(f"Skipped rows: {describe(causes)}.")
+    print(f"The data set is in {folder}. To train on it: accelerate launch training blip --dataset_name {folder}")

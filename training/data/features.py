@@ -1,4 +1,4 @@
-"""What a frozen image tower gives, computed once and kept on disk: it never changes where images are not augmented."""
+"""Cache the features of a frozen image tower on disk. They do not change if images are not augmented."""
 
 import json
 import os
@@ -16,16 +16,16 @@ from ...modeling_vlp.blip2 import VlpBlip2PreTrainedModel
 from .rows import BadRow, picture_of
 from .samples import SampleMaker
 
-# Shapes: R rows, M tokens of an image, D width of the tower
+# Shapes: R rows, M tokens per image, D width of the tower
 
 
 def cache_folder() -> Path:
-    """Where features are kept: the folder named by VLP_CACHE, or ~/.cache/vlp."""
+    """The cache folder: the environment variable VLP_CACHE, or ~/.cache/vlp."""
     return Path(os.environ.get("VLP_CACHE", Path.home() / ".cache" / "vlp"))
 
 
 def key_of(model: VlpBlip2PreTrainedModel, processor, rows, image_column: str) -> str:
-    """A name that is another one where the tower, the preprocessing or the rows are others."""
+    """A hash of the tower, the preprocessing and the rows, which names the cache file."""
     digest = blake2b(digest_size=16)
     for name, value in sorted(model.vision_model.state_dict().items()):
         digest.update(name.encode())
@@ -37,10 +37,13 @@ def key_of(model: VlpBlip2PreTrainedModel, processor, rows, image_column: str) -
 
 
 class Features:
-    """Features (R, M, D) of rows, read from the disk as they are asked for, in the tower's own precision.
+    """Features (R, M, D) of rows in float32, memory-mapped from disk.
+
+    Args:
+        path: the file that `compute_features` returned.
 
     Attributes:
-        bad: rows whose image cannot be used, with the cause.
+        bad: the cause for each row whose image cannot be used.
     """
 
     def __init__(self, path: Path):
@@ -48,7 +51,7 @@ class Features:
         self.bad = {int(row): cause for row, cause in json.loads(path.with_suffix(".json").read_text()).items()}
 
     def __getitem__(self, row: int) -> Tensor:
-        """(M, D). Raises BadRow where the row's image cannot be used."""
+        """The features (M, D) of a row. Raises BadRow if its image cannot be used."""
         if row in self.bad:
             raise BadRow(self.bad[row])
         return torch.from_numpy(self.values[row].copy())
@@ -58,12 +61,27 @@ class Features:
 def compute_features(
     model: VlpBlip2PreTrainedModel, processor, rows, image_column: str, max_pixels: int, batch_size: int = 256,
 ) -> Path:  # fmt: skip
-    """Compute the features of all rows, unless they are on the disk; returns their file. Whole, or not there."""
+    """Compute the features of all rows and write them atomically, unless the file exists already.
+
+    Args:
+        model: the model whose image tower is used; it runs in evaluation mode.
+        processor: its processor.
+        rows: rows of a data set.
+        image_column: column with the images.
+        max_pixels: larger images, in pixels, count as bad rows.
+        batch_size: images per batch.
+
+    Returns:
+        The path of the .npy file. The bad rows are in a .json file beside it.
+
+    Raises:
+        OSError: if no row has a usable image.
+    """
     path = cache_folder() / f"{key_of(model, processor, rows, image_column)}.npy"
     if path.is_file() and path.with_suffix(".json").is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh, values, bad = path.with_suffix(".writing.npy"), None, {}
+    temporary, values, bad = path.with_suffix(".writing.npy"), None, {}
     training = model.training
     model.eval()
     for numbers in iter_batched(tqdm(range(len(rows)), desc="Image features", unit="image"), batch_size):
@@ -77,25 +95,25 @@ def compute_features(
         if not images:
             continue
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        states = model.see(pixels.to(model.device, model.dtype)).float().cpu().numpy()
+        states = model.encode_image(pixels.to(model.device, model.dtype)).float().cpu().numpy()
         if values is None:
-            values = np.lib.format.open_memmap(fresh, "w+", np.float32, (len(rows), *states.shape[1:]))
+            values = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(rows), *states.shape[1:]))
         values[good] = states
     model.train(training)
     if values is None:
-        raise OSError("No row has an image that can be used.")
+        raise OSError("No row has a usable image.")
     values.flush()
     path.with_suffix(".json").write_text(json.dumps(bad))
-    os.replace(fresh, path)
+    os.replace(temporary, path)
     return path
 
 
 @dataclass(kw_only=True)
 class FeatureMaker(SampleMaker):
-    """Row -> Sample whose pixels are the image tower's features."""
+    """Make samples whose pixels are the cached features of the image tower."""
 
     features: Features
 
     def pixels(self, row: dict, column: str, key, rng) -> Tensor:
-        """(M, D). Raises BadRow if the row's image cannot be used."""
+        """The features (M, D) of a row. Raises BadRow if its image cannot be used."""
         return self.features[key]

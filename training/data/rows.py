@@ -1,4 +1,4 @@
-"""What a row of a data set holds: its picture, its captions, answers and labels, and what is wrong with it."""
+"""Read the picture, captions, answers and label of a row, and report bad rows."""
 
 import os
 import random
@@ -16,11 +16,23 @@ from ..arguments import TrainingArguments
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message is the cause, and bad rows are counted by cause."""
+    """A row that cannot be used. The message is the cause; bad rows are counted by cause."""
 
 
 def picture_of(row: dict, column: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture in a column, as `read_picture` reads it. Raises BadRow, with the cause, if it cannot be read."""
+    """Read the picture of a row.
+
+    Args:
+        row: a row of the data set.
+        column: the image column.
+        max_pixels: larger pictures, in pixels, are refused as decompression bombs.
+
+    Returns:
+        The picture, as `read_picture` returns it.
+
+    Raises:
+        BadRow: if it cannot be read.
+    """
     try:
         return read_picture(row.get(column), max_pixels)
     except PictureError as error:
@@ -28,13 +40,13 @@ def picture_of(row: dict, column: str, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 
 def texts_of(value: Any) -> list[str]:
-    """What a cell holds that is more than white space: a text, or a list of them."""
+    """The non-empty texts of a cell, which holds a text or a list of texts, without surrounding white space."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]
 
 
 def captions_of(row: dict, columns: str) -> list[str]:
-    """All captions of a row, of one column or several joined by commas. Raises BadRow if there is none."""
+    """All captions of a row, from one column or several joined by commas. Raises BadRow if there is none."""
     captions = [text for column in columns.split(",") for text in texts_of(row.get(column))]
     if not captions:
         raise BadRow("empty caption")
@@ -42,9 +54,15 @@ def captions_of(row: dict, columns: str) -> list[str]:
 
 
 def picture_id(row: dict, image_column: str) -> str:
-    """What identifies a picture: its `image_id`, else its file's path, else its bytes, the latter two as hashes.
+    """The identity of a row's picture. All captions of rows with the same identity describe the same picture.
 
-    Rows with the same identity are rows of one picture, whose captions are all right for it.
+    Args:
+        row: a row of the data set; its image is a path, bytes, or {"bytes": ..., "path": ...}.
+        image_column: the image column.
+
+    Returns:
+        The row's `image_id` if it has one; otherwise a hash of the image's bytes if they are in the row, or of its
+        path.
     """
     if row.get("image_id") is not None:
         return str(row["image_id"])
@@ -58,10 +76,17 @@ def picture_id(row: dict, image_column: str) -> str:
 
 @dataclass(kw_only=True)
 class CaptionChooser:
-    """What is read to the model for an image: one of its captions, at times keywords, at times in a template.
+    """Choose the training text of an image: one of its captions, sometimes with keywords, sometimes in a template.
 
-    Columns and templates may be several, joined by commas: those of one language after those of another, in the same
-    order. A caption's keywords and template are then those of its own language.
+    For several languages, the column and template names of each language are joined by commas, in the same order. A
+    caption is then combined with keywords and templates of its own language only.
+
+    Attributes:
+        caption_column: column with the captions.
+        tag_column: column with the keywords; None if there is none.
+        tag_share: share of texts (0 to 1) with keywords.
+        templates: name of the templates (see `processing.prompts`).
+        template_share: share of texts (0 to 1) that are put into a template.
     """
 
     caption_column: str = "caption"
@@ -75,17 +100,28 @@ class CaptionChooser:
         return captions_of(row, self.caption_column)
 
     def in_one_language(self, number: int) -> "CaptionChooser":
-        """The chooser of the language whose columns stand at a place."""
+        """The chooser for one language, given its position in the column names."""
         columns = {name: getattr(self, name).split(",") for name in ("caption_column", "tag_column", "templates")
                    if getattr(self, name)}  # fmt: skip
         return replace(self, **{name: values[min(number, len(values) - 1)] for name, values in columns.items()})
 
     def choose(self, row: dict, rng: random.Random) -> tuple[str, str]:
-        """The text to read, and the caption that it stands for; of several languages, one is drawn first."""
+        """Draw the text of an image. If there are several languages, one with a caption is drawn first.
+
+        Args:
+            row: a row of the data set.
+            rng: source of the random choices.
+
+        Returns:
+            The text, and the caption that it was made from.
+
+        Raises:
+            BadRow: if the row has no caption.
+        """
         columns = self.caption_column.split(",")
         if len(columns) > 1:
-            told = [number for number, column in enumerate(columns) if texts_of(row.get(column))]
-            return self.in_one_language(rng.choice(told)).choose(row, rng)
+            available = [number for number, column in enumerate(columns) if texts_of(row.get(column))]
+            return self.in_one_language(rng.choice(available)).choose(row, rng)
         caption = text = rng.choice(self.captions(row))
         tags = row.get(self.tag_column) if self.tag_share else None
         tags = tags.split(",") if isinstance(tags, str) else tags or []
@@ -99,12 +135,12 @@ class CaptionChooser:
 
 
 def stable_id(value: Any) -> int:
-    """The same 63-bit integer for the same value, in every process and run."""
+    """A 63-bit hash of a value that is the same in every process and run."""
     return int.from_bytes(blake2b(str(value).encode(errors="surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 def answers_of(row: dict, column: str) -> list[str]:
-    """The answers to a row's question. Raises BadRow where there is none."""
+    """The answers to a row's question. Raises BadRow if there is none."""
     answers = texts_of(row.get(column))
     if not answers:
         raise BadRow("no answer")
@@ -112,7 +148,7 @@ def answers_of(row: dict, column: str) -> list[str]:
 
 
 def label_of(row: dict, column: str) -> int:
-    """1 where a row says true, 0 where false. Raises BadRow where it says neither."""
+    """The label of a row: 1 for true, 0 for false. Raises BadRow if it is neither."""
     value = str(row.get(column)).strip().lower()
     if value not in ("1", "0", "true", "false"):
         raise BadRow("no label")
@@ -120,11 +156,20 @@ def label_of(row: dict, column: str) -> int:
 
 
 def describe(causes: Counter) -> str:
+    """Causes with their counts as text, most frequent first; "none" if there are none."""
     return ", ".join(f"{cause}: {count}" for cause, count in causes.most_common()) or "none"
 
 
 def caption_texts(rows, chooser: CaptionChooser) -> Iterator[str]:
-    """Every caption, keyword list and template, to train a tokenizer on."""
+    """The texts to train a tokenizer on: captions, keyword lists and filled-in templates.
+
+    Args:
+        rows: rows of a data set; rows without a caption are skipped.
+        chooser: the columns and templates to use.
+
+    Returns:
+        An iterator over the texts.
+    """
     count = len(chooser.caption_column.split(","))
     if count > 1:
         for number in range(count):
@@ -145,6 +190,7 @@ def caption_texts(rows, chooser: CaptionChooser) -> Iterator[str]:
 
 
 def make_chooser(arguments: TrainingArguments) -> CaptionChooser:
+    """The CaptionChooser that the training options describe."""
     return CaptionChooser(
         caption_column=arguments.caption_column,
         tag_column=arguments.tag_column,

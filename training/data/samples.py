@@ -1,4 +1,4 @@
-"""From rows to samples: bad rows are skipped and counted, one caption is drawn, images become uint8 squares."""
+"""Turn rows into samples: skip bad rows, draw a caption, and preprocess the image to a uint8 square."""
 
 import random
 from collections import Counter
@@ -16,26 +16,35 @@ from ...processing.augmentation import PerImage
 from ...processing.pictures import MAX_PIXELS
 from .rows import BadRow, CaptionChooser, answers_of, describe, label_of, picture_id, picture_of, stable_id
 
-TRIES = 1000  # rows in a row that may be bad before the data is given up
+TRIES = 1000  # consecutive bad rows after which loading fails
 
 
 @dataclass
 class Sample:
-    """One pair, ready for a batch; `skipped` names the bad rows that were met on the way to it."""
+    """A preprocessed pair; `skipped` lists the bad rows that were skipped before it."""
 
-    pixels: Tensor  # (3, S, S) uint8, or what an image tower gave before, (M, D)
+    pixels: Tensor  # (3, S, S) uint8, or cached features (M, D) of the image tower
     text: str
     caption_id: int
     image_id: int
     skipped: list[tuple[Any, str]] = field(default_factory=list)
-    answers: list[tuple[str, float]] | None = None  # of a question, with their weights
-    label: int | None = None  # whether the text is true of two images; pixels are then (2, 3, S, S)
-    place: dict[str, dict] = field(default_factory=dict)  # where a stream of shards is after it, by the stream's number
+    answers: list[tuple[str, float]] | None = None  # VQA: answers and their weights
+    label: int | None = None  # NLVR2: 1 if the text is true of both images; pixels are (2, 3, S, S)
+    place: dict[str, dict] = field(default_factory=dict)  # shards: position of its stream, by stream number
 
 
 @dataclass(kw_only=True)
 class SampleMaker:
-    """Row -> Sample. The random choices depend on the seed, the epoch and the row alone."""
+    """Make a sample from a row. The random choices depend only on the seed, the epoch and the row.
+
+    Attributes:
+        chooser: draws the text.
+        per_image: the augmentation, which returns an S x S picture.
+        image_column: column with the images.
+        max_image_pixels: larger images, in pixels, are refused.
+        seed: seed of the random choices.
+        cache: preprocessed images by (row key, column); None to preprocess an image each time.
+    """
 
     chooser: CaptionChooser
     per_image: PerImage
@@ -45,7 +54,7 @@ class SampleMaker:
     cache: dict[Any, Tensor] | None = None
 
     def __call__(self, row: dict, key: Any, epoch: int) -> Sample:
-        # Rows with the same captions get the same text in an epoch: a batch then holds it once.
+        # Rows with the same captions get the same text in an epoch, so a batch contains it only once.
         caption_rng = random.Random(f"{self.seed}-{epoch}-{self.chooser.captions(row)}")
         text, caption = self.chooser.choose(row, caption_rng)
         rng = random.Random(f"{self.seed}-{epoch}-{key}")
@@ -53,7 +62,20 @@ class SampleMaker:
         return Sample(pixels, text, stable_id(caption.lower()), stable_id(picture_id(row, self.image_column)))
 
     def pixels(self, row: dict, column: str, key: Any, rng: random.Random) -> Tensor:
-        """(3, S, S) uint8 of the image in a column. Raises BadRow where it cannot be used."""
+        """The preprocessed image of a column.
+
+        Args:
+            row: a row of the data set.
+            column: the image column.
+            key: identifies the row in the cache.
+            rng: source of the random choices of the augmentation.
+
+        Returns:
+            The image, (3, S, S) uint8.
+
+        Raises:
+            BadRow: if the image cannot be used.
+        """
         pixels = None if self.cache is None else self.cache.get((key, column))
         if pixels is None:
             image = picture_of(row, column, self.max_image_pixels)
@@ -65,7 +87,7 @@ class SampleMaker:
 
 @dataclass(kw_only=True)
 class QuestionMaker(SampleMaker):
-    """Row -> Sample of a question (VQA): its caption asks, and each answer weighs as often as it was given."""
+    """Make VQA samples: the caption is the question; an answer's weight is the share of people who gave it."""
 
     answer_column: str = "answers"
 
@@ -78,7 +100,7 @@ class QuestionMaker(SampleMaker):
 
 @dataclass(kw_only=True)
 class ReasoningMaker(SampleMaker):
-    """Row -> Sample of two images and whether its caption is true of them (NLVR2)."""
+    """Make NLVR2 samples: two images, and whether the caption is true of them."""
 
     second_image_column: str = "second_image"
     label_column: str = "label"
@@ -92,10 +114,15 @@ class ReasoningMaker(SampleMaker):
 
 
 class PairDataset(Dataset):
-    """Pairs by number. A bad row is replaced by the next good one, so that batches keep their size."""
+    """A map-style data set of pairs. A bad row is replaced by the next good one, so batches keep their size.
+
+    Args:
+        rows: rows of a data set.
+        maker: makes the sample of a row.
+    """
 
     def __init__(self, rows, maker: SampleMaker):
-        # Where images are kept in memory, rows are too: to read one from Arrow takes longer than to augment it.
+        # If images are cached in memory, rows are too: reading a row from Arrow takes longer than augmenting it.
         self.rows = list(rows) if maker.cache is not None else rows
         self.maker = maker
 
@@ -103,7 +130,14 @@ class PairDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, draw: tuple[int, int]) -> Sample:
-        """Sample of (row number, epoch)."""
+        """The sample of a row in an epoch.
+
+        Args:
+            draw: (row number, epoch).
+
+        Raises:
+            BadDataError: if `TRIES` consecutive rows, or all rows, cannot be used.
+        """
         number, epoch = draw
         skipped = []
         for attempt in range(min(TRIES, len(self))):
@@ -116,16 +150,23 @@ class PairDataset(Dataset):
             sample.skipped = skipped
             return sample
         causes = Counter(cause for _, cause in skipped)
-        raise BadDataError(f"{len(skipped)} rows in a row cannot be used: {describe(causes)}.")
+        raise BadDataError(f"{len(skipped)} consecutive rows cannot be used: {describe(causes)}.")
 
 
 class DrawSampler(Sampler):
-    """Rows in a new order each epoch, the same on every machine, dealt out to the processes; it never ends.
+    """Endless sampler that shuffles the rows each epoch and splits them among the processes.
+
+    The order depends only on the seed and the epoch. It yields (row number, epoch).
 
     Args:
-        group_ids: rows with equal ids stand together in runs of up to `group_size`, so that a batch holds several
-            images of the same caption.
-        start: draws that were made before, by all processes together (to resume).
+        size: number of rows.
+        seed: seed of the order.
+        rank: number of this process.
+        processes: number of processes.
+        start: number of samples that all processes drew before, to resume.
+        group_ids: one id per row; rows with equal ids are placed together in runs of up to `group_size`, so that a
+            batch contains several images with the same caption. None: no grouping.
+        group_size: maximum length of such a run.
     """
 
     def __init__(self, size: int, seed: int, rank: int = 0, processes: int = 1, start: int = 0,
@@ -134,6 +175,7 @@ class DrawSampler(Sampler):
         self.start, self.group_ids, self.group_size = start, group_ids, group_size
 
     def order(self, epoch: int) -> list[int]:
+        """The row numbers of an epoch in their order, for all processes."""
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
         if self.group_ids is None or self.group_size == 1:

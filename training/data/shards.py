@@ -1,8 +1,8 @@
-"""WebDataset shards: written from any data set, and read so that a run can stop and go on in the middle of one.
+"""WebDataset shards: write any data set as shards, and stream them so that a run can resume in the middle of one.
 
-An epoch is all shards in a new order. They are dealt out to streams, one for each worker of each process, so that each
-sample is read once by one of them; a stream mixes the samples of a few shards at a time. Where a stream is, are three
-numbers for each source: its epoch, its window of shards in it, and the sample in that.
+In each epoch, the shards are shuffled and distributed among the streams. There is one stream per worker of each
+process, so each sample is read once per epoch. A stream shuffles the samples of a few shards (a window) at a time. The
+position of a stream is three numbers per source: epoch, window in the epoch, and sample in the window.
 """
 
 import contextlib
@@ -37,29 +37,29 @@ from .samples import TRIES, Sample, SampleMaker
 from .sources import load_rows
 
 INDEX = "index.json"
-TOGETHER = 4  # shards whose samples a stream mixes
-EXTENSION = {"JPEG2000": "jp2", "MPO": "mpo", "SUN": "ras", "SPIDER": "spider"}  # where it is not the format's name
+WINDOW = 4  # shards per window, whose samples are shuffled together
+EXTENSION = {"JPEG2000": "jp2", "MPO": "mpo", "SUN": "ras", "SPIDER": "spider"}  # if it differs from the format's name
 
 
 @dataclass(kw_only=True)
 class ShardsArguments:
-    """WebDataset shards, written from any data set that training reads."""
+    """Options of writing a data set as WebDataset shards."""
 
-    dataset_name: str = option(EMOJI, "pairs to write, as for training")
+    dataset_name: str = option(EMOJI, "pairs to write, as --dataset_name of training")
     dataset_config_name: str | None = option(None, "configuration of a hub data set")
     train_split: str = option("train", "split to read")
-    image_column: str = option("image", "column with the images, or with their paths; all others go in as JSON")
-    caption_column: str = option("caption", "column with captions, of which the first goes in as text too")
-    image_root: str | None = option(None, "folder that image paths start from; that of the file where not given")
-    samples_per_shard: int = option(1000, "there must be a shard for each worker of each process")
-    seed: int = option(0, "seed of the order in which they are written")
-    output_dir: str | None = option(None, "folder of the shards and their index; runs/shards where not given")
+    image_column: str = option("image", "column with the images or their paths; all other columns are stored as JSON")
+    caption_column: str = option("caption", "column with the captions; the first caption is also stored as text")
+    image_root: str | None = option(None, "folder that image paths start from; that of the data file if not given")
+    samples_per_shard: int = option(1000, "samples per shard; training needs a shard per worker of each process")
+    seed: int = option(0, "seed of the order of the samples")
+    output_dir: str | None = option(None, "folder for the shards and their index; runs/shards if not given")
 
     def __post_init__(self):
         require_at_least_one(self, "samples_per_shard")
 
 
-# --- what a source is -------------------------------------------------------------------------------------------------
+# --- sources ----------------------------------------------------------------------------------------------------------
 
 
 def require_webdataset() -> None:
@@ -68,14 +68,21 @@ def require_webdataset() -> None:
 
 
 def expand(source: str) -> list[str]:
-    """The shards of a pattern such as data/{000..099}.tar, in the order of their names."""
+    """The shards of a pattern such as data/{000..099}.tar, sorted by name."""
     from webdataset.shardlists import expand_urls
 
     return sorted(path for part in expand_urls(source) for path in expand_urls(part))
 
 
 def read_index(paths: list[str]) -> dict[str, dict[str, int]] | None:
-    """Samples and bytes of each shard, from the index that `write_shards` left beside them; None without one."""
+    """Read the index files that `write_shards` stores beside the shards.
+
+    Args:
+        paths: the shards.
+
+    Returns:
+        {"samples": ..., "bytes": ...} of each shard; None if a shard is not in an index.
+    """
     known: dict[str, dict[str, int]] = {}
     for folder in {os.path.dirname(path) for path in paths}:
         index = Path(folder) / INDEX
@@ -86,7 +93,12 @@ def read_index(paths: list[str]) -> dict[str, dict[str, int]] | None:
 
 
 def check_shards(arguments: TrainingArguments) -> None:
-    """Raise ArgumentError where shards cannot be streamed as the options say."""
+    """Check that the shards can be streamed with the given options, and set `shard_size` from the index files.
+
+    Raises:
+        ArgumentError: if webdataset is not installed, a shard is missing or incomplete, there are fewer shards than
+            workers, or the options do not fit.
+    """
     require_webdataset()
     sources = [expand(source) for source in arguments.dataset_name.split("::")]
     streams = max(1, arguments.num_workers) * processes()
@@ -96,15 +108,15 @@ def check_shards(arguments: TrainingArguments) -> None:
                 raise ArgumentError(f"--dataset_name {arguments.dataset_name}: there is no shard {path}.")
         if len(paths) < streams:
             raise ArgumentError(
-                f"--dataset_name {arguments.dataset_name}: {len(paths)} shards from {paths[0]} on are fewer than the "
-                f"{streams} workers that read them ({processes()} processes of {max(1, arguments.num_workers)}): lower "
-                "--num_workers, or write smaller shards (`training shards --samples_per_shard`)."
+                f"--dataset_name {arguments.dataset_name}: the {len(paths)} shards from {paths[0]} on are fewer than "
+                f"the {streams} workers that read them ({processes()} processes of {max(1, arguments.num_workers)}): "
+                "lower --num_workers, or write smaller shards (`training shards --samples_per_shard`)."
             )
     indices = [read_index(paths) for paths in sources]
     for path, facts in (item for index in indices if index for item in index.items()):
         if os.path.getsize(path) != facts["bytes"]:
             raise ArgumentError(
-                f"{path} has {os.path.getsize(path)} bytes, its index says {facts['bytes']}: it was not copied whole."
+                f"{path} has {os.path.getsize(path)} bytes, its index says {facts['bytes']}: the copy is incomplete."
             )
     if arguments.shard_size is None and all(indices):
         arguments.shard_size = sum(facts["samples"] for index in indices for facts in index.values())
@@ -115,7 +127,7 @@ def check_shards(arguments: TrainingArguments) -> None:
             weights = []
         if len(weights) != len(sources) or min(weights) < 0 or not sum(weights):
             raise ArgumentError(
-                f"--shard_weights must be {len(sources)} numbers joined by ::, one for each source, not "
+                f"--shard_weights must be {len(sources)} numbers joined by ::, one per source, not "
                 f"{arguments.shard_weights!r}."
             )
     if arguments.shard_size is None and not (arguments.max_train_steps or arguments.max_train_minutes):
@@ -131,7 +143,7 @@ def check_shards(arguments: TrainingArguments) -> None:
 
 @dataclass(frozen=True)
 class Member:
-    """A sample's files in a tar: where the bytes of each kind begin, and how many they are."""
+    """The files of a sample in a tar: the offset and the size in bytes of each kind (extension)."""
 
     shard: str
     key: str
@@ -140,7 +152,10 @@ class Member:
 
 @contextlib.contextmanager
 def on_disk(path: str) -> Iterator[str]:
-    """A shard as a plain tar on this machine; what is not one (a pipe:, a URL, a .tar.gz) is fetched for the while."""
+    """The path of a shard as a plain local tar.
+
+    A `pipe:` command, a URL or a .tar.gz is fetched and decompressed to a temporary file, which is deleted on exit.
+    """
     if "://" not in path and not path.startswith("pipe:") and path.endswith(".tar"):
         yield path
         return
@@ -148,14 +163,22 @@ def on_disk(path: str) -> Iterator[str]:
 
     with tempfile.NamedTemporaryFile(suffix=".tar") as file:
         with gopen(path, "rb") as stream:
-            packed = path.split("?")[0].endswith("gz")
-            shutil.copyfileobj(gzip.open(stream) if packed else stream, file)
+            compressed = path.split("?")[0].endswith("gz")
+            shutil.copyfileobj(gzip.open(stream) if compressed else stream, file)
         file.flush()
         yield file.name
 
 
 def scan(shard: str, path: str) -> tuple[list[Member], str | None]:
-    """The whole samples of a tar, by its headers alone, and what is wrong with it."""
+    """List the samples of a tar from its headers.
+
+    Args:
+        shard: name of the shard.
+        path: its local file.
+
+    Returns:
+        The samples, without files that are truncated, and the error that ended the scan; None if there was none.
+    """
     members: dict[str, dict[str, tuple[int, int]]] = {}
     size, problem = os.path.getsize(path), None
     try:
@@ -164,8 +187,8 @@ def scan(shard: str, path: str) -> tuple[list[Member], str | None]:
                 folder, name = os.path.split(info.name)
                 key, _, kind = name.partition(".")
                 if info.isfile() and kind and info.offset_data + info.size <= size:
-                    place = info.offset_data, info.size
-                    members.setdefault(os.path.join(folder, key), {})[kind.lower()] = place
+                    location = info.offset_data, info.size
+                    members.setdefault(os.path.join(folder, key), {})[kind.lower()] = location
     except (tarfile.TarError, EOFError) as error:
         problem = str(error)
     return [Member(shard, key, files) for key, files in members.items()], problem
@@ -175,12 +198,14 @@ def scan(shard: str, path: str) -> tuple[list[Member], str | None]:
 
 
 class Source:
-    """One stream's part of a source's shards, epoch after epoch.
+    """One stream's share of the shards of a source; iterates over their samples without end.
 
     Args:
-        paths: all shards of the source.
-        stream, streams: which of how many streams this is; there are as many shards at least.
-        place: epoch, window and sample to begin at.
+        paths: all shards of the source, at least as many as there are streams.
+        seed: seed of the order.
+        stream: number of this stream.
+        streams: number of streams.
+        place: epoch, window and sample to start at; None: the beginning.
     """
 
     def __init__(self, paths: list[str], seed: int, stream: int, streams: int, place: list[int] | None = None):
@@ -189,15 +214,15 @@ class Source:
         self.broken: list[tuple[Any, str]] = []
 
     def windows(self, epoch: int) -> list[list[str]]:
-        """This stream's shards of an epoch, a few together."""
+        """This stream's shards of an epoch, in windows of a few shards."""
         order = list(self.paths)
         random.Random(f"{self.seed}-{epoch}").shuffle(order)
-        first = (self.stream - epoch * len(order)) % self.streams  # dealing goes on where the epoch before ended
-        mine = order[first :: self.streams]
-        return [mine[i : i + TOGETHER] for i in range(0, len(mine), TOGETHER)]
+        first = (self.stream - epoch * len(order)) % self.streams  # continue where the last epoch ended
+        own = order[first :: self.streams]
+        return [own[i : i + WINDOW] for i in range(0, len(own), WINDOW)]
 
     def __iter__(self) -> Iterator[tuple[dict[str, bytes], str, int]]:
-        """Files of a sample by kind, its key, and the epoch, without end; `place` is then that of the next."""
+        """Yield the files of each sample by kind, its key, and the epoch. `place` then points to the next sample."""
         empty = 0
         while True:
             epoch, window, start = self.place
@@ -222,7 +247,7 @@ class Source:
             self.place = [epoch, window + 1, 0]
 
     def open(self, shard: str, files: dict[str, int], stack: contextlib.ExitStack) -> list[Member]:
-        """The samples of a shard, which stays open while its window is read; what is broken is noted."""
+        """Open a shard for as long as its window is read, and list its samples. Errors go to `broken`."""
         try:
             path = stack.enter_context(on_disk(shard))
             members, problem = scan(shard, path)
@@ -235,16 +260,20 @@ class Source:
 
 
 class ShardDataset(IterableDataset):
-    """Pairs streamed from WebDataset shards, without end, in a new order each epoch.
+    """An endless stream of pairs from WebDataset shards, shuffled anew each epoch.
 
-    Each sample says by `Sample.place` where its stream is after it, so that a run goes on with the next.
+    `Sample.place` is the position of the stream after a sample, so that a run can resume with the next one.
 
     Args:
-        sources: the shards of each source; members are an image, and .txt or .json.
-        weights: how often each source is drawn from, relative to the others.
-        rank, processes: this process, and how many there are.
-        places: of each stream by its number, where to begin; those of the samples that the run saw last.
-        first_batch: batches that this process took before, from its workers in turn.
+        sources: the shards of each source; a sample is an image file with a .txt or .json file.
+        weights: relative sampling weight of each source; None: equal weights.
+        maker: makes the sample of a row.
+        seed: seed of the order.
+        rank: number of this process.
+        processes: number of processes.
+        places: the position to resume from, by stream number: `Sample.place` of the last sample of each stream. None:
+            the beginning.
+        first_batch: number of batches that this process has taken before; they come from its workers in turn.
     """
 
     def __init__(
@@ -258,7 +287,7 @@ class ShardDataset(IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         worker = torch.utils.data.get_worker_info()
         workers = worker.num_workers if worker else 1
-        # A loader begins with its first worker; the stream whose turn it is must be that one's.
+        # A DataLoader starts with its first worker, so that worker must get the stream whose turn it is.
         turn = ((worker.id if worker else 0) + self.first_batch) % workers
         stream = self.rank * workers + turn
         place = self.places.get(str(stream), {"draws": 0, "sources": [None] * len(self.sources)})
@@ -276,7 +305,7 @@ class ShardDataset(IterableDataset):
                 skipped.append((key, str(error)))
                 if len(skipped) >= TRIES:
                     causes = Counter(cause for _, cause in skipped)
-                    raise BadDataError(f"{TRIES} samples in a row cannot be used: {describe(causes)}.") from None
+                    raise BadDataError(f"{TRIES} consecutive samples cannot be used: {describe(causes)}.") from None
                 continue
             for source in sources:
                 skipped += source.broken
@@ -286,7 +315,18 @@ class ShardDataset(IterableDataset):
             yield sample
 
     def to_row(self, files: dict[str, bytes]) -> dict:
-        """A sample's files as a row: its picture, and its caption from .json (the caption column) or .txt."""
+        """Turn the files of a sample into a row.
+
+        Args:
+            files: contents by kind (extension, lower case).
+
+        Returns:
+            The fields of the .json file, the image (None if there is none), and the caption: that of the .json file, or
+            else the .txt file.
+
+        Raises:
+            BadRow: if the .json file is invalid.
+        """
         column = self.maker.chooser.caption_column.split(",")[0]
         try:
             row = dict(json.loads(files["json"])) if "json" in files else {}
@@ -302,7 +342,12 @@ class ShardDataset(IterableDataset):
 
 
 def write_shards(arguments: ShardsArguments) -> None:
-    """Write a data set as shards, and their index, in a new order; images stay as they are, byte for byte."""
+    """Write a data set as shuffled shards with an index. The bytes of the images are copied unchanged.
+
+    Raises:
+        ArgumentError: if webdataset is not installed, the data cannot be loaded, or the output folder holds other
+            files.
+    """
     require_webdataset()
     from webdataset import ShardWriter
 
@@ -331,14 +376,25 @@ def write_shards(arguments: ShardsArguments) -> None:
 
     write_whole(target, write)
     total = sum(shard["samples"] for shard in shards.values())
-    print(f"{total:,} samples in {len(shards):,} shards. Left out: {describe(causes)}.")
-    print(f"Train on them: --dataset_name '{target}/{{00000..{len(shards) - 1:05d}}}.tar'")
+    print(f"{total:,} samples in {len(shards):,} shards. Skipped rows: {describe(causes)}.")
+    print(f"To train on them: --dataset_name '{target}/{{00000..{len(shards) - 1:05d}}}.tar'")
 
 
 def files_of(row: dict, image_column: str, caption_column: str) -> dict[str, bytes]:
-    """A row's image, under the name of its format, its first caption as text, and all but the image as JSON.
+    """The files of a sample: the image, the first caption as text, and all columns except the image as JSON.
 
-    Others' readers, such as open_clip's, take the text. Raises BadRow where there is no image.
+    Other readers of WebDataset, such as open_clip's, use the text file.
+
+    Args:
+        row: a row of the data set.
+        image_column: column with the image.
+        caption_column: column with the captions; if there are several, joined by commas, the first is used.
+
+    Returns:
+        Contents by kind: the image's format, "txt" and "json".
+
+    Raises:
+        BadRow: if there is no image, or it cannot be read.
     """
     try:
         content = picture_bytes(row[image_column])

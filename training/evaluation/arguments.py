@@ -14,9 +14,9 @@ TaskName = Literal["zero-shot", "retrieval", "captioning", "vqa", "itm", "nlvr"]
 
 @dataclass(kw_only=True)
 class EvaluationArguments:
-    """The data, the task and its settings; `accelerate launch -m vlp.training.evaluate` takes them as options."""
+    """The options of `accelerate launch -m vlp.training.evaluate`: the data, the task and its settings."""
 
-    dataset: str = option(EMOJI, "data, as --dataset_name of training; not shards")
+    dataset: str = option(EMOJI, "data to evaluate on, as --dataset_name of training; not shards")
     dataset_config_name: str | None = option(None, "configuration of a hub data set")
     split: str = option("test", "split to evaluate on")
     task: TaskName = option("zero-shot", "task to evaluate")
@@ -24,29 +24,29 @@ class EvaluationArguments:
     second_image_column: str = option("second_image", "nlvr: column with the image on the right")
     image_root: str | None = option(None, "folder that image paths start from; that of the data file if not given")
     caption_column: str = option(
-        "caption", "column with a caption or a list of captions; several columns, joined by commas; vqa: the question"
+        "caption", "column with a caption or a list of captions, or several columns joined by commas; vqa: the question"
     )
     class_column: str | None = option(
-        None, "zero-shot: column with the class; if not given, the first column of labels, else the captions"
+        None, "zero-shot: column with the class; if not given, the first ClassLabel column, or else the captions"
     )
     class_names: str | None = option(
-        None, f"zero-shot: names for integer labels: a file, one name per line, or one of {', '.join(CLASS_NAMES)}"
+        None, f"zero-shot: names of integer labels: a file with one name per line, or one of {', '.join(CLASS_NAMES)}"
     )
-    templates: str = option("name", f"zero-shot: prompts to average, one of {', '.join(TEMPLATES)}")
-    group_column: str | None = option(None, "zero-shot: report the accuracy for each value of this column too")
-    answer_column: str = option("answers", "vqa: column with the answers that people gave")
-    answer_list: str | None = option(None, "vqa: file of answers, one per line, to rank as well as to generate")
-    label_column: str = option("label", "nlvr: column with whether the caption is true of both images")
-    rerank_top_k: int = option(0, "retrieval: candidates of each query that are re-ranked by matching (ITM); 0: none")
+    templates: str = option("name", f"zero-shot: prompt templates to average over, one of {', '.join(TEMPLATES)}")
+    group_column: str | None = option(None, "zero-shot: also report the accuracy for each value of this column")
+    answer_column: str = option("answers", "vqa: column with the human answers")
+    answer_list: str | None = option(None, "vqa: file of candidate answers to rank, one per line")
+    label_column: str = option("label", "nlvr: column with the label: whether the caption is true of both images")
+    rerank_top_k: int = option(0, "retrieval: candidates per query that are re-ranked by matching (ITM); 0: none")
     rerank_posterior: bool = option(
-        False, "re-rank by ITC's probability times ITM's odds; else by the original's cosine plus ITM logit"
+        False, "re-rank by ITC probability times ITM odds, not by cosine plus ITM logit as the original does"
     )
-    prompt: str = option("", "captioning: the prompt that captions begin with; it is removed again")
-    num_beams: int = option(3, "captioning, vqa: beams")
-    max_length: int = option(30, "captioning, vqa: most tokens to generate")
-    answer_top_k: int = option(128, "vqa: answers of --answer_list that are scored in full")
-    batch_size: int = option(64, "images or texts per batch, for each process")
-    max_samples: int | None = option(None, "evaluate on the first rows only; all if not given")
+    prompt: str = option("", "captioning: prompt that captions start with; it is removed from the result")
+    num_beams: int = option(3, "captioning, vqa: number of beams")
+    max_length: int = option(30, "captioning, vqa: maximum number of tokens to generate")
+    answer_top_k: int = option(128, "vqa: candidates of --answer_list that are scored in full")
+    batch_size: int = option(64, "images or texts per batch and process")
+    max_samples: int | None = option(None, "evaluate only on the first rows; all rows if not given")
     max_image_pixels: int = option(MAX_PIXELS, "larger images, in pixels, are skipped as decompression bombs")
     resamples: int = option(1000, "bootstrap resamples for the 95 % intervals; 0: no intervals")
     seed: int = option(0, "seed of the bootstrap")
@@ -70,5 +70,5 @@ class EvaluationArguments:
 
     @property
     def text_column(self) -> str | None:
-        """The column that distinguishes evaluations of one task on one split: the classes', or the captions'."""
+        """The column with the texts: zero-shot: the class column if given; otherwise the caption column."""
         return (self.class_column or self.caption_column) if self.task == "zero-shot" else self.caption_column

@@ -1,4 +1,4 @@
-"""Examples for the model card: predictions on some pictures, galleries of retrieval, and heat maps."""
+"""Examples for the model card: predictions for some pictures, retrieval galleries, and heat maps."""
 
 from pathlib import Path
 
@@ -18,17 +18,24 @@ from .scores import plain_answer, words
 from .tasks import embed_classes, use_of
 
 COUNT = 12  # pictures with predictions
-QUERIES, FOUND, MAPPED = 4, 6, 4  # texts in the gallery, images for each, images with heat maps
-SEARCHED = 2000  # images that the gallery is searched in
+QUERIES, RETRIEVED, MAPPED = 4, 6, 4  # queries in the gallery, images per query, images with heat maps
+SEARCHED = 2000  # images that the queries are compared with
 
 Example = dict  # {"image", "label", "predictions": [(text, probability or None, whether it is right), ...]}
 
 
 def make_examples(model, processor, evaluations: list[Pictures], prompts: list[str], seed: int = 0) -> list[Example]:
-    """Predictions on some pictures, drawn by the seed; empty if no task of the evaluation has examples.
+    """Make predictions for some random pictures.
 
     Args:
-        evaluations: the data of each task that the model was evaluated on. prompts: captions are generated after each.
+        model: the model, in evaluation mode.
+        processor: its processor.
+        evaluations: the data of each task that the model was evaluated on.
+        prompts: captioning: one caption is generated for each prompt.
+        seed: seed of the choice of pictures.
+
+    Returns:
+        The examples; empty if none of the tasks has examples.
     """
     by_task = {pictures.arguments.task: pictures for pictures in reversed(evaluations)}
     for task, make in EXAMPLES.items():
@@ -39,7 +46,7 @@ def make_examples(model, processor, evaluations: list[Pictures], prompts: list[s
 
 
 def caption_examples(predictor, pictures: Pictures, chosen: list[int], prompts: list[str]) -> list[Example]:
-    """Each picture's first caption, and the one that is generated after each prompt."""
+    """The first caption of each picture, and the caption generated for each prompt."""
     images, arguments = [pictures.image(number) for number in chosen], pictures.arguments
     options = dict(num_beams=arguments.num_beams, max_length=arguments.max_length)
     captions = [predictor.caption(images, prompt, **options) for prompt in prompts]
@@ -52,7 +59,7 @@ def caption_examples(predictor, pictures: Pictures, chosen: list[int], prompts: 
 
 
 def answer_examples(predictor, pictures: Pictures, chosen: list[int], prompts: list[str]) -> list[Example]:
-    """The first answer that was given to each picture's first question, and the generated one."""
+    """The first human answer to each picture's first question, and the generated answer."""
     images, arguments = [pictures.image(number) for number in chosen], pictures.arguments
     questions = [pictures.items[number].texts[0] for number in chosen]
     answers = predictor.answer(images, questions, num_beams=arguments.num_beams, max_length=arguments.max_length)
@@ -65,7 +72,7 @@ def answer_examples(predictor, pictures: Pictures, chosen: list[int], prompts: l
 
 
 def class_examples(predictor: Predictor, pictures: Pictures, chosen: list[int], prompts: list[str]) -> list[Example]:
-    """Each picture's class, and the three most probable ones."""
+    """The class of each picture, and the three most probable classes."""
     images, classes = [pictures.image(number) for number in chosen], embed_classes(predictor, pictures)
     scores = predictor.similarity(predictor.embed_images(images), classes) / predictor.temperature
     top, examples = scores.softmax(dim=1).topk(min(3, len(pictures.names))), []
@@ -77,17 +84,17 @@ def class_examples(predictor: Predictor, pictures: Pictures, chosen: list[int], 
 
 
 def match_examples(predictor, pictures: Pictures, chosen: list[int], prompts: list[str]) -> list[Example]:
-    """Each picture's first text, and the three texts that match it best, among the candidates by similarity."""
+    """The first text of each picture, and the three candidates by similarity that match it best (ITM)."""
     images = [pictures.image(number) for number in chosen]
     texts = [text for picture in pictures.items for text in picture.texts]
     embeds = torch.cat([predictor.embed_texts(batch) for batch in iter_batched(texts, 64)])
     similarity = predictor.similarity(predictor.embed_images(images), embeds)
     candidates = similarity.topk(min(max(3, pictures.arguments.rerank_top_k), len(texts)), dim=1)
     states, examples = predictor.encode_images(images), []
-    for place, (number, image) in enumerate(zip(chosen, images, strict=True)):
-        listed = [texts[k] for k in candidates.indices[place].tolist()]
-        logits = predictor.match(states[place : place + 1], torch.zeros(len(listed), dtype=torch.long), listed)
-        order = (candidates.values[place] + logits[:, 1]).argsort(descending=True)[:3].tolist()
+    for index, (number, image) in enumerate(zip(chosen, images, strict=True)):
+        listed = [texts[k] for k in candidates.indices[index].tolist()]
+        logits = predictor.match(states[index : index + 1], torch.zeros(len(listed), dtype=torch.long), listed)
+        order = (candidates.values[index] + logits[:, 1]).argsort(descending=True)[:3].tolist()
         own = pictures.items[number].texts
         examples.append(example(image, own[0], [(listed[k], None, listed[k] in own) for k in order]))
     return examples
@@ -109,7 +116,15 @@ def example(image: Image.Image, label: str, predictions: list[tuple]) -> Example
 
 
 def draw_galleries(model, processor, evaluations: list[Pictures], folder: Path, seed: int = 0) -> None:
-    """Draw what the model supports, as PNG files in a folder; nothing if no task of the evaluation has texts."""
+    """Draw the galleries that the model supports: retrieval.png, matching.png and attention.png.
+
+    Args:
+        model: the model, in evaluation mode.
+        processor: its processor.
+        evaluations: the data of each task; nothing is drawn if none of the tasks has captions.
+        folder: where the files are written.
+        seed: seed of the choice of pictures.
+    """
     pictures = next((each for each in evaluations if each.arguments.task in ("retrieval", "captioning", "itm")), None)
     if pictures is None:
         return
@@ -126,10 +141,10 @@ def draw_galleries(model, processor, evaluations: list[Pictures], folder: Path, 
 
 
 def draw_retrieval(predictor: Predictor, images: list, texts: list[str], path: Path) -> None:
-    """The images that the model retrieves for some of the texts, among all of them."""
+    """Draw the images that the model retrieves for the first QUERIES texts, from all images."""
     embeds = torch.cat([predictor.embed_images(batch) for batch in iter_batched(images, 64)])
     scores = predictor.similarity(embeds, predictor.embed_texts(texts[:QUERIES])).T  # (QUERIES, images)
-    found = scores.topk(min(FOUND, len(images)), dim=1).indices.tolist()
+    found = scores.topk(min(RETRIEVED, len(images)), dim=1).indices.tolist()
     rows = [
         (text, [(images[n], texts[n] == text) for n in best]) for text, best in zip(texts[:QUERIES], found, strict=True)
     ]
@@ -137,7 +152,7 @@ def draw_retrieval(predictor: Predictor, images: list, texts: list[str], path: P
 
 
 def draw_attention(predictor: BlipPredictor, images: list, texts: list[str], path: Path) -> None:
-    """Where the decoder looks for each word that it generates."""
+    """Draw the cross-attention of the decoder for each word that it generates."""
     rows = [
         (image, text, attention_maps(predictor.model, predictor.processor, predictor.prepare_images([image])))
         for image, text in zip(images, texts, strict=True)
@@ -146,7 +161,7 @@ def draw_attention(predictor: BlipPredictor, images: list, texts: list[str], pat
 
 
 def draw_matching(model, processor, images: list, texts: list[str], path: Path) -> None:
-    """Which parts of an image support each word of its text."""
+    """Draw which regions of an image support each word of its text (Grad-CAM of ITM)."""
     predictor = predictor_of(model, processor, "match")
     rows = [
         (image, text, matching_maps(model, processor, predictor.prepare_images([image]), text))

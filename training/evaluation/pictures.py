@@ -1,7 +1,7 @@
-"""The pictures of an evaluation: usable rows, grouped by picture, and divided among the processes.
+"""Prepare the pictures of an evaluation: group usable rows by picture and divide them among the processes.
 
-Rows of one picture, such as one row for each of its captions, are one picture with several texts, so a table gives the
-same figures whether it has one caption per row or a list of them.
+Several rows with the same picture, such as one row per caption, become one picture with several texts. The results are
+therefore the same whether a table has one caption per row or a list of captions.
 """
 
 from collections import Counter
@@ -26,8 +26,10 @@ class Picture:
     """A picture and its rows.
 
     Attributes:
-        rows: numbers of its rows, in order. texts: the captions (vqa, nlvr: the questions, the sentence) of all of
-            them, in order. sources: for each text, the number of its row. label: zero-shot, the number of its class.
+        rows: row numbers, in order.
+        texts: the captions of all rows, in order (vqa: the questions; nlvr: the sentence).
+        sources: the row number of each text.
+        label: zero-shot: the class index; None for other tasks.
     """
 
     rows: list[int]
@@ -38,12 +40,17 @@ class Picture:
 
 @dataclass
 class Pictures:
-    """The pictures to evaluate on; the list is the same in every process, and each works on its own share.
+    """The pictures to evaluate on. The list is the same in every process; each process works on its own share.
 
     Attributes:
-        items: all usable pictures, in the order of their first rows. own: numbers of this process' pictures.
-        used: usable rows of all processes. skipped: the other rows, counted by cause.
-        names: zero-shot, the names of the classes. answers: vqa, answers to rank as well as to generate.
+        table: the rows, with undecoded images.
+        arguments: the options of the evaluation.
+        state: the process state of accelerate.
+        items: all usable pictures, in the order of their first rows.
+        used: number of usable rows.
+        skipped: number of unusable rows by cause.
+        names: zero-shot: the class names; None for other tasks.
+        answers: vqa: candidate answers to rank in addition to generating one; may be empty.
     """
 
     table: datasets.Dataset
@@ -60,24 +67,30 @@ class Pictures:
 
     @property
     def own(self) -> list[int]:
+        """The indices of this process's pictures."""
         return list(range(self.state.process_index, len(self.items), self.state.num_processes))
 
     def image(self, number: int) -> Image.Image:
-        """The image of a picture, as `read_picture` reads it."""
+        """Read a picture, given its index in `items`."""
         arguments = self.arguments
         return picture_of(self.table[self.items[number].rows[0]], arguments.image_column, arguments.max_image_pixels)
 
     def draw(self, count: int, seed: int) -> list[int]:
-        """Numbers of some pictures, drawn at random by the seed."""
+        """Draw `count` random indices of pictures, or all if there are fewer."""
         return torch.randperm(len(self.items), generator=torch.Generator().manual_seed(seed))[:count].tolist()
 
     def batches(self, items: list, text: str) -> Iterator[list]:
-        """Batches of this process' work, with a progress bar in the main process."""
+        """Split items into batches, with a progress bar in the main process.
+
+        Args:
+            items: what this process works on.
+            text: description of the progress bar.
+        """
         batches = list(iter_batched(items, self.arguments.batch_size))
         yield from tqdm(batches, desc=text, disable=not self.state.is_main_process, leave=False)
 
     def gather(self, found: list[tuple]) -> list[tuple]:
-        """(key, ...) of all processes, ordered by their keys."""
+        """Gather tuples (key, ...) from all processes, sorted by key."""
         return sorted(gather_object(found), key=lambda item: item[0])
 
 
@@ -85,11 +98,17 @@ def find_pictures(
     table: datasets.Dataset, arguments: EvaluationArguments, state: PartialState,
     labels: list[int | None] | None = None, names: list[str] | None = None,
 ) -> Pictures:  # fmt: skip
-    """Check the rows, each in one process, and group the usable ones by picture.
+    """Check the rows, divided among the processes, and group the usable ones by picture.
 
     Args:
-        table: rows whose images are not decoded yet.
-        labels: zero-shot, the number of each row's class, None if it has none; names: of the classes.
+        table: rows with undecoded images.
+        arguments: the options of the evaluation.
+        state: the process state of accelerate.
+        labels: zero-shot: the class index of each row, None if it has none.
+        names: zero-shot: the class names.
+
+    Returns:
+        The usable pictures, the same in every process.
 
     Raises:
         ArgumentError: if no row is usable.
@@ -119,7 +138,17 @@ def find_pictures(
 def key_and_texts(
     row: dict, number: int, arguments: EvaluationArguments, labels: list[int | None] | None
 ) -> tuple[tuple, list[str]]:
-    """What rows of one picture have in common, and the texts of a row. Raises BadRow if the task cannot use it."""
+    """The key that a picture's rows share, and the texts of a row.
+
+    Args:
+        row: a row of the table.
+        number: its number.
+        arguments: the options of the evaluation.
+        labels: zero-shot: the class index of each row.
+
+    Raises:
+        BadRow: if the task cannot use the row.
+    """
     identity, task = picture_id(row, arguments.image_column), arguments.task
     if task == "zero-shot":
         if labels is None or labels[number] is None:

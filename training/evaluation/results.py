@@ -1,4 +1,4 @@
-"""The results of an evaluation as files: JSON, a table in Markdown and a picture of the confusions."""
+"""Write the results of an evaluation: JSON, a Markdown table, and a confusion matrix as PNG."""
 
 import dataclasses
 import json
@@ -22,10 +22,16 @@ INTERVAL = "_interval"
 
 
 def evaluate_model(model: PreTrainedModel, processor, evaluations: list[Pictures], resamples: int) -> list[Outcome]:
-    """Evaluate a model in memory on each task, in evaluation mode; its mode is restored. Called by every process.
+    """Evaluate a model on each task. Called by every process.
 
     Args:
-        evaluations: the prepared data of each task. resamples: of the bootstrap, for the intervals; 0: no intervals.
+        model: the model. It runs in evaluation mode; its mode is restored afterwards.
+        processor: its processor.
+        evaluations: the prepared data of each task.
+        resamples: bootstrap resamples for the intervals; 0: no intervals.
+
+    Returns:
+        The outcome of each task.
     """
     training, outcomes = model.training, []
     model.eval()
@@ -38,10 +44,14 @@ def evaluate_model(model: PreTrainedModel, processor, evaluations: list[Pictures
 
 
 def metrics_of(evaluations: list[Pictures], outcomes: list[Outcome]) -> dict[str, float]:
-    """The metrics of all tasks, without intervals.
+    """Merge the metrics of all tasks, without intervals.
 
-    A metric that is measured on several columns, such as those of two languages, is named METRIC@COLUMN from the
-    second one on.
+    If a metric is measured on several columns, such as those of two languages, it is named METRIC@COLUMN from the
+    second column on.
+
+    Args:
+        evaluations: the data of each task.
+        outcomes: the outcome of each task.
     """
     metrics: dict[str, float] = {}
     for pictures, outcome in zip(evaluations, outcomes, strict=True):
@@ -51,14 +61,19 @@ def metrics_of(evaluations: list[Pictures], outcomes: list[Outcome]) -> dict[str
 
 
 def values_of(outcome: Outcome) -> dict[str, float]:
+    """The metrics without their intervals."""
     return {name: value for name, value in outcome.metrics.items() if not name.endswith(INTERVAL)}
 
 
 def results_of(name: str, architecture: str, pictures: Pictures, outcome: Outcome, device: str) -> dict:
-    """What is stored of an evaluation.
+    """Collect the results of an evaluation for storage as JSON.
 
     Args:
-        name: of the model. architecture: its class.
+        name: name of the model.
+        architecture: class of the model.
+        pictures: the data.
+        outcome: the metrics.
+        device: the hardware, as text.
     """
     results = {
         "model": name,
@@ -86,7 +101,17 @@ def results_of(name: str, architecture: str, pictures: Pictures, outcome: Outcom
 
 
 def write_results(folder: Path, results: dict, pictures: Pictures, outcome: Outcome) -> Path:
-    """Write the results into a folder; returns the path of the JSON file."""
+    """Write the results into a folder: JSON, a Markdown table, and for zero-shot a confusion matrix as PNG.
+
+    Args:
+        folder: the folder, created if it does not exist.
+        results: the results, from `results_of`.
+        pictures: the data.
+        outcome: the metrics.
+
+    Returns:
+        The path of the JSON file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{file_name(pictures.arguments)}.json"
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
@@ -99,7 +124,7 @@ def write_results(folder: Path, results: dict, pictures: Pictures, outcome: Outc
 
 
 def file_name(arguments: EvaluationArguments) -> str:
-    """What distinguishes the evaluations of a model: data, split, task, and the column unless it is `caption`."""
+    """The file name of an evaluation: data, split, task, and the column unless it is `caption`."""
     parts = [Path(arguments.dataset).stem, arguments.split, arguments.task]
     parts += [column for column in (arguments.text_column,) if column != "caption"]
     return "-".join(part.replace("/", "_") for part in parts)

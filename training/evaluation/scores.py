@@ -1,7 +1,7 @@
-"""What each sample scores, and how sure a mean over samples is: the maths behind `training/metrics`.
+"""Scores of samples and their bootstrap intervals: the maths behind `training/evaluation/metrics`.
 
-A statistic takes weights, one for each unit (an image), and gives a number: with weights of 1 it is the value, with
-the counts of a resampling it is one draw of the bootstrap (Efron, 1979).
+A statistic is a function from weights, one per unit (such as an image), to a number. With weights of 1 it gives the
+value of the metric; with the counts of a resample it gives one bootstrap draw (Efron, 1979).
 """
 
 import re
@@ -14,7 +14,7 @@ from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 from pycocoevalcap.rouge.rouge import Rouge
 
-# Shapes: N samples, U units that are drawn anew, K classes
+# Shapes: N samples, U units that are resampled, K classes
 
 Statistic = Callable[[np.ndarray], float]
 
@@ -24,13 +24,19 @@ NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four
 
 
 def estimate(statistics: dict[str, Statistic], units: int, resamples: int = 0, seed: int = 0) -> dict:
-    """The value of each statistic and, under NAME_interval, its 95 % bootstrap interval where `resamples` are drawn.
+    """Compute each statistic and its 95 % bootstrap interval.
 
     Args:
-        units: how many units there are to draw from. resamples: how often; 1,000 are usual.
+        statistics: the statistics by name.
+        units: number of units.
+        resamples: number of bootstrap resamples, usually 1,000; 0: no intervals.
+        seed: seed of the bootstrap.
+
+    Returns:
+        The value of each statistic under its name and, if there are resamples, [low, high] under NAME_interval.
     """
-    whole, rng = np.ones(units), np.random.default_rng(seed)
-    result: dict = {name: statistic(whole) for name, statistic in statistics.items()}
+    ones, rng = np.ones(units), np.random.default_rng(seed)
+    result: dict = {name: statistic(ones) for name, statistic in statistics.items()}
     if not resamples:
         return result
     draws: dict[str, list[float]] = {name: [] for name in statistics}
@@ -47,7 +53,12 @@ def mean(scores, groups=None) -> Statistic:
     """The mean of scores (N,).
 
     Args:
-        groups: (N,) the unit of each sample, where several samples, such as an image's captions, are drawn together.
+        scores: (N,).
+        groups: (N,) the unit of each sample, if several samples, such as an image's captions, are resampled together;
+            None: each sample is a unit.
+
+    Returns:
+        A statistic.
     """
     scores = np.asarray(scores, float)
     groups = np.arange(len(scores)) if groups is None else np.asarray(groups)
@@ -60,10 +71,17 @@ def mean(scores, groups=None) -> Statistic:
 
 
 def mean_per_class(hits, labels) -> Statistic:
-    """The mean over classes of the share of hits (N,) in each; classes that no sample is of do not count.
+    """The mean over classes of the accuracy in each class. Classes without samples do not count.
 
-    A sample counts as one over the number of its class' samples, which a draw leaves as it is: were classes that a draw
-    misses left out, those of few samples would seem surer than they are.
+    The weight of a sample is one over the size of its class in the full data, also in a resample. Leaving out the
+    classes that a resample misses would make the intervals of small classes too narrow.
+
+    Args:
+        hits: (N,) 1 if the prediction is right, else 0.
+        labels: (N,) class indices.
+
+    Returns:
+        A statistic.
     """
     hits, labels = np.asarray(hits, float), np.asarray(labels)
     shares = 1 / np.bincount(labels)[labels]
@@ -76,36 +94,63 @@ def mean_per_class(hits, labels) -> Statistic:
 
 
 def hits_at(ranked: list[list[int]], right: list[list[int]], k: int) -> list[float]:
-    """1 where one of the right answers is among the first k, else 0."""
+    """Whether at least one right answer is among the first k.
+
+    Args:
+        ranked: the results of each query, best first.
+        right: the right answers of each query.
+        k: number of results that count.
+
+    Returns:
+        1 or 0 for each query.
+    """
     return [float(bool(set(answers[:k]) & set(wanted))) for answers, wanted in zip(ranked, right, strict=True)]
 
 
 def words(text: str) -> str:
-    """A caption to score: lower case, its punctuation taken off, parted by single spaces.
+    """Normalise a caption for scoring: lower case, without punctuation, words separated by single spaces.
 
-    What coco-caption does with Stanford's tokenizer, without Java; the figures differ a little from its own.
+    This replaces Stanford's Java tokenizer in coco-caption; the scores differ slightly.
     """
     text = unicodedata.normalize("NFC", text).lower()
     return " ".join(re.findall(r"\w+(?:['’.,-]\w+)*|[^\w\s.,;:!?\"'`()\[\]{}…-]", text))
 
 
-def caption_statistics(written: list[str], references: list[list[str]]) -> dict[str, Statistic]:
-    """CIDEr (0 to 10; its document frequencies are those of all references), BLEU-1 to 4, ROUGE-L, exact matches."""
-    written = [words(text) for text in written]
+def caption_statistics(captions: list[str], references: list[list[str]]) -> dict[str, Statistic]:
+    """Statistics of generated captions: CIDEr, BLEU-1 to 4, ROUGE-L and exact matches.
+
+    CIDEr is from 0 to 10; its document frequencies are computed from all references.
+
+    Args:
+        captions: the generated caption of each image.
+        references: the human captions of each image.
+
+    Returns:
+        The statistics by name: cider, bleu_1 to bleu_4, rouge_l, caption_exact.
+    """
+    captions = [words(text) for text in captions]
     references = [[words(text) for text in texts] for texts in references]
     bleu, cider = BleuScorer(n=4), CiderScorer(n=4)
-    for text, wanted in zip(written, references, strict=True):
+    for text, wanted in zip(captions, references, strict=True):
         bleu += (text, wanted)
         cider += (text, wanted)
-    rouge = [Rouge().calc_score([text], wanted) for text, wanted in zip(written, references, strict=True)]
-    exact = [text in wanted for text, wanted in zip(written, references, strict=True)]
+    rouge = [Rouge().calc_score([text], wanted) for text, wanted in zip(captions, references, strict=True)]
+    exact = [text in wanted for text, wanted in zip(captions, references, strict=True)]
     statistics = {"cider": mean(cider.compute_score()[1])}
     statistics |= {f"bleu_{order}": corpus_bleu(bleu, order) for order in (1, 2, 3, 4)}
     return statistics | {"rouge_l": mean(rouge), "caption_exact": mean(exact)}
 
 
 def corpus_bleu(scorer: BleuScorer, order: int) -> Statistic:
-    """BLEU (Papineni et al., 2002) of a corpus, with the reference whose length is closest, as pycocoevalcap's."""
+    """The corpus BLEU (Papineni et al., 2002) with the closest reference length, as in pycocoevalcap.
+
+    Args:
+        scorer: a BleuScorer with all captions and references.
+        order: largest n-gram, 1 to 4.
+
+    Returns:
+        A statistic.
+    """
     tests = scorer.ctest
     guesses = np.array([test["guess"][:order] for test in tests], float)  # (N, order)
     correct = np.array([test["correct"][:order] for test in tests], float)
@@ -115,17 +160,18 @@ def corpus_bleu(scorer: BleuScorer, order: int) -> Statistic:
     def statistic(weights: np.ndarray) -> float:
         with np.errstate(divide="ignore"):
             precision = np.log((weights @ correct + 1e-15) / (weights @ guesses + 1e-9)).mean()
-        written = weights @ lengths
-        penalty = min(0.0, 1 - (weights @ wanted + 1e-9) / (written + 1e-15))
+        length = weights @ lengths
+        penalty = min(0.0, 1 - (weights @ wanted + 1e-9) / (length + 1e-15))
         return float(np.exp(precision + penalty))
 
     return statistic
 
 
 def plain_answer(text: str) -> str:
-    """An answer as VQA compares it: no case, punctuation, articles; numbers as digits.
+    """Normalise an answer as VQA does: lower case, no punctuation, no articles, numbers as digits.
 
-    Source: VQA, vqaEvaluation/vqaEval.py. Apostrophes are taken off where that puts them in ("dont" is "don't").
+    Source: VQA, vqaEvaluation/vqaEval.py. Apostrophes are removed, whereas the original inserts missing ones ("dont"
+    becomes "don't").
     """
     text = text.lower().replace("\n", " ").replace("\t", " ").strip().replace("'", "").replace("’", "")
     text = re.sub(r"(?<=\d),(?=\d)", "", text)
@@ -135,12 +181,19 @@ def plain_answer(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, given: list[str]) -> float:
-    """VQA's accuracy: as good as right where three people gave the answer, averaged over leaving out each of them.
+    """Compute VQA's accuracy: min(1, matching human answers / 3), averaged over leaving out each human answer in turn.
 
-    Source: visualqa.org/evaluation.html. Of fewer than three answers, each is right.
+    Source: visualqa.org/evaluation.html. With fewer than three human answers, an answer is right if it is one of them.
+
+    Args:
+        answer: the normalised prediction.
+        given: the normalised human answers.
+
+    Returns:
+        The accuracy, 0 to 1.
     """
     if len(given) < 3:
         return float(answer in given)
     counts = Counter(given)
-    left = [counts[answer] - (answer == one) for one in given]
-    return sum(min(1.0, count / 3) for count in left) / len(given)
+    matches = [counts[answer] - (answer == left_out) for left_out in given]
+    return sum(min(1.0, count / 3) for count in matches) / len(given)

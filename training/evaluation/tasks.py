@@ -1,8 +1,8 @@
 """The evaluation tasks: zero-shot classification, retrieval, matching, captioning, VQA and NLVR.
 
-There is one implementation of each, which training, the command `evaluate`, the model card and the demo use. Each task
-works on this process' share of the pictures, gathers the predictions of all processes and computes the metrics from
-them, so the figures do not depend on the number of processes.
+Training, the command `evaluate`, the model card and the demo share these implementations. Each task works on this
+process's share of the pictures, gathers the predictions of all processes and computes the metrics from them, so the
+results do not depend on the number of processes.
 """
 
 from collections.abc import Callable
@@ -27,16 +27,17 @@ from .pictures import Pictures, find_pictures
 
 # Shapes: I images, T texts, P pairs, K classes, E embedding, Q queries
 
-DEPTH = 10  # ranks that are kept for each query: recall at 1, 5 and 10 needs no more
+DEPTH = 10  # results kept per query: enough for recall at 1, 5 and 10
 
 
 @dataclass
 class Outcome:
-    """The metrics of a task, with their 95 % intervals under NAME_interval; shares are from 0 to 1.
+    """The results of a task.
 
     Attributes:
-        confusion: zero-shot, (class, predicted class) of every picture.
-        groups: zero-shot, accuracy and number of pictures for each value of `group_column`.
+        metrics: the metrics, and their 95 % intervals under NAME_interval; accuracies and recalls are from 0 to 1.
+        confusion: zero-shot: (class, predicted class) of every picture.
+        groups: zero-shot: accuracy and number of pictures for each value of `group_column`.
     """
 
     metrics: dict
@@ -46,21 +47,31 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: what the model must support (see `architectures.USES`), and the function that evaluates it."""
+    """An evaluation task.
+
+    Attributes:
+        use: what the model must support (see `architectures.USES`).
+        run: the function that evaluates the task.
+    """
 
     use: str
     run: Callable[[Predictor, Pictures], Outcome]
 
 
 def use_of(arguments: EvaluationArguments) -> str:
-    """The use that the model must support."""
+    """The use that the model must support for an evaluation (see `architectures.USES`)."""
     if arguments.task == "retrieval" and arguments.rerank_top_k:
         return "match"
     return TASKS[arguments.task].use
 
 
 def evaluate_task(predictor: Predictor, pictures: Pictures) -> Outcome:
-    """Evaluate a model on the task that `pictures.arguments` names; called by every process."""
+    """Evaluate a model on the task of `pictures.arguments`. Called by every process.
+
+    Args:
+        predictor: the model, for the use of the task.
+        pictures: the data, from `prepare_data`.
+    """
     return TASKS[pictures.arguments.task].run(predictor, pictures)
 
 
@@ -73,10 +84,16 @@ def prepare_data(
     """Check that the table has the columns that the task needs, and find its usable pictures.
 
     Args:
-        answers: vqa, answers to rank; those of the file `answer_list` if not given.
+        table: rows with undecoded images.
+        arguments: the options of the evaluation.
+        state: the process state of accelerate.
+        answers: vqa: candidate answers to rank; None: those of the file `answer_list`.
+
+    Returns:
+        The usable pictures, the same in every process.
 
     Raises:
-        ArgumentError: if a column is missing or of another type, or no row is usable.
+        ArgumentError: if a column is missing or has the wrong type, or no row is usable.
     """
     data = arguments.dataset
     if arguments.group_column:
@@ -107,7 +124,18 @@ def answer_list(arguments: EvaluationArguments) -> list[str]:
 
 
 def labels_of(table: datasets.Dataset, arguments: EvaluationArguments) -> tuple[list[int | None], list[str]]:
-    """The number of each row's class, None if it has none, and the names of the classes."""
+    """Find the class of each row.
+
+    Args:
+        table: the rows.
+        arguments: the options of the evaluation.
+
+    Returns:
+        The class index of each row, None if it has none, and the class names.
+
+    Raises:
+        ArgumentError: if the column is missing, or labels and names do not fit (see `number_labels`).
+    """
     features = table.features
     labelled = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     column = arguments.class_column or (labelled or [arguments.caption_column])[0]
@@ -124,11 +152,15 @@ def labels_of(table: datasets.Dataset, arguments: EvaluationArguments) -> tuple[
 
 
 def number_labels(values: list, names: list[str] | None, column: str) -> tuple[list[int | None], list[str]]:
-    """The number of each label's class, and the names of the classes.
+    """Map labels to class indices.
 
     Args:
-        values: names or numbers; None, -1 and "" are rows without a label. names: of the classes; if not given, the
-            distinct values. column: for the message of an error.
+        values: names or numbers; None, -1 and "" mean that a row has no label.
+        names: the class names; if None, the sorted distinct values, which must then be names.
+        column: the column, for error messages.
+
+    Returns:
+        The class index of each value, None if it has none, and the class names.
 
     Raises:
         ArgumentError: if the values are neither names nor numbers, or a label has no name.
@@ -152,10 +184,12 @@ def number_labels(values: list, names: list[str] | None, column: str) -> tuple[l
 
 
 def transposed(found: list[tuple]) -> list[list]:
+    """The columns of a list of tuples."""
     return [list(column) for column in zip(*found, strict=True)]
 
 
 def bootstrap(arguments: EvaluationArguments) -> dict:
+    """The bootstrap options of a metric."""
     return {"resamples": arguments.resamples, "seed": arguments.seed}
 
 
@@ -163,7 +197,7 @@ def bootstrap(arguments: EvaluationArguments) -> dict:
 
 
 def zero_shot(predictor: Predictor, pictures: Pictures) -> Outcome:
-    """Accuracy of classification by the prompts of the classes' names."""
+    """Zero-shot classification: compare images with the prompts of the class names."""
     arguments, names, found = pictures.arguments, pictures.names, []
     classes = embed_classes(predictor, pictures)
     for batch in pictures.batches(pictures.own, "images"):
@@ -181,14 +215,14 @@ def zero_shot(predictor: Predictor, pictures: Pictures) -> Outcome:
 
 
 def embed_classes(predictor: Predictor, pictures: Pictures) -> Tensor:
-    """The embedding of each class, (K, E): the mean of its prompts, of unit length (openai/CLIP, notebooks)."""
+    """Embed the classes as (K, E): the normalised mean of each class's prompts (openai/CLIP, notebooks)."""
     prompts = [text for texts in prompts_for(pictures.names, pictures.arguments.templates) for text in texts]
     embeds = torch.cat([predictor.embed_texts(batch) for batch in pictures.batches(prompts, "classes")])
     return F.normalize(embeds.view(len(pictures.names), -1, embeds.shape[-1]).mean(dim=1), dim=-1)
 
 
 def by_group(pictures: Pictures, numbers: list[int], hits: list[bool]) -> dict[str, dict]:
-    """For each value of `group_column`, the accuracy and the number of pictures."""
+    """The accuracy and the number of pictures for each value of `group_column`; empty if it is not set."""
     column, groups = pictures.arguments.group_column, {}
     if not column:
         return {}
@@ -199,8 +233,16 @@ def by_group(pictures: Pictures, numbers: list[int], hits: list[bool]) -> dict[s
 
 
 def best(scores: Tensor, correct: Tensor) -> list[list[int]]:
-    """The DEPTH best targets of each query by scores (Q, N); of equal scores, the wrong targets come first."""
-    first = correct.int().argsort(dim=1, stable=True)  # wrong before right
+    """The best targets of each query, at most DEPTH. Among equal scores, wrong targets come first.
+
+    Args:
+        scores: (Q, N).
+        correct: (Q, N) bool, True for right targets.
+
+    Returns:
+        Target indices of each query, best first.
+    """
+    first = correct.int().argsort(dim=1, stable=True)  # wrong targets before right ones
     order = scores.gather(1, first).argsort(dim=1, descending=True, stable=True)
     return first.gather(1, order)[:, :DEPTH].tolist()
 
@@ -210,11 +252,13 @@ def best(scores: Tensor, correct: Tensor) -> list[list[int]]:
 
 @dataclass
 class Embedded:
-    """All pictures and texts, embedded by the processes together.
+    """The similarities of all pictures and texts, gathered from all processes.
 
     Attributes:
-        similarity: cosines (I, T). owner: (T,) the picture of each text. texts: all texts.
-        states: (own pictures, M, D), what texts are matched with; None if matching was not asked for.
+        similarity: (I, T) cosines.
+        owner: (T,) the index of each text's picture.
+        texts: all texts.
+        states: (this process's pictures, M, D) image states for matching; None if they were not requested.
     """
 
     similarity: Tensor
@@ -224,28 +268,35 @@ class Embedded:
 
 
 def embed(predictor: Predictor, pictures: Pictures, states: bool) -> Embedded:
+    """Embed all pictures and texts, divided among the processes.
+
+    Args:
+        predictor: the model.
+        pictures: the data.
+        states: whether to keep the image states for matching.
+    """
     images, texts, own_states = [], [], []
     for batch in pictures.batches(pictures.own, "images"):
         loaded = [pictures.image(number) for number in batch]
         images += zip(batch, predictor.embed_images(loaded), strict=True)
         if states:
             own_states.append(predictor.encode_images(loaded))
-    places = [(number, place) for number in pictures.own for place in range(len(pictures.items[number].texts))]
-    for batch in pictures.batches(places, "texts"):
-        embeds = predictor.embed_texts([pictures.items[number].texts[place] for number, place in batch])
+    text_keys = [(number, position) for number in pictures.own for position in range(len(pictures.items[number].texts))]
+    for batch in pictures.batches(text_keys, "texts"):
+        embeds = predictor.embed_texts([pictures.items[number].texts[position] for number, position in batch])
         texts += zip(batch, embeds, strict=True)
     _, image_embeds = transposed(pictures.gather(images))
-    places, text_embeds = transposed(pictures.gather(texts))
+    text_keys, text_embeds = transposed(pictures.gather(texts))
     return Embedded(
         similarity=predictor.similarity(torch.stack(image_embeds), torch.stack(text_embeds)),
-        owner=torch.tensor([number for number, _ in places]),
-        texts=[pictures.items[number].texts[place] for number, place in places],
+        owner=torch.tensor([number for number, _ in text_keys]),
+        texts=[pictures.items[number].texts[position] for number, position in text_keys],
         states=torch.cat(own_states) if own_states else None,
     )
 
 
 def retrieval(predictor: Predictor, pictures: Pictures) -> Outcome:
-    """Recall of images for texts and of texts for images, and again after re-ranking by matching."""
+    """Retrieval: recall of images for texts and of texts for images; also after re-ranking, if requested."""
     found = embed(predictor, pictures, states=pictures.arguments.rerank_top_k > 0)
     metrics = recalls(found, found.similarity, found.similarity.T, "", pictures)
     if pictures.arguments.rerank_top_k:
@@ -255,7 +306,18 @@ def retrieval(predictor: Predictor, pictures: Pictures) -> Outcome:
 
 
 def recalls(found: Embedded, to_texts: Tensor, to_images: Tensor, prefix: str, pictures: Pictures) -> dict:
-    """Recalls, given scores (I, T) of the texts for each image and (T, I) of the images for each text."""
+    """Compute recalls.
+
+    Args:
+        found: the embedded data.
+        to_texts: (I, T) scores of the texts for each image.
+        to_images: (T, I) scores of the images for each text.
+        prefix: prefix of the metrics' names.
+        pictures: the data.
+
+    Returns:
+        The recalls, with intervals.
+    """
     metric, result = load_metric("recall_at_k"), {}
     right = found.owner == torch.arange(len(to_texts))[:, None]  # (I, T)
     of_image = [row.nonzero()[:, 0].tolist() for row in right]
@@ -273,17 +335,25 @@ def recalls(found: Embedded, to_texts: Tensor, to_images: Tensor, prefix: str, p
 
 
 def rerank_pairs(predictor: Predictor, pictures: Pictures, found: Embedded) -> tuple[Tensor, Tensor]:
-    """Scores (I, T) and (T, I) after matching each query's best candidates (see `modeling_vlp.ranking`).
+    """Re-rank each query's best candidates by matching (see `modeling_vlp.ranking`).
 
-    A pair is matched once, in the process of its image.
+    Each pair is matched once, in the process that has the image.
+
+    Args:
+        predictor: the model.
+        pictures: the data.
+        found: the embedded data, with image states.
+
+    Returns:
+        Scores (I, T) of the texts for each image and (T, I) of the images for each text.
     """
     similarity, arguments, own = found.similarity, pictures.arguments, pictures.own
     texts, images = (candidates_of(each, arguments.rerank_top_k) for each in (similarity, similarity.T))
-    pairs = (texts | images.T)[own].nonzero().tolist()  # (place among own images, text)
+    pairs = (texts | images.T)[own].nonzero().tolist()  # (position among own images, text)
     matched = match(predictor, pictures, found, pairs).tolist()
     logits = torch.zeros(*similarity.shape, 2)
     for (image, text), row in pictures.gather(
-        [((own[place], text), row) for (place, text), row in zip(pairs, matched, strict=True)]
+        [((own[position], text), row) for (position, text), row in zip(pairs, matched, strict=True)]
     ):
         logits[image, text] = torch.tensor(row)
     temperature = predictor.temperature if arguments.rerank_posterior else None
@@ -294,7 +364,17 @@ def rerank_pairs(predictor: Predictor, pictures: Pictures, found: Embedded) -> t
 
 
 def match(predictor: Predictor, pictures: Pictures, found: Embedded, pairs: list) -> Tensor:
-    """ITM logits (P, 2) of pairs (place among this process' images, number of the text)."""
+    """Compute ITM logits.
+
+    Args:
+        predictor: the model.
+        pictures: the data.
+        found: the embedded data, with image states.
+        pairs: (position among this process's images, index of the text) of each pair.
+
+    Returns:
+        (P, 2) logits.
+    """
     logits = [torch.zeros(0, 2)]
     for batch in pictures.batches(pairs, "matching"):
         images, index = torch.tensor([image for image, _ in batch]).unique(return_inverse=True)
@@ -303,19 +383,19 @@ def match(predictor: Predictor, pictures: Pictures, found: Embedded, pairs: list
 
 
 def itm(predictor: Predictor, pictures: Pictures) -> Outcome:
-    """Accuracy of matching on every pair, and on every picture with its hardest wrong text by similarity."""
+    """ITM: classify every pair, and every picture with its hardest wrong text, which is the most similar one."""
     found, own = embed(predictor, pictures, states=True), pictures.own
     right = found.owner == torch.arange(len(found.similarity))[:, None]  # (I, T)
     hardest = found.similarity.masked_fill(right, float("-inf")).argmax(dim=1)
     pairs = []
-    for place, image in enumerate(own):
-        pairs += [(place, text, 1) for text in right[image].nonzero()[:, 0].tolist()]
+    for position, image in enumerate(own):
+        pairs += [(position, text, 1) for text in right[image].nonzero()[:, 0].tolist()]
         if not right[image].all():
-            pairs.append((place, int(hardest[image]), 0))
+            pairs.append((position, int(hardest[image]), 0))
     logits = match(predictor, pictures, found, [pair[:2] for pair in pairs])
     predicted = [
-        ((own[place], text), prediction, label)
-        for (place, text, label), prediction in zip(pairs, logits.argmax(dim=1).tolist(), strict=True)
+        ((own[position], text), prediction, label)
+        for (position, text, label), prediction in zip(pairs, logits.argmax(dim=1).tolist(), strict=True)
     ]
     keys, predictions, labels = transposed(pictures.gather(predicted))
     return Outcome(
@@ -330,7 +410,7 @@ def itm(predictor: Predictor, pictures: Pictures) -> Outcome:
 
 
 def captioning(predictor: Predictor, pictures: Pictures) -> Outcome:
-    """Scores of generated captions against all captions of each picture."""
+    """Captioning: score generated captions against all captions of each picture."""
     arguments, found = pictures.arguments, []
     for batch in pictures.batches(pictures.own, "captions"):
         captions = predictor.caption([pictures.image(number) for number in batch], arguments.prompt,
@@ -344,19 +424,19 @@ def captioning(predictor: Predictor, pictures: Pictures) -> Outcome:
 
 
 def vqa(predictor: Predictor, pictures: Pictures) -> Outcome:
-    """Accuracy of generated answers, and of the best answers of a list if there is one."""
+    """VQA: accuracy of generated answers and, if there are candidates, of the best-ranked candidate."""
     arguments, found = pictures.arguments, []
-    places = [(number, place) for number in pictures.own for place in range(len(pictures.items[number].texts))]
-    for batch in pictures.batches(places, "answers"):
+    text_keys = [(number, position) for number in pictures.own for position in range(len(pictures.items[number].texts))]
+    for batch in pictures.batches(text_keys, "answers"):
         images = [pictures.image(number) for number, _ in batch]
-        questions = [pictures.items[number].texts[place] for number, place in batch]
+        questions = [pictures.items[number].texts[position] for number, position in batch]
         answers = predictor.answer(images, questions, num_beams=arguments.num_beams, max_length=arguments.max_length)
         ranked = answers
         if pictures.answers:
             ranked = predictor.rank_answers(images, questions, pictures.answers, arguments.answer_top_k)
         given = [
-            answers_of(pictures.table[pictures.items[number].sources[place]], arguments.answer_column)
-            for number, place in batch
+            answers_of(pictures.table[pictures.items[number].sources[position]], arguments.answer_column)
+            for number, position in batch
         ]
         found += zip(batch, answers, ranked, given, strict=True)
     keys, answers, ranked, given = transposed(pictures.gather(found))
@@ -372,16 +452,16 @@ def vqa(predictor: Predictor, pictures: Pictures) -> Outcome:
 
 
 def nlvr(predictor: Predictor, pictures: Pictures) -> Outcome:
-    """Accuracy of deciding whether each sentence is true of its two pictures."""
+    """NLVR2: accuracy of predicting whether each sentence is true of its two pictures."""
     arguments, found = pictures.arguments, []
-    places = [(number, place) for number in pictures.own for place in range(len(pictures.items[number].texts))]
-    for batch in pictures.batches(places, "pairs"):
-        rows = [pictures.table[pictures.items[number].sources[place]] for number, place in batch]
+    text_keys = [(number, position) for number in pictures.own for position in range(len(pictures.items[number].texts))]
+    for batch in pictures.batches(text_keys, "pairs"):
+        rows = [pictures.table[pictures.items[number].sources[position]] for number, position in batch]
         left, right = (
             [picture_of(row, column, arguments.max_image_pixels) for row in rows]
             for column in (arguments.image_column, arguments.second_image_column)
         )
-        texts = [pictures.items[number].texts[place] for number, place in batch]
+        texts = [pictures.items[number].texts[position] for number, position in batch]
         predictions = predictor.reason(left, right, texts).argmax(dim=1).tolist()
         found += zip(batch, predictions, [label_of(row, arguments.label_column) for row in rows], strict=True)
     keys, predictions, labels = transposed(pictures.gather(found))

@@ -1,4 +1,4 @@
-"""The families of models that can be trained: every `Family` of the modules in this folder."""
+"""The model families that can be trained: every `Family` defined in a module of this folder."""
 
 import importlib
 import pkgutil
@@ -14,5 +14,5 @@ for _module in sorted(item.name for item in pkgutil.iter_modules(__path__)):
 
 
 def family_of(arguments: TrainingArguments) -> Family:
-    """The family whose options these are. Raises KeyError if there is none."""
+    """Return the family that the options belong to. Raises KeyError if there is none."""
     return {family.arguments: family for family in FAMILIES.values()}[type(arguments)]

@@ -1,4 +1,4 @@
-"""What a family of models is to training: seven parts, each with its type."""
+"""The interface of a model family: the seven functions that training needs from it."""
 
 import dataclasses
 import difflib
@@ -25,18 +25,20 @@ A = TypeVar("A", bound=TrainingArguments)
 
 @dataclass(frozen=True)
 class Family(Generic[A]):
-    """A kind of model to train; `dataclasses.replace` gives one with another part.
+    """A kind of model to train; use `dataclasses.replace` to change one of its parts.
 
     Attributes:
-        name: its word on the command line. text: what training it does. recipe: used where none is named.
-        arguments: its options.
-        config: (arguments, tokenizer or None) -> the configuration of a new model. Raises ArgumentError.
-        processor: (arguments, rows or None for shards, chooser) -> the processor, its tokenizer loaded or trained.
-        model: (arguments, processor) -> the model, new or loaded; of a loaded model, the arguments take over the sizes.
-        objective: (arguments, model, processor, steps per epoch or None) -> the losses to train with.
-        evaluation: (arguments, rows to evaluate on, rows to train on or None) -> the prepared data of each task.
-        samples: (arguments, rows or None, model, processor, maker) -> what makes samples of rows; `maker` makes plain
-            pairs, and is returned as it is where that is enough.
+        name: command that trains it.
+        text: description for --help.
+        recipe: default recipe.
+        arguments: dataclass of its options.
+        config: (arguments, tokenizer or None) -> configuration of a new model. Raises ArgumentError if it is invalid.
+        processor: (arguments, rows or None for shards, chooser) -> processor with a loaded or newly trained tokenizer.
+        model: (arguments, processor) -> new or loaded model; the sizes of a loaded model are copied to the arguments.
+        objective: (arguments, model, processor, steps per epoch or None if unknown) -> the training objective.
+        evaluation: (arguments, evaluation rows, training rows or None) -> the prepared data of each evaluation task.
+        samples: (arguments, rows or None, model, processor, maker) -> the maker that converts rows into samples; the
+            given maker, which makes pairs of an image and a caption, if that is enough.
     """
 
     name: str
@@ -52,23 +54,33 @@ class Family(Generic[A]):
 
 
 def check_fields(given: dict, kind: type) -> None:
-    """Raise ArgumentError, with the nearest name, for a field that a configuration does not have."""
+    """Check the names of configuration fields.
+
+    Args:
+        given: fields from --model.
+        kind: configuration class.
+
+    Raises:
+        ArgumentError: if a field does not exist; the message suggests the closest name.
+    """
     known = [item.name for item in dataclasses.fields(kind)] + ["model_type"]
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            raise ArgumentError(f"--model: {kind.__name__} has no field {name!r}{f'; {near[0]}?' if near else '.'}")
+            raise ArgumentError(
+                f"--model: {kind.__name__} has no field {name!r}{f'; did you mean {near[0]}?' if near else '.'}"
+            )
 
 
 def require_model_type(name: str, model_type: str) -> None:
-    """Raise ArgumentError if a folder or hub name holds another kind of model."""
+    """Raise ArgumentError if the model in a folder or hub repository has another model type."""
     kind = AutoConfig.from_pretrained(name).model_type
     if kind != model_type:
         raise ArgumentError(f"{name} is a {kind}, not a {model_type}.")
 
 
 def extend(maker: SampleMaker, kind: type[SampleMaker], **parts) -> SampleMaker:
-    """A maker of another kind with the same settings, and more parts."""
+    """Return a maker of class `kind` with the settings of `maker` and additional fields."""
     settings = {item.name: getattr(maker, item.name) for item in dataclasses.fields(maker)}
     return kind(**settings, **parts)
 
@@ -76,10 +88,16 @@ def extend(maker: SampleMaker, kind: type[SampleMaker], **parts) -> SampleMaker:
 def evaluation_tasks(
     arguments: TrainingArguments, rows: datasets.Dataset, tasks: list[dict], answers: list[str] | None = None
 ) -> list[Pictures]:
-    """The prepared data of tasks, with the settings that all of a run's tasks share.
+    """Prepare the data of each evaluation task of a run.
 
     Args:
-        tasks: for each, the fields of `EvaluationArguments` that are its own. answers: vqa, answers to rank.
+        arguments: options of the run, from which the settings shared by all tasks are taken.
+        rows: evaluation data.
+        tasks: the other fields of `EvaluationArguments`, one dict per task.
+        answers: for vqa, candidate answers to rank; None: no ranking.
+
+    Returns:
+        The prepared data, one entry per task.
     """
     dataset = arguments.eval_dataset_name or arguments.dataset_name
     common = {

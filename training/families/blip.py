@@ -31,68 +31,86 @@ from .base import Family, check_fields, evaluation_tasks, extend, require_model_
 
 @dataclass(kw_only=True)
 class BlipArguments(TrainingArguments):
-    """BLIP: compare, match and write. The defaults are those of salesforce/BLIP, configs/pretrain.yaml."""
+    """Options of BLIP. The defaults are those of salesforce/BLIP, configs/pretrain.yaml."""
 
-    max_length: int = option(30, "most tokens in a caption, start and end included", bound=True)
-    vocab_size: int = option(30524, "entries of the tokenizer trained on the captions, where no tokenizer is named")
-    crop_scale: float = option(0.2, "least share (0 to 1) of an image's area that augmentation crop keeps", bound=True)
-    horizontal_flip: bool = option(True, "augmentation crop also mirrors half of the images", bound=True)
-    random_augment: bool = option(True, "augmentation crop also applies BLIP's RandomAugment(2, 5)", bound=True)
-    per_device_train_batch_size: int = option(75, "pairs in a step of each process", bound=True, shown=True)
+    max_length: int = option(30, "maximum number of tokens in a caption, including start and end", bound=True)
+    vocab_size: int = option(30524, "vocabulary size of the tokenizer that is trained on the captions")
+    crop_scale: float = option(
+        0.2, "smallest share (0 to 1) of the image area that --augmentation crop keeps", bound=True
+    )
+    horizontal_flip: bool = option(True, "mirror half of the images with --augmentation crop", bound=True)
+    random_augment: bool = option(True, "also apply BLIP's RandomAugment(2, 5) with --augmentation crop", bound=True)
+    per_device_train_batch_size: int = option(75, "pairs per batch in each process", bound=True, shown=True)
     learning_rate: float = option(3e-4, "peak learning rate", shown=True)
     weight_decay: float = option(
-        0.05, "decay of weight matrices; gains, biases, temperature and positions have none", shown=True
+        0.05, "weight decay of matrices; not applied to gains, biases, temperature and position embeddings", shown=True
     )
-    adam_beta2: float = option(0.999, "second moment's decay", shown=True)
-    adam_epsilon: float = option(1e-8, "what AdamW adds to its denominator", shown=True)
-    max_grad_norm: float = option(0.0, "gradient norm to clip at; 0 for none", shown=True)
+    adam_beta2: float = option(0.999, "AdamW: decay rate of the second moment", shown=True)
+    adam_epsilon: float = option(1e-8, "AdamW: term added to the denominator", shown=True)
+    max_grad_norm: float = option(0.0, "norm to clip the gradient to; 0: no clipping", shown=True)
     warmup_steps: int = option(3000, "optimiser steps of linear warm-up", shown=True)
-    num_train_epochs: float = option(20.0, "passes over the data, where neither steps nor minutes are given")
+    num_train_epochs: float = option(20.0, "epochs, if neither --max_train_steps nor --max_train_minutes is given")
 
     # BLIP
     task: Literal["pretrain", "captioning", "retrieval", "vqa", "nlvr"] = option(
         "pretrain",
-        "pretrain (all three losses), captioning, retrieval, vqa (questions) or nlvr (two images)",
+        "pretrain (contrastive, matching and captioning losses), or the task to fine-tune for; vqa: questions about an "
+        "image; nlvr: statements about two images",
         bound=True,
     )
     fine_tune_image_size: int | None = option(
-        None, "side of the images to go on with, in pixels; positions are resampled; the model's own where not given"
+        None, "new side of the images for a loaded model, in pixels; its position embeddings are interpolated"
     )
     answer_column: str = option(
-        "answers", "vqa: column with the answers, each as often as given; the caption asks", bound=True
+        "answers",
+        "vqa: column with the list of answers that people gave; --caption_column holds the question",
+        bound=True,
     )
-    second_image_column: str = option("second_image", "nlvr: column with the image on the right", bound=True)
+    second_image_column: str = option(
+        "second_image", "nlvr: column with the right image; --image_column holds the left one", bound=True
+    )
     label_column: str = option(
-        "label", "nlvr: column with whether the caption is true of both images (or 1, 0)", bound=True
+        "label", "nlvr: column that says if the caption is true of the two images: true or false, or 1 or 0", bound=True
     )
     prompt: str = option(
-        "", 'what captions begin with where the task is captioning; the paper: "a picture of "', bound=True, shown=True
+        "", 'captioning: prompt that every caption starts with; the paper: "a picture of "', bound=True, shown=True
     )
-    momentum: float = option(0.995, "how much of itself the momentum teacher keeps at each step (0 to 1)", shown=True)
-    queue_size: int = option(57600, "pairs whose features the teacher remembers", bound=True, shown=True)
-    alpha: float = option(0.4, "the teacher's part (0 to 1) in the targets of the contrastive loss", shown=True)
-    alpha_epochs: float = option(2.0, "passes over the data in which alpha grows from 0", shown=True)
+    momentum: float = option(
+        0.995,
+        "decay of the momentum teacher (0 to 1): the share of its own weights that it keeps at each step",
+        shown=True,
+    )
+    queue_size: int = option(57600, "pairs in the queue of the teacher's features", bound=True, shown=True)
+    alpha: float = option(
+        0.4, "weight of the teacher's predictions (0 to 1) in the targets of the contrastive loss", shown=True
+    )
+    alpha_epochs: float = option(2.0, "epochs over which alpha grows linearly from 0", shown=True)
     global_negatives: bool = option(
-        False, "draw hard negatives from the batches of all processes, not of each one", bound=True, shown=True
-    )
-    contrastive_share: float = option(
-        0.0,
-        "share of the run (0 to 1), at its start, that compares alone: for towers that begin from nothing",
+        False,
+        "draw hard negatives from the batches of all processes instead of each process' own",
         bound=True,
         shown=True,
     )
-    rerank_top_k: int = option(128, "candidates of each query that evaluation has matched (ITM) again")
-    rerank_posterior: bool = option(
-        False, "re-rank by ITC's probability times ITM's odds; else by the original's cosine plus ITM's logit"
+    contrastive_share: float = option(
+        0.0,
+        "share of the run (0 to 1), at its start, that uses only the contrastive loss; for randomly initialised towers",
+        bound=True,
+        shown=True,
     )
-    eval_num_beams: int = option(3, "beams of the captions written in evaluation")
+    rerank_top_k: int = option(128, "evaluation: candidates per query that are re-ranked with the matching head (ITM)")
+    rerank_posterior: bool = option(
+        False, "evaluation: re-rank by ITC probability times ITM odds, instead of the original's cosine plus ITM logit"
+    )
+    eval_num_beams: int = option(3, "evaluation: beams for generating captions and answers")
 
     def __post_init__(self):
         super().__post_init__()
         if self.fine_tune_image_size and not self.model_name_or_path:
-            raise ArgumentError("--fine_tune_image_size needs --model_name_or_path, the model to go on from.")
+            raise ArgumentError("--fine_tune_image_size needs --model_name_or_path, the model to fine-tune.")
         if self.prompt and self.task != "captioning":
-            raise ArgumentError(f"--prompt {self.prompt!r} is for --task captioning, not for {self.task}.")
+            raise ArgumentError(
+                f"--prompt {self.prompt!r} can only be used with --task captioning, not with {self.task}."
+            )
         require_share(self, "momentum", "alpha", "contrastive_share")
         require_at_least_one(self, "queue_size", "rerank_top_k", "eval_num_beams")
         if self.alpha_epochs < 0:
@@ -114,7 +132,11 @@ OBJECTIVES = {"vqa": AnsweringObjective, "nlvr": ReasoningObjective}
 
 
 def make_processor(arguments: BlipArguments, rows, chooser: CaptionChooser) -> VlpBlipProcessor:
-    """The processor of the model gone on from, else one of the image size asked for, its tokenizer named or trained."""
+    """Load the processor of the model to fine-tune, or build a new one; see `Family.processor`.
+
+    Raises:
+        ArgumentError: if the model is not a BLIP, or the tokenizer cannot be loaded or trained.
+    """
     if arguments.model_name_or_path:
         require_model_type(arguments.model_name_or_path, VlpBlipConfig.model_type)
         return AutoProcessor.from_pretrained(arguments.model_name_or_path)
@@ -123,9 +145,21 @@ def make_processor(arguments: BlipArguments, rows, chooser: CaptionChooser) -> V
 
 
 def make_tokenizer(arguments: TrainingArguments, name: str | None, rows, chooser: CaptionChooser):
-    """A tokenizer by its name, else one trained on the captions. Raises ArgumentError where it cannot be had."""
+    """Load a tokenizer, or train one on the captions.
+
+    Args:
+        arguments: options of the run.
+        name: hub name or folder of the tokenizer; None: train one.
+        rows: training data; None for shards.
+        chooser: chooses the captions of a row.
+
+    Raises:
+        ArgumentError: if the tokenizer cannot be loaded or trained.
+    """
     if not name and rows is None:
-        raise ArgumentError("Training on shards needs --tokenizer_name: captions are not known beforehand.")
+        raise ArgumentError(
+            "Training on shards needs --tokenizer_name: a tokenizer cannot be trained on streamed captions."
+        )
     try:
         if name:
             return load_tokenizer(name, arguments.max_length)
@@ -135,9 +169,14 @@ def make_tokenizer(arguments: TrainingArguments, name: str | None, rows, chooser
 
 
 def new_config(arguments: BlipArguments, tokenizer=None) -> VlpBlipConfig:
-    """The configuration that the options describe; vocabulary and special tokens are the tokenizer's, where given.
+    """Build the configuration of a new model.
 
-    Raises ArgumentError where it cannot be.
+    Args:
+        arguments: options of the run.
+        tokenizer: tokenizer that sets the vocabulary size and the special tokens; None: as in the options.
+
+    Raises:
+        ArgumentError: if the options do not give a valid configuration.
     """
     fields = json.loads(json.dumps(arguments.model))
     vision = fields.setdefault("vision_config", {})
@@ -162,14 +201,18 @@ def new_config(arguments: BlipArguments, tokenizer=None) -> VlpBlipConfig:
 
 
 def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlipPreTrainedModel:
-    """A new model for the task, or the parts that the task needs of the model to go on from."""
+    """Build a new model for the task, or load the parts of a model that the task needs; see `Family.model`.
+
+    Raises:
+        ArgumentError: if the model cannot be built, lacks weights of the task, or cannot use --fine_tune_image_size.
+    """
     kind = MODELS[arguments.task]
     if arguments.model_name_or_path:
         model = load_model(arguments.model_name_or_path, arguments.task)
         if arguments.fine_tune_image_size:
             try:
                 model.vision_model.resize_images(arguments.fine_tune_image_size)
-                type(model.config.vision_config)(**model.config.vision_config.to_dict())  # its checks
+                type(model.config.vision_config)(**model.config.vision_config.to_dict())  # validate the new size
             except ValueError as error:
                 raise ArgumentError(f"--fine_tune_image_size: {error}") from error
             side = arguments.fine_tune_image_size
@@ -184,7 +227,15 @@ def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlip
 
 
 def load_model(name: str, task: str) -> VlpBlipPreTrainedModel:
-    """The parts that a task needs of a model. Raises ArgumentError where it lacks them."""
+    """Load the parts of a model that a task needs.
+
+    Args:
+        name: folder or hub name of the model.
+        task: a key of `MODELS`.
+
+    Raises:
+        ArgumentError: if the model lacks weights that the task needs.
+    """
     require_model_type(name, VlpBlipConfig.model_type)
     kind, architecture = MODELS[task], (AutoConfig.from_pretrained(name).architectures or [""])[0]
     if hasattr(kind, "from_pre_training") and architecture == VlpBlipForPreTraining.__name__:
@@ -192,13 +243,13 @@ def load_model(name: str, task: str) -> VlpBlipPreTrainedModel:
     model, loaded = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
-        raise ArgumentError(f"{name} lacks what --task {task} needs: {missing}, ... Name a pre-trained folder.")
+        raise ArgumentError(f"{name} lacks weights that --task {task} needs: {missing}, ... Use a pre-trained model.")
     return model
 
 
 def make_objective(arguments: BlipArguments, model, processor: VlpBlipProcessor, steps_per_epoch: float | None):
     if arguments.task == "captioning":
-        prompt = processor.read_texts([arguments.prompt], arguments.max_length)["input_ids"]
+        prompt = processor.tokenize([arguments.prompt], arguments.max_length)["input_ids"]
         return CaptioningObjective(model, prompt_length=prompt.shape[1] - 1)
     if arguments.task in OBJECTIVES:
         return OBJECTIVES[arguments.task](model)
@@ -215,7 +266,7 @@ def make_objective(arguments: BlipArguments, model, processor: VlpBlipProcessor,
 
 
 def make_teacher(arguments: BlipArguments, model) -> Teacher:
-    """A copy of the model, or the teacher of a pre-training that was begun elsewhere (see `vlp.conversion`)."""
+    """Build the momentum teacher from the model, or load the one of a converted pre-training (see `vlp.conversion`)."""
     teacher = Teacher(model, arguments.momentum, arguments.queue_size)
     saved = state_folder(arguments.model_name_or_path or "") / TEACHER_FILE
     if arguments.model_name_or_path and saved.is_file():
@@ -223,14 +274,15 @@ def make_teacher(arguments: BlipArguments, model) -> Teacher:
             teacher.load_state_dict(load_file(saved))
         except RuntimeError as error:
             raise ArgumentError(
-                f"{saved} does not fit, as where --queue_size is not {arguments.queue_size} there: {error}. "
-                "Choose the options that it was made with, or remove it to begin with a teacher that is the model."
+                f"{saved} does not fit this run, for example because it has another --queue_size than "
+                f"{arguments.queue_size}: {error}. Use the options that it was saved with, or remove it to start the "
+                "teacher as a copy of the model."
             ) from error
     return teacher
 
 
 def make_evaluation(arguments: BlipArguments, rows, train_rows) -> list[Pictures]:
-    """Retrieval, matching and captioning after pre-training; after fine-tuning, the tasks that it was for."""
+    """Prepare retrieval, matching and captioning after pre-training, or the task of the fine-tuning."""
     generation = {"num_beams": arguments.eval_num_beams}
     if arguments.task == "vqa":
         answers: list[str] = []
@@ -252,9 +304,10 @@ def make_evaluation(arguments: BlipArguments, rows, train_rows) -> list[Pictures
 
 
 def make_samples(arguments: BlipArguments, rows, model, processor, maker: SampleMaker) -> SampleMaker:
-    """Plain pairs, questions with their answers (vqa) or pairs of images (nlvr).
+    """Return the maker of image-caption pairs, of questions with answers (vqa) or of image pairs (nlvr).
 
-    Raises ArgumentError if a column that the task needs is missing.
+    Raises:
+        ArgumentError: if a column that the task needs is missing.
     """
     if arguments.task == "vqa":
         if rows is not None:
@@ -271,7 +324,7 @@ def make_samples(arguments: BlipArguments, rows, model, processor, maker: Sample
 
 BLIP = Family(
     name="blip",
-    text="Pre-train or fine-tune BLIP on pairs of images and captions, evaluate it, and write a folder to publish",
+    text="Pre-train or fine-tune BLIP on images and texts, evaluate it, and save a publishable folder",
     recipe="blip-emoji",
     arguments=BlipArguments,
     config=new_config,

@@ -19,9 +19,13 @@ from ...configuration.vision import VlpViTConfig
 from ...errors import ArgumentError
 from ...modeling_vlp.base import adopt
 from ...modeling_vlp.blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
-from ...modeling_vlp.blip2_writer import VlpBlip2ForConditionalGeneration, language_model_source, load_language_model
+from ...modeling_vlp.blip2_generation import (
+    VlpBlip2ForConditionalGeneration,
+    language_model_source,
+    load_language_model,
+)
 from ...modeling_vlp.exchange import lavis
-from ...modeling_vlp.exchange.places import ExchangeError, read
+from ...modeling_vlp.exchange.places import ExchangeError, import_state
 from ...processing.blip import VlpBlipProcessor, token_ids
 from ...processing.blip2 import VlpBlip2Processor
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
@@ -37,89 +41,96 @@ from .blip import make_tokenizer
 
 @dataclass(kw_only=True)
 class Blip2Arguments(TrainingArguments):
-    """BLIP-2: a Q-Former between a frozen image tower and a frozen language model. The defaults are the paper's."""
+    """Options of BLIP-2. The defaults are those of the paper."""
 
-    max_length: int = option(32, "most tokens in a caption, start and end included", bound=True)
-    vocab_size: int = option(30524, "entries of the tokenizer trained on the captions, where no tokenizer is named")
-    crop_scale: float = option(0.5, "least share (0 to 1) of an image's area that augmentation crop keeps", bound=True)
-    horizontal_flip: bool = option(True, "augmentation crop also mirrors half of the images", bound=True)
-    per_device_train_batch_size: int = option(100, "pairs in a step of each process", bound=True, shown=True)
+    max_length: int = option(32, "maximum number of tokens in a caption, including start and end", bound=True)
+    vocab_size: int = option(30524, "vocabulary size of the tokenizer that is trained on the captions")
+    crop_scale: float = option(
+        0.5, "smallest share (0 to 1) of the image area that --augmentation crop keeps", bound=True
+    )
+    horizontal_flip: bool = option(True, "mirror half of the images with --augmentation crop", bound=True)
+    per_device_train_batch_size: int = option(100, "pairs per batch in each process", bound=True, shown=True)
     learning_rate: float = option(1e-4, "peak learning rate", shown=True)
     weight_decay: float = option(
-        0.05, "decay of weight matrices; gains, biases, temperature and positions have none", shown=True
+        0.05, "weight decay of matrices; not applied to gains, biases, temperature and position embeddings", shown=True
     )
-    adam_epsilon: float = option(1e-8, "what AdamW adds to its denominator", shown=True)
-    max_grad_norm: float = option(0.0, "gradient norm to clip at; 0 for none", shown=True)
-    num_train_epochs: float = option(10.0, "passes over the data, where neither steps nor minutes are given")
+    adam_epsilon: float = option(1e-8, "AdamW: term added to the denominator", shown=True)
+    max_grad_norm: float = option(0.0, "norm to clip the gradient to; 0: no clipping", shown=True)
+    num_train_epochs: float = option(10.0, "epochs, if neither --max_train_steps nor --max_train_minutes is given")
 
     # BLIP-2
     stage: Literal[1, 2] = option(
         1,
-        "1: the Q-Former learns to read the image tower; 2: to tell a language model what it read",
+        "1: train the Q-Former with a frozen image tower; 2: train it to prompt a frozen language model",
         bound=True,
         shown=True,
     )
     vision_tower: str | None = option(
-        None, "folder or hub name of a vlp CLIP or BLIP whose image tower is read; --model_name_or_path has its own"
+        None,
+        "folder or hub name of a vlp CLIP or BLIP that provides the image tower; ignored with --model_name_or_path",
     )
-    vision_layers_left_out: int = option(0, "last layers of a vision transformer that are not read; 1 in the paper")
-    freeze_vision: bool = option(True, "leave the image tower as it is; the paper fine-tunes it on captions alone")
+    vision_layers_left_out: int = option(0, "number of final vision transformer layers to drop; 1 in the paper")
+    freeze_vision: bool = option(True, "freeze the image tower; the paper trains it only when fine-tuning")
     cache_vision_features: bool = option(
-        False, "compute what the frozen tower gives once, and keep it on disk; needs --augmentation none"
+        False, "compute the features of the frozen image tower once and cache them on disk; needs --augmentation none"
     )
     bert_name_or_path: str | None = option(
-        None, "hub name or folder of a BERT, or of a vlp BLIP, that the Q-Former starts from"
+        None, "hub name or folder of a BERT or vlp BLIP to initialise the Q-Former from"
     )
     label_smoothing: float = option(
-        0.1, "of the contrastive loss' targets (0 to 1); LAVIS has 0.1, the paper none", shown=True
+        0.1, "label smoothing of the contrastive loss (0 to 1); 0.1 in LAVIS, none in the paper", shown=True
     )
     contrastive_share: float = option(
         0.0,
-        "share of the run (0 to 1), at its start, that compares alone: for a Q-Former that begins from nothing",
+        "share of the run (0 to 1), at its start, that uses only the contrastive loss; for a randomly "
+        "initialised Q-Former",
         bound=True,
         shown=True,
     )
-    rerank_top_k: int = option(128, "candidates of each query that evaluation has matched (ITM) again")
+    rerank_top_k: int = option(128, "evaluation: candidates per query that are re-ranked with the matching head (ITM)")
     rerank_posterior: bool = option(
-        False, "re-rank by ITC's probability times ITM's odds; else by the original's cosine plus ITM's logit"
+        False, "evaluation: re-rank by ITC probability times ITM odds, instead of the original's cosine plus ITM logit"
     )
     language_model_name_or_path: str | None = option(
-        None, 'hub name or folder of a language model, or "package:NAME" for a folder that a Python package is'
+        None, 'stage 2: hub name or folder of the language model, or "package:NAME" for one in a Python package'
     )
-    language_model_file: str | None = option(None, "the GGUF file in it, where it is one")
-    language_model_revision: str | None = option(None, "its branch, tag or commit on the Hub")
-    store_language_model: bool = option(False, "publish the language model's weights too, not where they are alone")
-    prompt: str = option("", "what every caption begins with in stage 2; it is not learnt", bound=True, shown=True)
-    example_prompts: str = option("", "prompts, joined by |, that the card shows answers to; --prompt where not given")
-    eval_num_beams: int = option(5, "beams of the captions written in evaluation")
+    language_model_file: str | None = option(None, "GGUF file of the language model, if it is in that format")
+    language_model_revision: str | None = option(None, "branch, tag or commit of the language model on the hub")
+    store_language_model: bool = option(False, "publish the language model's weights too, instead of only its name")
+    prompt: str = option(
+        "", "stage 2: prompt that every caption starts with; the loss does not include it", bound=True, shown=True
+    )
+    example_prompts: str = option("", "prompts of the examples on the model card, joined by |; --prompt if not given")
+    eval_num_beams: int = option(5, "evaluation: beams for generating captions")
 
     def __post_init__(self):
         super().__post_init__()
         if not self.model_name_or_path and not self.vision_tower:
             raise ArgumentError(
-                "BLIP-2 needs --vision_tower, a trained CLIP or BLIP (such as runs/clip-emoji, from `make train`), or "
-                "--model_name_or_path, a BLIP-2 to go on from."
+                "BLIP-2 needs --vision_tower, a trained CLIP or BLIP (such as runs/clip-emoji from `make train`), or "
+                "--model_name_or_path, a BLIP-2 to continue from."
             )
-        if self.model_name_or_path:  # it brings both, whatever the recipe names
+        if self.model_name_or_path:  # it has both, so those that a recipe names are ignored
             self.vision_tower = self.bert_name_or_path = None
-        if self.prompt:  # a word of its own, however it was typed
+        if self.prompt:  # exactly one space between prompt and caption
             self.prompt = f"{self.prompt.rstrip()} "
         if self.stage == 2 and not (self.language_model_name_or_path or self.model_name_or_path):
-            raise ArgumentError("--stage 2 needs --language_model_name_or_path, the language model that is to write.")
+            raise ArgumentError(
+                "--stage 2 needs --language_model_name_or_path, the language model that generates the text."
+            )
         if self.stage == 1 and self.language_model_name_or_path:
-            raise ArgumentError("--language_model_name_or_path is for --stage 2; stage 1 has no language model.")
+            raise ArgumentError("--language_model_name_or_path is only for --stage 2; stage 1 has no language model.")
         if self.stage == 1 and (self.prompt or self.example_prompts):
-            raise ArgumentError("--prompt and --example_prompts are for --stage 2; stage 1 has no language model.")
+            raise ArgumentError("--prompt and --example_prompts are only for --stage 2; stage 1 has no language model.")
         local = self.language_model_name_or_path and Path(self.language_model_name_or_path).exists()
         if self.push_to_hub and local and not self.store_language_model:
             raise ArgumentError(
-                f"--language_model_name_or_path {self.language_model_name_or_path} is a folder on this machine, where "
-                "nobody else finds it: give its name on the Hub, or --store_language_model."
+                f"--language_model_name_or_path {self.language_model_name_or_path} is a folder on this machine, which "
+                "other users cannot load: give the name of a hub repository, or --store_language_model."
             )
         if self.cache_vision_features and (self.augmentation != "none" or not self.freeze_vision):
             raise ArgumentError(
-                "--cache_vision_features needs --augmentation none and a frozen tower: else what it gives is another "
-                "each time."
+                "--cache_vision_features needs --augmentation none and a frozen tower; otherwise the features change."
             )
         require_share(self, "label_smoothing", "contrastive_share")
         require_at_least_one(self, "rerank_top_k", "eval_num_beams")
@@ -134,7 +145,14 @@ LANGUAGE_MODEL_FIELDS = ("language_model_name_or_path", "language_model_file", "
 
 
 def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> VlpBlipProcessor | VlpBlip2Processor:
-    """Images as the tower's folder prepares them; texts for the Q-Former, in stage 2 for the language model."""
+    """Load the processor of the model to continue from, or build one; see `Family.processor`.
+
+    Images are prepared as for the image tower. Texts are tokenized for the Q-Former in stage 1, and for the language
+    model in stage 2.
+
+    Raises:
+        ArgumentError: if the model, the image tower or the tokenizer cannot be used.
+    """
     name = arguments.model_name_or_path
     if name:
         require_model_type(name, VlpBlip2Config.model_type)
@@ -152,6 +170,7 @@ def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> 
 
 
 def language_tokenizer(arguments: Blip2Arguments):
+    """Load the tokenizer of the language model. Raises ArgumentError if it cannot be loaded."""
     try:
         source = language_model_source(reference_to(arguments))
         return AutoTokenizer.from_pretrained(**source, model_max_length=arguments.max_length)
@@ -162,7 +181,7 @@ def language_tokenizer(arguments: Blip2Arguments):
 
 
 def reference_to(arguments: Blip2Arguments) -> VlpBlip2Config:
-    """A configuration that names the language model of the options."""
+    """Build a configuration that names the language model of the options."""
     return VlpBlip2Config(
         language_model_name_or_path=arguments.language_model_name_or_path,
         language_model_file=arguments.language_model_file,
@@ -171,7 +190,7 @@ def reference_to(arguments: Blip2Arguments) -> VlpBlip2Config:
 
 
 def tower_config(name: str):
-    """The configuration of the image tower in a folder. Raises ArgumentError where there is none to be read."""
+    """Load the configuration of the image tower of a CLIP or BLIP. Raises ArgumentError if there is none."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -182,9 +201,14 @@ def tower_config(name: str):
 
 
 def new_config(arguments: Blip2Arguments, tokenizer=None) -> VlpBlip2Config:
-    """The configuration that the options describe; vocabulary and special tokens are the tokenizer's, where given.
+    """Build the configuration of a new model.
 
-    Raises ArgumentError where it cannot be.
+    Args:
+        arguments: options of the run.
+        tokenizer: in stage 1 the processor, whose tokenizer sets the vocabulary size and the special tokens.
+
+    Raises:
+        ArgumentError: if the options do not give a valid configuration.
     """
     fields = json.loads(json.dumps(arguments.model))
     qformer = fields.setdefault("qformer_config", {})
@@ -192,13 +216,13 @@ def new_config(arguments: Blip2Arguments, tokenizer=None) -> VlpBlip2Config:
     check_fields(qformer, VlpQFormerConfig)
     vision = tower_config(arguments.vision_tower).to_dict()
     if vision["model_type"] == VlpViTConfig.model_type or arguments.vision_layers_left_out:
-        vision["final_norm"] = False  # CLIP's is on the class token alone, and none is after a layer in the middle
+        vision["final_norm"] = False  # CLIP only normalises the class token; a layer in the middle has no final norm
     if arguments.vision_layers_left_out:
         left = vision.get("num_hidden_layers", 0) - arguments.vision_layers_left_out
         if left < 1:
             raise ArgumentError(
-                f"--vision_layers_left_out {arguments.vision_layers_left_out} leaves no layer of the tower, or it is a "
-                "ResNet."
+                f"--vision_layers_left_out {arguments.vision_layers_left_out} leaves no layer of the tower, or the "
+                "tower is a ResNet."
             )
         vision["num_hidden_layers"] = left
     if isinstance(tokenizer, VlpBlipProcessor):
@@ -219,7 +243,11 @@ def new_config(arguments: Blip2Arguments, tokenizer=None) -> VlpBlip2Config:
 
 
 def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
-    """The model of the stage: new around an image tower, or from the folder to go on from."""
+    """Build the model of the stage around an image tower, or load one to continue from; see `Family.model`.
+
+    Raises:
+        ArgumentError: if the model cannot be built, or the language model cannot be loaded.
+    """
     name = arguments.model_name_or_path
     if arguments.stage == 1 and name:
         model = VlpBlip2ForPreTraining.from_pretrained(name, dtype=torch.float32)
@@ -231,7 +259,7 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
         if arguments.bert_name_or_path:
             load_bert(model, arguments.bert_name_or_path)
     else:
-        model = make_writer(arguments, processor)
+        model = make_stage_2_model(arguments, processor)
         if arguments.store_language_model:
             model.config.store_language_model, model.config.language_model_name_or_path = True, None
     if name:
@@ -245,8 +273,8 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
     return model
 
 
-def make_writer(arguments: Blip2Arguments, processor) -> VlpBlip2ForConditionalGeneration:
-    """Stage 2's model. Raises ArgumentError where its language model is not to be had."""
+def make_stage_2_model(arguments: Blip2Arguments, processor) -> VlpBlip2ForConditionalGeneration:
+    """Build or load the model of stage 2. Raises ArgumentError if its language model cannot be loaded."""
     name = arguments.model_name_or_path
     named = {name: getattr(arguments, name) for name in LANGUAGE_MODEL_FIELDS}
     try:
@@ -266,7 +294,15 @@ def make_writer(arguments: Blip2Arguments, processor) -> VlpBlip2ForConditionalG
 
 
 def load_tower(model: VlpBlip2PreTrainedModel, name: str) -> None:
-    """Give the model the image tower of a CLIP or BLIP; layers that it leaves out are not missed."""
+    """Load the image tower of a CLIP or BLIP into a model; layers that the model drops are ignored.
+
+    Args:
+        model: model to change.
+        name: folder or hub name of the CLIP or BLIP.
+
+    Raises:
+        ArgumentError: if weights are missing.
+    """
     tensors = load_file(cached_file(name, "model.safetensors"))
     state = {key: value for key, value in tensors.items() if key.startswith("vision_model.")}
     own = {key for key in model.state_dict() if key.startswith("vision_model.")}
@@ -276,9 +312,16 @@ def load_tower(model: VlpBlip2PreTrainedModel, name: str) -> None:
 
 
 def load_bert(model: VlpBlip2ForPreTraining, name: str) -> None:
-    """Start the Q-Former from a BERT; queries, cross-attention and [DEC] start anew (section 3.1).
+    """Initialise the Q-Former from BERT; queries, cross-attention and [DEC] keep their random weights (section 3.1).
 
-    Of a vlp BLIP, whose text encoder is BERT's with cross-attention, all is taken that fits.
+    A vlp BLIP also has cross-attention in its text encoder; all tensors whose shapes match are used.
+
+    Args:
+        model: model to change.
+        name: folder or hub name of the BERT or BLIP.
+
+    Raises:
+        ArgumentError: if the weights do not fit the Q-Former.
     """
     if AutoConfig.from_pretrained(name).model_type == VlpBlipConfig.model_type:
         given = load_file(cached_file(name, "model.safetensors"))
@@ -291,13 +334,13 @@ def load_bert(model: VlpBlip2ForPreTraining, name: str) -> None:
     own = {key: value for key, value in model.state_dict().items()
            if key.startswith("qformer.") and "cross_attention" not in key and "query_mlp" not in key}  # fmt: skip
     words = "bert.embeddings.word_embeddings.weight"
-    if words in tensors:  # rows of tokens that BERT does not have stay as they are
+    if words in tensors:  # tokens that BERT does not have keep their embeddings
         table = model.qformer.embeddings.word_embeddings.weight.detach().clone()
         known = min(len(table), len(tensors[words]))
         table[:known] = tensors[words][:known]
         tensors[words] = table
     try:
-        state = read(tensors, own, rules, ignored=r".*")
+        state = import_state(tensors, own, rules, ignored=r".*")
     except ExchangeError as error:
         raise ArgumentError(f"--bert_name_or_path {name}: {error}") from error
     model.load_state_dict(state, strict=False)
@@ -306,7 +349,7 @@ def load_bert(model: VlpBlip2ForPreTraining, name: str) -> None:
 
 
 def name_in_blip(own: str) -> str:
-    """What a tensor of a Q-Former is called in a BLIP's text model; both feed-forward layers are its one."""
+    """Map a tensor name of the Q-Former to BLIP's text model; both feed-forward layers map to its single one."""
     name = own.replace("qformer.", "text_model.", 1).replace(".self_attention.", ".encoder_attention.")
     return name.replace(".query_mlp.", ".").replace(".text_mlp.", ".")
 
@@ -326,7 +369,7 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
 
 
 def make_evaluation(arguments: Blip2Arguments, rows, train_rows) -> list[Pictures]:
-    """Retrieval and matching after stage 1, captioning after stage 2."""
+    """Prepare retrieval and matching for stage 1, captioning for stage 2."""
     tasks: list[dict] = [{"task": "captioning", "prompt": arguments.prompt, "num_beams": arguments.eval_num_beams}]
     if arguments.stage == 1:
         tasks = [{"task": "retrieval", "rerank_top_k": arguments.rerank_top_k,
@@ -335,11 +378,15 @@ def make_evaluation(arguments: Blip2Arguments, rows, train_rows) -> list[Picture
 
 
 def make_samples(arguments: Blip2Arguments, rows, model, processor, maker: SampleMaker) -> SampleMaker:
-    """Plain pairs, or pairs with the features of the frozen tower, which are computed once."""
+    """Return the maker of image-caption pairs, or of pairs with cached features of the frozen image tower.
+
+    Raises:
+        ArgumentError: if features are to be cached and the data are shards.
+    """
     if not arguments.cache_vision_features:
         return maker
     if rows is None:
-        raise ArgumentError("--cache_vision_features needs random access to the rows, which shards do not give.")
+        raise ArgumentError("--cache_vision_features needs random access to the rows, which shards do not have.")
     with main_process_first():
         path = compute_features(model, processor, rows, arguments.image_column, arguments.max_image_pixels,
                                 arguments.eval_batch_size)  # fmt: skip
@@ -348,7 +395,7 @@ def make_samples(arguments: Blip2Arguments, rows, model, processor, maker: Sampl
 
 BLIP2 = Family(
     name="blip2",
-    text="Pre-train BLIP-2, stage 1 or 2, on pairs of images and captions, evaluate it, and write a folder to publish",
+    text="Train BLIP-2, stage 1 or 2, on pairs of images and captions, evaluate it, and save a publishable folder",
     recipe="blip2-emoji",
     arguments=Blip2Arguments,
     config=new_config,

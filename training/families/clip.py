@@ -29,30 +29,43 @@ from .base import Family, check_fields, evaluation_tasks, require_model_type
 
 @dataclass(kw_only=True)
 class ClipArguments(TrainingArguments):
-    """CLIP: two towers, told to find the pairs of a batch."""
+    """Options of CLIP: two towers, trained to match the images and captions of a batch."""
 
     # CLIP
-    clean_text: bool = option(False, "mend Unicode and HTML in captions as OpenAI's tokenizer does", bound=True)
-    image_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose image tower to start from")
-    text_tower: str | None = option(None, "folder with a vlp or transformers CLIP whose text tower to start from")
-    lock_image_tower: bool = option(False, "leave the image tower as it is (LiT)", bound=True, shown=True)
-    lock_text_tower: bool = option(False, "leave the text tower as it is", bound=True, shown=True)
+    clean_text: bool = option(
+        False,
+        "let a newly trained tokenizer fix broken Unicode and HTML in captions, as OpenAI's tokenizer does",
+        bound=True,
+    )
+    image_tower: str | None = option(
+        None, "folder or hub name of a vlp or transformers CLIP to initialise the image tower from"
+    )
+    text_tower: str | None = option(
+        None, "folder or hub name of a vlp or transformers CLIP to initialise the text tower from"
+    )
+    lock_image_tower: bool = option(False, "freeze the image tower and its projection (LiT)", bound=True, shown=True)
+    lock_text_tower: bool = option(False, "freeze the text tower and its projection", bound=True, shown=True)
     patch_dropout: float | None = option(
-        None, "share of patches (0 to 1) that a vision transformer drops in training", bound=True, shown=True
+        None,
+        "share of patches (0 to 1) that a vision transformer drops in training; the model's setting if not given",
+        bound=True,
+        shown=True,
     )
     loss: Literal["softmax", "sigmoid"] = option(
-        "softmax", "softmax (CLIP) or sigmoid (SigLIP)", bound=True, shown=True
+        "softmax", "contrastive loss: softmax (CLIP) or sigmoid (SigLIP)", bound=True, shown=True
     )
     micro_batch_size: int | None = option(
         None,
-        "pairs that a tower computes at a time, to save memory; the gradient is still the whole batch's",
+        "pairs per forward pass of a tower, to save memory; the gradient is still that of the whole batch",
         shown=True,
     )
     class_column: str | None = option(
-        None, "column with the class name or label for zero-shot evaluation; several, joined by commas"
+        None, "column with the class name or label, for zero-shot evaluation; several columns, joined by commas"
     )
-    class_names: str | None = option(None, "names behind integer labels: a key of vlp.processing.prompts.CLASS_NAMES")
-    eval_templates: str = option("name", "templates whose prompts are averaged for a class; see vlp.processing.prompts")
+    class_names: str | None = option(None, f"class names for integer labels: one of {', '.join(CLASS_NAMES)}")
+    eval_templates: str = option(
+        "name", f"prompt templates to average for each class in zero-shot evaluation: one of {', '.join(TEMPLATES)}"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,13 +77,22 @@ class ClipArguments(TrainingArguments):
         if self.lock_image_tower and self.lock_text_tower:
             raise ArgumentError("Nothing is left to train: --lock_image_tower and --lock_text_tower lock both towers.")
         if self.text_tower and not self.tokenizer_name:
-            raise ArgumentError("--text_tower needs --tokenizer_name: the tokenizer that the tower was trained with.")
+            raise ArgumentError("--text_tower needs --tokenizer_name, the tokenizer that the tower was trained with.")
         if self.model_name_or_path and (self.image_tower or self.text_tower):
-            raise ArgumentError("--model_name_or_path brings both towers: leave out --image_tower, --text_tower.")
+            raise ArgumentError("--model_name_or_path loads both towers: omit --image_tower and --text_tower.")
 
 
 def make_processor(arguments: ClipArguments, rows, chooser: CaptionChooser) -> VlpClipProcessor:
-    """The processor of the model gone on from, else one of the image size asked for, its tokenizer named or trained."""
+    """Load the processor of the model to fine-tune, or build a new one; see `Family.processor`.
+
+    Args:
+        arguments: options of the run.
+        rows: training data, to train a tokenizer on; None for shards.
+        chooser: chooses the captions of a row.
+
+    Raises:
+        ArgumentError: if the tokenizer does not suit CLIP, or cannot be trained because the data are shards.
+    """
     if arguments.model_name_or_path:
         return AutoProcessor.from_pretrained(arguments.model_name_or_path)
     side = arguments.image_size
@@ -81,7 +103,9 @@ def make_processor(arguments: ClipArguments, rows, chooser: CaptionChooser) -> V
     elif name:
         tokenizer = AutoTokenizer.from_pretrained(name, model_max_length=length)
     elif rows is None:
-        raise ArgumentError("Training on shards needs --tokenizer_name: captions are not known beforehand.")
+        raise ArgumentError(
+            "Training on shards needs --tokenizer_name: a tokenizer cannot be trained on streamed captions."
+        )
     else:
         texts = caption_texts(rows, chooser)
         tokenizer = VlpClipTokenizer.train(texts, arguments.vocab_size, length, arguments.clean_text)
@@ -90,19 +114,24 @@ def make_processor(arguments: ClipArguments, rows, chooser: CaptionChooser) -> V
 
 
 def check_tokenizer(tokenizer, name: str | None) -> None:
-    """Raise ArgumentError for a tokenizer that CLIP's text tower cannot pool: captions must end in one end token."""
+    """Raise ArgumentError unless captions end with exactly one end token, which CLIP's text tower pools."""
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None or tokenizer.bos_token_id is None:
         raise ArgumentError(f"--tokenizer_name {name} lacks a start, end or pad token, which CLIP needs.")
     ids = tokenizer("a")["input_ids"]
     if ids[-1] != tokenizer.eos_token_id or tokenizer.eos_token_id in ids[:-1]:
-        raise ArgumentError(f"--tokenizer_name {name} does not put its end token, once, at the end of a caption.")
+        raise ArgumentError(f"--tokenizer_name {name} does not end each caption with exactly one end token.")
 
 
 def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
-    """The configuration that the options describe; vocabulary and special tokens are the tokenizer's, where given.
+    """Build the configuration of a new model.
 
-    Raises ArgumentError where it cannot be.
+    Args:
+        arguments: options of the run.
+        tokenizer: tokenizer that sets the vocabulary size and the special tokens; None: as in the options.
+
+    Raises:
+        ArgumentError: if the options do not give a valid configuration.
     """
     fields = json.loads(json.dumps(arguments.model))
     fields.setdefault("vision_config", {}).setdefault("image_size", arguments.image_size)
@@ -115,8 +144,8 @@ def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
         fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0} | fields
     kinds = {kind.model_type: kind for kind in (*VISION, *TEXT)}
     vision = kinds.get(fields["vision_config"].get("model_type"), VlpViTConfig)
-    writer = kinds.get(text.get("model_type"), VlpClipTextConfig)
-    for part, kind in ((fields, VlpClipConfig), (fields["vision_config"], vision), (text, writer)):
+    text_kind = kinds.get(text.get("model_type"), VlpClipTextConfig)
+    for part, kind in ((fields, VlpClipConfig), (fields["vision_config"], vision), (text, text_kind)):
         check_fields(part, kind)
     try:
         return VlpClipConfig(**fields)
@@ -125,6 +154,11 @@ def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
 
 
 def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClipModel:
+    """Build a new model, or load one and copy its sizes to the arguments; see `Family.model`.
+
+    Raises:
+        ArgumentError: if the model cannot be built, or if --loss or --patch_dropout does not suit it.
+    """
     if arguments.model_name_or_path:
         require_model_type(arguments.model_name_or_path, VlpClipConfig.model_type)
         model = AutoModel.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
@@ -135,7 +169,7 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
         model = VlpClipModel(new_config(arguments, processor.tokenizer))
     if (arguments.loss == "sigmoid") != (model.logit_bias is not None):
         has = "has a" if model.logit_bias is not None else "has no"
-        raise ArgumentError(f"--loss {arguments.loss} does not fit the model, which {has} logit_bias (SigLIP).")
+        raise ArgumentError(f"--loss {arguments.loss} does not suit the model, which {has} logit_bias (SigLIP).")
     for tower, source in (("vision_model", arguments.image_tower), ("text_model", arguments.text_tower)):
         if source:
             load_tower(model, tower, source)
@@ -159,7 +193,7 @@ def make_objective(arguments: ClipArguments, model: VlpClipModel, processor, ste
 
 
 def make_evaluation(arguments: ClipArguments, rows, train_rows) -> list[Pictures]:
-    """Zero-shot classification for each column of classes, retrieval for each column of captions that is there."""
+    """Prepare zero-shot classification for each class column and retrieval for each caption column in the data."""
     tasks: list[dict] = []
     for column in (arguments.class_column or "").split(",") if arguments.class_column else []:
         tasks.append({"task": "zero-shot", "class_column": column, "class_names": arguments.class_names,
@@ -170,24 +204,35 @@ def make_evaluation(arguments: ClipArguments, rows, train_rows) -> list[Pictures
 
 
 def load_tower(model: VlpClipModel, tower: str, source: str) -> None:
-    """Start a tower, and its projection where it fits, from a vlp or transformers CLIP (their names are the same)."""
+    """Initialise a tower, and its projection if the shapes match, from a vlp or transformers CLIP.
+
+    Both libraries use the same tensor names.
+
+    Args:
+        model: model to change.
+        tower: "vision_model" or "text_model".
+        source: folder or hub name of the CLIP.
+
+    Raises:
+        ArgumentError: if the tower has another architecture.
+    """
     tensors = load_file(cached_file(source, "model.safetensors"))
     theirs = getattr(AutoConfig.from_pretrained(source), tower.replace("_model", "_config"))
     ours = getattr(model.config, tower.replace("_model", "_config"))
-    for field in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # what shapes do not show
+    for field in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # settings that do not show in the shapes
         if getattr(theirs, field, None) != getattr(ours, field, None):
             raise ArgumentError(
-                f"{source} has another {tower}: {field} is {getattr(theirs, field, None)} there and "
-                f"{getattr(ours, field, None)} here."
+                f"{source} has a different {tower}: {field} is {getattr(theirs, field, None)}, and "
+                f"{getattr(ours, field, None)} in this model."
             )
     projection = {"vision_model": "visual_projection.weight", "text_model": "text_projection.weight"}[tower]
     wanted = {name: value for name, value in model.state_dict().items() if name.startswith(f"{tower}.")}
     missing = sorted(wanted.keys() - tensors.keys())
-    wrong = [f"{name} is {tuple(tensors[name].shape)} there and {tuple(value.shape)} here"
+    wrong = [f"{name} is {tuple(tensors[name].shape)}, and {tuple(value.shape)} in this model"
              for name, value in wanted.items() if name in tensors and tensors[name].shape != value.shape]  # fmt: skip
     if missing or wrong:
         raise ArgumentError(
-            f"{source} has another {tower}: {'; '.join(wrong[:3] + [f'{n} is missing' for n in missing[:3]])}."
+            f"{source} has a different {tower}: {'; '.join(wrong[:3] + [f'{n} is missing' for n in missing[:3]])}."
         )
     state = {name: tensors[name] for name in wanted}
     if projection in tensors and projection in model.state_dict():
@@ -197,13 +242,13 @@ def load_tower(model: VlpClipModel, tower: str, source: str) -> None:
 
 
 def make_samples(arguments: ClipArguments, rows, model, processor, maker: SampleMaker) -> SampleMaker:
-    """Plain pairs."""
+    """Return the maker of image-caption pairs."""
     return maker
 
 
 CLIP = Family(
     name="clip",
-    text="Pre-train CLIP on pairs of images and captions, evaluate it, and write a folder to publish",
+    text="Train CLIP on pairs of images and captions, evaluate it, and save a publishable folder",
     recipe="clip-emoji",
     arguments=ClipArguments,
     config=new_config,

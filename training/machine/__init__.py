@@ -1,1 +1,1 @@
-"""The machine: processes, memory, optimiser, checkpoints and the Hub."""
+"""Hardware, optimiser, sharding, LoRA adapters, training states and the Hub."""

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021, arXiv:2106.09685) by peft: a model is fine-tuned by small matrices beside its projections."""
+"""LoRA (Hu et al., 2021, arXiv:2106.09685), with peft: fine-tuning with low-rank matrices added to the projections."""
 
 from pathlib import Path
 
@@ -9,25 +9,25 @@ from ...errors import ArgumentError
 from ..arguments import TrainingArguments
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of every attention, in every tower
-# Of BLIP-2: the image tower is frozen, and language models of transformers have names of their own.
+# For BLIP-2: the image tower is frozen, and language models name their projections differently.
 BLIP2_TARGETS = r"(qformer|language_model)\..*\.([qkv]_proj|o_proj|out_proj|[qkvo])"
 
 
 def check_lora(arguments: TrainingArguments) -> None:
-    """Raise ArgumentError, before anything is loaded, for what adapters cannot be added to."""
+    """Check --lora_rank before anything is loaded. Raises ArgumentError if adapters cannot be used."""
     base = arguments.model_name_or_path
     if not base:
-        raise ArgumentError("--lora_rank needs --model_name_or_path, the model that the adapters are added to.")
+        raise ArgumentError("--lora_rank needs --model_name_or_path, the model to add the adapters to.")
     needed, what = arguments.own_parts() or (None, "")
     if needed and needed not in (AutoConfig.from_pretrained(base).architectures or []):
         raise ArgumentError(
-            f"--lora_rank publishes adapters alone, and {what} adds parts that {base} does not have: train it without "
-            "adapters first, and go on from that folder."
+            f"--lora_rank publishes only adapters, but {what} adds parts that {base} does not have: train without "
+            "--lora_rank first, and use the resulting model."
         )
     if arguments.push_to_hub and Path(base).exists():
         raise ArgumentError(
-            f"--lora_rank publishes adapters alone, which name their base, and --model_name_or_path {base} is a folder "
-            "on this machine: push it first, and give its name on the Hub."
+            f"--lora_rank publishes only adapters, which refer to their base model, but --model_name_or_path {base} is "
+            "a folder on this machine: push it first, and give its hub name."
         )
     try:
         import peft  # noqa: F401
@@ -36,11 +36,12 @@ def check_lora(arguments: TrainingArguments) -> None:
 
 
 def add_lora(model: PreTrainedModel, rank: int, base: str) -> None:
-    """Add adapters to every attention; they are then all that is trained, saved and published.
+    """Add adapters to every attention; only they are then trained, saved and published.
 
     Args:
-        rank: of the matrices; their product is scaled by 2, peft's alpha being twice the rank.
-        base: name or folder of the model, which the adapters remember.
+        model: model to change.
+        rank: rank of the matrices; alpha is twice the rank, so that their product is scaled by 2.
+        base: hub name or folder of the model, which is saved with the adapters.
     """
     from peft import LoraConfig
 

@@ -1,4 +1,4 @@
-"""Saving the state to resume from, and the matrices of a published model in another precision."""
+"""Save and load training states, and convert the weight matrices of a published model to another data type."""
 
 import json
 import os
@@ -17,14 +17,24 @@ from ...files import STATE_FILE, state_folder, states
 
 @torch.no_grad()
 def round_matrices(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give matrices (and what has more dimensions) the values that they have in a dtype; they stay in float32."""
+    """Round all tensors of two or more dimensions to the precision of a data type.
+
+    Args:
+        model: model to change; its tensors keep their data type.
+        dtype: data type to round to.
+    """
     for tensor in model.state_dict().values():
         if tensor.is_floating_point() and tensor.ndim > 1:
             tensor.copy_(tensor.to(dtype))
 
 
 def store_matrices(folder: Path, dtype: torch.dtype) -> None:
-    """Store the matrices of a saved model in a dtype; its configuration says what they are loaded as."""
+    """Convert the float32 matrices of a saved model; its configuration still sets the data type that it is loaded in.
+
+    Args:
+        folder: folder with .safetensors files, which are overwritten.
+        dtype: data type to save in; float32 changes nothing.
+    """
     for path in folder.glob("*.safetensors") if dtype != torch.float32 else []:
         tensors = load_file(path)
         for name, tensor in tensors.items():
@@ -34,9 +44,20 @@ def store_matrices(folder: Path, dtype: torch.dtype) -> None:
 
 
 def save_state(accelerator: Accelerator, folder: Path, step: int, facts: dict, keep: int) -> Path:
-    """Save weights, optimiser, random states and `facts` as folder/step-N, whole or not at all; keep the last `keep`.
+    """Save a training state as folder/step-N, completely or not at all; every process must call this.
 
-    Raises OSError, on every process, where any of them fails.
+    Args:
+        accelerator: holds the weights, the optimiser and the random states to save.
+        folder: folder for the states of the run.
+        step: optimiser steps done.
+        facts: further data, which must fit into JSON.
+        keep: number of states to keep; older ones are deleted.
+
+    Returns:
+        The folder of the state.
+
+    Raises:
+        OSError: on every process, if any process fails.
     """
     target = folder / f"step-{step:07d}"
     fresh = target.with_name(f".{target.name}.writing")
@@ -61,14 +82,20 @@ def save_state(accelerator: Accelerator, folder: Path, step: int, facts: dict, k
         shutil.rmtree(fresh, ignore_errors=True)
     accelerator.wait_for_everyone()
     if errors:
-        raise OSError(
-            f"Could not save {target} ({errors[0]}); the states before it are as they were. Is the disk full?"
-        )
+        raise OSError(f"Could not save {target} ({errors[0]}); earlier states are unchanged. Is the disk full?")
     return target
 
 
 def find_state(name: str, output_dir: str) -> Path:
-    """The state that `--resume_from_checkpoint` means. Raises ResumeError where there is none."""
+    """Find the training state that `--resume_from_checkpoint` names.
+
+    Args:
+        name: folder of a state, or "latest".
+        output_dir: output folder of the run, next to which its states are saved.
+
+    Raises:
+        ResumeError: if there is no such state.
+    """
     if name == "latest":
         found = states(state_folder(output_dir))
         if not found:
@@ -76,23 +103,29 @@ def find_state(name: str, output_dir: str) -> Path:
         return found[-1]
     path = Path(name)
     if not (path / STATE_FILE).is_file():
-        raise ResumeError(f"--resume_from_checkpoint {name}: {path / STATE_FILE} is not there.")
+        raise ResumeError(f"--resume_from_checkpoint {name}: {path / STATE_FILE} does not exist.")
     return path
 
 
 def load_state(accelerator: Accelerator, path: Path, facts: dict) -> dict:
-    """Load a state and return its facts; the states after it are removed.
+    """Load a training state, and delete the states of later steps.
 
     Args:
-        facts: those of this run: "model_config" and "recipe", which must be the state's.
+        accelerator: its weights, optimiser and random states are replaced.
+        path: folder of the state.
+        facts: "model_config" and "recipe" of this run, which must equal those of the state.
 
-    Raises ResumeError, with what differs, where the state belongs to another model or another recipe.
+    Returns:
+        The `facts` that were saved with the state.
+
+    Raises:
+        ResumeError: if the state belongs to another model or recipe; the message lists the differences.
     """
     saved = json.loads((path / STATE_FILE).read_text())
     for name in ("model_config", "recipe"):
         differences = compare(saved.get(name, {}), json.loads(json.dumps(facts[name])))
         if differences:
-            raise ResumeError(f"{path} is of another {name.split('_')[0]}: {'; '.join(differences)}.")
+            raise ResumeError(f"{path} belongs to another {name.split('_')[0]}: {'; '.join(differences)}.")
     accelerator.load_state(str(path))
     if accelerator.is_main_process:
         for later in states(path.parent):
@@ -102,12 +135,21 @@ def load_state(accelerator: Accelerator, path: Path, facts: dict) -> dict:
 
 
 def compare(saved: dict, current: dict, prefix: str = "") -> list[str]:
-    """What differs between two configurations, one line each."""
+    """Compare two configurations.
+
+    Args:
+        saved: the saved configuration; dicts in it are compared recursively.
+        current: the current configuration.
+        prefix: prefix of the names in the result.
+
+    Returns:
+        One text per difference.
+    """
     lines = []
     for key in sorted(saved.keys() | current.keys()):
         a, b = saved.get(key), current.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             lines += compare(a, b, f"{prefix}{key}.")
         elif a != b and not key.startswith("_") and key not in ("transformers_version", "dtype", "architectures"):
-            lines.append(f"{prefix}{key} is {a} there and {b} here")
+            lines.append(f"{prefix}{key} was {a} and is now {b}")
     return lines

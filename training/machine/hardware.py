@@ -1,4 +1,4 @@
-"""The machine: its processes, precision, threads and memory."""
+"""The hardware: processes, precision, threads and memory."""
 
 import ctypes
 import dataclasses
@@ -17,13 +17,17 @@ from ..arguments import TrainingArguments
 
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:
-    """Raises ArgumentError where the machine cannot do what is asked for."""
-    # Accelerate warns of tied weights at each save; they are stored once, and tied again when loaded.
+    """Create the accelerator of a run.
+
+    Raises:
+        ArgumentError: if the hardware or Accelerate's configuration does not support the options.
+    """
+    # Accelerate warns about tied weights at each save; they are saved once, and tied again on loading.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     precision = arguments.mixed_precision
     if precision == "auto":
         precision = "bf16" if computes_in_bfloat16() else "no"
-    # Where only a part of the model is trained at first, a process must not wait for the gradients of the rest.
+    # If only part of the model is trained at first, DDP must not wait for the gradients of the rest.
     partly = getattr(arguments, "contrastive_share", 0.0) > 0
     try:
         accelerator = Accelerator(
@@ -36,11 +40,13 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     except ValueError as error:
         raise ArgumentError(f"--mixed_precision {precision}, --report_to {arguments.report_to}: {error}") from error
     if accelerator.is_fsdp2 and arguments.ema_decay:
-        raise ArgumentError("--ema_decay keeps a whole copy of the model, which FSDP2 has nowhere: leave it out.")
+        raise ArgumentError(
+            "--ema_decay needs a full copy of the model in each process, which FSDP2 does not keep: use --ema_decay 0."
+        )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ArgumentError("FSDP's first version is not supported: set fsdp_version: 2 in Accelerate's configuration.")
+        raise ArgumentError("FSDP 1 is not supported: set fsdp_version: 2 in Accelerate's configuration.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # Batches do not come from a loader that Accelerate prepared, so it cannot know their size.
+        # Accelerate does not prepare the data loader, so it cannot know the batch size.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
     return accelerator
@@ -53,7 +59,7 @@ def start_trackers(arguments: TrainingArguments, accelerator: Accelerator) -> No
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether the hardware has bfloat16 arithmetic; where it is only emulated, float32 is faster."""
+    """Return whether the hardware has bfloat16 arithmetic; if it is only emulated, float32 is faster."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.backends.cpu.get_cpu_capability() if torch.backends.cpu else ""
@@ -62,15 +68,18 @@ def computes_in_bfloat16() -> bool:
 
 
 def cpu_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_cpu_well(threads: int) -> None:
-    """All threads that there are (`accelerate launch` leaves one), and freed memory kept.
+    """Set the number of threads (`accelerate launch` sets one), and keep freed memory for reuse.
 
-    A training step frees and takes the same large blocks again and again; glibc gives each back to the system, which
-    then hands out zeroed pages one by one. Kept, the same step ran about twice as fast where this was measured.
+    A training step allocates and frees the same large blocks repeatedly. glibc returns each one to the system, which
+    then has to zero its pages again. With freed memory kept, a step was about twice as fast when this was measured.
+
+    Args:
+        threads: threads of this process.
     """
     torch.set_num_threads(threads)
     if platform.libc_ver()[0] == "glibc":

@@ -1,4 +1,4 @@
-"""Publishing a folder on the Hub."""
+"""Push a folder to the Hub."""
 
 from pathlib import Path
 
@@ -9,15 +9,23 @@ from ..arguments import TrainingArguments
 
 
 def check_access() -> None:
-    """Raise ArgumentError before anything is trained where there is nothing to log in to the Hub with."""
+    """Raise ArgumentError if there is no token for the Hub; called before training."""
     if get_token() is None:
         raise ArgumentError("--push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN.")
 
 
 def push(folder: Path, arguments: TrainingArguments) -> str:
-    """Push a folder (model, processor, card) in one commit, on a branch where asked. Returns the commit's address.
+    """Push a folder in one commit.
 
-    Raises OSError with what went wrong; the folder stays, to be pushed again.
+    Args:
+        folder: folder with the model, its processor and its card.
+        arguments: options that name the repository and the branch.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        OSError: if the push fails; the folder is kept, so that it can be pushed again.
     """
     api = HfApi()
     try:
@@ -32,7 +40,7 @@ def push(folder: Path, arguments: TrainingArguments) -> str:
         )
     except Exception as error:
         raise OSError(
-            f"Could not push to {arguments.hub_model_id}: {error} The model is whole in {folder}; push it again with "
-            f"`hf upload {arguments.hub_model_id} {folder}`."
+            f"Could not push to {arguments.hub_model_id}: {error} The model is complete in {folder}; push it again "
+            f"with `hf upload {arguments.hub_model_id} {folder}`."
         ) from error
     return commit.commit_url

@@ -1,4 +1,4 @@
-"""The optimiser, its groups of parameters, and the schedule."""
+"""The optimiser, its parameter groups and the learning rate schedule."""
 
 import math
 import re
@@ -6,18 +6,27 @@ import re
 import torch
 from torch import nn
 
-# Positions and the class token are added to activations, as biases are; they are not decayed.
+# Position embeddings and the class token are added to activations like biases, so they are not decayed.
 NO_DECAY = re.compile(r"position(al)?_embedding|class_embedding|logit_scale|logit_bias")
 
-MAX_TEMPERATURE_RATE = 3e-4  # the peak rate of BLIP's pre-training
+MAX_TEMPERATURE_RATE = 3e-4  # the peak learning rate of BLIP's pre-training
 
 
 def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict]:
-    """Groups for AdamW: decay for matrices alone, and a learning rate that falls from layer to layer downwards.
+    """Group the trainable parameters for AdamW by learning rate and weight decay.
 
-    The paper (2.5) decays "all weights that are not gains or biases"; like open_clip 4, vlp leaves out positions too.
+    The paper (2.5) decays "all weights that are not gains or biases"; like open_clip 4, vlp also excludes positions.
+
+    Args:
+        model: model to train.
+        learning_rate: peak learning rate of the top layers.
+        weight_decay: weight decay of matrices.
+        layer_decay: factor on the learning rate from each layer to the one below.
+
+    Returns:
+        Parameter groups; "peak_lr" is the learning rate before the schedule.
     """
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
@@ -25,7 +34,7 @@ def parameter_groups(
             continue
         decay = 0.0 if parameter.ndim < 2 or NO_DECAY.search(name) else weight_decay
         rate = learning_rate * layer_decay ** levels_below_top(model, name)
-        if name == "temp":  # a temperature, not its logarithm: at a higher rate it jumps over its whole range
+        if name == "temp":  # not a logarithm: a higher rate would make it jump across its whole range
             rate = min(rate, MAX_TEMPERATURE_RATE)
         group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
@@ -33,7 +42,7 @@ def parameter_groups(
 
 
 def levels_below_top(model: nn.Module, name: str) -> int:
-    """How many layers stand between a parameter and its tower's end: 0 for heads, most for embeddings and stem."""
+    """Return a parameter's distance from the top of its tower, in layers: 0 for heads, most for embeddings and stem."""
     if match := re.search(r"(\w+_model)\.(?:encoder\.)?layers\.(\d+)\.", name):
         return depth(model.get_submodule(name[: match.end(1)])) - int(match[2])
     if match := re.search(r"_model(?=\.(embeddings|pre_layrnorm)\.)", name):
@@ -45,7 +54,7 @@ def levels_below_top(model: nn.Module, name: str) -> int:
 
 
 def depth(tower: nn.Module) -> int:
-    """Layers of a transformer."""
+    """Return the number of layers of a transformer."""
     return len(getattr(tower, "encoder", tower).layers)
 
 
@@ -54,6 +63,12 @@ def make_optimizer(groups: list[dict], beta1: float, beta2: float, epsilon: floa
 
 
 def learning_rate_factor(step: int, warmup_steps: int, progress: float) -> float:
-    """Linear warm-up in optimiser steps, then a cosine to zero over `progress`, from 0 to 1."""
+    """Return the factor on the peak learning rate: linear warm-up times cosine decay to zero.
+
+    Args:
+        step: optimiser steps done.
+        warmup_steps: steps of the warm-up; 0: none.
+        progress: completed share of the run, from 0 to 1.
+    """
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     return warm * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))

@@ -1,4 +1,4 @@
-"""FSDP2: what a model and its objective need for their parameters to be spread over processes."""
+"""FSDP2: prepare a model and its objective for sharding, and gather the model again."""
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def make_shardable(objective: nn.Module) -> None:
-    """Let scalars (a scale, a temperature) be vectors of one entry, and convolutions be contiguous, as FSDP2 needs.
+    """Turn scalar parameters into vectors of one element, and make convolutions contiguous, as FSDP2 requires.
 
-    What is computed with them is the same; `whole_model` gives scalars back as they were.
+    The computation stays the same; `whole_model` restores the scalars.
+
+    Args:
+        objective: objective to change, with its model.
     """
     objective.to(memory_format=torch.contiguous_format)
     for module in objective.modules():
@@ -22,7 +25,7 @@ def make_shardable(objective: nn.Module) -> None:
 
 
 def repeated_layers(model: nn.Module) -> list[str]:
-    """Names of the classes of which each instance is sharded by itself: the layers that a tower repeats."""
+    """Return the class names of the repeated layers of a model; each layer becomes one FSDP unit."""
     return sorted({type(module).__name__ for module in model.modules() if is_layer(module)})
 
 
@@ -30,23 +33,31 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, GradientCheckpointingLayer)
 
 
-def let_layers_be_read(objective: nn.Module) -> None:
-    """Have a layer's weights there for its `read`, too, which computes keys and values of images before `forward`."""
+def let_layers_precompute(objective: nn.Module) -> None:
+    """Gather a layer's weights for its `keys_values` too, which is called before `forward`."""
     for module in objective.modules():
-        if isinstance(module, FSDPModule) and is_layer(module) and hasattr(module, "read"):
-            register_fsdp_forward_method(module, "read")
+        if isinstance(module, FSDPModule) and is_layer(module) and hasattr(module, "keys_values"):
+            register_fsdp_forward_method(module, "keys_values")
 
 
 def whole_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with all parameters, in evaluation mode, to evaluate and to save; every process calls this."""
+    """Gather a sharded model; every process must call this.
+
+    Args:
+        model: sharded model.
+
+    Returns:
+        A copy with all parameters, in evaluation mode, to evaluate or save.
+    """
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    writer = getattr(model, "language_model", None)
-    copy = type(model)(model.config, *([type(writer)(writer.config)] if writer is not None else [])).eval()
+    language_model = getattr(model, "language_model", None)
+    extra = [] if language_model is None else [type(language_model)(language_model.config)]
+    copy = type(model)(model.config, *extra).eval()
     own = copy.state_dict()
     copy.load_state_dict({name: value.reshape(own[name].shape) for name, value in state.items()})
     return copy.to(next(iter(state.values())).device)
 
 
 def number(value: Tensor) -> float:
-    """A tensor of one entry as a number, sharded or not; every process calls this."""
+    """Convert a tensor with one element, sharded or not, to a float; every process must call this."""
     return (value.full_tensor() if isinstance(value, DTensor) else value).item()

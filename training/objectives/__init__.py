@@ -1,1 +1,1 @@
-"""What is optimised: one nn.Module for each objective, from a batch to named losses."""
+"""Training objectives: each is an nn.Module that computes named losses from a batch."""

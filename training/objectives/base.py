@@ -1,17 +1,22 @@
-"""What an objective is to the training loop."""
+"""The interface between an objective and the training loop."""
 
 from torch import nn
 
 
 class Objective(nn.Module):
-    """What the loop calls around the steps; by itself it does nothing."""
+    """Base class of the objectives. The hooks that the training loop calls do nothing by default."""
 
     def before_step(self, step: int, share_done: float = 1.0) -> None:
-        """Called before the first backward pass of an optimiser step, `share_done` of the run (0 to 1) behind it."""
+        """Called before the first backward pass of an optimiser step.
+
+        Args:
+            step: number of the optimiser step.
+            share_done: share of the run that is done (0 to 1).
+        """
 
     def after_step(self) -> None:
         """Called after an optimiser step."""
 
     def facts(self) -> dict[str, float]:
-        """What is worth logging beside the losses."""
+        """Values to log in addition to the losses."""
         return {}

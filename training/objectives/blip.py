@@ -14,21 +14,26 @@ from .momentum import Teacher
 
 
 class BlipObjective(Objective):
-    """BLIP's pre-training: compare, match and write (section 3.2 of the paper; salesforce/BLIP, blip_pretrain.py).
+    """BLIP's pre-training with ITC, ITM and LM (section 3.2 of the paper; salesforce/BLIP, blip_pretrain.py).
 
-    A model that does not write is fine-tuned for retrieval: it is told to compare and to match (blip_retrieval.py).
+    A model without a decoder is fine-tuned for retrieval with ITC and ITM only (blip_retrieval.py).
 
-    As in the paper the student's features are compared with the teacher's, of the batch and of the queue. Otherwise
-    than in the original code the batch is that of all processes; the queue is masked while it fills; the teacher is in
-    evaluation mode, and follows once for each optimiser step; pairs that share a caption or an image are no negatives.
+    As in the paper, ITC compares the student's features with the teacher's features of the batch and the queue. The
+    differences from the original code: the batch is that of all processes; empty queue entries are masked; the teacher
+    is in evaluation mode and is updated once per optimiser step; pairs that share a caption or an image are not
+    negatives.
 
     Args:
-        alpha: the teacher's part in ITC's targets, reached after `alpha_steps` optimiser steps.
-        exclude_duplicates: pairs that share a caption or an image belong together: no negatives to each other.
-        global_negatives: draw ITM's hard negatives from the batches of all processes, not of each one.
-        contrastive_share: share of the run (0 to 1), at its start, that compares alone, within the batch, as CLIP does:
-            the paper begins with towers that can see and read, and what cannot yet has nothing to match and to write.
-        seed: of the draws, which depend on it and on the step alone.
+        model: the student.
+        teacher: the momentum teacher.
+        alpha: weight of the teacher's similarities in the ITC targets (0 to 1).
+        alpha_steps: optimiser steps in which alpha grows linearly from 0; 0: it is constant.
+        exclude_duplicates: treat pairs that share a caption or an image as positives, not as negatives.
+        global_negatives: draw ITM's hard negatives from the batches of all processes, not only from the own batch.
+        contrastive_share: share of the run (0 to 1), at its start, that trains with ITC only, within the batch, as CLIP
+            does. The paper starts from pre-trained towers; ITM and LM are of little use before the towers have learnt
+            anything.
+        seed: seed of the hard negatives, which depend only on the seed and the step.
     """
 
     def __init__(
@@ -38,16 +43,16 @@ class BlipObjective(Objective):
         super().__init__()
         self.model, self.teacher = model, teacher
         self.alpha, self.alpha_steps = alpha, alpha_steps
-        self.contrastive_share, self.contrastive_alone = contrastive_share, False
-        self.writes = hasattr(model, "lm_head")
+        self.contrastive_share, self.contrastive_only = contrastive_share, False
+        self.has_decoder = hasattr(model, "lm_head")
         self.exclude_duplicates, self.global_negatives, self.seed = exclude_duplicates, global_negatives, seed
         self.register_buffer("alpha_now", torch.zeros(()), persistent=False)
         self.draws = torch.Generator()
         self.pending: list[tuple[Tensor, ...]] = []
 
     def before_step(self, step: int, share_done: float = 1.0) -> None:
-        """Let the teacher follow, and the targets soften; called once for each optimiser step, not for each batch."""
-        self.contrastive_alone = share_done < self.contrastive_share
+        """Update the teacher and alpha, and seed the draws. Called once per optimiser step, not per batch."""
+        self.contrastive_only = share_done < self.contrastive_share
         self.model.clamp_temperature()
         self.teacher.follow(self.model)
         self.alpha_now.fill_(self.alpha * min(1.0, step / self.alpha_steps if self.alpha_steps else 1.0))
@@ -55,13 +60,13 @@ class BlipObjective(Objective):
         self.pending.clear()
 
     def after_step(self) -> None:
-        """Put what the teacher saw into the queue."""
+        """Put the teacher's features of this step into the queue."""
         for features in self.pending:
             self.teacher.enqueue(*features)
         self.pending.clear()
 
     def facts(self) -> dict[str, float]:
-        """What is worth logging beside the losses."""
+        """Values to log in addition to the losses."""
         return {"temperature": number(self.model.temp.detach()), "alpha": self.alpha_now.item()}
 
     def forward(
@@ -73,18 +78,23 @@ class BlipObjective(Objective):
         image_ids: Tensor,
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The three losses of a batch; ITC alone where the run is not past `contrastive_share`.
+        """Compute the losses of a batch.
 
-        Args: as `ClipObjective`;
-            negatives: (B,) numbers, in the joined batch, of each text's negative image and of each image's negative
-                text; drawn where not given.
+        Args:
+            pixel_values, input_ids, text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
+            negatives: the negative image of each text and the negative text of each image, (B,) each, as indices into
+                the joined batch; drawn if None.
+
+        Returns:
+            {"itc", "itm", "lm"}, without "lm" if the model has no decoder; only "itc" during the first
+            `contrastive_share` of the run.
         """
         model = self.model
-        vision = model.get_image_features(pixel_values, pooled_only=self.contrastive_alone)
+        vision = model.get_image_features(pixel_values, pooled_only=self.contrastive_only)
         image = unit_length(vision.pooler_output)
         text = unit_length(model.get_text_features(input_ids, pooled_only=True).pooler_output)[text_index]
         batch = JoinedBatch.of(text_index)
-        if self.contrastive_alone:  # without teacher and queue, which follow a student that learns fast badly
+        if self.contrastive_only:  # without teacher and queue, which lag behind a student that learns fast
             ids = (caption_ids, image_ids) if self.exclude_duplicates else ()
             with torch.autocast(image.device.type, enabled=False):
                 return {"itc": contrastive_loss(image, text, 1 / model.temp.to(image.dtype), batch, ids)}
@@ -96,23 +106,34 @@ class BlipObjective(Objective):
         with torch.no_grad():
             found = torch.ones_like(caption_ids, dtype=torch.bool), torch.ones_like(caption_ids, dtype=torch.bool)
             if negatives is None:
-                if not self.writes:  # blip_retrieval.py draws by what the student alone finds similar
+                if not self.has_decoder:  # blip_retrieval.py draws by the student's similarities only
                     image_logits = image @ batch.gather(text).T / model.temp
                     text_logits = text @ batch.gather(image).T / model.temp
                 negatives, found = self.draw(batch, image_logits, text_logits, same)
-        memory = model.text_model.read(vision.last_hidden_state)
+        memory = model.text_model.memory_of(vision.last_hidden_state)
         itm_logits = self.match(batch, input_ids, vision.last_hidden_state, memory, *negatives)
         matches, counted = matching_labels(*found)
         with torch.autocast(image.device.type, enabled=False):
             loss_itm = weigh_by_count(matching_loss(itm_logits.float(), matches, counted), counted.sum())
         losses = {"itc": loss_itc, "itm": loss_itm}
-        if self.writes:
+        if self.has_decoder:
             tokens = (input_ids[:, 1:] != model.config.text_config.pad_token_id).sum()
             losses["lm"] = weigh_by_count(model.lm_loss(input_ids, memory), tokens)
         return losses
 
     def compare(self, batch: JoinedBatch, image, text, teacher_image, teacher_text, caption_ids, image_ids):
-        """ITC: similarities (B, joined batch) over the temperature, which of those pairs are the same, and the loss."""
+        """Compute ITC.
+
+        Args:
+            batch: the joined batch.
+            image, text: (B, E) features of the student, of unit length.
+            teacher_image, teacher_text: (B, E) features of the teacher, of unit length.
+            caption_ids, image_ids: (B,) integers.
+
+        Returns:
+            The similarities of images to texts and of texts to images, divided by the temperature, without gradient;
+            whether the pairs are positives (all three (B, size of the joined batch)); and the loss.
+        """
         teacher, temperature = self.teacher, self.model.temp.float()
         joined = [batch.gather(x) for x in (teacher_image, teacher_text, image_ids, caption_ids)]
         self.pending.append(tuple(joined))
@@ -123,7 +144,7 @@ class BlipObjective(Objective):
             for ids, queue in ((joined[2], teacher.image_ids), (joined[3], teacher.caption_ids)):
                 positives |= ids[:, None] == torch.cat([ids, queue])
         positives[:, :size].fill_diagonal_(True)
-        empty = torch.arange(teacher.queue_size, device=image.device) >= teacher.filled  # places yet without a pair
+        empty = torch.arange(teacher.queue_size, device=image.device) >= teacher.filled  # entries without a pair so far
         positives[:, size:] &= ~empty
         positives = batch.own(positives)
         unseen = torch.cat([empty.new_zeros(size), empty])
@@ -141,7 +162,17 @@ class BlipObjective(Objective):
         return image_logits[:, :size].detach(), text_logits[:, :size].detach(), positives[:, :size], batch.weigh(loss)
 
     def draw(self, batch: JoinedBatch, image_logits: Tensor, text_logits: Tensor, same: Tensor) -> tuple:
-        """A hard negative image for each text, a hard negative text for each image, and whether there was one."""
+        """Draw hard negatives.
+
+        Args:
+            batch: the joined batch.
+            image_logits, text_logits: (B, size of the joined batch) similarities over the temperature.
+            same: bool of the same shape, True for positives.
+
+        Returns:
+            (negative image of each text, negative text of each image), indices (B,) into the joined batch; and whether
+            there was one to draw, bool (B,) each.
+        """
         uniform = batch.own(torch.rand(batch.size, 2, generator=self.draws).to(same.device))
         excluded = same
         if not self.global_negatives:
@@ -152,12 +183,23 @@ class BlipObjective(Objective):
         return (image_negatives, text_negatives), (image_found, text_found)
 
     def match(self, batch: JoinedBatch, input_ids, states, memory, image_negatives, text_negatives) -> Tensor:
-        """ITM logits (3 B, 2); keys and values of this process' images are computed once, those of others' here."""
+        """ITM logits (3 B, 2) of the pairs, of the negative images and of the negative texts.
+
+        The keys and values of this process's images are reused; those of other processes' images are computed here.
+
+        Args:
+            batch: the joined batch.
+            input_ids: (B, N).
+            states: (B, M, D), the image tower's states.
+            memory: keys and values of this process's images.
+            image_negatives: (B,) index in the joined batch of each text's negative image.
+            text_negatives: (B,) index in the joined batch of each image's negative text.
+        """
         model = self.model
         if len(batch.counts) == 1 or not self.global_negatives:
             negatives = image_negatives - batch.first, text_negatives - batch.first
             return model.itm_logits(input_ids, model.padding_mask(input_ids), memory, *negatives)
-        others = model.text_model.read(batch.gather(states)[image_negatives])
+        others = model.text_model.memory_of(batch.gather(states)[image_negatives])
         texts = batch.gather_texts(input_ids, model.config.text_config.pad_token_id)
         own = batch.own(texts)
         return model.match(torch.cat([own, own, texts[text_negatives]]), None, Memory.join([memory, others, memory]))

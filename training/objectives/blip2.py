@@ -1,4 +1,4 @@
-"""The objectives of BLIP-2: stage 1 (compare, match and write by the Q-Former), stage 2 (write by a language model)."""
+"""BLIP-2's objectives: stage 1 (ITC, ITM and ITG with the Q-Former), stage 2 (generation by a language model)."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from ...modeling_vlp.blip import matching_labels
 from ...modeling_vlp.blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel, best_query
-from ...modeling_vlp.blip2_writer import VlpBlip2ForConditionalGeneration
+from ...modeling_vlp.blip2_generation import VlpBlip2ForConditionalGeneration
 from ...modeling_vlp.losses import (
     draw_hard_negatives,
     matching_loss,
@@ -22,21 +22,23 @@ from .distributed import JoinedBatch, weigh_by_count
 
 
 def vision_states(model: VlpBlip2PreTrainedModel, images: Tensor) -> Tensor:
-    """What the image tower gives for images (B, C, S, S); what it gave before, (B, M, D), as it is."""
-    return images if images.ndim == 3 else model.see(images)
+    """The image tower's states of images (B, C, S, S). States that are given, (B, M, D), are returned unchanged."""
+    return images if images.ndim == 3 else model.encode_image(images)
 
 
 class Blip2Objective(Objective):
     """BLIP-2's stage 1 (section 3.2 of the paper; LAVIS, blip2_qformer.py).
 
-    Negatives are those of all processes' joined batch, for ITC with the gradient of both sides (LAVIS gathers without);
-    pairs that share a caption or an image belong together.
+    Negatives come from the joined batch of all processes. For ITC, the gradient flows into both sides (LAVIS gathers
+    without gradient).
 
     Args:
-        exclude_duplicates: pairs that share a caption or an image belong together: no negatives to each other.
-        label_smoothing: of ITC's targets: 0.1 in LAVIS, not in the paper.
-        contrastive_share: share of the run (0 to 1), at its start, that compares alone: the paper begins with BERT.
-        seed: of the draws, which depend on it and on the step alone.
+        model: the model to train.
+        exclude_duplicates: treat pairs that share a caption or an image as positives, not as negatives.
+        label_smoothing: label smoothing of ITC (0 to 1): 0.1 in LAVIS, not mentioned in the paper.
+        contrastive_share: share of the run (0 to 1), at its start, that trains with ITC only. The paper initialises the
+            Q-Former from BERT instead.
+        seed: seed of the hard negatives, which depend only on the seed and the step.
     """
 
     def __init__(
@@ -46,17 +48,17 @@ class Blip2Objective(Objective):
         super().__init__()
         self.model = model
         self.exclude_duplicates, self.label_smoothing, self.seed = exclude_duplicates, label_smoothing, seed
-        self.contrastive_share, self.contrastive_alone = contrastive_share, False
+        self.contrastive_share, self.contrastive_only = contrastive_share, False
         self.draws = torch.Generator()
 
     def before_step(self, step: int, share_done: float = 1.0) -> None:
-        """Keep the temperature in its bounds, and let the draws be this step's."""
-        self.contrastive_alone = share_done < self.contrastive_share
+        """Clamp the temperature and seed the draws of this step."""
+        self.contrastive_only = share_done < self.contrastive_share
         self.model.clamp_temperature()
         self.draws.manual_seed(self.seed * 1_000_003 + step)
 
     def facts(self) -> dict[str, float]:
-        """What is worth logging beside the losses."""
+        """Values to log in addition to the losses."""
         return {"temperature": number(self.model.temp.detach())}
 
     def forward(
@@ -68,22 +70,27 @@ class Blip2Objective(Objective):
         image_ids: Tensor,
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The three losses of a batch; ITC alone where the run is not past `contrastive_share`.
+        """Compute the losses of a batch.
 
-        Args: as `ClipObjective`; pixel_values may be the image tower's states (B, M, D);
-            negatives: (B,) numbers, in the joined batch, of each text's negative image and of each image's negative
-                text; drawn where not given.
+        Args:
+            pixel_values: images (B, C, S, S), or the states (B, M, D) of the image tower.
+            input_ids, text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
+            negatives: the negative image of each text and the negative text of each image, (B,) each, as indices into
+                the joined batch; drawn if None.
+
+        Returns:
+            {"itc", "itm", "itg"}; only "itc" during the first `contrastive_share` of the run.
         """
         model, cache = self.model, DynamicCache()
         states = vision_states(model, pixel_values)
-        memory = model.read(states)
+        memory = model.memory_of(states)
         queries = model.query(memory, past_key_values=cache).last_hidden_state
         image = unit_length(model.vision_proj(queries))
         text = unit_length(model.get_text_features(input_ids).pooler_output)[text_index]
         batch = JoinedBatch.of(text_index)
         with torch.autocast(image.device.type, enabled=False):
             image_logits, text_logits, same, loss_itc = self.compare(batch, image, text, caption_ids, image_ids)
-        if self.contrastive_alone:
+        if self.contrastive_only:
             return {"itc": loss_itc}
         input_ids = input_ids[text_index]
         found = torch.ones_like(caption_ids, dtype=torch.bool), torch.ones_like(caption_ids, dtype=torch.bool)
@@ -100,10 +107,17 @@ class Blip2Objective(Objective):
         return {"itc": loss_itc, "itm": loss_itm, "itg": weigh_by_count(model.lm_loss(input_ids, cache), tokens)}
 
     def compare(self, batch: JoinedBatch, image: Tensor, text: Tensor, caption_ids: Tensor, image_ids: Tensor):
-        """ITC: similarities (B, joined batch) over the temperature, which of those pairs are the same, and the loss.
+        """Compute ITC.
 
         Args:
-            image: (B, Q, E) and text: (B, E), of unit length.
+            batch: the joined batch.
+            image: (B, Q, E) query features of unit length.
+            text: (B, E) text features of unit length.
+            caption_ids, image_ids: (B,) integers.
+
+        Returns:
+            The similarities of images to texts and of texts to images, divided by the temperature; whether the pairs
+            are positives (all three (B, size of the joined batch)); and the loss.
         """
         all_images, all_texts = batch.gather(image), batch.gather(text)
         temperature = self.model.temp.float()
@@ -120,37 +134,59 @@ class Blip2Objective(Objective):
     def match(
         self, batch: JoinedBatch, input_ids, states, memory: Memory, image_negatives: Tensor, text_negatives: Tensor
     ) -> Tensor:
-        """ITM logits (3 B, 2); keys and values of this process' images are computed once, those of others' here."""
+        """ITM logits (3 B, 2) of the pairs, of the negative images and of the negative texts.
+
+        The keys and values of this process's images are reused; those of other processes' images are computed here.
+
+        Args:
+            batch: the joined batch.
+            input_ids: (B, N).
+            states: (B, M, D), the image tower's states.
+            memory: keys and values of this process's images.
+            image_negatives: (B,) index in the joined batch of each text's negative image.
+            text_negatives: (B,) index in the joined batch of each image's negative text.
+        """
         model = self.model
         if len(batch.counts) == 1:
             return model.itm_logits(
                 input_ids, model.padding_mask(input_ids), memory, image_negatives, text_negatives
             )  # fmt: skip
-        others = model.read(batch.gather(states)[image_negatives])
+        others = model.memory_of(batch.gather(states)[image_negatives])
         texts = batch.gather_texts(input_ids, model.config.qformer_config.pad_token_id)
         own = batch.own(texts)
         return model.match(torch.cat([own, own, texts[text_negatives]]), None, Memory.join([memory, others, memory]))
 
 
 class LanguageObjective(Objective):
-    """BLIP-2's stage 2: a frozen language model writes about images (section 3.3; LAVIS, blip2_opt.py, blip2_t5.py).
+    """BLIP-2's stage 2: a frozen language model generates texts (section 3.3; LAVIS, blip2_opt.py, blip2_t5.py).
 
     Args:
-        prompt: token ids that texts begin with and that are not to be learnt; a sequence-to-sequence model reads them,
-            and its texts do not begin with them.
+        model: the model to train.
+        prompt: token ids of the prompt, which has no loss. The texts for a causal model begin with it; for a
+            sequence-to-sequence model it is the encoder's input, and the texts do not contain it.
+        end_token_id: the token that ends a text.
     """
 
     def __init__(self, model: VlpBlip2ForConditionalGeneration, prompt: list[int], end_token_id: int):
         super().__init__()
         self.model, self.prompt, self.end_token_id = model, prompt, end_token_id
-        # States to resume from need not hold what never changes, and is large.
-        self.register_state_dict_post_hook(leave_language_model_out)
-        self.register_load_state_dict_pre_hook(put_language_model_in)
+        # The language model is large and never changes, so states to resume from do not contain it.
+        self.register_state_dict_post_hook(remove_language_model)
+        self.register_load_state_dict_pre_hook(restore_language_model)
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor
     ) -> dict[str, Tensor]:
-        """The loss of a batch. Args: as `Blip2Objective`; texts end with the end token, padded on the right."""
+        """Compute the loss of a batch.
+
+        Args:
+            pixel_values: images (B, C, S, S), or the states (B, M, D) of the image tower.
+            input_ids: (T, N), the distinct texts; they end with the end token and are padded on the right.
+            text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
+
+        Returns:
+            {"lm": the loss}.
+        """
         input_ids = input_ids[text_index]
         real = self.until_the_end(input_ids)
         labels = input_ids.masked_fill(~real, -100)
@@ -164,18 +200,18 @@ class LanguageObjective(Objective):
         return {"lm": weigh_by_count(output.loss, (labels != -100).sum())}
 
     def until_the_end(self, input_ids: Tensor) -> Tensor:
-        """(B, N) bool: tokens up to the first end token, and it. Padding may be the same token."""
+        """(B, N) bool: True up to and including the first end token. The padding token may be the same token."""
         ends = (input_ids == self.end_token_id).long().cumsum(dim=1)
         return (ends == 0) | ((ends == 1) & (input_ids == self.end_token_id))
 
 
-def leave_language_model_out(objective: LanguageObjective, state: dict, prefix: str, metadata) -> None:
-    """Take the frozen weights of the language model out of a state dict; adapters on it stay."""
+def remove_language_model(objective: LanguageObjective, state: dict, prefix: str, metadata) -> None:
+    """Remove the frozen weights of the language model from a state dict, but not its adapters."""
     for name in [name for name in state if name.startswith(f"{prefix}model.language_model.") and "lora_" not in name]:
         del state[name]
 
 
-def put_language_model_in(objective: LanguageObjective, state: dict, prefix: str, *others) -> None:
-    """Let a state dict that is loaded have them again, as they are."""
+def restore_language_model(objective: LanguageObjective, state: dict, prefix: str, *others) -> None:
+    """Add the current weights of the language model to a state dict that is being loaded."""
     for name, value in objective.model.language_model.state_dict().items():
         state.setdefault(f"{prefix}model.language_model.{name}", value)

@@ -1,4 +1,4 @@
-"""The objectives that BLIP is fine-tuned by: captioning, question answering, reasoning over two images."""
+"""BLIP's fine-tuning objectives: captioning, question answering, reasoning over two images."""
 
 from torch import Tensor
 
@@ -9,10 +9,11 @@ from .distributed import weigh_by_count
 
 
 class CaptioningObjective(Objective):
-    """Write the captions of images (salesforce/BLIP, models/blip.py, BLIP_Decoder).
+    """Generate the captions of images (salesforce/BLIP, models/blip.py, BLIP_Decoder).
 
     Args:
-        prompt_length: tokens, [DEC] included, that captions begin with and that are not to be learnt.
+        model: the model to train.
+        prompt_length: number of prompt tokens at the start of each caption, [DEC] included, which have no loss.
     """
 
     def __init__(self, model: VlpBlipForConditionalGeneration, prompt_length: int = 1):
@@ -22,11 +23,18 @@ class CaptioningObjective(Objective):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor
     ) -> dict[str, Tensor]:
-        """The loss of a batch. Args: as `ClipObjective`."""
+        """Compute the loss of a batch.
+
+        Args:
+            pixel_values, input_ids, text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
+
+        Returns:
+            {"lm": the loss}.
+        """
         input_ids = input_ids[text_index]
         labels = input_ids.masked_fill(input_ids == self.model.config.text_config.pad_token_id, -100)
         labels[:, : self.prompt_length] = -100
-        loss = self.model.lm_loss(input_ids, self.model.read_image(pixel_values), labels)
+        loss = self.model.lm_loss(input_ids, self.model.image_memory(pixel_values), labels)
         return {"lm": weigh_by_count(loss, (labels[:, 1:] != -100).sum())}
 
 
@@ -41,7 +49,16 @@ class AnsweringObjective(Objective):
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor,
         answer_ids: Tensor, answer_index: Tensor, answer_weights: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The loss of a batch. Args: as `ClipObjective` and `VlpBlipForQuestionAnswering.forward`."""
+        """Compute the loss of a batch.
+
+        Args:
+            pixel_values, input_ids, text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
+            answer_ids, answer_index, answer_weights: labels, answer_index and answer_weights of
+                `VlpBlipForQuestionAnswering.forward`.
+
+        Returns:
+            {"answer": the loss}.
+        """
         output = self.model(
             input_ids[text_index], pixel_values, labels=answer_ids, answer_index=answer_index,
             answer_weights=answer_weights,
@@ -50,7 +67,7 @@ class AnsweringObjective(Objective):
 
 
 class ReasoningObjective(Objective):
-    """Tell whether sentences are true of two images (salesforce/BLIP, models/blip_nlvr.py)."""
+    """Predict whether sentences are true of two images (salesforce/BLIP, models/blip_nlvr.py)."""
 
     def __init__(self, model: VlpBlipForVisualReasoning):
         super().__init__()
@@ -60,5 +77,14 @@ class ReasoningObjective(Objective):
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor,
         labels: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The loss of a batch. Args: as `ClipObjective`, of (2 B, C, S, S) images, left and right in turn."""
+        """Compute the loss of a batch.
+
+        Args:
+            pixel_values: (2 B, C, S, S), left and right images alternating.
+            input_ids, text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
+            labels: (B,), 1 if the sentence is true, else 0.
+
+        Returns:
+            {"nlvr": the loss}.
+        """
         return {"nlvr": self.model(input_ids[text_index], pixel_values.unflatten(0, (-1, 2)), labels=labels).loss}

@@ -13,16 +13,19 @@ from .micro_batches import in_micro_batches
 
 
 class ClipObjective(Objective):
-    """Tell the pairs of the joined batch of all processes apart.
+    """Contrastive loss over the joined batch of all processes: softmax (CLIP), or sigmoid if the model has a bias.
 
-    A ResNet's batch statistics are those of each process' own images; all else is as if one process had all of it.
+    The result is that of one process with the joined batch, except that a ResNet's batch norm uses the statistics of
+    each process's own images.
 
     Args:
-        exclude_duplicates: rows that share a caption or an image are not each other's negatives.
-        lock_image_tower, lock_text_tower: leave a tower and its projection as they are (LiT, arXiv:2111.07991), its
-            batch norm and dropout in evaluation mode.
-        micro_batch_size: rows that a tower computes at a time, each part again in the backward pass (GradCache); all at
-            once where not given.
+        model: the model to train.
+        exclude_duplicates: rows that share a caption or an image are not negatives of each other.
+        lock_image_tower: freeze the image tower and its projection (LiT, arXiv:2111.07991), with its batch norm and
+            dropout in evaluation mode.
+        lock_text_tower: freeze the text tower and its projection in the same way.
+        micro_batch_size: rows that a tower processes at a time; they are recomputed in the backward pass (GradCache).
+            None: all at once.
     """
 
     def __init__(
@@ -48,22 +51,27 @@ class ClipObjective(Objective):
         return self
 
     def after_step(self) -> None:
-        """Called after an optimiser step."""
+        """Clamp the scale."""
         self.model.clamp_logit_scale()
 
     def facts(self) -> dict[str, float]:
-        """What is worth logging beside the losses."""
+        """Values to log in addition to the losses."""
         return {"logit_scale": number(self.model.logit_scale.detach().exp())}
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor
     ) -> dict[str, Tensor]:
-        """The loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
             pixel_values: (B, C, S, S).
-            input_ids: (T, N), the different texts; text_index: (B,), which of them belongs to each image.
-            caption_ids, image_ids: (B,) integers that are equal where captions or images are.
+            input_ids: (T, N), the distinct texts.
+            text_index: (B,), the row of `input_ids` that belongs to each image.
+            caption_ids: (B,) integers that are equal for equal captions.
+            image_ids: (B,) integers that are equal for equal images.
+
+        Returns:
+            {"contrastive": the loss}, or {"sigmoid": the loss} if the model has a bias.
         """
         text = in_micro_batches(self.embed_texts, self.micro_batch_size, input_ids)[text_index]
         image = in_micro_batches(self.embed_images, self.micro_batch_size, pixel_values)
@@ -75,9 +83,9 @@ class ClipObjective(Objective):
             return {"contrastive": contrastive_loss(image, text, scale, batch, ids)}
 
     def embed_images(self, pixel_values: Tensor) -> Tensor:
-        """(B, C, S, S) -> (B, E) of unit length."""
+        """Embed images (B, C, S, S) as (B, E) of unit length."""
         return unit_length(self.model.get_image_features(pixel_values, pooled_only=True).pooler_output)
 
     def embed_texts(self, input_ids: Tensor) -> Tensor:
-        """(T, N) -> (T, E) of unit length."""
+        """Embed texts (T, N) as (T, E) of unit length."""
         return unit_length(self.model.get_text_features(input_ids, pooled_only=True, pack=True).pooler_output)

@@ -1,11 +1,12 @@
-"""The contrastive losses of the joined batch of all processes, tile by tile: no (B, B) matrix is ever held.
+"""Contrastive losses over the joined batch of all processes, computed in tiles without a (B, B) matrix.
 
-`modeling_vlp.losses` says what they are; here they are computed with memory that grows as B, not as B squared. Logits
-are computed twice, once for their sums and once for the gradient, in tiles that stay in a CPU's cache.
+The losses are defined in `modeling_vlp.losses`; here their memory grows linearly with B, not quadratically. The logits
+are computed twice, once for the sums and once for the gradient, in tiles that fit into a CPU's cache.
 
-One-sided across processes: each has its own images and everyone's captions, so that one modality alone travels. The sum
-over the images of all, which each caption's softmax needs, is a sum over processes of numbers (B,); the gradient of the
-captions goes back to those whose they are. (open_clip, loss.py, gathers both and computes each process' logits twice.)
+Only captions are communicated: each process compares its own images with the captions of all processes. The softmax
+over images, which each caption needs, takes a reduction of (B,) numbers over the processes. The gradients of the
+captions are summed and returned to their own process. (open_clip, loss.py, gathers both modalities and computes each
+process's logits twice.)
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .distributed import JoinedBatch
 
-# Shapes: b rows of this process, B rows of all, E embedding, R and C rows and columns of a tile
+# Shapes: b rows of this process, B rows of all processes, E embedding, R and C rows and columns of a tile
 
 TILE, LARGE_TILE = 1024, 4096  # rows and columns of a tile, on a CPU and elsewhere
 
@@ -23,15 +24,20 @@ TILE, LARGE_TILE = 1024, 4096  # rows and columns of a tile, on a CPU and elsewh
 def contrastive_loss(
     image: Tensor, text: Tensor, scale: Tensor, batch: JoinedBatch, ids: tuple[Tensor, ...] = ()
 ) -> Tensor:
-    """`losses.clip_loss` of the joined batch, the same on every process.
+    """Compute `losses.clip_loss` of the joined batch.
 
-    Its gradients are those of this process' features and of its part of the scale's, times the number of processes:
-    the mean over processes, as DDP takes it, is the gradient of one process with the joined batch.
+    The gradients are those of this process's features, and its share of the scale's gradient, times the number of
+    processes. DDP averages over the processes, so the result is the gradient of one process with the joined batch.
 
     Args:
-        image, text: (b, E) in float32 (or 64), of unit length; row i of one belongs to row i of the other.
+        image: (b, E) in float32 or float64, of unit length.
+        text: (b, E) likewise; row i belongs to row i of `image`.
         scale: one number, the exponential of `logit_scale`.
-        ids: (b,) integers each, such as a caption's and an image's: pairs that share one are not negatives.
+        batch: the joined batch.
+        ids: (b,) integers each, such as caption ids and image ids; pairs with an equal id are not negatives.
+
+    Returns:
+        The loss, the same on every process.
     """
     with torch.no_grad():
         texts, all_ids, scaled = batch.gather(text), [batch.gather(column) for column in ids], image * scale
@@ -59,7 +65,15 @@ def contrastive_loss(
 def sigmoid_loss(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, batch: JoinedBatch, ids: tuple[Tensor, ...] = ()
 ) -> Tensor:
-    """`losses.siglip_loss` of the joined batch. Args: as `contrastive_loss`; bias: one number added to every logit."""
+    """Compute `losses.siglip_loss` of the joined batch.
+
+    Args:
+        image, text, scale, batch, ids: as in `contrastive_loss`.
+        bias: one number, added to every logit.
+
+    Returns:
+        The loss, the same on every process.
+    """
     with torch.no_grad():
         texts, all_ids, scaled = batch.gather(text), [batch.gather(column) for column in ids], image * scale
         own = (scaled * text).sum(dim=1) + bias  # (b,), logits of the pairs
@@ -84,12 +98,18 @@ def sigmoid_loss(
 def tiles(
     scaled: Tensor, texts: Tensor, ids: tuple[Tensor, ...], all_ids: list[Tensor], first: int, with_own: bool = True
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and logits (R, C) of each tile; minus infinity where a pair is left out.
+    """Compute the logits tile by tile. The logits of excluded pairs are minus infinity.
 
     Args:
-        scaled: (b, E) images times the scale; texts: (B, E); ids: (b,) each; all_ids: (B,) each.
-        first: number of this process' first row in the joined batch.
-        with_own: whether the pairs themselves, on the joined batch's diagonal, are in.
+        scaled: (b, E) images times the scale.
+        texts: (B, E).
+        ids: (b,) each.
+        all_ids: (B,) each.
+        first: index of this process's first row in the joined batch.
+        with_own: whether to include the positive pairs, on the diagonal of the joined batch.
+
+    Returns:
+        An iterator over (row slice, column slice, logits (R, C)).
     """
     side = TILE if scaled.device.type == "cpu" else LARGE_TILE
     for top in range(0, len(scaled), side):
@@ -100,8 +120,8 @@ def tiles(
             crosses = -logits.shape[0] < offset < logits.shape[1]
             if ids:
                 same = ids[0][r, None] == all_ids[0][c]
-                for mine, everyones in zip(ids[1:], all_ids[1:], strict=True):
-                    same |= mine[r, None] == everyones[c]
+                for own, joined in zip(ids[1:], all_ids[1:], strict=True):
+                    same |= own[r, None] == joined[c]
                 if crosses:
                     same.diagonal(offset).fill_(False)
                 logits.masked_fill_(same, -torch.inf)
@@ -113,9 +133,19 @@ def tiles(
 def to_loss(
     to_image: Tensor, to_texts: Tensor, image: Tensor, scale: Tensor, batch: JoinedBatch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a mean over the joined batch from those of a sum, by logits over the scale, times the processes.
+    """Convert gradients of the sum into gradients of the mean over the joined batch, times the number of processes.
 
-    The scale's follows from the images': both are sums over the same products.
+    The gradient of the scale follows from that of the images, because both are sums over the same products.
+
+    Args:
+        to_image: (b, E) gradient of the summed loss with respect to the images, divided by the scale.
+        to_texts: (B, E) likewise with respect to the texts; this process's contribution.
+        image: (b, E).
+        scale: one number.
+        batch: the joined batch.
+
+    Returns:
+        The gradients of image (b, E), text (b, E) and scale.
     """
     factor = len(batch.counts) / batch.size
     to_scale = (to_image * image).sum().mul_(factor).reshape(scale.shape)
@@ -124,7 +154,7 @@ def to_loss(
 
 
 class PrecomputedGradient(torch.autograd.Function):
-    """A value whose gradients were computed with it."""
+    """Attach precomputed gradients to a value."""
 
     @staticmethod
     def forward(ctx, value: Tensor, gradients: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:

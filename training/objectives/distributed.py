@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other."""
+"""Communication between the processes of a run."""
 
 import contextlib
 from dataclasses import dataclass
@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 
 def processes() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextlib.contextmanager
 def main_process_first():
-    """The main process does what is inside first, the others when it is done: they find what it left on the disk."""
+    """Run the body in the main process first, then in the others, which can then use the files that it wrote."""
     if processes() > 1 and dist.get_rank():
         dist.barrier()
     yield
@@ -24,7 +25,12 @@ def main_process_first():
 
 
 def weigh_by_count(mean: Tensor, count: Tensor) -> Tensor:
-    """A mean over `count` items of this process, scaled so that its mean over processes is that over all items."""
+    """Scale a mean so that the average over processes is the mean over the items of all processes.
+
+    Args:
+        mean: the mean over the items of this process.
+        count: the number of these items.
+    """
     if processes() == 1:
         return mean
     total = count.clone()
@@ -33,7 +39,7 @@ def weigh_by_count(mean: Tensor, count: Tensor) -> Tensor:
 
 
 def largest(number: int, device: torch.device) -> int:
-    """The largest of what each process says."""
+    """The maximum of a number over all processes."""
     if processes() == 1:
         return number
     value = torch.tensor(number, device=device)
@@ -43,12 +49,12 @@ def largest(number: int, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class JoinedBatch:
-    """The batches of all processes, one after the other in the order of their ranks, and where one's own rows stand.
+    """The batches of all processes, concatenated in the order of their ranks.
 
     The processes may have different numbers of rows, as in the last batch of a data set.
 
     Attributes:
-        counts: rows of each process, one at least.
+        counts: number of rows of each process, at least one.
         rank: number of this process.
     """
 
@@ -57,7 +63,11 @@ class JoinedBatch:
 
     @classmethod
     def of(cls, rows: Tensor) -> "JoinedBatch":
-        """Learn how many rows the others have; called by every process with its own, of any kind."""
+        """Exchange the numbers of rows. Called by every process.
+
+        Args:
+            rows: any tensor with the rows of this process, (own, ...).
+        """
         if processes() == 1:
             return cls((len(rows),))
         counts = torch.zeros(processes(), dtype=torch.long, device=rows.device)
@@ -71,32 +81,39 @@ class JoinedBatch:
 
     @property
     def first(self) -> int:
-        """Number of this process' first row."""
+        """Index of this process's first row in the joined batch."""
         return sum(self.counts[: self.rank])
 
     def own(self, joined: Tensor) -> Tensor:
-        """This process' rows of a tensor that holds those of all."""
+        """The rows of this process in a tensor with the rows of all processes."""
         return joined[self.first : self.first + self.counts[self.rank]]
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Rows of all processes: (own, ...) -> (size, ...), with the gradient of every process' use of one's rows.
+        """Gather the rows of all processes with gradient.
 
-        A loss over the joined batch, which each process computes, then has under DDP's mean the gradient of one process
-        with the joined batch (open_clip issue 616; `accelerator.gather` carries no gradient).
+        A row's gradient is the sum over all processes that use the row. If each process computes a loss over the joined
+        batch, DDP's average is then the gradient of one process with the joined batch (open_clip issue 616;
+        `accelerator.gather` has no gradient).
+
+        Args:
+            tensor: (own, ...), the rows of this process.
+
+        Returns:
+            (size, ...), the rows of all processes.
         """
         if len(self.counts) == 1:
             return tensor
         return _Gather.apply(tensor, self) if tensor.requires_grad else self._collect(tensor)
 
     def gather_texts(self, tokens: Tensor, pad_token_id: int) -> Tensor:
-        """Texts (own, N) of all processes, padded on the right to the longest: (size, longest N)."""
+        """Gather texts (own, N) as (size, longest N), padded on the right to the longest of all processes."""
         if len(self.counts) == 1:
             return tokens
         missing = largest(tokens.shape[1], tokens.device) - tokens.shape[1]
         return self.gather(F.pad(tokens, (0, missing), value=pad_token_id))
 
     def sum_to_owners(self, joined: Tensor) -> Tensor:
-        """Add up what all processes have for each row, and keep one's own rows: (size, ...) -> (own, ...)."""
+        """Sum (size, ...) over the processes and return the rows of this process, (own, ...)."""
         if len(self.counts) == 1:
             return joined
         if len(set(self.counts)) == 1:
@@ -115,7 +132,7 @@ class JoinedBatch:
         return value
 
     def logsumexp(self, value: Tensor) -> Tensor:
-        """The logarithm of the sum of exponentials over processes, without gradient; somewhere it is finite."""
+        """The log-sum-exp over processes, without gradient; each entry must be finite in at least one process."""
         if len(self.counts) == 1:
             return value
         most = value.clone()
@@ -123,7 +140,7 @@ class JoinedBatch:
         return most + self.sum((value - most).exp()).log()
 
     def weigh(self, mean: Tensor) -> Tensor:
-        """A mean over this process' rows, scaled so that its mean over processes is the mean over all rows."""
+        """Scale a mean over this process's rows so that the average over processes is the mean over all rows."""
         return mean * (self.counts[self.rank] * len(self.counts) / self.size)
 
     def _collect(self, tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""A large batch on small memory: features of a few rows at a time, and their gradient later, by computing them again.
+"""Large batches in little memory: compute the features of a few rows at a time, and recompute them for the gradient.
 
-Between the two stands a loss over all rows, so that the gradient is that of the whole batch, the loss' own parameters
-included: what GradCache (Gao et al., 2021, arXiv:2101.06983) does. Accumulated gradients of small batches are not that:
-they have other negatives, and in open_clip's `--accum-freq K`, K times the gradient of `logit_scale`.
+The loss is computed over the features of all rows, so the gradient is that of the whole batch, including the loss's own
+parameters. This is GradCache (Gao et al., 2021, arXiv:2101.06983). Gradient accumulation over small batches is
+different: it has fewer negatives, and open_clip's `--accum-freq K` multiplies the gradient of `logit_scale` by K.
 """
 
 import math
@@ -16,19 +16,24 @@ from .distributed import largest
 
 
 def in_micro_batches(function: Callable[[Tensor], Tensor], size: int | None, rows: Tensor) -> Tensor:
-    """`function(rows)`, with the activations of `size` rows in memory at most; all at once where it is None.
+    """Compute `function(rows)` with the activations of at most `size` rows in memory.
 
-    What is drawn at random, such as dropout, is drawn again alike when a part is computed again. Batch norm takes the
-    statistics of each part.
+    Random operations such as dropout are repeated identically in the recomputation. Batch norm uses the statistics of
+    each part.
+
+    Args:
+        function: maps rows to features, row by row.
+        size: maximum number of rows per part; None: all rows at once.
+        rows: the input.
     """
     if size is None:
         return function(rows)
-    # As many parts in every process, whatever their rows: where parameters are sharded, each part has them gathered.
+    # Every process needs the same number of parts: sharded parameters are gathered for each part.
     parts = largest(math.ceil(len(rows) / size), rows.device)
     if parts == 1:
         return function(rows)
 
     def compute(part: Tensor) -> Tensor:
-        return function(part) if len(part) else function(rows[:1])[:0]  # fewer rows than parts: one, for nothing
+        return function(part) if len(part) else function(rows[:1])[:0]  # an empty part still runs one row
 
     return torch.cat([checkpoint(compute, part, use_reentrant=False) for part in rows.tensor_split(parts)])

@@ -1,4 +1,4 @@
-"""The momentum teacher of BLIP and the queue of its features: training state, never part of a published model.
+"""BLIP's momentum teacher and the queue of its features. They are training state, never part of a published model.
 
 Source: He et al., 2020 (MoCo, arXiv:1911.05722); salesforce/BLIP, models/blip_pretrain.py.
 """
@@ -13,22 +13,23 @@ from ...modeling_vlp.losses import unit_length
 
 
 class Teacher(nn.Module):
-    """A slow copy of the two towers, always in evaluation mode, and the last features that it gave.
+    """An exponential moving average of the two towers, always in evaluation mode, with a queue of its last features.
 
-    Batch norm alone uses the statistics of its batch, as MoCo's key encoder does: running statistics lag behind the
-    student's, and features under them are no good to compare with.
+    Only batch norm uses the statistics of the batch, as in MoCo's key encoder: running statistics lag behind the
+    student's, and the features computed with them do not fit the student's.
 
     Args:
-        model: the student, whose weights it starts from; of adapters (LoRA) it follows each matrix.
-        momentum: how much of itself the teacher keeps at each step.
-        queue_size: pairs whose features are remembered; need not be a multiple of the batch.
+        model: the student, whose weights initialise the teacher. LoRA adapters are copied, and each of their matrices
+            is averaged.
+        momentum: decay of the moving average (0 to 1).
+        queue_size: number of pairs in the queue; need not be a multiple of the batch size.
     """
 
     def __init__(self, model: VlpBlipMatcher, momentum: float = 0.995, queue_size: int = 57600):
         super().__init__()
         self.momentum, self.queue_size = momentum, queue_size
         self.model = VlpBlipDualEncoder(model.config).to(model.dtype)
-        for name, adapter in getattr(model, "peft_config", {}).items():  # it has those that the student has
+        for name, adapter in getattr(model, "peft_config", {}).items():  # the same as the student's
             self.model.add_adapter(adapter, name)
         self.model.requires_grad_(False)
         self.model.load_state_dict({name: model.state_dict()[name] for name in self.model.state_dict()})
@@ -39,7 +40,7 @@ class Teacher(nn.Module):
         self.register_buffer("image_ids", torch.zeros(queue_size, dtype=torch.long))
         self.register_buffer("caption_ids", torch.zeros(queue_size, dtype=torch.long))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))  # where the next pair goes
-        self.register_buffer("filled", torch.zeros((), dtype=torch.long))  # places that hold a pair
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))  # number of pairs in the queue
 
     def train(self, mode: bool = True) -> "Teacher":
         super().train(False)
@@ -50,21 +51,34 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:
-        """Move towards the student, once for each optimiser step."""
+        """Update the moving average with the student's weights. Called once per optimiser step."""
         student = dict(model.named_parameters())
         names, own = zip(*self.model.named_parameters(), strict=True)
         torch._foreach_lerp_(list(own), [student[name].detach() for name in names], 1 - self.momentum)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, E) of images, and of texts, of unit length."""
+        """Compute features of unit length.
+
+        Args:
+            pixel_values: (B, C, S, S).
+            input_ids: (B, N).
+
+        Returns:
+            The features of the images and of the texts, (B, E) each.
+        """
         image = self.model.get_image_features(pixel_values, pooled_only=True).pooler_output
         text = self.model.get_text_features(input_ids, pooled_only=True).pooler_output
         return unit_length(image), unit_length(text)
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor, image_ids: Tensor, caption_ids: Tensor) -> None:
-        """Remember the pairs of a step, in the place of the oldest."""
+        """Add the pairs of a step to the queue in place of the oldest pairs.
+
+        Args:
+            image, text: (B, E) features.
+            image_ids, caption_ids: (B,) integers.
+        """
         values = {"image_queue": image, "text_queue": text, "image_ids": image_ids, "caption_ids": caption_ids}
         count = min(len(image), self.queue_size)
         places = (self.position + torch.arange(count, device=self.position.device)) % self.queue_size

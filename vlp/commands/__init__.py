@@ -1,1 +1,1 @@
-"""The command-line programs beside training and evaluation."""
+"""The command-line programs other than training and evaluation."""

@@ -1,7 +1,8 @@
-"""`vlp-demo` (`make demo`): a page to classify, search, caption and match pictures with models of vlp or transformers.
+"""`vlp-demo` (`make demo`): a web page to classify, search, caption and match pictures.
 
-It listens on this machine alone (127.0.0.1). Models are read from the folder that it is started in, pictures to search
-from the one that --pictures names, and nothing else; uploads are bounded in bytes and in pixels.
+It uses models of vlp or transformers. By default, the server listens only on this machine (127.0.0.1). It reads
+models only from the folder in which it is started, and pictures to search only from the folder given by --pictures.
+Uploads are limited in bytes and in pixels.
 """
 
 import argparse
@@ -28,21 +29,22 @@ from ..training.data.rows import describe
 from ..training.data.sources import load_rows
 from .index import Index, NoIndexError, build
 
-MAX_BYTES, MAX_PIXELS = 10_000_000, 25_000_000  # of an upload
-MAX_NAMES, MAX_WORDS = 1000, 1000  # names to classify by; letters of a query or a text
-FOUND = 12  # pictures that a search shows
+MAX_BYTES, MAX_PIXELS = 10_000_000, 25_000_000  # limits of an upload
+MAX_NAMES, MAX_CHARACTERS = 1000, 1000  # class names; characters of a query or a text
+RESULTS = 12  # pictures that a search shows
 
 
 class DemoError(ValueError):
-    """What the page shows where something cannot be done."""
+    """A request that the demo cannot serve; the page shows the message."""
 
 
 class Demo:
-    """What the page can do, apart from how it looks.
+    """The functions behind the page, without its layout.
 
     Args:
-        root: models are read from folders in it alone. pictures: searches look through folders in it alone.
-        place: where indexes are kept.
+        root: models are read only from folders inside it.
+        pictures: only folders inside it can be searched.
+        place: folder where indexes are stored.
     """
 
     def __init__(self, root: Path, pictures: Path, place: Path):
@@ -50,39 +52,70 @@ class Demo:
         self.load = lru_cache(maxsize=4)(load)
 
     def models(self) -> list[str]:
-        """Folders with a model, shipped or trained."""
+        """The folders of all models, shipped or trained, relative to the root."""
         found = [path.parent for name in ("model_cards", "runs") for path in self.root.glob(f"{name}/*/config.json")]
         return [path.relative_to(self.root).as_posix() for path in sorted(found)]
 
     def predictor(self, name: str, use: str) -> Predictor:
+        """Load a model; the last four are cached.
+
+        Args:
+            name: the folder of the model, relative to the root.
+            use: one of `architectures.USES`.
+
+        Raises:
+            DemoError: if there is no such model, or it does not support the use.
+        """
         folder = inside(self.root, name, "models")
         if not (folder / "config.json").is_file():
-            raise DemoError(f"{name} is no folder of a model; there are {', '.join(self.models()) or 'none'}.")
+            raise DemoError(f"{name} is not a model folder; choose from {', '.join(self.models()) or 'none'}.")
         try:
             return self.load(str(folder), use)
         except UnsupportedModelError as error:
             raise DemoError(str(error).replace(f"{self.root}/", "")) from error
 
     def classify(self, model: str, picture: str | None, names: str) -> dict[str, float]:
-        """The probability of each of the names, which commas or lines part."""
+        """Classify a picture.
+
+        Args:
+            model: the folder of the model, relative to the root.
+            picture: the path of the upload; None if there is none.
+            names: the class names, separated by commas or line breaks.
+
+        Returns:
+            For each class name, its probability.
+
+        Raises:
+            DemoError: if the model, the picture or the names cannot be used.
+        """
         listed = list(dict.fromkeys(name.strip() for name in names.replace("\n", ",").split(",") if name.strip()))
         if not 1 < len(listed) <= MAX_NAMES:
-            raise DemoError(f"Give from 2 to {MAX_NAMES} names, parted by commas; there are {len(listed)}.")
+            raise DemoError(f"Enter 2 to {MAX_NAMES} class names, separated by commas; got {len(listed)}.")
         predictor = self.predictor(model, "embed")
-        image, texts = (
-            predictor.embed_images([opened(picture)]),
-            [predictor.embed_texts(c) for c in iter_batched(listed, 64)],
-        )
-        shares = (predictor.similarity(image, torch.cat(texts)) / predictor.temperature).softmax(dim=1)[0]
-        return dict(zip(listed, shares.tolist(), strict=True))
+        image = predictor.embed_images([opened(picture)])
+        texts = torch.cat([predictor.embed_texts(batch) for batch in iter_batched(listed, 64)])
+        probabilities = (predictor.similarity(image, texts) / predictor.temperature).softmax(dim=1)[0]
+        return dict(zip(listed, probabilities.tolist(), strict=True))
 
     def index(self, model: str, folder: str) -> Path:
-        """Where the index of a folder by a model is kept."""
+        """The path of the index of a folder of pictures by a model."""
         key = f"{inside(self.root, model, 'models')} {inside(self.pictures, folder, 'pictures')}"
         return self.place / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def build(self, model: str, folder: str, progress) -> str:
-        """Index a folder of pictures, or what is new in it; tells how it went."""
+        """Index a folder of pictures; if there is an index already, only new pictures are embedded.
+
+        Args:
+            model: the folder of the model, relative to the root.
+            folder: the folder of pictures, relative to `pictures`.
+            progress: called with the number of pictures done and their total.
+
+        Returns:
+            A message with the number of pictures, and those that were skipped by cause.
+
+        Raises:
+            DemoError: if the folder or the model cannot be used.
+        """
         path = inside(self.pictures, folder, "pictures")
         if not path.is_dir():
             raise DemoError(f"There is no folder {folder!r} in {self.pictures.name}.")
@@ -93,34 +126,59 @@ class Demo:
             )
         except NoIndexError as error:
             raise DemoError(str(error).replace(f"{self.pictures}/", "")) from error
-        return f"{len(Index(self.index(model, folder))):,} pictures; could not be read: {describe(skipped)}."
+        return f"Indexed pictures: {len(Index(self.index(model, folder))):,}. Skipped: {describe(skipped)}."
 
     def search(self, model: str, folder: str, words: str, picture: str | None) -> list[tuple[Image.Image, str]]:
-        """Pictures and their names, found by words or, where there are none, by a picture."""
+        """Search a folder by words or, if there are none, by a picture.
+
+        Args:
+            model: the folder of the model, relative to the root.
+            folder: the folder of pictures, relative to `pictures`.
+            words: the query; "" to search by the picture.
+            picture: the path of the upload; None if there is none.
+
+        Returns:
+            The pictures found, best first, each with its path and similarity.
+
+        Raises:
+            DemoError: if there is no index or no query.
+        """
         try:
             index = Index(self.index(model, folder))
         except NoIndexError:
-            raise DemoError("There is no index of this folder by this model yet: build it first.") from None
+            raise DemoError("There is no index of this folder for this model yet: build it first.") from None
         predictor = self.predictor(model, "embed")
         if words.strip():
             query = predictor.embed_texts([bounded(words)])[0]
         elif picture:
             query = predictor.embed_images([opened(picture)])[0]
         else:
-            raise DemoError("Say what to look for, in words or by a picture.")
+            raise DemoError("Enter a query, or choose a picture.")
         shown = []
-        for hit in index.search(query, FOUND):
+        for hit in index.search(query, RESULTS):
             try:
                 path = inside(self.pictures, str(inside(self.pictures, folder, "pictures") / hit.path), "pictures")
                 image = to_rgb(read_picture(path, MAX_PIXELS))
             except PictureError:
-                continue  # it was there when the index was built
+                continue  # deleted or changed since the index was built
             image.thumbnail((256, 256))
             shown.append((image, f"{hit.path}  {hit.score:.2f}"))
         return shown
 
     def caption(self, model: str, picture: str | None, prompt: str = "") -> Iterator[str]:
-        """A caption as it grows, word by word."""
+        """Generate a caption.
+
+        Args:
+            model: the folder of the model, relative to the root.
+            picture: the path of the upload; None if there is none.
+            prompt: the text that the caption continues.
+
+        Yields:
+            The caption as it grows, word by word.
+
+        Raises:
+            DemoError: if the model or the picture cannot be used, or generation fails.
+        """
         predictor, image = self.predictor(model, "caption"), opened(picture)
         streamer = TextIteratorStreamer(predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         done: list[str | Exception] = []
@@ -144,9 +202,22 @@ class Demo:
         yield done[0]
 
     def match(self, model: str, picture: str | None, text: str) -> tuple[dict[str, float], Image.Image | None]:
-        """How likely a text is the picture's, by a BLIP's or BLIP-2's matching head, and what speaks for it."""
+        """Match a picture with a text by the matching head (ITM) of a BLIP or BLIP-2.
+
+        Args:
+            model: the folder of the model, relative to the root.
+            picture: the path of the upload; None if there is none.
+            text: the text.
+
+        Returns:
+            The probabilities of "match" and "no match", and a heat map of the image regions that support the match
+            (None for BLIP-2).
+
+        Raises:
+            DemoError: if the model, the picture or the text cannot be used.
+        """
         if not text.strip():
-            raise DemoError("Say what the picture is to be matched with.")
+            raise DemoError("Enter a text to match with the picture.")
         predictor, image = self.predictor(model, "match"), opened(picture)
         logits = predictor.match(predictor.encode_images([image]), torch.zeros(1, dtype=torch.long), [bounded(text)])[0]
         no, yes = logits.softmax(dim=0).tolist()
@@ -156,23 +227,36 @@ class Demo:
                 predictor.model, predictor.processor, predictor.prepare_images([image]), bounded(text)
             ).maps[0]
             heat = overlay(image, grid)
-        return {"they match": yes, "they do not": no}, heat
+        return {"match": yes, "no match": no}, heat
 
 
 def inside(root: Path, name: str, what: str) -> Path:
-    """A path in a folder. Raises DemoError where it is not."""
+    """Resolve a path and check that it is inside a folder.
+
+    Args:
+        root: the folder.
+        name: a path relative to it.
+        what: what the folder contains, for the error message.
+
+    Raises:
+        DemoError: if the path is outside the folder.
+    """
     path = (root / (name or ".")).resolve()
     if not path.is_relative_to(root):
-        raise DemoError(f"{name} is outside of the folder of {what} that this page may read.")
+        raise DemoError(f"{name} is outside the folder of {what} that this page may read.")
     return path
 
 
 def opened(picture: str | None) -> Image.Image:
-    """An upload, upright. Raises DemoError where it is none, or too large."""
+    """Read an upload, with its EXIF orientation applied.
+
+    Raises:
+        DemoError: if there is no upload, it is too large, or it cannot be read.
+    """
     if not picture:
         raise DemoError("Choose a picture first.")
     if os.path.getsize(picture) > MAX_BYTES:
-        raise DemoError(f"The picture has more than {MAX_BYTES // 1_000_000} MB.")
+        raise DemoError(f"The picture is larger than {MAX_BYTES // 1_000_000} MB.")
     try:
         return read_picture(picture, MAX_PIXELS)
     except PictureError as error:
@@ -181,13 +265,21 @@ def opened(picture: str | None) -> Image.Image:
 
 
 def bounded(text: str) -> str:
-    if len(text) > MAX_WORDS:
-        raise DemoError(f"The text has {len(text):,} letters; {MAX_WORDS:,} are read at most.")
+    """The text itself. Raises DemoError if it is too long."""
+    if len(text) > MAX_CHARACTERS:
+        raise DemoError(f"The text has {len(text):,} characters; the maximum is {MAX_CHARACTERS:,}.")
     return text
 
 
 def embedded_pictures(place: Path) -> Path:
-    """The drawings of the embedded data that training never sees, as files."""
+    """Write the test split of the embedded data set as files, so that the demo can search it.
+
+    Args:
+        place: folder in which the folder "emoji" is created.
+
+    Returns:
+        The folder of the pictures.
+    """
     folder = place / "emoji"
     if not (folder / "LICENCE.txt").is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,12 +290,12 @@ def embedded_pictures(place: Path) -> Path:
 
 
 def page(demo: Demo):
-    """The page, as gradio's Blocks."""
+    """Build the page, as gradio's Blocks."""
     import gradio as gr
 
     @contextlib.contextmanager
-    def in_words():
-        """What is wrong is shown in words."""
+    def errors_shown():
+        """Show the message of a DemoError on the page."""
         try:
             yield
         except DemoError as error:
@@ -211,26 +303,26 @@ def page(demo: Demo):
 
     def guarded(function):
         def call(*values):
-            with in_words():
+            with errors_shown():
                 return function(*values)
 
         return call
 
     def caption(*values):
-        with in_words():
+        with errors_shown():
             yield from demo.caption(*values)
 
-    def build_index(model, folder, progress=gr.Progress()):  # noqa: B008 (gradio finds it by its default)
-        with in_words():
+    def build_index(model, folder, progress=gr.Progress()):  # noqa: B008 (gradio detects it by its default)
+        with errors_shown():
             return demo.build(model, folder, lambda done, total: progress((done, total), unit="pictures"))
 
     models = demo.models()
-    compares = next((m for m in models if "clip" in m), models[0] if models else "")
-    writes = next((m for m in models if "blip-" in m), compares)
+    clip = next((m for m in models if "clip" in m), models[0] if models else "")
+    blip = next((m for m in models if "blip-" in m), clip)
 
     def choose(value: str, name: str):
         return gr.Dropdown(models, value=value or None, label="Model", allow_custom_value=True, elem_id=f"{name}-model",
-                           info="A folder of a model, where this page was started or below.")  # fmt: skip
+                           info="Folder of a model, relative to the folder in which the demo was started.")  # fmt: skip
 
     def picture(name: str):
         return gr.Image(type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"], label="Picture",
@@ -240,52 +332,53 @@ def page(demo: Demo):
         gr.Markdown("# vlp\nClassify, search, caption and match pictures with your own CLIP and BLIP.")
         with gr.Tab("Classify", id="classify"), gr.Row():
             with gr.Column():
-                classify_model, classify_picture = choose(compares, "classify"), picture("classify")
-                names = gr.Textbox("red apple, rocket, grinning face, dog", label="Names, parted by commas",
+                classify_model, classify_picture = choose(clip, "classify"), picture("classify")
+                names = gr.Textbox("red apple, rocket, grinning face, dog", label="Class names, separated by commas",
                                    elem_id="classify-names")  # fmt: skip
                 classify = gr.Button("Classify", variant="primary", elem_id="classify-go")
-            shares = gr.Label(label="What it is", num_top_classes=10, elem_id="classify-result")
-        classify.click(guarded(demo.classify), [classify_model, classify_picture, names], shares, api_name="classify")
+            classes = gr.Label(label="Prediction", num_top_classes=10, elem_id="classify-result")
+        classify.click(guarded(demo.classify), [classify_model, classify_picture, names], classes, api_name="classify")
         with gr.Tab("Search", id="search"), gr.Row():
             with gr.Column():
-                search_model = choose(compares, "search")
-                folder = gr.Textbox(".", label=f"Folder, in {demo.pictures.name}", elem_id="search-folder")
-                index = gr.Button("Build the index, or bring it up to date", elem_id="search-build")
-                state = gr.Textbox(label="Index", interactive=False, elem_id="search-state")
-                words = gr.Textbox(label="Words", placeholder="a red apple", elem_id="search-words")
+                search_model = choose(clip, "search")
+                folder = gr.Textbox(".", label=f"Folder in {demo.pictures.name}", elem_id="search-folder")
+                index = gr.Button("Build or update the index", elem_id="search-build")
+                status = gr.Textbox(label="Index", interactive=False, elem_id="search-state")
+                words = gr.Textbox(label="Query", placeholder="a red apple", elem_id="search-words")
                 search_picture = picture("search")
                 search = gr.Button("Search", variant="primary", elem_id="search-go")
-            found = gr.Gallery(label="Found", columns=4, elem_id="search-result")
-        index.click(build_index, [search_model, folder], state, api_name="index")
+            results = gr.Gallery(label="Results", columns=4, elem_id="search-result")
+        index.click(build_index, [search_model, folder], status, api_name="index")
         for event in (search.click, words.submit):
-            event(guarded(demo.search), [search_model, folder, words, search_picture], found, api_name="search")
+            event(guarded(demo.search), [search_model, folder, words, search_picture], results, api_name="search")
         with gr.Tab("Caption", id="caption"), gr.Row():
             with gr.Column():
-                caption_model, caption_picture = choose(writes, "caption"), picture("caption")
-                prompt = gr.Textbox(label="Begin with", elem_id="caption-prompt")
-                write = gr.Button("Caption", variant="primary", elem_id="caption-go")
-            written = gr.Textbox(label="Caption", elem_id="caption-result", interactive=False)
-        write.click(caption, [caption_model, caption_picture, prompt], written, api_name="caption")
+                caption_model, caption_picture = choose(blip, "caption"), picture("caption")
+                prompt = gr.Textbox(label="Prompt (optional)", elem_id="caption-prompt")
+                generate = gr.Button("Caption", variant="primary", elem_id="caption-go")
+            generated = gr.Textbox(label="Caption", elem_id="caption-result", interactive=False)
+        generate.click(caption, [caption_model, caption_picture, prompt], generated, api_name="caption")
         with gr.Tab("Match", id="match"), gr.Row():
             with gr.Column():
-                match_model, match_picture = choose(writes, "match"), picture("match")
+                match_model, match_picture = choose(blip, "match"), picture("match")
                 text = gr.Textbox(label="Text", placeholder="red apple", elem_id="match-text")
                 match = gr.Button("Match", variant="primary", elem_id="match-go")
             with gr.Column():
-                told = gr.Label(label="Do they match?", elem_id="match-result")
-                heat = gr.Image(label="What speaks for it", interactive=False, elem_id="match-heat", height=260,
+                probabilities = gr.Label(label="Match", elem_id="match-result")
+                heat = gr.Image(label="Heat map (Grad-CAM)", interactive=False, elem_id="match-heat", height=260,
                                 buttons=["download", "fullscreen"])  # fmt: skip
-        match.click(guarded(demo.match), [match_model, match_picture, text], [told, heat], api_name="match")
+        match.click(guarded(demo.match), [match_model, match_picture, text], [probabilities, heat],
+                    api_name="match")  # fmt: skip
     return blocks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="vlp-demo", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--pictures", type=Path, help="folder of pictures to search (default: the embedded drawings)")
     parser.add_argument(
-        "--pictures", type=Path, help="folder of pictures to search; the embedded drawings if not given"
+        "--indexes", type=Path, default=Path("runs/demo"), help="folder for the indexes (default: runs/demo)"
     )
-    parser.add_argument("--indexes", type=Path, default=Path("runs/demo"), help="where indexes are kept")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=7860, help="port (default: 7860)")
     options = parser.parse_args()
@@ -293,15 +386,15 @@ def main() -> None:
     try:
         import gradio as gr
     except ModuleNotFoundError:
-        sys.exit('error: the demo needs gradio: pip install "vlp[demo]".')
+        sys.exit('error: the demo requires gradio: pip install "vlp[demo]".')
     if options.pictures and not options.pictures.is_dir():
-        sys.exit(f"error: --pictures {options.pictures}: there is no such folder.")
+        sys.exit(f"error: --pictures {options.pictures}: no such folder.")
     pictures = options.pictures or embedded_pictures(options.indexes)
     demo = Demo(Path.cwd(), pictures, options.indexes / "indexes")
     if not demo.models():
-        print("There is no model in model_cards/ or runs/: `make train` makes one.")
-    print(f"The page is on http://{options.host}:{options.port} (Ctrl-C ends it).", flush=True)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
+        print("There is no model in model_cards/ or runs/: train one with `make train`.")
+    print(f"The demo is running at http://{options.host}:{options.port} (press Ctrl-C to stop).", flush=True)
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from the web
     try:
         page(demo).queue(default_concurrency_limit=1, max_size=32).launch(
             server_name=options.host, server_port=options.port, share=False, max_file_size=MAX_BYTES, theme=theme,

@@ -1,16 +1,17 @@
-"""`vlp-index`: find pictures of a folder by words, or by a picture, among a million of them.
+"""`vlp-index`: search a folder of up to a million pictures by words or by a picture.
 
-    vlp-index build pictures/ runs/index --model model_cards/clip-emoji     # again: new pictures alone are embedded
+    vlp-index build pictures/ runs/index --model model_cards/clip-emoji     # run again to embed only new pictures
     vlp-index search runs/index "a red apple"
     vlp-index search runs/index --image apple.png
 
-An index is a folder: `embeddings.safetensors`, read where it lies on disk, one unit vector a picture in float16;
-`pictures.parquet`, their paths in the same order; `index.json`, the model. Up to EXACT pictures every vector is
-compared. Beyond, vectors stand together in cells around their means (an inverted file, Sivic & Zisserman, 2003;
-spherical k-means), and the cells nearest to the query are compared: `--probes` says how many, all of them is exact.
+An index is a folder with three files: `embeddings.safetensors` has one unit vector per picture in float16 and is
+memory-mapped; `pictures.parquet` has their paths in the same order; `index.json` names the model. Up to EXACT pictures,
+and without faiss, the query is compared with every vector. Larger indexes are searched with faiss
+(`pip install "vlp[faiss]"`), which groups the vectors into cells and searches the `--probes` nearest ones.
 """
 
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
@@ -26,7 +27,6 @@ import torch
 from datasets.utils.py_utils import iter_batched
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..errors import UnsupportedModelError
@@ -37,40 +37,53 @@ from ..training.data.rows import describe
 
 # Shapes: N pictures, E width of the embeddings, K cells, T queries
 
-EXACT = 100_000  # pictures up to which every vector is compared
-PROBES = 64  # cells that are compared beyond
-PART = 4096  # pictures whose embeddings are kept on disk while an index is built: what an interruption loses at most
-SAMPLE, ROUNDS = 100_000, 8  # vectors that cells are found on, and rounds of k-means
+EXACT = 100_000  # up to this many pictures, every vector is compared
+PROBES = 64  # cells to search in larger indexes
+TRAINED = 200_000  # vectors that faiss finds the cells with, at most about twice as many
+PART = 4096  # embeddings are saved after this many pictures; an interruption loses at most so many
 FAISS = "index.faiss"
 
 
 class NoIndexError(ValueError):
-    """An index that cannot be built or read; the message says what to do."""
+    """An index that cannot be built or read; the message says how to fix it."""
 
 
 @dataclass
 class Hit:
-    """A picture that was found: its path in the folder, and its cosine with the query."""
+    """A search result.
+
+    Attributes:
+        path: the path of the picture, relative to the indexed folder.
+        score: its cosine similarity with the query.
+    """
 
     path: str
     score: float
 
 
 class Index:
-    """An index on disk. Raises NoIndexError where there is none in the folder.
+    """An index on disk.
 
     Attributes:
-        facts: `model`, `folder` (of the pictures), `width`. paths: (N,) in the order of the vectors.
+        folder: the folder of the index.
+        facts: the content of index.json: `model`, `folder` (of the pictures) and `width` (of the embeddings).
+        embeddings: (N, E) unit vectors, float16, memory-mapped.
+        table: the pictures, with the columns `path`, `size` and `changed`, in the order of the vectors.
+        faiss: the index of faiss; None if the index was built without it.
+
+    Raises:
+        NoIndexError: if the folder contains no index.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "index.json").is_file():
-            raise NoIndexError(f"{folder} holds no index: `vlp-index build PICTURES {folder} --model MODEL` makes one.")
+            raise NoIndexError(
+                f"{folder} contains no index: build one with `vlp-index build PICTURES {folder} --model MODEL`."
+            )
         self.facts = json.loads((self.folder / "index.json").read_text())
-        tensors = load_file(self.folder / "embeddings.safetensors")  # stays on disk until it is looked at
+        tensors = load_file(self.folder / "embeddings.safetensors")  # memory-mapped
         self.embeddings = tensors["embeddings"]  # (N, E) float16
-        self.centres, self.starts = tensors.get("centres"), tensors.get("starts")  # (K, E), (K + 1,)
         self.table = pq.read_table(self.folder / "pictures.parquet", memory_map=True)
         self.faiss = None
         if (self.folder / FAISS).is_file():
@@ -80,49 +93,67 @@ class Index:
         return len(self.embeddings)
 
     def search(self, query: Tensor, top_k: int = 10, probes: int = PROBES) -> list[Hit]:
-        """The pictures nearest to a query (E,) of unit length, the best first.
+        """Find the pictures nearest to a query.
 
         Args:
-            probes: cells to compare, where there are cells; all of them, or 0, for the exact answer.
+            query: embedding (E,) of unit length.
+            top_k: number of pictures to find.
+            probes: number of cells to search, if the index has cells; 0, or all cells, for an exact search.
+
+        Returns:
+            At most `top_k` pictures, best first.
         """
         query, count = query.float().flatten(), min(top_k, len(self))
-        if self.faiss is not None:
-            scores, numbers = self.faiss.search(query[None].numpy(), count)
-            found = [(s, n) for s, n in zip(scores[0].tolist(), numbers[0].tolist(), strict=True) if n >= 0]
-        else:
-            near = self.near(query, 4 * count, probes)  # by products in float16; their order, by float32
-            best = (self.embeddings[near].float() @ query).topk(min(count, len(near)))
-            found = list(zip(best.values.tolist(), near[best.indices].tolist(), strict=True))
+        near = self.candidates(query, min(4 * count, len(self)), probes)
+        best = (self.embeddings[near].float() @ query).topk(min(count, len(near)))  # re-ranked in float32
         paths = self.table["path"]
-        return [Hit(paths[number].as_py(), score) for score, number in found]
+        numbers = near[best.indices].tolist()
+        return [Hit(paths[n].as_py(), score) for n, score in zip(numbers, best.values.tolist(), strict=True)]
 
-    def near(self, query: Tensor, count: int, probes: int) -> Tensor:
-        """Numbers of the vectors that seem nearest: of all, or of those in the cells that are nearest."""
-        half = query.half()
-        if self.centres is None or not 0 < probes < len(self.centres):
-            return (self.embeddings @ half).topk(min(count, len(self))).indices
-        cells = (self.centres @ query).topk(probes).indices.sort().values
-        ranges = [(int(self.starts[cell]), int(self.starts[cell + 1])) for cell in cells]
-        scores = torch.cat([self.embeddings[start:stop] @ half for start, stop in ranges])
-        numbers = torch.cat([torch.arange(start, stop) for start, stop in ranges])
-        return numbers[scores.topk(min(count, len(scores))).indices]
+    def candidates(self, query: Tensor, count: int, probes: int) -> Tensor:
+        """Find candidates by dot products in float16.
+
+        Args:
+            query: embedding (E,) of unit length, float32.
+            count: number of candidates.
+            probes: number of cells to search, if the index has cells; 0 for all of them.
+
+        Returns:
+            The numbers of at most `count` vectors, best first.
+        """
+        if self.faiss is None:
+            return (self.embeddings @ query.half()).topk(count).indices
+        cells = import_faiss().try_extract_index_ivf(self.faiss)  # None for an index without cells
+        if cells is not None:
+            cells.nprobe = min(probes or cells.nlist, cells.nlist)
+        numbers = torch.from_numpy(self.faiss.search(query[None].numpy(), count)[1][0])
+        return numbers[numbers >= 0]
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
 def pictures_in(folder: Path) -> list[tuple[str, int, int]]:
-    """(path in the folder, bytes, time of change) of all pictures, also in folders within; links out are left out."""
+    """List all pictures in a folder and its subfolders.
+
+    Links to files outside the folder are ignored.
+
+    Returns:
+        For each picture: its path relative to the folder, its size in bytes, and its modification time in nanoseconds.
+
+    Raises:
+        NoIndexError: if there is no such folder, or it contains no pictures.
+    """
     root = folder.resolve()
     if not root.is_dir():
-        raise NoIndexError(f"{folder}: there is no such folder.")
+        raise NoIndexError(f"{folder}: no such folder.")
     found = []
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in extensions() and path.is_file() and path.resolve().is_relative_to(root):
-            facts = path.stat()
-            found.append((path.relative_to(root).as_posix(), facts.st_size, facts.st_mtime_ns))
+            stat = path.stat()
+            found.append((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns))
     if not found:
-        raise NoIndexError(f"{folder} holds no picture ({', '.join(sorted(extensions()))}).")
+        raise NoIndexError(f"{folder} contains no pictures ({', '.join(sorted(extensions()))}).")
     return found
 
 
@@ -135,20 +166,29 @@ def build(
     predictor: Predictor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Counter:
-    """Write an index of a folder's pictures; what an index there has of unchanged pictures is taken from it.
+    """Build or update the index of a folder of pictures.
+
+    Embeddings of unchanged pictures are reused from an existing or interrupted index by the same model.
 
     Args:
-        model: folder or hub name of a CLIP or BLIP; `predictor` if it is loaded already.
-        faiss: a factory string of faiss, such as "HNSW32", to search by faiss instead.
-        progress: told how many pictures are done, of how many.
+        folder: the folder of pictures; subfolders are included.
+        target: the folder of the index.
+        model: folder or hub name of a CLIP or BLIP.
+        batch_size: number of pictures to embed at a time.
+        faiss: factory string of faiss, such as "HNSW32", to search with faiss; None to search without it.
+        predictor: the model, if it is already loaded; None to load it.
+        progress: called with the number of new pictures done and their total.
 
-    Returns the pictures that could not be read, by cause.
+    Returns:
+        The number of skipped pictures, by cause.
 
-    Raises NoIndexError where there is nothing to index, UnsupportedModelError where the model does not compare.
+    Raises:
+        NoIndexError: if there is nothing to index, or the target contains other files.
+        UnsupportedModelError: if the model does not embed images and texts in one space.
     """
     folder, target = Path(folder), Path(target)
     if target.is_dir() and any(target.iterdir()) and not (target / "index.json").is_file():
-        raise NoIndexError(f"{target} holds other files: name a folder of its own for the index.")
+        raise NoIndexError(f"{target} contains other files: choose a dedicated folder for the index.")
     if faiss:
         import_faiss()
     pictures, skipped = pictures_in(folder), Counter()
@@ -173,13 +213,15 @@ def build(
         if rows:
             embeddings = torch.cat(vectors)
             if embeddings.ndim != 2:
-                raise NoIndexError(f"{model} gives several vectors a picture (BLIP-2): name a CLIP or a BLIP.")
+                raise NoIndexError(
+                    f"{model} computes several embeddings per picture (BLIP-2): choose a CLIP or a BLIP."
+                )
             number = len(list(parts.glob("*/")))
-            write_index(parts / f"{number:06d}", rows, {"embeddings": embeddings}, {"model": model})
+            write_index(parts / f"{number:06d}", rows, embeddings, {"model": model})
             known.add(rows, embeddings)
     kept = [picture for picture in pictures if picture in known.places]
     if not kept:
-        raise NoIndexError(f"No picture of {folder} can be read: {describe(skipped)}.")
+        raise NoIndexError(f"No picture in {folder} can be read: {describe(skipped)}.")
     save(target, kept, known.take(kept), model, folder, faiss)
     shutil.rmtree(parts, ignore_errors=True)
     return skipped
@@ -187,14 +229,25 @@ def build(
 
 @dataclass
 class StoredVectors:
-    """The vectors that are there already: matrices, and which row of which is each picture's."""
+    """Embeddings that were computed earlier.
+
+    Attributes:
+        matrices: matrices of embeddings, (rows, E) each.
+        places: for each picture (path, size, modification time), the number of its matrix and its row there.
+    """
 
     matrices: list[Tensor] = field(default_factory=list)
     places: dict[tuple, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, target: Path, parts: Path, model: str) -> "StoredVectors":
-        """What an index, or one that was being built, has by the same model."""
+        """Load the embeddings of an existing or interrupted index.
+
+        Args:
+            target: the folder of the index.
+            parts: the folder of the parts of an interrupted index.
+            model: only embeddings by this model are loaded.
+        """
         known = cls()
         for place in [target, *sorted(parts.glob("*/"))]:
             if (place / "index.json").is_file() and json.loads((place / "index.json").read_text())["model"] == model:
@@ -204,11 +257,12 @@ class StoredVectors:
         return known
 
     def add(self, pictures: list[tuple], embeddings: Tensor) -> None:
+        """Add pictures with their embeddings (rows, E), in the same order."""
         self.places |= {picture: (len(self.matrices), row) for row, picture in enumerate(pictures)}
         self.matrices.append(embeddings)
 
     def take(self, pictures: list[tuple]) -> Tensor:
-        """(N, E) the vectors of pictures, in their order."""
+        """The embeddings (N, E) of pictures, in their order."""
         places = torch.tensor([self.places[picture] for picture in pictures])  # (N, 2)
         result = self.matrices[0].new_empty(len(pictures), self.matrices[0].shape[1])
         for number, matrix in enumerate(self.matrices):
@@ -218,61 +272,54 @@ class StoredVectors:
 
 
 def save(target: Path, pictures: list, vectors: Tensor, model: str, folder: Path, faiss: str | None) -> None:
-    """Write an index, whole or not at all; of many pictures, in cells."""
-    tensors = {"embeddings": vectors.half().contiguous()}
-    if len(pictures) > EXACT and not faiss:
-        order, centres, starts = in_cells(vectors)
-        pictures = [pictures[number] for number in order.tolist()]
-        tensors = {"embeddings": vectors[order].half().contiguous(), "centres": centres, "starts": starts}
+    """Write an index, completely or not at all; above EXACT pictures with faiss, if it is installed.
+
+    Args:
+        target: the folder of the index.
+        pictures: N pictures (path, size, modification time).
+        vectors: their embeddings (N, E).
+        model: folder or hub name of the model.
+        folder: the folder of pictures.
+        faiss: factory string of faiss; None for cells above EXACT pictures.
+    """
+    if faiss is None and len(pictures) > EXACT and importlib.util.find_spec("faiss"):
+        faiss = f"IVF{round(len(pictures) ** 0.5)},SQfp16"  # about sqrt(N) cells, vectors in float16
     facts = {"model": model, "folder": str(folder.resolve()), "width": vectors.shape[1]}
-    write_index(target, pictures, tensors, facts, faiss)
+    write_index(target, pictures, vectors.half().contiguous(), facts, faiss)
 
 
-def write_index(target: Path, pictures: list, tensors: dict[str, Tensor], facts: dict, faiss: str | None = None):
+def write_index(target: Path, pictures: list, vectors: Tensor, facts: dict, faiss: str | None = None) -> None:
+    """Write the files of an index, completely or not at all.
+
+    Args:
+        target: the folder of the index.
+        pictures: N pictures (path, size, modification time).
+        vectors: their embeddings (N, E), float16.
+        facts: the content of index.json.
+        faiss: factory string of faiss; None for none.
+    """
     paths, sizes, changed = (list(column) for column in zip(*pictures, strict=True))
 
     def write(fresh: Path) -> None:
-        save_file(tensors, fresh / "embeddings.safetensors")
+        save_file({"embeddings": vectors}, fresh / "embeddings.safetensors")
         pq.write_table(pa.table({"path": paths, "size": sizes, "changed": changed}), fresh / "pictures.parquet")
         if faiss:
             library = import_faiss()
             index = library.index_factory(facts["width"], faiss, library.METRIC_INNER_PRODUCT)
-            values = tensors["embeddings"].float().numpy()
-            index.train(values)
-            index.add(values)
+            index.train(vectors[:: max(1, len(vectors) // TRAINED)].float().numpy())
+            for chunk in vectors.split(65_536):
+                index.add(chunk.float().numpy())
             library.write_index(index, str(fresh / FAISS))
         (fresh / "index.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     write_whole(target, write)
 
 
-def in_cells(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors (N, E) in about sqrt(N) cells: their order (N,), the cells' means (K, E), their starts (K + 1,)."""
-    generator = torch.Generator().manual_seed(0)
-    count = round(len(vectors) ** 0.5)
-    sample = vectors[torch.randperm(len(vectors), generator=generator)[:SAMPLE]].float()
-    centres = sample[torch.randperm(len(sample), generator=generator)[:count]].clone()
-    for _ in range(ROUNDS):
-        cell = nearest(sample, centres)
-        sums = torch.zeros_like(centres).index_add_(0, cell, sample)
-        empty = sums.abs().sum(dim=1) == 0
-        sums[empty] = sample[torch.randint(len(sample), (int(empty.sum()),), generator=generator)]
-        centres = F.normalize(sums, dim=1)
-    cell = torch.cat([nearest(chunk.float(), centres) for chunk in vectors.split(65_536)])
-    order = cell.argsort(stable=True)
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(cell, minlength=count).cumsum(0)])
-    return order, centres, starts
-
-
-def nearest(vectors: Tensor, centres: Tensor) -> Tensor:
-    return torch.cat([(chunk @ centres.T).argmax(dim=1) for chunk in vectors.split(8192)])
-
-
 def import_faiss():
     try:
         import faiss
     except ModuleNotFoundError as error:
-        raise NoIndexError('faiss is not installed: pip install "vlp[faiss]", or leave out --faiss.') from error
+        raise NoIndexError('faiss is not installed: pip install "vlp[faiss]", or omit --faiss.') from error
     return faiss
 
 
@@ -284,45 +331,57 @@ def build_parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     builder = commands.add_parser("build", help="embed a folder's pictures")
-    builder.add_argument("pictures", help="folder of pictures, those in folders within too")
+    builder.add_argument("pictures", help="folder of pictures, including its subfolders")
     builder.add_argument("index", help="folder of the index")
     builder.add_argument("--model", required=True, help="folder or hub name of a CLIP or BLIP")
-    builder.add_argument("--batch_size", type=int, default=64, help="pictures at a time (default: 64)")
-    builder.add_argument("--faiss", metavar="FACTORY", help='search by faiss: its factory string, such as "HNSW32"')
-    searcher = commands.add_parser("search", help="find pictures; with neither words nor --image, asks for words")
+    builder.add_argument(
+        "--batch_size", type=int, default=64, help="number of pictures to embed at a time (default: 64)"
+    )
+    builder.add_argument("--faiss", metavar="FACTORY", help='search with faiss; its factory string, such as "HNSW32"')
+    searcher = commands.add_parser(
+        "search", help="search for pictures; without words or --image, queries are read from standard input"
+    )
     searcher.add_argument("index", help="folder of the index")
-    searcher.add_argument("words", nargs="*", help="what to look for")
-    searcher.add_argument("--image", help="a picture to look for others like it")
-    searcher.add_argument("--top_k", type=int, default=10, help="pictures to find (default: 10)")
+    searcher.add_argument("words", nargs="*", help="the query")
+    searcher.add_argument("--image", help="a picture, to find similar pictures")
+    searcher.add_argument("--top_k", type=int, default=10, help="number of pictures to find (default: 10)")
     searcher.add_argument("--probes", type=int, default=PROBES,
-                          help=f"cells to compare in an index of more than {EXACT:,} pictures; 0 for all, which is "
-                          f"exact (default: {PROBES})")  # fmt: skip
+                          help=f"number of cells to search in an index of more than {EXACT:,} pictures; 0 for all "
+                          f"cells, which is exact (default: {PROBES})")  # fmt: skip
     return parser
 
 
 def search(options) -> None:
+    """Search an index and print the results, as the command line does.
+
+    Args:
+        options: the options of `vlp-index search`, as attributes.
+
+    Raises:
+        NoIndexError: if there is no index, or the picture cannot be read.
+    """
     index = Index(options.index)
     predictor = load(index.facts["model"], "embed")
 
-    def tell(query: Tensor) -> None:
+    def print_hits(query: Tensor) -> None:
         start = time.perf_counter()
         hits = index.search(query, options.top_k, options.probes)
-        took = 1000 * (time.perf_counter() - start)
+        milliseconds = 1000 * (time.perf_counter() - start)
         for hit in hits:
             print(f"{hit.score:.3f}  {hit.path}")
-        print(f"{len(index):,} pictures looked through in {took:.1f} ms.", file=sys.stderr)
+        print(f"{len(index):,} pictures searched in {milliseconds:.1f} ms.", file=sys.stderr)
 
     if options.image:
         try:
-            tell(predictor.embed_images([read_picture(options.image)])[0])
+            print_hits(predictor.embed_images([read_picture(options.image)])[0])
         except PictureError as error:
             raise NoIndexError(f"--image {options.image}: {error}.") from None
     elif options.words:
-        tell(predictor.embed_texts([" ".join(options.words)])[0])
+        print_hits(predictor.embed_texts([" ".join(options.words)])[0])
     else:
-        print("What to look for, one query a line; an empty line ends.", file=sys.stderr)
+        print("Enter one query per line; an empty line ends the search.", file=sys.stderr)
         for line in iter(lambda: sys.stdin.readline().strip(), ""):
-            tell(predictor.embed_texts([line])[0])
+            print_hits(predictor.embed_texts([line])[0])
 
 
 def main() -> None:
@@ -341,7 +400,7 @@ def main() -> None:
                             progress=progress)  # fmt: skip
     except (NoIndexError, UnsupportedModelError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{len(Index(options.index)):,} pictures in {options.index}; could not be read: {describe(skipped)}.")
+    print(f"Indexed pictures in {options.index}: {len(Index(options.index)):,}. Skipped: {describe(skipped)}.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""`vlp-onnx FOLDER TARGET`: the parts of a trained CLIP or BLIP as ONNX files, for runtimes without PyTorch.
+"""`vlp-onnx FOLDER TARGET`: export the parts of a trained CLIP or BLIP to ONNX, for runtimes without PyTorch.
 
-    image.onnx   pixel_values (B, 3, S, S) -> image_embeds (B, E), not normalised; of BLIP also states (B, M, D)
+    image.onnx   pixel_values (B, 3, S, S) -> image_embeds (B, E), not normalised; for BLIP also states (B, M, D)
     text.onnx    input_ids (B, N) -> text_embeds (B, E), not normalised
     match.onnx   BLIP: input_ids (B, N), states (B, M, D) -> itm_logits (B, 2)
     write.onnx   BLIP: input_ids (B, N) that begin with [DEC], states (B, M, D) -> logits (B, N, V) of each next token
 
-B and N are free. Needs `pip install "vlp[onnx]"`.
+B and N are dynamic. Requires `pip install "vlp[onnx]"`.
 """
 
 import argparse
@@ -25,57 +25,83 @@ from ..modeling_vlp.med import decode
 
 
 class Part(nn.Module):
-    """A model and a function of it, as the module that exporters want."""
+    """Wraps a function of a model as a module, as `torch.onnx.export` requires.
 
-    def __init__(self, model: nn.Module, work: Callable):
+    Args:
+        model: the model.
+        function: called with the model and the inputs; returns the outputs.
+    """
+
+    def __init__(self, model: nn.Module, function: Callable):
         super().__init__()
-        self.model, self.work = model, work
+        self.model, self.function = model, function
 
     def forward(self, *inputs: Tensor):
-        return self.work(self.model, *inputs)
+        return self.function(self.model, *inputs)
 
 
-def see(model, pixel_values: Tensor) -> Tensor:
+def image_embeds(model, pixel_values: Tensor) -> Tensor:
     return model.get_image_features(pixel_values, pooled_only=True).pooler_output
 
 
-def see_states(model, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+def image_embeds_and_states(model, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     output = model.get_image_features(pixel_values)
     return output.pooler_output, output.last_hidden_state
 
 
-def only_states(model, pixel_values: Tensor) -> Tensor:
+def image_states(model, pixel_values: Tensor) -> Tensor:
     return model.encode_image(pixel_values).last_hidden_state
 
 
-def read(model, input_ids: Tensor) -> Tensor:
+def text_embeds(model, input_ids: Tensor) -> Tensor:
     return model.get_text_features(input_ids).pooler_output
 
 
 def match(model, input_ids: Tensor, states: Tensor) -> Tensor:
-    return model.match(input_ids, None, model.text_model.read(states), pack=False)
+    return model.match(input_ids, None, model.text_model.memory_of(states), pack=False)
 
 
-def write(model, input_ids: Tensor, states: Tensor) -> Tensor:
-    return decode(model, input_ids, None, model.text_model.read(states)).logits
+def next_token_logits(model, input_ids: Tensor, states: Tensor) -> Tensor:
+    return decode(model, input_ids, None, model.text_model.memory_of(states)).logits
 
 
 def parts_of(model) -> dict[str, tuple[Callable, list[str], list[str]]]:
-    """For each file: what it computes, and the names of its inputs and outputs."""
+    """The parts of a model to export.
+
+    Args:
+        model: a CLIP or BLIP.
+
+    Returns:
+        For each file, without its extension: the function that it computes, and the names of its inputs and outputs.
+    """
     if isinstance(model, vlp.VlpClipModel):
-        return {"image": (see, ["pixel_values"], ["image_embeds"]), "text": (read, ["input_ids"], ["text_embeds"])}
-    parts = {"image": (only_states, ["pixel_values"], ["states"])}
+        return {
+            "image": (image_embeds, ["pixel_values"], ["image_embeds"]),
+            "text": (text_embeds, ["input_ids"], ["text_embeds"]),
+        }
+    parts = {"image": (image_states, ["pixel_values"], ["states"])}
     if isinstance(model, VlpBlipDualEncoder):
-        parts["image"] = (see_states, ["pixel_values"], ["image_embeds", "states"])
-        parts["text"] = (read, ["input_ids"], ["text_embeds"])
+        parts["image"] = (image_embeds_and_states, ["pixel_values"], ["image_embeds", "states"])
+        parts["text"] = (text_embeds, ["input_ids"], ["text_embeds"])
         parts["match"] = (match, ["input_ids", "states"], ["itm_logits"])
     if hasattr(model, "lm_head"):
-        parts["write"] = (write, ["input_ids", "states"], ["logits"])
+        parts["write"] = (next_token_logits, ["input_ids", "states"], ["logits"])
     return parts
 
 
 def export(model, target: Path) -> list[str]:
-    """Write the parts of a model into a folder, whole or not at all; returns the names of the files."""
+    """Export the parts of a model to a folder, completely or not at all.
+
+    Args:
+        model: a CLIP or BLIP; it is put into evaluation mode.
+        target: the folder to write.
+
+    Returns:
+        The names of the files, sorted.
+
+    Raises:
+        ArgumentError: if the target contains other files.
+    """
     model, vision, text = model.eval(), model.config.vision_config, model.config.text_config
     ids = torch.full((2, 5), text.eos_token_id)
     ids[:, 0] = text.bos_token_id
@@ -83,16 +109,16 @@ def export(model, target: Path) -> list[str]:
         "pixel_values": torch.zeros(2, vision.num_channels, vision.image_size, vision.image_size),
         "input_ids": ids,
     }
-    parts, free = parts_of(model), torch.export.Dim.DYNAMIC
+    parts, dynamic = parts_of(model), torch.export.Dim.DYNAMIC
     with torch.no_grad():
         if not isinstance(model, vlp.VlpClipModel):
             examples["states"] = model.encode_image(examples["pixel_values"]).last_hidden_state
         programs = {}
-        for name, (work, inputs, outputs) in parts.items():
-            dynamic = tuple({0: free, 1: free} if i == "input_ids" else {0: free} for i in inputs)
+        for name, (function, inputs, outputs) in parts.items():
+            shapes = tuple({0: dynamic, 1: dynamic} if i == "input_ids" else {0: dynamic} for i in inputs)
             programs[name] = torch.onnx.export(
-                Part(model, work), tuple(examples[i] for i in inputs), dynamo=True, verbose=False,
-                input_names=inputs, output_names=outputs, dynamic_shapes=(dynamic,),
+                Part(model, function), tuple(examples[i] for i in inputs), dynamo=True, verbose=False,
+                input_names=inputs, output_names=outputs, dynamic_shapes=(shapes,),
             )  # fmt: skip
 
     def save(fresh: Path) -> None:
@@ -108,12 +134,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="vlp-onnx", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("folder", help="folder or hub name of a model")
-    parser.add_argument("target", help="folder for the files")
+    parser.add_argument("target", help="folder for the ONNX files")
     options = parser.parse_args()
     try:
         import onnxscript  # noqa: F401
     except ImportError:
-        sys.exit('error: vlp-onnx needs onnxscript: pip install "vlp[onnx]".')
+        sys.exit('error: vlp-onnx requires onnxscript: pip install "vlp[onnx]".')
     try:
         architecture = AutoConfig.from_pretrained(options.folder).architectures[0]
         if architecture not in ("VlpClipModel", "VlpBlipForPreTraining", "VlpBlipForImageTextRetrieval",
@@ -122,7 +148,7 @@ def main() -> None:
         files = export(getattr(vlp, architecture).from_pretrained(options.folder), Path(options.target))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"Written to {options.target}: {', '.join(files)}")
+    print(f"Wrote to {options.target}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

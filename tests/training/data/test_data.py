@@ -1,4 +1,4 @@
-"""Pairs from every source, bad rows, order and batches. Run: pytest tests/test_data.py"""
+"""Tests of loading pairs, skipping bad rows, choosing captions, sampling and batching."""
 
 import io
 import json
@@ -23,6 +23,7 @@ COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 
 
 def picture(colour: str, size: tuple[int, int] = (20, 16)) -> bytes:
+    """A PNG file of one colour."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, "PNG")
     return file.getvalue()
@@ -34,7 +35,7 @@ def maker(**options) -> SampleMaker:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six pictures, and every kind of table over them."""
+    """Six pictures and a table of them in each supported format."""
     for colour in COLOURS:
         (tmp_path / f"{colour}.png").write_bytes(picture(colour))
     rows = [{"image": f"{colour}.png", "caption": f"a {colour} card"} for colour in COLOURS]
@@ -60,6 +61,7 @@ def folder(tmp_path):
 
 
 def check(rows, count: int = 6) -> list:
+    """Check that the rows give `count` usable samples of different colours, and return the samples."""
     dataset = PairDataset(rows, maker())
     samples = [dataset[i, 0] for i in range(len(dataset))]
     assert len(samples) == count
@@ -71,12 +73,12 @@ def check(rows, count: int = 6) -> list:
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.tsv", "rows.json", "rows.jsonl"])
-def test_tables(folder, name):
+def test_table_formats(folder, name):
     samples = check(load_rows(str(folder / name), "train", "image"))
     assert samples[0].text == "a red card"
 
 
-def test_what_spreadsheets_write_and_rows_that_differ(folder):
+def test_byte_order_mark_and_mixed_caption_types(folder):
     (folder / "excel.csv").write_text("\ufeff" + (folder / "table.csv").read_text(), encoding="utf-8")
     check(load_rows(str(folder / "excel.csv"), "train", "image"))
     rows = [
@@ -88,19 +90,19 @@ def test_what_spreadsheets_write_and_rows_that_differ(folder):
     assert load_rows(str(folder / "mixed.jsonl"), "train", "image")["caption"] == [["one"], ["two", "three"], None]
 
 
-def test_a_table_without_splits_is_not_evaluated_on_what_it_trains_on(folder):
+def test_table_without_split_column_has_no_test_split(folder):
     for name in ("table.csv", "rows.json", "rows.jsonl", "coco.json"):
         with pytest.raises(ArgumentError, match="no column split.*--hold_out"):
             load_rows(str(folder / name), "test", "image")
 
 
-def test_a_column_that_is_no_text(folder):
+def test_non_text_caption_column_raises(folder):
     (folder / "numbers.jsonl").write_text('{"image": "red.png", "caption": 5}')
     with pytest.raises(ArgumentError, match="--caption_column caption of .* must hold text"):
         load_data(arguments(str(folder / "numbers.jsonl")))
 
 
-def test_rows_of_one_file_are_one_image(folder):
+def test_rows_with_same_file_share_image_id(folder):
     (folder / "flickr.csv").write_text("image,caption\nred.png,one\nred.png,two\nblue.png,three")
     dataset = PairDataset(load_rows(str(folder / "flickr.csv"), "train", "image"), maker())
     ids = [dataset[i, 0].image_id for i in range(3)]
@@ -113,7 +115,7 @@ def test_image_root(folder, tmp_path_factory):
     check(load_rows(str(elsewhere), "train", "image", image_root=str(folder)))
 
 
-def test_coco(folder):
+def test_coco_captions(folder):
     rows = load_rows(str(folder / "coco.json"), "train", "image")
     assert rows[0]["caption"] == ["red one", "red two"]
     check(rows)
@@ -136,7 +138,7 @@ def test_imagefolder_with_metadata(folder, tmp_path_factory):
     assert {sample.text for sample in samples} == {f"a {colour} card" for colour in COLOURS}
 
 
-def test_folder_of_parquet(tmp_path):
+def test_parquet_folder(tmp_path):
     rows = datasets.Dataset.from_dict(
         {"image": [{"bytes": picture(c), "path": None} for c in COLOURS], "caption": COLOURS}
     )
@@ -144,7 +146,7 @@ def test_folder_of_parquet(tmp_path):
     check(load_rows(str(tmp_path), "train", "image"))
 
 
-def test_embedded_data():
+def test_emoji_data_set():
     rows = load_rows("emoji", "test", "image")
     assert len(rows) == 1906 and set(rows["design"]) == {"twemoji"}
     assert picture_of(rows[0], "image").size == (64, 64)
@@ -156,14 +158,14 @@ def test_embedded_data():
     [
         ("table.csv", "picture", "no column 'picture'; its columns are image, caption"),
         ("nothing.csv", "image", "there is no such file"),
-        ("empty.csv", "image", "holds no rows"),
+        ("empty.csv", "image", "has no rows"),
         ("broken.json", "image", "a list `images`"),
         ("garbled.json", "image", "cannot be read as json"),
         ("latin.csv", "image", "cannot be read as csv"),
         ("instances.json", "image", "cannot be read as json.*caption"),
     ],
 )
-def test_wrong_data_is_refused_with_what_is_there(folder, name, column, message):
+def test_invalid_data_raises(folder, name, column, message):
     (folder / "empty.csv").write_text("image,caption\n")
     (folder / "broken.json").write_text("{}")
     (folder / "garbled.json").write_text("{")
@@ -173,7 +175,7 @@ def test_wrong_data_is_refused_with_what_is_there(folder, name, column, message)
         load_rows(str(folder / name), "train", column)
 
 
-def test_a_name_that_is_nothing():
+def test_unknown_data_set_or_split_raises():
     with pytest.raises(ArgumentError, match="no such file or folder"):
         load_rows("no-such-data", "train", "image")
     with pytest.raises(ArgumentError, match="split"):
@@ -181,7 +183,7 @@ def test_a_name_that_is_nothing():
 
 
 def bad_rows() -> datasets.Dataset:
-    """Two good rows among every kind of bad one."""
+    """Two good rows and one row of each bad kind."""
     good = picture("red")
     bomb = io.BytesIO()
     Image.new("1", (20000, 10000)).save(bomb, "PNG")
@@ -196,7 +198,7 @@ def test_bad_rows_are_skipped_and_counted_by_cause():
     dataset = PairDataset(bad_rows(), maker())
     collator = Collator(tiny_processor(), 20)
     counter = BadRows(max_share=1.0)
-    for _ in range(2):  # an epoch later, the same rows are not counted again
+    for _ in range(2):  # rows seen again are not counted again
         batch = collator([dataset[i, 0] for i in range(8)])
         assert len(batch) == 8
         counter.update(batch)
@@ -212,25 +214,25 @@ def test_bad_rows_are_skipped_and_counted_by_cause():
     assert "decompression bomb: 1" in counter.describe()
 
 
-def test_too_large_an_image_is_refused_before_it_is_decoded():
+def test_too_large_image_raises_before_decoding():
     with pytest.raises(BadRow, match="decompression bomb"):
         picture_of({"image": picture("red", (100, 100))}, "image", max_pixels=9_999)
 
 
-def test_too_many_bad_rows_stop_the_run():
+def test_too_many_bad_rows_raise():
     dataset = PairDataset(bad_rows(), maker())
     batch = Collator(tiny_processor(), 20)([dataset[i % 8, 0] for i in range(120)])
     with pytest.raises(BadDataError, match="6 of the first 126 rows.*--max_bad_share 0.01"):
         BadRows(max_share=0.01).update(batch)
 
 
-def test_nothing_but_bad_rows():
+def test_only_bad_rows_raise():
     rows = bad_rows().select([1, 2, 5])
-    with pytest.raises(BadDataError, match="3 rows in a row cannot be used: .*empty caption: 1"):
+    with pytest.raises(BadDataError, match="3 consecutive rows cannot be used: .*empty caption: 1"):
         PairDataset(rows, maker())[0, 0]
 
 
-def test_one_of_several_captions_is_drawn_and_the_draw_is_reproducible():
+def test_caption_choice_is_random_and_reproducible():
     chooser = CaptionChooser()
     row = {"caption": ["one", " ", "two", "three"]}
     drawn = [chooser.choose(row, random.Random(seed))[0] for seed in range(50)]
@@ -238,8 +240,8 @@ def test_one_of_several_captions_is_drawn_and_the_draw_is_reproducible():
     assert drawn == [chooser.choose(row, random.Random(seed))[0] for seed in range(50)]
 
 
-def test_captions_of_two_languages():
-    """A caption's keywords and template are of its own language; what a row lacks is not drawn."""
+def test_captions_in_two_languages():
+    """Keywords and templates match the caption's language; empty captions are not chosen."""
     chooser = CaptionChooser(caption_column="en,vi", tag_column="tags,tags_vi", tag_share=0.5,
                              templates="emoji,emoji_vi", template_share=0.5)  # fmt: skip
     row = {"en": "cat", "vi": "con mèo", "tags": ["pet"], "tags_vi": ["vật nuôi"]}
@@ -269,23 +271,23 @@ def test_tags_and_templates():
     assert list(caption_texts(rows, chooser))[:3] == ["cat", "pet, fur", "cat"]
 
 
-def test_every_row_once_an_epoch_split_over_processes_and_resumed_exactly():
+def test_sampler_covers_each_epoch_splits_and_resumes():
     def draws(count, **options):
         sampler = iter(DrawSampler(10, seed=3, **options))
         return [next(sampler) for _ in range(count)]
 
-    alone = draws(30)
+    single = draws(30)
     for epoch in range(3):
-        assert sorted(alone[10 * epoch : 10 * epoch + 10]) == [(row, epoch) for row in range(10)] or {
-            row for row, _ in alone[10 * epoch : 10 * epoch + 10]
+        assert sorted(single[10 * epoch : 10 * epoch + 10]) == [(row, epoch) for row in range(10)] or {
+            row for row, _ in single[10 * epoch : 10 * epoch + 10]
         } == set(range(10))
-    assert [row for row, _ in alone[:10]] != [row for row, _ in alone[10:20]]
+    assert [row for row, _ in single[:10]] != [row for row, _ in single[10:20]]
     first, second = draws(15, rank=0, processes=2), draws(15, rank=1, processes=2)
-    assert [draw for pair in zip(first, second, strict=True) for draw in pair] == alone
-    assert draws(13, start=17) == alone[17:]
+    assert [draw for pair in zip(first, second, strict=True) for draw in pair] == single
+    assert draws(13, start=17) == single[17:]
 
 
-def test_images_with_the_same_caption_come_together():
+def test_sampler_groups_images_with_same_caption():
     groups = [0, 1, 2, 3, 4] * 4
     order = DrawSampler(20, seed=0, group_ids=groups, group_size=4).order(epoch=0)
     assert sorted(order) == list(range(20))
@@ -299,7 +301,7 @@ def arguments(name: str, **options) -> ClipArguments:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_the_same_whatever_the_workers(folder, workers):
+def test_batches_do_not_depend_on_number_of_workers(folder, workers):
     rows = load_rows(str(folder / "coco.json"), "train", "image")
     collator = Collator(tiny_processor(), 20)
 
@@ -314,7 +316,7 @@ def test_batches_are_the_same_whatever_the_workers(folder, workers):
         assert torch.equal(a.image_ids, b.image_ids) and len(a) == 4
 
 
-def test_a_text_that_stands_twice_is_read_once():
+def test_duplicate_texts_are_tokenised_once():
     rows = datasets.Dataset.from_dict(
         {
             "image": [picture(c) for c in COLOURS],

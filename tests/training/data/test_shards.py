@@ -1,4 +1,4 @@
-"""Shards: each sample read once an epoch by one worker, gone on from in mid-shard. Run: pytest tests/test_shards.py"""
+"""Tests of reading, writing, training on and resuming within shards."""
 
 import gzip
 import io
@@ -50,7 +50,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write_shard(path: Path, captions: list[str], broken: bool = False) -> None:
-    """Pictures with their captions; of a broken one the second picture is cut off."""
+    """Write a red picture per caption; if `broken`, the second picture is truncated."""
     with tarfile.open(path, "w") as tar:
         for number, caption in enumerate(captions):
             content = picture("red")
@@ -59,8 +59,8 @@ def write_shard(path: Path, captions: list[str], broken: bool = False) -> None:
 
 
 @pytest.fixture
-def seven(tmp_path) -> list[str]:
-    """Seven shards of 3 to 9 samples, whose captions are all different."""
+def seven_shards(tmp_path) -> list[str]:
+    """Seven shards of 3 to 9 samples with different captions."""
     for shard in range(7):
         write_shard(tmp_path / f"{shard}.tar", [f"{shard}-{number}" for number in range(3 + shard)])
     return expand(str(tmp_path / "{0..6}.tar"))
@@ -83,45 +83,45 @@ def loader_of(dataset: ShardDataset, workers: int, batch: int = 4):
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3, 7])
-def test_each_sample_is_read_once_an_epoch_by_one_stream(seven, streams):
+def test_each_sample_is_read_once_per_epoch(seven_shards, streams):
     read: dict[int, Counter] = {}
     for stream in range(streams):
-        for files, _, epoch in Source(seven, 3, stream, streams):
+        for files, _, epoch in Source(seven_shards, 3, stream, streams):
             if epoch == 4:
                 break
             read.setdefault(epoch, Counter()).update([files["txt"].decode()])
     assert [sorted(read[epoch].elements()) for epoch in range(4)] == 4 * [EVERY]
 
 
-def test_the_order_is_new_each_epoch_and_mixes_shards(seven):
-    source = iter(Source(seven, 3, 0, 1))
+def test_order_changes_each_epoch_and_mixes_shards(seven_shards):
+    source = iter(Source(seven_shards, 3, 0, 1))
     epochs = [[next(source)[0]["txt"].decode() for _ in EVERY] for _ in range(2)]
     assert epochs[0] != epochs[1]
     changes = sum(a[0] != b[0] for a, b in itertools.pairwise(epochs[0]))
-    assert changes > 20  # of 41: it would be 6 if shards were read one after the other
+    assert changes > 20  # of 41; only 6 if shards were read one after another
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (1, 2), (2, 3)])
-def test_loaders_split_the_data_and_go_on_where_they_were(seven, processes, workers):
+def test_loaders_split_data_and_resume_exactly(seven_shards, processes, workers):
     whole, stopped = [], []
     for rank in range(processes):
-        loader = loader_of(dataset_of(seven, rank=rank, processes=processes), workers)
+        loader = loader_of(dataset_of(seven_shards, rank=rank, processes=processes), workers)
         batches, places = [next(loader) for _ in range(12)], {}
         whole.append([batch.caption_ids.tolist() for batch in batches])
         for number in (5,):
             for batch in batches[:number]:
                 places |= batch.place
-            places = json.loads(json.dumps(places))  # as a state keeps it
-            again = dataset_of(seven, rank=rank, processes=processes, places=places, first_batch=number)
+            places = json.loads(json.dumps(places))  # as in a saved state
+            again = dataset_of(seven_shards, rank=rank, processes=processes, places=places, first_batch=number)
             loader = loader_of(again, workers)
             stopped.append([next(loader).caption_ids.tolist() for _ in range(12 - number)])
-    for all_of_it, rest in zip(whole, stopped, strict=True):
-        assert all_of_it[5:] == rest
+    for complete, rest in zip(whole, stopped, strict=True):
+        assert complete[5:] == rest
     seen = Counter(itertools.chain.from_iterable(itertools.chain.from_iterable(whole)))
-    assert max(seen.values()) <= 1 + processes * 12 * 4 // len(EVERY) + 1  # no stream reads another's
+    assert max(seen.values()) <= 1 + processes * 12 * 4 // len(EVERY) + 1  # streams do not overlap
 
 
-def test_sources_are_mixed_by_their_weights_and_bad_samples_are_counted(tmp_path):
+def test_sources_are_mixed_by_weight_and_bad_samples_counted(tmp_path):
     write_shard(tmp_path / "a-000.tar", ["red"] * 3, broken=True)
     write_shard(tmp_path / "a-001.tar", ["red"] * 3)
     write_shard(tmp_path / "b-000.tar", ["blue"] * 2)
@@ -138,22 +138,22 @@ def test_sources_are_mixed_by_their_weights_and_bad_samples_are_counted(tmp_path
     assert [sample.text for sample in rest] == [sample.text for sample in first[100:150]]
 
 
-def test_a_truncated_shard_is_counted_and_the_rest_is_read(tmp_path):
+def test_truncated_shard_is_counted_and_skipped(tmp_path):
     write_shard(tmp_path / "a.tar", ["red"] * 4)
     write_shard(tmp_path / "b.tar", ["blue"] * 4)
-    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: 5 * 1024 + 512 + 20])  # within a member
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: 5 * 1024 + 512 + 20])  # within a file
     samples = list(itertools.islice(dataset_of(expand(str(tmp_path / "{a,b}.tar"))), 60))
-    assert Counter(sample.text for sample in samples[:14]) == {"red": 6, "blue": 8}  # three are whole, two epochs
+    assert Counter(sample.text for sample in samples[:14]) == {"red": 6, "blue": 8}  # two epochs of 3 and 4
     assert {cause for sample in samples for _, cause in sample.skipped} == {"truncated or broken shard"}
 
 
-def test_shards_without_any_sample_end_the_run(tmp_path):
+def test_shards_without_samples_raise(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(BadDataError, match="None of 1 shards has a sample; the last: .*a.tar"):
         next(iter(dataset_of([str(tmp_path / "a.tar")])))
 
 
-def test_packed_and_piped_shards_are_fetched(tmp_path):
+def test_compressed_and_piped_shards(tmp_path):
     write_shard(tmp_path / "a.tar", ["one", "two"])
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     (tmp_path / "c.tar.gz").write_bytes((tmp_path / "b.tar.gz").read_bytes()[:-30])
@@ -178,10 +178,10 @@ def table(tmp_path) -> Path:
     return tmp_path / "pairs.csv"
 
 
-def test_a_data_set_is_written_whole_with_its_index(table, tmp_path, capsys):
+def test_write_shards_with_index(table, tmp_path, capsys):
     write_shards(ShardsArguments(dataset_name=str(table), samples_per_shard=10, output_dir=str(tmp_path / "shards")))
     printed = capsys.readouterr().out
-    assert "25 samples in 3 shards. Left out: " in printed
+    assert "25 samples in 3 shards. Skipped rows: " in printed
     assert "not an image: 1" in printed and "missing image file: 1" in printed
     assert f"--dataset_name '{tmp_path}/shards/{{00000..00002}}.tar'" in printed
     paths = expand(str(tmp_path / "shards/{00000..00002}.tar"))
@@ -199,11 +199,11 @@ def test_a_data_set_is_written_whole_with_its_index(table, tmp_path, capsys):
     assert read == originals
     order = [json.loads(files["json"])["caption"] for files, _, _ in itertools.islice(Source(paths, 0, 0, 1), 25)]
     assert order != sorted(order)
-    with pytest.raises(ArgumentError, match="holds other files"):
+    with pytest.raises(ArgumentError, match="contains other files"):
         write_shards(ShardsArguments(dataset_name=str(table), output_dir=str(tmp_path / "shards")))
 
 
-def test_options_of_the_writer():
+def test_shard_writer_options():
     assert parse(["--dataset_name", "x.csv"], "shards").output_dir == "runs/shards"
     with pytest.raises(ArgumentError, match="--samples_per_shard must be at least 1"):
         parse(["--samples_per_shard", "0"], "shards")
@@ -234,7 +234,7 @@ def run_of(shards: str, tokenizer: str, output_dir: Path, **options) -> ClipArgu
     return training_arguments(shards, output_dir, **defaults | options)
 
 
-def test_a_run_on_shards_goes_on_in_mid_shard_bit_for_bit(shards, tokenizer, tmp_path):
+def test_run_on_shards_resumes_exactly_within_a_shard(shards, tokenizer, tmp_path):
     train(run_of(shards, tokenizer, tmp_path / "whole"))
     train(run_of(shards, tokenizer, tmp_path / "stopped", save_steps=4, save_total_limit=5))
     first = states(state_folder(tmp_path / "stopped"))[0]
@@ -244,34 +244,34 @@ def test_a_run_on_shards_goes_on_in_mid_shard_bit_for_bit(shards, tokenizer, tmp
     assert a.read_bytes() == b.read_bytes() and load_file(a)
     a, b = (json.loads((tmp_path / name / "results.json").read_text())["history"] for name in ("whole", "stopped"))
     assert [entry["contrastive"] for entry in a] == [entry["contrastive"] for entry in b]
-    with pytest.raises(ResumeError, match="of another recipe: num_workers is 2 there and 1 here"):
+    with pytest.raises(ResumeError, match="belongs to another recipe: num_workers was 2 and is now 1"):
         train(run_of(shards, tokenizer, tmp_path / "stopped", num_workers=1, resume_from_checkpoint="latest"))
 
 
-def test_the_index_tells_how_long_an_epoch_is_and_what_is_not_whole(shards, tokenizer, tmp_path):
+def test_index_gives_epoch_length_and_detects_incomplete_copies(shards, tokenizer, tmp_path):
     options = dict(max_train_steps=None, num_train_epochs=2.0, num_workers=0)
     train(run_of(shards, tokenizer, tmp_path / "run", **options))
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 13  # 2 x 25 pairs, 4 at a time
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 13  # 2 x 25 pairs in batches of 4
     folder = tmp_path / "copied"
     shutil.copytree(Path(shards).parent, folder)
     (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[:-1024])
-    with pytest.raises(ArgumentError, match="00001.tar has .* bytes, its index says .*: it was not copied whole"):
+    with pytest.raises(ArgumentError, match="00001.tar has .* bytes, its index says .*: the copy is incomplete"):
         train(run_of(str(folder / "{00000..00004}.tar"), tokenizer, tmp_path / "other"))
     (folder / INDEX).unlink()
     with pytest.raises(ArgumentError, match="5 shards .* fewer than the 6 workers"):
         train(run_of(str(folder / "{00000..00004}.tar"), tokenizer, tmp_path / "other", num_workers=6))
 
 
-def test_a_batch_says_where_each_stream_is(seven):
-    loader = loader_of(dataset_of(seven), 2)
+def test_batches_record_stream_positions(seven_shards):
+    loader = loader_of(dataset_of(seven_shards), 2)
     places = [next(loader).place for _ in range(4)]
     assert [list(place) for place in places] == [["0"], ["1"], ["0"], ["1"]]
     assert [place[name]["draws"] for place in places for name in place] == [4, 4, 8, 8]
     assert torch.utils.data.get_worker_info() is None
 
 
-def test_shards_keep_as_many_pictures_as_their_table(tmp_path):
-    """Rows of one picture stay one picture, by their path, their bytes or their image_id."""
+def test_shards_keep_picture_identity(tmp_path):
+    """Rows of one picture keep a common image id in shards, from tables with paths or with bytes."""
     for number, colour in enumerate(("red", "green")):
         Image.new("RGB", (16, 16), colour).save(tmp_path / f"{number}.png")
     lines = [f"{number}.png,a {word} card" for number in range(2) for word in ("plain", "bright", "small")]
@@ -286,11 +286,11 @@ def test_shards_keep_as_many_pictures_as_their_table(tmp_path):
         dataset = iter(ShardDataset([expand(f"{target}/{{00000..00001}}.tar")], None, maker, seed=0))
         samples = [next(dataset) for _ in range(6)]
         assert len({sample.image_id for sample in samples}) == 2 and len({s.caption_id for s in samples}) >= 3, source
-        assert str(tmp_path).encode() not in (target / "00000.tar").read_bytes()  # no path of this machine
+        assert str(tmp_path).encode() not in (target / "00000.tar").read_bytes()  # no local paths
 
 
 @pytest.mark.parametrize("format", ["MPO", "AVIF", "JPEG2000", "PPM", "WEBP", "TIFF", "GIF"])
-def test_every_format_survives(format, tmp_path):
+def test_image_formats_are_recognised(format, tmp_path):
     file = io.BytesIO()
     options = {"save_all": True, "append_images": [Image.new("RGB", (16, 16))]} if format == "MPO" else {}
     Image.new("RGB", (16, 16), "red").save(file, format, **options)

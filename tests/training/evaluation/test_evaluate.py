@@ -1,16 +1,15 @@
-"""The command `evaluate`: any model, any number of processes."""
+"""Tests of the `evaluate` command with different models and numbers of processes."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from conftest import free_port, tiny_blip, tiny_pair
+from conftest import tiny_blip, tiny_pair
 from PIL import Image
+from processes import run_group
 from test_data import picture
 from transformers import CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 from vlp.processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, train_tokenizer
@@ -30,7 +29,7 @@ COLOURS = ["red", "green", "blue", "yellow", "black", "white", "cyan"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Seven cards with two captions each, a question and its answers, and a row that cannot be used."""
+    """Seven cards, each with two captions, a question and its answers, and one row with a missing image."""
     folder = tmp_path_factory.mktemp("cards")
     rows = []
     for colour in COLOURS:
@@ -55,7 +54,7 @@ def blip(tmp_path_factory) -> Path:
 
 
 class Perfect(Predictor):
-    """A model that sees the colour of a card and knows its words."""
+    """A predictor that reads the colour of a card from its first pixel and is always right."""
 
     def __init__(self):
         self.model = torch.nn.Identity()
@@ -84,7 +83,7 @@ class Perfect(Predictor):
 
 
 @pytest.mark.parametrize("task", ["zero-shot", "retrieval", "reranked", "captioning", "vqa", "itm"])
-def test_a_perfect_model_scores_one(task, data, tmp_path, monkeypatch):
+def test_perfect_model_gets_perfect_scores(task, data, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load", lambda *args: Perfect())
     more = {
         "zero-shot": {"class_column": "colour", "group_column": "question"},
@@ -103,8 +102,8 @@ def test_a_perfect_model_scores_one(task, data, tmp_path, monkeypatch):
         assert results["intervals"][name] == pytest.approx([value, value])
     assert len(results["metrics"]) == {"zero-shot": 3, "retrieval": 6, "reranked": 12, "captioning": 7, "vqa": 1,
                                        "itm": 3}[task]  # fmt: skip
-    written = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert written["metrics"] == results["metrics"]
+    saved = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert saved["metrics"] == results["metrics"]
     table = next(tmp_path.glob("*.md")).read_text()
     assert table.count("100.00 %") >= len([n for n in results["metrics"] if n != "cider"])
     if task == "zero-shot":
@@ -116,24 +115,22 @@ def test_equal_scores_count_against_the_model():
     assert best(torch.tensor([[0.5, 0.5, 0.1]]), torch.tensor([[True, False, False]])) == [[1, 0, 2]]
 
 
-def test_two_processes_find_what_one_finds(data, blip, tmp_path):
-    """Seven pictures over two processes: none counts twice, none is left out."""
+def test_two_processes_give_same_results_as_one(data, blip, tmp_path):
+    """Seven pictures do not divide evenly between two processes; each must count exactly once."""
     arguments = EvaluationArguments(dataset=str(data), split="train", task="retrieval", rerank_top_k=3, batch_size=2,
                                     resamples=20, output_dir=str(tmp_path / "one"))  # fmt: skip
-    alone = evaluate(str(blip), arguments)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
-              "-m", "vlp.training.evaluate", str(blip)]  # fmt: skip
+    single = evaluate(str(blip), arguments)
     options = ["--dataset", str(data), "--split", "train", "--task", "retrieval", "--rerank_top_k", "3",
                "--batch_size", "2", "--resamples", "20", "--output_dir", str(tmp_path / "two")]  # fmt: skip
-    subprocess.run(launch + options, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    together = json.loads(next((tmp_path / "two").glob("*.json")).read_text())
-    assert together["processes"] == 2 and together["rows"] == 7
+    run_group(2, tmp_path, main, argv=["evaluate", str(blip), *options])
+    parallel = json.loads(next((tmp_path / "two").glob("*.json")).read_text())
+    assert parallel["processes"] == 2 and parallel["rows"] == 7
     for key in ("metrics", "intervals", "skipped"):
-        assert together[key] == alone[key], key
+        assert parallel[key] == single[key], key
 
 
-def test_our_models_and_the_same_ones_of_transformers(data, blip, tmp_path):
-    """A CLIP and a BLIP read from transformers' folders score as ours do."""
+def test_converted_models_give_same_results(data, blip, tmp_path):
+    """CLIP and BLIP models converted to transformers get the same metrics as the vlp models."""
     model, processor = tiny_pair()
     model.save_pretrained(tmp_path / "clip")
     processor.save_pretrained(tmp_path / "clip")
@@ -156,7 +153,7 @@ def test_our_models_and_the_same_ones_of_transformers(data, blip, tmp_path):
         assert found[0]["metrics"] == found[1]["metrics"] and found[0]["metrics"], task
 
 
-def test_a_captioner_that_only_transformers_has(data, tmp_path):
+def test_captioner_from_transformers(data, tmp_path):
     tokenizer = train_tokenizer([f"a {c} card" for c in COLOURS], 118, 30)
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
               "image_size": 32, "patch_size": 16}  # fmt: skip
@@ -172,17 +169,17 @@ def test_a_captioner_that_only_transformers_has(data, tmp_path):
     results = evaluate(str(tmp_path / "git"), EvaluationArguments(dataset=str(data), split="train", task="captioning",
                                                                   max_length=8, resamples=0))  # fmt: skip
     assert results["architecture"] == "GitForCausalLM" and 0 <= results["metrics"]["bleu_4"] <= 1
-    assert (tmp_path / "git/evaluations").is_dir()  # beside the checkpoint
+    assert (tmp_path / "git/evaluations").is_dir()  # in the model folder
     with pytest.raises(UnsupportedModelError, match="cannot match: it has no matching head"):
         load(tmp_path / "git", "match")
 
 
-def test_what_a_model_cannot_do_is_said(blip, tmp_path):
+def test_unsupported_tasks_raise(blip, tmp_path):
     model, processor = tiny_pair()
     model.save_pretrained(tmp_path / "clip")
     processor.save_pretrained(tmp_path / "clip")
-    for use, words in (("match", "no matching head"), ("caption", "no decoder"), ("answer", "not fine-tuned")):
-        with pytest.raises(UnsupportedModelError, match=f"a VlpClipModel, cannot {use}: .*{words}"):
+    for use, reason in (("match", "no matching head"), ("caption", "no decoder"), ("answer", "not fine-tuned")):
+        with pytest.raises(UnsupportedModelError, match=f"a VlpClipModel, cannot {use}: .*{reason}"):
             load(tmp_path / "clip", use)
     with pytest.raises(UnsupportedModelError, match="cannot answer: it was not fine-tuned"):
         load(blip, "answer")
@@ -201,13 +198,13 @@ def test_what_a_model_cannot_do_is_said(blip, tmp_path):
         ({"split": "test"}, "no column split"),
     ],
 )
-def test_wrong_data_is_told(options, message, data, monkeypatch):
+def test_invalid_data_raises(options, message, data, monkeypatch):
     monkeypatch.setattr(command, "load", lambda *args: Perfect())
     with pytest.raises(ArgumentError, match=message):
         evaluate("perfect", EvaluationArguments(**{"dataset": str(data), "split": "train"} | options))
 
 
-def test_wrong_options_are_told(monkeypatch, capsys):
+def test_invalid_options_raise(monkeypatch, capsys):
     with pytest.raises(ArgumentError, match="--task must be one of zero-shot, retrieval"):
         EvaluationArguments(task="classify")
     with pytest.raises(ArgumentError, match="cannot be shards"):
@@ -217,15 +214,15 @@ def test_wrong_options_are_told(monkeypatch, capsys):
         main()
 
 
-def test_names_of_the_usual_data_sets():
+def test_class_names_of_common_data_sets():
     counts = {name: len(names) for name, names in CLASS_NAMES.items()}
     assert counts == {"cifar10": 10, "cifar100": 100, "fashion_mnist": 10, "imagenet": 1000, "mnist": 10}
     assert CLASS_NAMES["imagenet"][0] == "tench" and CLASS_NAMES["imagenet"][999] == "toilet paper"
     assert CLASS_NAMES["cifar100"][0] == "apple" and CLASS_NAMES["cifar100"][99] == "worm"
 
 
-def test_labels_name_their_classes(tmp_path, data, monkeypatch):
-    """A column of labels is found by itself, and its numbers are named."""
+def test_class_names_come_from_label_column(tmp_path, data, monkeypatch):
+    """The label column is found automatically, and its ClassLabel names are used."""
     rows = datasets.load_dataset("imagefolder", data_dir=str(data.parent), split="train", drop_labels=True)
     features = rows.features | {"label": datasets.ClassLabel(names=COLOURS)}
     colours = [COLOURS.index(Path(rows.cast_column("image", datasets.Image(decode=False))[i]["image"]["path"]).stem)

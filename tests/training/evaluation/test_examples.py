@@ -1,4 +1,4 @@
-"""Examples, galleries and heat maps for the card."""
+"""Tests of the examples, galleries and heat maps of the model card."""
 
 import pytest
 from accelerate import PartialState
@@ -13,13 +13,14 @@ import vlp
 
 
 def prepared(*tasks: str, **options):
+    """The data of each task, prepared for evaluation."""
     rows = as_lists().add_column("colour", COLOURS)
     return [
         prepare_data(rows, EvaluationArguments(task=task, max_length=8, **options), PartialState()) for task in tasks
     ]
 
 
-def test_what_a_model_supports_is_drawn(blip, tmp_path):  # noqa: F811
+def test_draw_galleries_for_each_kind_of_model(blip, tmp_path):  # noqa: F811
     model, processor = blip
     (tmp_path / "blip").mkdir()
     (tmp_path / "clip").mkdir()
@@ -45,7 +46,7 @@ def test_examples_of_clip():
     examples = make_examples(*tiny_pair(), prepared("zero-shot", "retrieval", class_column="colour"), [""])
     for each in examples:
         assert sum(share for _, share, _ in each["predictions"]) <= 1 + 1e-6
-        assert [right for name, _, right in each["predictions"]] == [
+        assert [correct for name, _, correct in each["predictions"]] == [
             n == each["label"] for n, _, _ in each["predictions"]
         ]
     assert make_examples(*tiny_pair(), prepared("retrieval"), [""]) == []

@@ -1,4 +1,4 @@
-"""The evaluation tasks, on data and models made by hand."""
+"""Tests of the evaluation tasks with small data sets and models."""
 
 import dataclasses
 import io
@@ -40,11 +40,12 @@ def table(rows: list[dict]) -> datasets.Dataset:
 
 
 def as_lists(**more) -> datasets.Dataset:
+    """One row per picture, with a list of three captions."""
     return table([{"image": {"bytes": png(c), "path": None}, "caption": captions_of(c)} | more for c in COLOURS])
 
 
 def as_rows(order: list[tuple[str, int]] | None = None) -> datasets.Dataset:
-    """The same pictures with one caption per row; the rows of one picture need not be together."""
+    """The same pictures with one caption per row, in the order of the (colour, caption number) pairs."""
     order = order or [(colour, number) for colour in COLOURS for number in range(3)]
     return table([{"image": {"bytes": png(c), "path": None}, "caption": captions_of(c)[number]} for c, number in order])
 
@@ -65,20 +66,21 @@ def evaluate(model, processor, rows, **options) -> dict:
 
 
 @pytest.mark.parametrize("task", ["retrieval", "itm", "captioning"])
-def test_rows_of_one_caption_give_the_figures_of_lists(task, blip):
-    """A picture with several captions is one picture, however the table has them: to the last digit."""
+def test_one_caption_per_row_gives_same_metrics_as_caption_lists(task, blip):
+    """Rows of the same picture are grouped, so both layouts give exactly the same metrics."""
     options = {"task": task} | ({"rerank_top_k": 4} if task == "retrieval" else {})
     lists, rows = (evaluate(*blip, data, **options) for data in (as_lists(), as_rows()))
     assert lists == rows and len(lists) >= 6
-    apart = [(colour, number) for number in range(3) for colour in COLOURS]  # rows of one picture, far apart
-    mixed = evaluate(*blip, as_rows(apart), **options)
+    # Rows of the same picture are not adjacent.
+    interleaved = [(colour, number) for number in range(3) for colour in COLOURS]
+    mixed = evaluate(*blip, as_rows(interleaved), **options)
     assert {k: v for k, v in mixed.items() if "interval" not in k} == pytest.approx(
         {k: v for k, v in lists.items() if "interval" not in k}
     )
 
 
-def test_what_identifies_a_picture(tmp_path):
-    """Its image_id, else its path, else its bytes."""
+def test_picture_identity(tmp_path):
+    """A picture is identified by its image_id, otherwise by its bytes if the row has them, otherwise by its path."""
     (tmp_path / "a.png").write_bytes(png("red"))
     (tmp_path / "b.png").write_bytes(png("red"))
     one, two, red = str(tmp_path / "a.png"), str(tmp_path / "b.png"), png("red")
@@ -103,13 +105,13 @@ def test_bad_rows_are_skipped_and_counted():
         prepare_data(table(rows[6:7]), EvaluationArguments(task="retrieval"), PartialState())
 
 
-def test_zero_shot_counts_a_picture_once_for_each_of_its_classes():
+def test_zero_shot_counts_each_picture_once_per_class():
     rows = [{"image": {"bytes": png("red"), "path": None}, "name": name} for name in ("red", "red", "warm")]
     found = prepare_data(table(rows), EvaluationArguments(class_column="name"), PartialState())
     assert [(picture.rows, found.names[picture.label]) for picture in found.items] == [([0, 1], "red"), ([2], "warm")]
 
 
-def test_a_class_is_the_mean_of_its_prompts():
+def test_class_embedding_is_mean_of_its_prompts():
     model, processor = tiny_pair()
     predictor = VlpPredictor(model, processor)
     rows = table([{"image": {"bytes": png("red"), "path": None}, "name": name} for name in ("cat", "dog")])
@@ -130,7 +132,7 @@ def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch():
         torch.testing.assert_close(one.norm(dim=-1), torch.ones(len(items)))
 
 
-def test_labels_without_a_name():
+def test_number_labels():
     numbers = [0, 1, 5]
     with pytest.raises(ArgumentError, match="numbers without names: give --class_names"):
         number_labels(numbers, None, "label")
@@ -144,8 +146,8 @@ def test_labels_without_a_name():
     assert number_labels(["b", "", "a"], None, "label") == ([1, None, 0], ["a", "b"])
 
 
-def test_a_model_in_training_is_evaluated_as_one_that_is_loaded(blip, tmp_path):
-    """The tasks give the same figures for a model in memory, in training mode, as for its folder."""
+def test_model_in_training_mode_gives_same_metrics_as_loaded_model(blip, tmp_path):
+    """Evaluating a model in memory, in training mode, gives the same metrics as loading its folder."""
     model, processor = blip
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -161,11 +163,13 @@ def test_a_model_in_training_is_evaluated_as_one_that_is_loaded(blip, tmp_path):
 
         from vlp.inference import load
 
-        alone = dataclasses.replace(pictures, arguments=dataclasses.replace(pictures.arguments, resamples=0))
-        assert evaluate_task(load(tmp_path, use_of(pictures.arguments)), alone).metrics == outcome.metrics
+        without_intervals = dataclasses.replace(
+            pictures, arguments=dataclasses.replace(pictures.arguments, resamples=0)
+        )
+        assert evaluate_task(load(tmp_path, use_of(pictures.arguments)), without_intervals).metrics == outcome.metrics
 
 
-def test_the_metrics_of_two_columns_have_two_names_and_two_files(blip):
+def test_metrics_and_files_are_named_by_caption_column(blip):
     rows = as_lists().add_column("caption_vi", [f"tấm {number}" for number in range(6)])
     options = [{"task": "retrieval", "caption_column": column} for column in ("caption", "caption_vi")]
     evaluations = [prepare_data(rows, EvaluationArguments(**each), PartialState()) for each in options]

@@ -1,7 +1,8 @@
-"""A small Hub on 127.0.0.1, for the real huggingface_hub client (HF_ENDPOINT, HF_HUB_DISABLE_XET=1).
+"""A small Hub server on 127.0.0.1 for the real huggingface_hub client (HF_ENDPOINT, HF_HUB_DISABLE_XET=1).
 
-It keeps repositories in memory: branches, commits, plain and LFS files, privacy by token. `drop` makes it close the
-connection on the next requests whose path matches, without an answer. As a program it serves until it is killed:
+It keeps repositories in memory: branches, commits, regular and LFS files. Tokens control access to private
+repositories. `drop` closes the connection without an answer on the next matching requests. Run as a program, it serves
+until it is killed:
 
     python tests/training/machine/hub_server.py
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-USERS = {"hf_me": "me", "hf_you": "you"}  # by their tokens
+USERS = {"hf_me": "me", "hf_you": "you"}  # token -> user
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server and what it holds; `url` is what HF_ENDPOINT must be."""
+    """The server and its repositories. Set HF_ENDPOINT to `url`."""
 
     daemon_threads = True
 
@@ -46,13 +47,13 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.repositories: dict[str, Repository] = {}
-        self.large: dict[str, bytes] = {}  # LFS objects by their SHA-256
+        self.large: dict[str, bytes] = {}  # SHA-256 -> LFS object
         self.requests: list[str] = []
         self.lock = threading.Lock()
         self.dropped: list[tuple[re.Pattern, int]] = []
 
     def drop(self, pattern: str, times: int) -> None:
-        """Close the connection on the next `times` requests whose method and path match, before anything is done."""
+        """Close the connection on the next `times` requests whose method and path match, without handling them."""
         self.dropped.append((re.compile(pattern), times))
 
     def must_drop(self, line: str) -> bool:
@@ -65,7 +66,7 @@ class Hub(ThreadingHTTPServer):
         return False
 
     def handle_error(self, request, client_address) -> None:
-        """A client that went away is no news."""
+        """Ignore errors of clients that disconnect."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -73,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def log_message(self, *args) -> None:
-        """Nothing."""
+        """Do not log requests."""
 
     # --- answers ------------------------------------------------------------------------------------------------
 
@@ -118,12 +119,12 @@ class Handler(BaseHTTPRequestHandler):
         for method, pattern, act in ROUTES:
             if method == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, path)):
                 return act(self, content, *match.groups())
-        self.refuse(404, f"{self.command} {path} is nothing that this Hub knows.")
+        self.refuse(404, f"{self.command} {path} is not supported by this server.")
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
     def find(self, name: str, write: bool = False) -> Repository | None:
-        """A repository that the user may see, or change; answers with an error where there is none."""
+        """Return a repository that the user may read, or write to; answer with an error if there is none."""
         found = self.server.repositories.get(name)
         if write and self.user is None:
             self.refuse(401, "Invalid username or password.")
@@ -141,17 +142,17 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}})
 
     def create(self, content: bytes) -> None:
-        asked = json.loads(content)
+        request = json.loads(content)
         if self.user is None:
             return self.refuse(401, "Invalid username or password.")
-        name = f"{asked.get('organization') or self.user}/{asked['name']}"
+        name = f"{request.get('organization') or self.user}/{request['name']}"
         if name.split("/")[0] != self.user:
             return self.refuse(403, f"You are not allowed to create {name}.")
         if name in self.server.repositories:
             return self.answer(
                 {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}, 409
             )
-        private = asked.get("private") or asked.get("visibility") == "private"
+        private = request.get("private") or request.get("visibility") == "private"
         repository = self.server.repositories[name] = Repository(bool(private))
         repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
         self.answer({"url": f"{self.server.url}/{name}", "name": name, "id": name})
@@ -184,15 +185,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.find(name, write=True) is None:
             return
         objects = []
-        for asked in json.loads(content)["objects"]:
-            there = asked["oid"] in self.server.large
-            link = {"href": f"{self.server.url}/large/{asked['oid']}", "header": {}}
-            objects.append(asked | ({} if there else {"actions": {"upload": link}}))
+        for item in json.loads(content)["objects"]:
+            stored = item["oid"] in self.server.large
+            link = {"href": f"{self.server.url}/large/{item['oid']}", "header": {}}
+            objects.append(item | ({} if stored else {"actions": {"upload": link}}))
         self.answer({"transfer": "basic", "objects": objects})
 
     def large_upload(self, content: bytes, oid: str) -> None:
         if hashlib.sha256(content).hexdigest() != oid:
-            return self.refuse(400, "What came is not what was announced.")
+            return self.refuse(400, "The SHA-256 of the content does not match its name.")
         self.server.large[oid] = content
         self.answer({})
 
@@ -278,7 +279,7 @@ ROUTES = (
 
 @contextmanager
 def serving():
-    """A Hub that answers while the block runs."""
+    """Serve a Hub while the block runs."""
     hub = Hub()
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:

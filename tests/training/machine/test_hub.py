@@ -1,7 +1,4 @@
-"""Publishing and pulling through the real huggingface_hub client, against a Hub on this machine (hub_server.py).
-
-Run: pytest tests/test_hub.py
-"""
+"""Tests of pushing and pulling models with the real huggingface_hub client and a local Hub (hub_server.py)."""
 
 import hashlib
 import json
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 from hub_server import Hub, serving
 from PIL import Image
+from processes import Program, run_code, run_module
 
 COLOURS = ["red", "green", "blue", "yellow"]
 
@@ -34,17 +32,33 @@ def pairs(tmp_path_factory) -> Path:
     return folder / "pairs.csv"
 
 
-def run(hub: Hub, home: Path, *words: str, token: str | None = "hf_me") -> subprocess.CompletedProcess:
-    """A program with a home, and so a cache, of its own."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1",
-                    "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
-    if token:
-        environment["HF_TOKEN"] = token
-    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=240)
+def run(
+    hub: Hub, home: Path, *command: str, token: str | None = "hf_me", fresh: bool = False
+) -> subprocess.CompletedProcess:
+    """Run a program with its own HF_HOME and thus its own cache.
+
+    Args:
+        hub: the Hub to use.
+        home: its HF_HOME.
+        command: -c CODE or -m MODULE, and the program's arguments.
+        token: its Hub token, or None.
+        fresh: start a new interpreter that has not imported vlp.
+    """
+    given = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1",
+             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": None, "HF_TOKEN": token}  # fmt: skip
+    if fresh:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {name: value for name, value in given.items() if value}
+        return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
+    home.mkdir(parents=True, exist_ok=True)
+    kind, what, *rest = command
+    program = Program(home / f"{len(list(home.glob('*.txt')))}.txt", {"-c": run_code, "-m": run_module}[kind], what,
+                      environment=given, argv=[kind, *rest])  # fmt: skip
+    code, output = program.wait()
+    return subprocess.CompletedProcess(command, code, output, output)
 
 
-def train(hub: Hub, pairs: Path, folder: Path, *words: str, token: str | None = "hf_me"):
+def train(hub: Hub, pairs: Path, folder: Path, *options: str, token: str | None = "hf_me"):
     model = {"projection_dim": 16,
              "vision_config": {"patch_size": 8, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
                                "num_attention_heads": 2},
@@ -55,7 +69,7 @@ def train(hub: Hub, pairs: Path, folder: Path, *words: str, token: str | None = 
         str(pairs), "--output_dir", str(folder), "--model", json.dumps(model), "--image_size", "16", "--vocab_size",
         "560", "--max_length", "12", "--per_device_train_batch_size", "4", "--max_train_steps", "2",
         "--max_train_minutes", "none", "--report_to", "none", "--tag_column", "none", "--tag_share", "0",
-        "--class_column", "none", "--push_to_hub", *words, token=token,
+        "--class_column", "none", "--push_to_hub", *options, token=token,
     )  # fmt: skip
 
 
@@ -64,6 +78,7 @@ import hashlib, json, sys
 from pathlib import Path
 from huggingface_hub import ModelCard, snapshot_download
 from PIL import Image
+from processes import Program, run_code, run_module
 from transformers import AutoModel, AutoProcessor, pipeline
 import vlp
 name, revision = sys.argv[1:]
@@ -83,9 +98,9 @@ print(json.dumps({
 """
 
 
-PULL_ALONE = """
+PULL_WITHOUT_VLP = """
 import sys
-sys.modules["vlp"] = None  # as where it is not installed
+sys.modules["vlp"] = None  # as if it were not installed
 from transformers import AutoModel, AutoProcessor
 name, revision = sys.argv[1:]
 AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
@@ -93,13 +108,13 @@ print(type(AutoModel.from_pretrained(name, revision=revision, trust_remote_code=
 """
 
 
-def test_what_one_process_pushes_another_pulls(hub, pairs, tmp_path):
-    """Training pushes a private model to a branch; a second process, with a cache of its own, loads it by its name."""
-    words = ("--hub_model_id", "me/cards", "--hub_private", "--hub_revision", "v2", "--hub_bundle")
-    done = train(hub, pairs, tmp_path / "run", *words)
+def test_pushed_model_loads_in_another_process(hub, pairs, tmp_path):
+    """Training pushes a private model to a branch; another process with an empty cache loads it by name."""
+    options = ("--hub_model_id", "me/cards", "--hub_private", "--hub_revision", "v2", "--hub_bundle")
+    done = train(hub, pairs, tmp_path / "run", *options)
     assert done.returncode == 0, done.stderr
     repository = hub.repositories["me/cards"]
-    assert repository.private and len(repository.messages) == 2  # the Hub's own, and the one of the upload
+    assert repository.private and len(repository.messages) == 2  # the initial commit and the upload
     assert f"Pushed to {hub.url}/me/cards/commit/" in done.stdout
     pushed = repository.commits[repository.branches["v2"]]
     assert "model.safetensors" not in repository.commits[repository.branches["main"]]
@@ -108,22 +123,22 @@ def test_what_one_process_pushes_another_pulls(hub, pairs, tmp_path):
     assert {name: value for name, value in pushed.items() if name != ".gitattributes"} == local
     for name, value in pushed.items():
         assert not any(word in name for word in ("optimizer", "queue", "teacher", "scheduler"))
-        assert b"hf_me" not in value and str(tmp_path).encode() not in value, f"{name} tells a secret or a path"
+        assert b"hf_me" not in value and str(tmp_path).encode() not in value, f"{name} contains a secret or a path"
     pulled = run(hub, tmp_path / "elsewhere", "-c", PULL, "me/cards", "v2")
     assert pulled.returncode == 0, pulled.stderr
-    told = json.loads(pulled.stdout.splitlines()[-1])
-    assert (told["model"], told["processor"], told["license"]) == ("VlpClipModel", "VlpClipProcessor", "apache-2.0")
-    assert told["labels"] == ["a blue card", "a red card"] and "vlp" in told["tags"]
-    assert told["files"] == {name: hashlib.sha256(value).hexdigest() for name, value in pushed.items()}
-    alone = run(hub, tmp_path / "alone", "-c", PULL_ALONE, "me/cards", "v2")
-    assert alone.returncode == 0 and alone.stdout.split()[-1] == "VlpClipModel", alone.stderr
+    facts = json.loads(pulled.stdout.splitlines()[-1])
+    assert (facts["model"], facts["processor"], facts["license"]) == ("VlpClipModel", "VlpClipProcessor", "apache-2.0")
+    assert facts["labels"] == ["a blue card", "a red card"] and "vlp" in facts["tags"]
+    assert facts["files"] == {name: hashlib.sha256(value).hexdigest() for name, value in pushed.items()}
+    pulled = run(hub, tmp_path / "without-vlp", "-c", PULL_WITHOUT_VLP, "me/cards", "v2", fresh=True)
+    assert pulled.returncode == 0 and pulled.stdout.split()[-1] == "VlpClipModel", pulled.stderr
     hidden = run(hub, tmp_path / "yours", "-c", PULL, "me/cards", "v2", token="hf_you")
     assert hidden.returncode != 0 and "me/cards" in hidden.stderr
 
 
 PUSH = """
 import os, sys
-os.environ["HF_HUB_OFFLINE"] = "0"  # conftest would have it 1
+os.environ["HF_HUB_OFFLINE"] = "0"  # conftest sets it to 1
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_pair
 model, processor = tiny_pair()
@@ -132,21 +147,21 @@ for part in (model, processor):
 """
 
 
-def test_a_model_and_its_processor_are_pushed_with_their_code(hub, tmp_path):
+def test_push_to_hub_with_bundled_code(hub, tmp_path):
     done = run(hub, tmp_path / "home", "-c", PUSH, str(Path(__file__).parents[2]))
     assert done.returncode == 0, done.stderr
-    alone = run(hub, tmp_path / "alone", "-c", PULL_ALONE, "me/pushed", "main")
-    assert alone.returncode == 0 and alone.stdout.split()[-1] == "VlpClipModel", alone.stderr
+    pulled = run(hub, tmp_path / "without-vlp", "-c", PULL_WITHOUT_VLP, "me/pushed", "main", fresh=True)
+    assert pulled.returncode == 0 and pulled.stdout.split()[-1] == "VlpClipModel", pulled.stderr
 
 
-def test_a_connection_that_breaks_is_tried_again(hub, pairs, tmp_path):
+def test_broken_connections_are_retried(hub, pairs, tmp_path):
     hub.drop(r"^(PUT /large|POST .*/objects/batch)", times=2)
     done = train(hub, pairs, tmp_path / "run", "--hub_model_id", "me/cards")
     assert done.returncode == 0, done.stderr
     assert "model.safetensors" in hub.repositories["me/cards"].commits[hub.repositories["me/cards"].branches["main"]]
 
 
-def test_a_failed_push_loses_nothing_and_can_be_made_again(hub, pairs, tmp_path):
+def test_failed_push_keeps_folder_and_can_be_repeated(hub, pairs, tmp_path):
     hub.drop(r"^POST .*/commit/", times=100)
     done = train(hub, pairs, tmp_path / "run", "--hub_model_id", "me/cards")
     assert done.returncode == 1 and "error: Could not push to me/cards" in done.stderr
@@ -166,7 +181,7 @@ def test_a_failed_push_loses_nothing_and_can_be_made_again(hub, pairs, tmp_path)
     ("me/cards", "hf_wrong", "Invalid user token"),
     ("you/cards", "hf_me", "not allowed to create you/cards"),
 ])  # fmt: skip
-def test_a_wrong_token_is_told(hub, pairs, tmp_path, name, token, message):
+def test_invalid_token_is_reported(hub, pairs, tmp_path, name, token, message):
     done = train(hub, pairs, tmp_path / "run", "--hub_model_id", name, token=token)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not hub.repositories

@@ -1,8 +1,8 @@
-"""BLIP-2's objectives. Run: pytest tests/test_blip2_objective.py"""
+"""Tests of the BLIP-2 objectives of stages 1 and 2."""
 
 import pytest
 import torch
-from conftest import tiny_blip2, tiny_blip2_writer, tiny_blip_batch
+from conftest import tiny_blip2, tiny_blip2_generation, tiny_blip_batch
 from torch.nn import functional as F
 from torch.testing import assert_close
 from vlp.training.objectives.blip2 import Blip2Objective, LanguageObjective
@@ -14,7 +14,7 @@ def objective_of(**options) -> Blip2Objective:
 
 
 def batch_of(rows: slice, size: int = 8) -> dict[str, torch.Tensor]:
-    """Part of a batch of which texts 1 and 6 are the same; the image tower's states, as computed before."""
+    """Some rows of a batch in which texts 1 and 6 are equal, with precomputed states of the image tower."""
     batch = tiny_blip_batch(size=size)
     ids = batch["input_ids"]
     ids[6] = ids[1]
@@ -26,7 +26,7 @@ def batch_of(rows: slice, size: int = 8) -> dict[str, torch.Tensor]:
             "caption_ids": captions[rows], "image_ids": index}  # fmt: skip
 
 
-def test_same_captions_belong_together_and_are_no_negatives():
+def test_equal_captions_are_positives_and_never_negatives():
     objective, batch = objective_of(label_smoothing=0.0), batch_of(slice(0, 8))
     model = objective.model
     image = F.normalize(model.get_image_features(vision_states=batch["pixel_values"]).pooler_output, dim=-1)
@@ -54,17 +54,17 @@ def test_same_captions_belong_together_and_are_no_negatives():
             assert not same[torch.arange(8), negatives].any()
 
 
-def test_draws_depend_on_the_step_and_the_seed_alone():
+def test_sampling_depends_only_on_step_and_seed():
     losses = []
     for seed, step in ((0, 3), (0, 3), (0, 4), (1, 3)):
         objective = objective_of(seed=seed)
         objective.before_step(step)
-        torch.rand(step)  # what else is drawn in between
+        torch.rand(step)  # other use of the global generator must not matter
         losses.append(objective(**batch_of(slice(0, 8)))["itm"].item())
     assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
-def test_the_first_share_of_a_run_compares_alone():
+def test_first_share_of_training_uses_only_itc():
     objective = objective_of(contrastive_share=0.5)
     objective.before_step(0, 0.2)
     assert list(objective(**batch_of(slice(0, 8)))) == ["itc"]
@@ -72,14 +72,14 @@ def test_the_first_share_of_a_run_compares_alone():
     assert list(objective(**batch_of(slice(0, 8)))) == ["itc", "itm", "itg"]
 
 
-def test_the_temperature_is_kept_in_its_range():
+def test_temperature_is_clamped():
     objective = objective_of()
     objective.model.temp.data.fill_(0.9)
     objective.before_step(0)
     assert objective.facts() == {"temperature": 0.5}
 
 
-def test_texts_that_stand_twice_are_read_once_with_the_same_result():
+def test_duplicate_texts_are_encoded_once_with_same_losses():
     objective, batch = objective_of(), batch_of(slice(0, 8))
     objective.before_step(0)
     wanted = objective(**batch)
@@ -90,12 +90,12 @@ def test_texts_that_stand_twice_are_read_once_with_the_same_result():
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_a_language_model_learns_what_stands_after_the_prompt(kind):
-    model = tiny_blip2_writer(kind)
+def test_language_model_loss_covers_text_after_prompt(kind):
+    model = tiny_blip2_generation(kind)
     objective = LanguageObjective(model, prompt=[4, 7], end_token_id=2).train()
     states = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(9))
     start = [4, 7] if kind == "llama" else []
-    # The padding is the end token again.
+    # The padding token is the end token.
     ids = torch.tensor([start + [11, 12, 13, 2], start + [15, 2, 2, 2]])
     rows = torch.arange(2)
     loss = objective(states, ids, rows, rows, rows)["lm"]

@@ -1,7 +1,4 @@
-"""BLIP's training state: the teacher, its queue and the objective.
-
-Run: pytest tests/test_blip_objective.py
-"""
+"""Tests of the BLIP objective, the momentum teacher and its queue."""
 
 import copy
 
@@ -25,11 +22,11 @@ def objective_of(queue_size: int = 10, **options) -> BlipObjective:
 
 def batch_of(rows: slice, size: int = 8) -> dict[str, torch.Tensor]:
     whole = tiny_blip_batch(size=size)
-    ids = torch.tensor([0, 1, 2, 1, 4, 5, 6, 0])[:size]  # duplicates that stand in different processes
+    ids = torch.tensor([0, 1, 2, 1, 4, 5, 6, 0])[:size]  # rows 0 and 7, and rows 1 and 3, have equal captions
     count = len(ids[rows])
     return {
-        "pixel_values": whole["pixel_values"][rows].double(),  # exact enough to compare gradients
-        # as a collator gives them: no longer than the longest of these rows
+        "pixel_values": whole["pixel_values"][rows].double(),  # float64, to compare gradients precisely
+        # like a collator, crop to the longest of these rows
         "input_ids": whole["input_ids"][rows, : int((whole["input_ids"][rows] != 0).sum(1).max())],
         "text_index": torch.arange(count),
         "caption_ids": ids[rows],
@@ -47,7 +44,7 @@ def step(objective: BlipObjective, number: int, batch: dict) -> dict[str, torch.
 # --- teacher and queue ------------------------------------------------------------------------------------------------
 
 
-def test_the_teacher_follows_the_student_and_never_trains():
+def test_teacher_follows_student_without_gradients():
     model = tiny_blip("resnet")
     teacher = Teacher(model, momentum=0.9, queue_size=4)
     start = copy.deepcopy(teacher.model.state_dict())
@@ -62,7 +59,7 @@ def test_the_teacher_follows_the_student_and_never_trains():
     assert training and all(isinstance(module, torch.nn.BatchNorm2d) for module in training)
 
 
-def test_the_teacher_has_the_two_towers_alone():
+def test_teacher_contains_only_the_two_towers():
     names = {name.split(".")[0] for name, _ in Teacher(tiny_blip(), queue_size=4).model.named_parameters()}
     assert names == {"vision_model", "text_model", "vision_proj", "text_proj"}
     assert not [
@@ -70,7 +67,7 @@ def test_the_teacher_has_the_two_towers_alone():
     ]
 
 
-def test_a_queue_need_not_be_a_multiple_of_the_batch():
+def test_queue_size_need_not_be_a_multiple_of_batch_size():
     teacher = Teacher(tiny_blip(), queue_size=7)
     rows = torch.arange(12.0)[:, None].expand(-1, 24)
     for start in (0, 3, 6, 9):
@@ -81,21 +78,21 @@ def test_a_queue_need_not_be_a_multiple_of_the_batch():
     assert torch.equal(teacher.text_queue, -teacher.image_queue)
     assert torch.equal(teacher.caption_ids, teacher.image_ids + 100)
     assert teacher.image_queue[:, 0].tolist() == teacher.image_ids.tolist()
-    teacher.enqueue(rows, rows, torch.arange(12), torch.arange(12))  # a batch that is larger than the queue
+    teacher.enqueue(rows, rows, torch.arange(12), torch.arange(12))  # larger than the queue
     assert sorted(teacher.image_ids.tolist()) == [5, 6, 7, 8, 9, 10, 11]
 
 
-def test_places_of_the_queue_without_a_pair_do_not_count():
+def test_empty_queue_slots_are_ignored():
     batch = batch_of(slice(0, 8))
     losses = [step(objective_of(queue_size=size), 0, batch)["itc"] for size in (4, 40)]
-    assert_close(losses[0], losses[1])  # nothing is in either queue yet
+    assert_close(losses[0], losses[1])  # both queues are still empty
 
 
 # --- objective --------------------------------------------------------------------------------------------------------
 
 
-def test_itc_is_that_of_its_definition():
-    """Against a plain reading of section 3.2, pair by pair, with a queue that holds the batch before."""
+def test_itc_matches_its_definition():
+    """Compare with a pair-by-pair computation of section 3.2 of the paper; the queue holds the previous batch."""
     objective = objective_of(alpha=0.3).eval()
     step(objective, 0, batch_of(slice(0, 8)))
     batch = batch_of(slice(0, 8))
@@ -118,7 +115,7 @@ def test_itc_is_that_of_its_definition():
     assert_close(loss, wanted, rtol=1e-5, atol=1e-6, check_dtype=False)
 
 
-def test_alpha_grows_over_its_steps():
+def test_alpha_warms_up():
     objective = objective_of(alpha=0.4, alpha_steps=10)
     grown = []
     for number in (0, 5, 10, 50):
@@ -127,7 +124,7 @@ def test_alpha_grows_over_its_steps():
     assert grown == pytest.approx([0.0, 0.2, 0.4, 0.4])
 
 
-def test_the_temperature_is_kept_in_its_range():
+def test_temperature_is_clamped():
     objective = objective_of()
     for value, kept in ((0.9, 0.5), (1e-5, 0.001)):
         objective.model.temp.data.fill_(value)
@@ -135,7 +132,7 @@ def test_the_temperature_is_kept_in_its_range():
         assert objective.facts()["temperature"] == pytest.approx(kept)
 
 
-def test_negatives_are_never_of_the_same_caption_or_image():
+def test_negatives_never_share_caption_or_image():
     objective = objective_of()
     same = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]).bool()
     logits = torch.where(same, 50.0, 0.0)
@@ -146,16 +143,16 @@ def test_negatives_are_never_of_the_same_caption_or_image():
         assert found[0].all() and found[1].all()
 
 
-def test_draws_depend_on_the_step_and_the_seed_alone():
+def test_sampling_depends_only_on_step_and_seed():
     batch = batch_of(slice(0, 8))
     first, again, other = objective_of(seed=1), objective_of(seed=1), objective_of(seed=2)
-    torch.rand(7)  # the global generator is not what draws
+    torch.rand(7)  # the global generator must not matter
     values = [step(objective, 3, batch)["itm"].item() for objective in (first, again, other)]
     assert values[0] == values[1] != values[2]
 
 
-def test_nothing_changes_in_forward_alone():
-    """The teacher and its queue change at steps, so that accumulated gradients are those of one step."""
+def test_forward_does_not_update_teacher_or_queue():
+    """They are updated after a step, so that all batches accumulated in a step use the same teacher and queue."""
     objective = objective_of()
     objective.before_step(0)
     before = copy.deepcopy(objective.teacher.state_dict())
@@ -164,10 +161,10 @@ def test_nothing_changes_in_forward_alone():
     for name, value in objective.teacher.state_dict().items():
         assert torch.equal(value, before[name])
     objective.after_step()
-    assert int(objective.teacher.filled) == 10  # both batches, as much as the queue holds
+    assert int(objective.teacher.filled) == 10  # two batches of 8 fill the queue
 
 
-def test_the_first_share_of_a_run_compares_alone():
+def test_first_share_of_training_uses_only_itc():
     batch = batch_of(slice(0, 8))
     objective = objective_of(contrastive_share=0.5)
     objective.before_step(0, share_done=0.49)
@@ -181,17 +178,17 @@ def test_the_first_share_of_a_run_compares_alone():
     assert_close(losses["itc"], clip_loss(image, text, 1 / model.temp, same))
     losses["itc"].backward()
     untouched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
-    assert untouched == {"itm_head", "lm_head", "text_model"}  # of the last, what reads images and what writes
+    assert untouched == {"itm_head", "lm_head", "text_model"}  # text_model: cross-attention and decoder
     assert int(objective.teacher.filled) == 0
     objective.before_step(1, share_done=0.5)
     assert list(objective(**batch)) == ["itc", "itm", "lm"]
 
 
-@pytest.mark.parametrize("writes", [True, False])
-def test_negatives_are_drawn_by_the_similarities_of_the_original(writes, monkeypatch):
-    """In pre-training those of the student to the teacher (blip_pretrain.py), in retrieval the student's own."""
+@pytest.mark.parametrize("pre_training", [True, False])
+def test_negatives_use_same_similarities_as_original(pre_training, monkeypatch):
+    """Pre-training samples by student-teacher similarities (blip_pretrain.py), retrieval by the student's own."""
     model = tiny_blip().double()
-    if not writes:
+    if not pre_training:
         model = vlp.VlpBlipForImageTextRetrieval(model.config).double()
     teacher = Teacher(model, momentum=0.9, queue_size=10)
     with torch.no_grad():
@@ -202,14 +199,14 @@ def test_negatives_are_drawn_by_the_similarities_of_the_original(writes, monkeyp
     batch = batch_of(slice(0, 8))
     objective.before_step(0)
     losses = objective(**batch)
-    assert ("lm" in losses) == writes
+    assert ("lm" in losses) == pre_training
     image = F.normalize(model.get_image_features(batch["pixel_values"]).pooler_output, dim=-1)
     text = F.normalize(model.get_text_features(batch["input_ids"]).pooler_output, dim=-1)
-    keys = teacher(batch["pixel_values"], batch["input_ids"])[1] if writes else text
+    keys = teacher(batch["pixel_values"], batch["input_ids"])[1] if pre_training else text
     assert_close(seen[0][1], (image @ keys.T / model.temp).detach(), check_dtype=False)
 
 
-def test_texts_that_stand_twice_are_read_once_with_the_same_result():
+def test_duplicate_texts_are_encoded_once_with_same_losses():
     batch = batch_of(slice(0, 8))
     batch["input_ids"][3] = batch["input_ids"][1]
     shared = batch | {"input_ids": batch["input_ids"][[0, 1, 2, 4, 5, 6, 7]],

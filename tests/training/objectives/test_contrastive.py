@@ -1,4 +1,4 @@
-"""Losses tile by tile, and micro batches, against their definitions. Run: pytest tests/test_contrastive.py"""
+"""Tests that tiled contrastive losses and micro batches match the direct definitions."""
 
 import contextlib
 import types
@@ -27,14 +27,14 @@ def pairs(size: int = 10, width: int = 8, scale: float = 14.0, dtype=torch.doubl
 
 @pytest.mark.parametrize("tile", [1, 3, 4, 64])
 @pytest.mark.parametrize("ids", [(), IDS[:1], IDS], ids=["all negatives", "captions", "captions and images"])
-def test_tiles_give_the_loss_and_gradients_of_the_definition(ids, tile, monkeypatch):
+def test_tiled_losses_and_gradients_match_definition(ids, tile, monkeypatch):
     monkeypatch.setattr(contrastive, "TILE", tile)
     same, batch = same_pairs(*ids) if ids else None, JoinedBatch((10,))
     for ours, definition, count in ((contrastive_loss, clip_loss, 3), (sigmoid_loss, siglip_loss, 4)):
         inputs = pairs()[:count]
         loss, wanted = ours(*inputs, batch, ids), definition(*inputs, same)
         assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
-        factor = 3.0  # what the loss is weighed by
+        factor = 3.0  # weight of the loss
         gradients, theirs = (torch.autograd.grad(factor * value, inputs) for value in (loss, wanted))
         for gradient, expected in zip(gradients, theirs, strict=True):
             assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
@@ -42,8 +42,8 @@ def test_tiles_give_the_loss_and_gradients_of_the_definition(ids, tile, monkeypa
             assert_close(ours(*inputs, batch, ids), wanted.detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_no_exponential_overflows_at_the_largest_scale():
-    """Every logit is 100 or minus 100, in float32."""
+def test_no_overflow_at_largest_scale():
+    """Every logit is 0 or -100, in float32."""
     image = F.normalize(torch.eye(2).repeat(4, 1), dim=-1).requires_grad_()
     text = (-image.detach()).requires_grad_()
     scale = torch.tensor(100.0, requires_grad=True)
@@ -54,11 +54,11 @@ def test_no_exponential_overflows_at_the_largest_scale():
         assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak of memory")
-def test_memory_grows_with_the_batch_not_with_its_square():
-    """At 12,288 one matrix of logits is 576 MiB; the whole loss with its gradients takes less than a tenth of it."""
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc (Linux)")
+def test_memory_grows_linearly_with_batch_size():
+    """For 12,288 pairs a logits matrix takes 576 MiB; the loss and its gradients take less than a tenth of that."""
     image, text, scale, _ = pairs(12_288, 32, dtype=torch.float32)
-    loss = contrastive_loss(image[:2048], text[:2048], scale, JoinedBatch((2048,)))  # what a first call takes
+    loss = contrastive_loss(image[:2048], text[:2048], scale, JoinedBatch((2048,)))  # warm-up
     with peak_memory() as peak:
         loss = contrastive_loss(image, text, scale, JoinedBatch((12_288,)))
         torch.autograd.grad(loss, (image, text, scale))
@@ -67,7 +67,7 @@ def test_memory_grows_with_the_batch_not_with_its_square():
 
 @contextlib.contextmanager
 def peak_memory():
-    """The most that this process holds while inside, above what it held before, in MiB."""
+    """Measure the peak memory of this process inside the block, in MiB above the memory at its start."""
 
     def read(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -94,7 +94,7 @@ def gradients_of(model, size: int | None, **options) -> tuple[torch.Tensor, dict
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 @pytest.mark.parametrize("bias", [None, -10.0], ids=["softmax", "sigmoid"])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(size, bias):
+def test_micro_batches_give_full_batch_gradients(size, bias):
     model = tiny_model(logit_bias_init_value=bias).double()
     whole, parts = gradients_of(model, None), gradients_of(model, size)
     assert_close(parts[0], whole[0], rtol=1e-12, atol=1e-12)
@@ -103,8 +103,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(size, bias):
         assert_close(parts[1][name], gradient, rtol=1e-8, atol=1e-12, msg=name)
 
 
-def test_what_is_dropped_is_dropped_alike_when_a_part_is_computed_again():
-    """The gradient is that of the features which the loss saw: a step along it changes the loss as it says."""
+def test_recomputed_micro_batches_use_same_dropout():
+    """With the same seed, a small step changes the loss as the gradient predicts."""
     model = tiny_model().double()
     model.config.vision_config.patch_dropout = 0.5
     for config in (model.config.vision_config, model.config.text_config):
@@ -115,7 +115,7 @@ def test_what_is_dropped_is_dropped_alike_when_a_part_is_computed_again():
         return gradients_of(model, 3)
 
     loss, gradients = at(7)
-    assert at(8)[0] != loss  # something is dropped
+    assert at(8)[0] != loss  # dropout is active
     assert torch.equal(at(7)[0], loss)
     step, predicted = 1e-6, 0.0
     with torch.no_grad():
@@ -126,17 +126,17 @@ def test_what_is_dropped_is_dropped_alike_when_a_part_is_computed_again():
     assert (at(7)[0] - loss).item() / step == pytest.approx(predicted, rel=1e-3)
 
 
-def test_towers_hold_the_activations_of_a_part_alone():
-    """Of what a layer keeps for its backward pass, one part's is alive at a time."""
-    model, held = tiny_model().double(), []
+def test_towers_process_one_micro_batch_at_a_time():
+    """A layer runs on one micro batch at a time, in the forward pass and again in the backward pass."""
+    model, sizes = tiny_model().double(), []
     original = model.vision_model.encoder.layers[0].mlp.fc1.forward
-    model.vision_model.encoder.layers[0].mlp.fc1.forward = lambda x: held.append(len(x)) or original(x)
+    model.vision_model.encoder.layers[0].mlp.fc1.forward = lambda x: sizes.append(len(x)) or original(x)
     gradients_of(model, 2)
-    assert held == 4 * [2] + 4 * [2]  # four parts, and each again in the backward pass
+    assert sizes == 4 * [2] + 4 * [2]  # four micro batches, each computed twice
 
 
-def test_open_clip_accumulates_another_gradient():
-    """Its trainer's own step: features' gradients are the whole batch's, that of logit_scale is as often too large."""
+def test_open_clip_gradient_accumulation_differs():
+    """In its trainer, weight gradients match the full batch, but that of logit_scale is accum_freq times too large."""
     open_clip = pytest.importorskip("open_clip")
     train = pytest.importorskip("open_clip_train.train")
     torch.manual_seed(0)

@@ -1,20 +1,17 @@
-"""1, 2 and 4 processes give the loss and gradients of one with the joined batch, DDP and FSDP2, of any shares.
-
-Run: pytest tests/test_distributed.py
-"""
+"""Tests that 1, 2 and 4 processes, with DDP and FSDP2, give the losses and gradients of one with the joined batch."""
 
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import free_port, tiny_batch, tiny_blip, tiny_blip2, tiny_blip2_writer, tiny_blip_batch, tiny_model
+from conftest import free_port, tiny_batch, tiny_blip, tiny_blip2, tiny_blip2_generation, tiny_blip_batch, tiny_model
+from processes import Program
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
-from vlp.training.machine.sharding import let_layers_be_read, make_shardable, number, repeated_layers, whole_model
+from vlp.training.machine.sharding import let_layers_precompute, make_shardable, number, repeated_layers, whole_model
 from vlp.training.objectives.base import Objective
 from vlp.training.objectives.blip import BlipObjective
 from vlp.training.objectives.blip2 import Blip2Objective, LanguageObjective
@@ -23,10 +20,10 @@ from vlp.training.objectives.distributed import JoinedBatch
 from vlp.training.objectives.momentum import Teacher
 
 OBJECTIVES = ["softmax", "sigmoid", "micro batches", "resnet", "blip", "blip2", "blip2 stage 2"]
-# Rows of each process: a batch that they share evenly, and a last one that they do not.
+# Rows per process: evenly and unevenly divided batches.
 SHARES = {1: [(8,)], 2: [(4, 4), (5, 3)], 4: [(3, 1, 2, 2)]}
 WRAPPERS = ["ddp", "fsdp2"]
-# Two of what was the same caption or image stand in different processes.
+# Rows 0 and 7, and rows 1 and 3, have equal captions; some of them are in different processes.
 CAPTION_IDS = torch.tensor([0, 1, 2, 1, 4, 5, 6, 0])
 
 
@@ -36,9 +33,9 @@ def make_objective(name: str) -> Objective:
         "resnet": lambda: tiny_model("resnet"),
         "blip": tiny_blip,
         "blip2": tiny_blip2,
-        "blip2 stage 2": tiny_blip2_writer,
+        "blip2 stage 2": tiny_blip2_generation,
     }.get(name, tiny_model)()
-    model = model.double()  # exact enough to compare gradients
+    model = model.double()  # float64, to compare gradients precisely
     if name == "blip2 stage 2":
         model.freeze()
     if name == "blip":
@@ -49,15 +46,16 @@ def make_objective(name: str) -> Objective:
     if name == "blip2 stage 2":
         return LanguageObjective(model, [], end_token_id=3).train()
     objective = ClipObjective(model, micro_batch_size=2 if name == "micro batches" else None)
-    return objective.eval() if name == "resnet" else objective.train()  # batch norm would see its own rows alone
+    # In training mode, batch norm would use only the local rows.
+    return objective.eval() if name == "resnet" else objective.train()
 
 
 def batch_of(name: str, objective: Objective, rows: slice) -> dict[str, torch.Tensor]:
     whole = tiny_blip_batch(size=8) if name.startswith("blip") else tiny_batch(objective.model, 8)
     ids = whole["input_ids"][rows]
     if name == "blip2 stage 2":
-        ids = ids.clamp(max=98)  # what the language model knows
-    if name.startswith("blip"):  # as a collator gives them: no longer than the longest of these rows
+        ids = ids.clamp(max=98)  # the vocabulary of the language model
+    if name.startswith("blip"):  # like a collator, crop to the longest of these rows
         ids = ids[:, : int((ids != 0).sum(dim=1).max())]
     return {"pixel_values": whole["pixel_values"][rows].double(), "input_ids": ids,
             "text_index": torch.arange(len(ids)), "caption_ids": CAPTION_IDS[rows],
@@ -65,7 +63,7 @@ def batch_of(name: str, objective: Objective, rows: slice) -> dict[str, torch.Te
 
 
 def steps(name: str, wrapped, objective: Objective, rows: slice) -> dict:
-    """One; of BLIP one that compares alone, and two that do not. Losses, gradients, and the teacher's state."""
+    """Losses, gradients and teacher state of one step; for BLIP and BLIP-2, of one ITC-only step and two full steps."""
     result = {"losses": [], "gradients": []}
     for step, share in enumerate((0.2, 0.5, 0.8) if name in ("blip", "blip2") else (1.0,)):
         objective.zero_grad()
@@ -75,28 +73,28 @@ def steps(name: str, wrapped, objective: Objective, rows: slice) -> dict:
         objective.after_step()
         result["losses"].append({key: loss.detach() for key, loss in losses.items()})
         gradients = {key: p.grad for key, p in objective.model.named_parameters() if p.grad is not None}
-        result["gradients"].append({key: whole(value).squeeze() for key, value in gradients.items()})
-    state = {key: whole(value) for key, value in objective.state_dict().items() if key.startswith("teacher.")}
+        result["gradients"].append({key: full_value(value).squeeze() for key, value in gradients.items()})
+    state = {key: full_value(value) for key, value in objective.state_dict().items() if key.startswith("teacher.")}
     return result | {"teacher": state}
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
+def full_value(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def shard(objective: Objective) -> Objective:
-    """As Accelerate does with the classes that `repeated_layers` names."""
+    """Shard like Accelerate, wrapping the classes that `repeated_layers` returns."""
     make_shardable(objective)
     names = repeated_layers(objective)
     for module in reversed(list(objective.modules())[1:]):
         if type(module).__name__ in names:
             fully_shard(module)
     fully_shard(objective)
-    let_layers_be_read(objective)
+    let_layers_precompute(objective)
     return objective
 
 
-def work(rank: int, processes: int, port: int, folder: str) -> None:
+def run_process(rank: int, processes: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=processes)
@@ -122,43 +120,45 @@ def work(rank: int, processes: int, port: int, folder: str) -> None:
 
 @pytest.fixture(scope="module", params=SHARES)
 def parts(request, tmp_path_factory) -> list[dict]:
-    """What each process of a group got."""
+    """The results of each process in a group."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.start_processes(
-        work, args=(request.param, free_port(), str(folder)), nprocs=request.param, start_method="spawn"
-    )  # fmt: skip
+    port = free_port()
+    programs = [Program(folder / f"{rank}.txt", run_process, rank, request.param, port, str(folder))
+                for rank in range(request.param)]  # fmt: skip
+    results = [program.wait() for program in programs]
+    assert not any(code for code, _ in results), results
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_processes_equal_one_with_the_joined_batch(parts, name, wrapper):
-    """Losses, gradients, the teacher and its queue; drawn negatives are those of the joined batch."""
+def test_processes_match_one_with_joined_batch(parts, name, wrapper):
+    """Compare losses, gradients, teacher and queue; negatives are sampled from the joined batch."""
     objective = make_objective(name)
-    alone = steps(name, objective, objective, slice(0, 8))
+    single = steps(name, objective, objective, slice(0, 8))
     kinds = {"blip": ["itc", "itm", "lm"], "blip2": ["itc", "itm", "itg"]}.get(name)
-    assert kinds is None or [list(losses) for losses in alone["losses"]] == [["itc"], kinds, kinds]
+    assert kinds is None or [list(losses) for losses in single["losses"]] == [["itc"], kinds, kinds]
     results = {key[2]: [part[key] for part in parts] for key in parts[0] if key[:2] == (wrapper, name)}
     assert list(results) == SHARES[len(parts)]
-    for shares, got in results.items():
-        for step, losses in enumerate(alone["losses"]):
+    for shares, group in results.items():
+        for step, losses in enumerate(single["losses"]):
             for key, value in losses.items():
-                mean = sum(part["losses"][step][key] for part in got) / len(got)
+                mean = sum(part["losses"][step][key] for part in group) / len(group)
                 assert_close(mean, value, msg=f"{key} of step {step}, shares {shares}")
-        for part in got:
-            for theirs, gradients in zip(part["gradients"], alone["gradients"], strict=True):
+        for part in group:
+            for theirs, gradients in zip(part["gradients"], single["gradients"], strict=True):
                 used = {key for key, value in theirs.items() if value.any()}
                 assert {key for key, value in gradients.items() if value.abs().max() > 1e-12} <= used <= set(gradients)
                 for key in used:
-                    # Losses are computed in float32, and the gradient of a key's bias is zero but for rounding.
+                    # Losses are computed in float32, and the gradient of a key bias is zero up to rounding.
                     size = max(gradients[key].abs().max().item(), 1e-3)
                     assert_close(theirs[key], gradients[key], rtol=1e-5, atol=1e-6 * size, msg=f"{key}, {shares}")
-            for key, value in alone["teacher"].items():
+            for key, value in single["teacher"].items():
                 assert_close(part["teacher"][key], value, msg=key)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_sharded_model_is_published_as_it_was(parts, name):
+def test_sharded_model_is_published_unchanged(parts, name):
     wanted = make_objective(name).model
     for key, result in parts[-1].items():
         if key[:2] == ("fsdp2", name):
@@ -171,7 +171,7 @@ def test_a_sharded_model_is_published_as_it_was(parts, name):
                 assert result["scale"] == pytest.approx(wanted.logit_scale.item())
 
 
-def test_a_joined_batch_knows_its_own_rows():
+def test_joined_batch_selects_own_rows():
     batch = JoinedBatch((3, 1, 2), rank=2)
     assert (batch.size, batch.first) == (6, 4)
     assert batch.own(torch.arange(6)).tolist() == [4, 5]

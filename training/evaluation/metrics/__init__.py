@@ -1,6 +1,6 @@
-"""Metrics of `evaluate`, one file each, that load with no network: `load("recall_at_k")`, or by their path.
+"""Metrics for `evaluate`, one file each, which load without a network: `load("recall_at_k")`, or by their path.
 
-Each takes `resamples` and `seed`, and then gives a 95 % bootstrap interval beside every value.
+With `resamples` and `seed`, each metric also returns a 95 % bootstrap interval for every value.
 """
 
 import io
@@ -12,7 +12,14 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init
 
 
 def describe(description: str, arguments: str, predictions, references):
-    """What `evaluate` asks of a metric: what it is, how to call it, and the features of its inputs."""
+    """Build the MetricInfo that `evaluate` requires of a metric.
+
+    Args:
+        description: what the metric measures.
+        arguments: its arguments and return values.
+        predictions: the `datasets` feature of a prediction.
+        references: the `datasets` feature of a reference.
+    """
     import datasets
     import evaluate
 
@@ -21,10 +28,21 @@ def describe(description: str, arguments: str, predictions, references):
 
 
 def load(name: str, **options):
-    """One of NAMES as an `evaluate.Metric`. Raises ValueError for another name."""
+    """Load a metric.
+
+    Args:
+        name: one of NAMES.
+        options: passed to `evaluate.load`.
+
+    Returns:
+        An `evaluate.Metric`.
+
+    Raises:
+        ValueError: if there is no metric of this name.
+    """
     import evaluate
 
     if name not in NAMES:
-        raise ValueError(f"There is no metric {name!r}; there are {', '.join(NAMES)}.")
-    with redirect_stderr(io.StringIO()):  # what it says of its cache
+        raise ValueError(f"There is no metric {name!r}; the metrics are {', '.join(NAMES)}.")
+    with redirect_stderr(io.StringIO()):  # a message about its cache
         return evaluate.load(str(FOLDER / f"{name}.py"), keep_in_memory=True, **options)

@@ -1,18 +1,20 @@
-"""CIDEr, BLEU, ROUGE-L and exact matches of captions, by pycocoevalcap's scorers, without its Java tokenizer."""
+"""CIDEr, BLEU, ROUGE-L and exact matches of captions, with pycocoevalcap's scorers but not its Java tokenizer."""
 
 import datasets
 import evaluate
 from vlp.training.evaluation.metrics import describe
 from vlp.training.evaluation.scores import caption_statistics, estimate
 
-DESCRIPTION = """CIDEr (from 0 to 10; papers give 100 times its value), BLEU-1 to 4, ROUGE-L, and the share of captions
-that are a reference, word for word. Texts are compared without case and punctuation."""
+DESCRIPTION = """CIDEr (0 to 10; papers report 100 times its value), BLEU-1 to 4, ROUGE-L, and the share of captions
+that equal a reference. Texts are compared without case and punctuation."""
 KWARGS = """
 Args:
-    predictions: a caption for each image. references: for each image, what people wrote.
-    resamples, seed: of the bootstrap; 0 for no intervals.
+    predictions: the generated caption of each image.
+    references: the human captions of each image.
+    resamples: bootstrap resamples for the intervals; 0: no intervals.
+    seed: seed of the bootstrap.
 Returns:
-    cider, bleu_1 to bleu_4, rouge_l, caption_exact, and NAME_interval of each.
+    cider, bleu_1 to bleu_4, rouge_l, caption_exact, and NAME_interval for each.
 """
 
 

@@ -1,16 +1,18 @@
-"""Accuracy on NLVR2: whether sentences are true of two images."""
+"""Accuracy on NLVR2: predicting whether a sentence is true of two images."""
 
 import datasets
 import evaluate
 from vlp.training.evaluation.metrics import describe
 from vlp.training.evaluation.scores import estimate, mean
 
-DESCRIPTION = """The share of sentences for which the prediction, true or false of two images, is right."""
+DESCRIPTION = """The share of sentences whose prediction (true or false of two images) is correct."""
 KWARGS = """
 Args:
-    predictions, references: 1 for true, 0 for false.
+    predictions: 1 for true, 0 for false.
+    references: 1 for true, 0 for false.
     groups: the unit of each sentence, numbered from 0, if several are resampled together.
-    resamples, seed: of the bootstrap; 0 resamples: no intervals.
+    resamples: bootstrap resamples for the intervals; 0: no intervals.
+    seed: seed of the bootstrap.
 Returns:
     nlvr_accuracy, from 0 to 1, and nlvr_accuracy_interval.
 """

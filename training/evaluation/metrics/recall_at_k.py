@@ -1,20 +1,22 @@
-"""Recall at k of retrieval, where a query may have several right answers."""
+"""Recall at k of retrieval. A query may have several right answers."""
 
 import datasets
 import evaluate
 from vlp.training.evaluation.metrics import describe
 from vlp.training.evaluation.scores import estimate, hits_at, mean
 
-DESCRIPTION = """The share of queries that have one of their right answers among the first k, as CLIP, BLIP and their
-peers report it."""
+DESCRIPTION = """The share of queries with at least one right answer among the first k results, as in the papers of CLIP
+and BLIP."""
 KWARGS = """
 Args:
-    predictions: for each query, what was found, the best first (numbers).
-    references: for each query, all that is right (numbers).
-    k: which recalls to give. groups: the unit of each query, numbered from 0, where several are drawn together.
-    resamples, seed: of the bootstrap; 0 for no intervals.
+    predictions: the indices of each query's results, best first.
+    references: the indices of each query's right answers.
+    k: the values of k.
+    groups: the unit of each query, numbered from 0, if several are resampled together.
+    resamples: bootstrap resamples for the intervals; 0: no intervals.
+    seed: seed of the bootstrap.
 Returns:
-    recall_at_K for each k, a share from 0 to 1, and recall_at_K_interval.
+    recall_at_K for each k, from 0 to 1, and recall_at_K_interval.
 """
 
 

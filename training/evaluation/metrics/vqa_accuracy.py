@@ -1,17 +1,19 @@
-"""VQA accuracy: answers compared with those that people gave."""
+"""VQA accuracy: predicted answers compared with human answers."""
 
 import datasets
 import evaluate
 from vlp.training.evaluation.metrics import describe
 from vlp.training.evaluation.scores import estimate, mean, plain_answer, vqa_accuracy
 
-DESCRIPTION = """An answer is right where three of ten people gave it, averaged over leaving out each of them; case,
-punctuation, articles and numbers are written in one way first (visualqa.org/evaluation.html)."""
+DESCRIPTION = """The accuracy of an answer is min(1, matching human answers / 3), averaged over leaving out each human
+answer in turn. Case, punctuation, articles and numbers are normalised first (visualqa.org/evaluation.html)."""
 KWARGS = """
 Args:
-    predictions: an answer to each question. references: for each question, the answers that people gave.
-    groups: the unit of each question, numbered from 0, where several are drawn together.
-    resamples, seed: of the bootstrap; 0 for no intervals.
+    predictions: the predicted answer to each question.
+    references: the human answers to each question.
+    groups: the unit of each question, numbered from 0, if several are resampled together.
+    resamples: bootstrap resamples for the intervals; 0: no intervals.
+    seed: seed of the bootstrap.
 Returns:
     vqa_accuracy, from 0 to 1, and vqa_accuracy_interval.
 """
@@ -23,7 +25,7 @@ class VqaAccuracy(evaluate.Metric):
 
     def _compute(self, predictions, references, groups=None, resamples=0, seed=0):
         scores = [
-            vqa_accuracy(plain_answer(answer), [plain_answer(one) for one in given])
+            vqa_accuracy(plain_answer(answer), [plain_answer(text) for text in given])
             for answer, given in zip(predictions, references, strict=True)
         ]
         units = len(scores) if groups is None else max(groups) + 1

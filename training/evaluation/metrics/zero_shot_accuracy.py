@@ -5,15 +5,17 @@ import evaluate
 from vlp.training.evaluation.metrics import describe
 from vlp.training.evaluation.scores import estimate, hits_at, mean, mean_per_class
 
-DESCRIPTION = """The share of images whose class is among the first k, and the mean over classes of the share in each,
-which the paper reports where classes are of uneven size."""
+DESCRIPTION = """Top-k accuracy, and the mean of the per-class accuracies, which the CLIP paper reports for data sets
+with unbalanced classes."""
 KWARGS = """
 Args:
-    predictions: for each image, the numbers of classes, the best first.
-    references: the number of each image's class.
-    k: which accuracies to give. resamples, seed: of the bootstrap; 0 for no intervals.
+    predictions: the class indices for each image, best first.
+    references: the class index of each image.
+    k: the values of k.
+    resamples: bootstrap resamples for the intervals; 0: no intervals.
+    seed: seed of the bootstrap.
 Returns:
-    zero_shot_topK for each k and zero_shot_mean_per_class, shares from 0 to 1, and NAME_interval of each.
+    zero_shot_topK for each k and zero_shot_mean_per_class, from 0 to 1, and NAME_interval for each.
 """
 
 

