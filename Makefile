@@ -71,11 +71,13 @@ docs: venv-dev ## build the API reference from the docstrings into site/
 		vlp.modeling_vlp.losses vlp.modeling_vlp.ranking vlp.modeling_vlp.heatmaps vlp.processing.prompts
 	@echo "Open site/index.html."
 
+# Three processes for two cores, because some tests wait; a file's tests share fixtures, so they stay in one process.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile
 test: venv-dev ## run the tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: venv-dev ## run all tests, including the slow ones
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 PACKAGES := configuration modeling_vlp processing training model_cards
 check: venv-dev ## check linting, formatting and the import order of the packages

@@ -1,4 +1,8 @@
-"""Validation shared by the configurations; every error message contains the invalid value."""
+"""Checks that the configurations share: an impossible value is refused, and the message names it.
+
+transformers' type validators are not used: they do not name the configuration, their messages span several lines, and
+they cannot compare two fields.
+"""
 
 
 def require_positive(config, *names: str) -> None:

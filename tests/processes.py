@@ -86,6 +86,12 @@ def run_code(code: str) -> None:
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
 
 
+def run_script(path: str) -> None:
+    """Run a Python file as `python FILE` does."""
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
+
+
 def run_module(name: str) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 

@@ -34,6 +34,36 @@ from .processing.blip2 import VlpBlip2Processor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.tokenizer import VlpClipTokenizer
 
+# The public names of vlp: `from vlp import VlpClipModel`.
+__all__ = [
+    "VlpBlip2Config",
+    "VlpBlip2ForConditionalGeneration",
+    "VlpBlip2ForImageTextRetrieval",
+    "VlpBlip2ForPreTraining",
+    "VlpBlip2Processor",
+    "VlpBlipConfig",
+    "VlpBlipForConditionalGeneration",
+    "VlpBlipForImageTextRetrieval",
+    "VlpBlipForPreTraining",
+    "VlpBlipForQuestionAnswering",
+    "VlpBlipForVisualReasoning",
+    "VlpBlipImageProcessor",
+    "VlpBlipProcessor",
+    "VlpBlipTextConfig",
+    "VlpBlipViTConfig",
+    "VlpClipConfig",
+    "VlpClipImageProcessor",
+    "VlpClipModel",
+    "VlpClipProcessor",
+    "VlpClipTextConfig",
+    "VlpClipTokenizer",
+    "VlpModifiedResNetConfig",
+    "VlpQFormerConfig",
+    "VlpSiglipTextConfig",
+    "VlpSiglipViTConfig",
+    "VlpViTConfig",
+]
+
 PIPELINE = "vlp.processing.pipeline.VlpZeroShotImageClassificationPipeline"  # by name, to import it only when used
 USES = ("embed", "match", "caption", "answer", "reason")
 

@@ -2,12 +2,11 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import BLIP_TEXT, VIT, tiny_pair
+from processes import Program, run_module
 from test_data import picture
 from vlp.processing.blip import token_ids, train_tokenizer
 from vlp.training import evaluate
@@ -109,8 +108,9 @@ def test_link_targets_exist(name):
 
 def test_api_reference_contains_the_docstrings(tmp_path):
     """`make docs` lists every public name with its docstring."""
-    command = [sys.executable, "-m", "pdoc", "-o", str(tmp_path), "vlp", "vlp.inference", "vlp.commands.index"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    command = ["pdoc", "-o", str(tmp_path), "vlp", "vlp.inference", "vlp.commands.index"]
+    code, output = Program(tmp_path / "output.txt", run_module, "pdoc", argv=command).wait()
+    assert code == 0, output
     page = (tmp_path / "vlp.html").read_text()
     for name in vlp.__all__:
         assert f'id="{name}"' in page, name

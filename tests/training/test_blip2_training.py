@@ -136,7 +136,7 @@ def test_stage_1_folder_retrieves(stage_1, monkeypatch):
     assert output.logits_per_image.argmax(1)[0] == 0
     card = ModelCard.load(stage_1 / "README.md")
     assert "blip-2" in card.data.tags
-    for text in ("3 queries, 2 layers of 32", "frozen", "examples.png", "the three best matches"):
+    for text in ("3 queries, 2 layers of 32", "frozen", "examples.png", "the top three matches"):
         assert text in card.text, text
     assert "tensor" in what_the_card_says(stage_1)
 

@@ -242,7 +242,7 @@ def test_fine_tuning_for_captioning_and_retrieval(pairs, tuned, tmp_path):
     results = json.loads((matcher_folder / "results.json").read_text())
     assert results["losses"] == ["itc", "itm"] and "cider" not in results["metrics"]
     assert results["metrics"]["itm_accuracy"] >= 0.8
-    with pytest.raises(ArgumentError, match="lacks what --task retrieval needs"):
+    with pytest.raises(ArgumentError, match="lacks weights that --task retrieval needs"):
         train(arguments(pairs, tmp_path / "x", task="retrieval", model_name_or_path=str(captioner_folder)))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_blip, tiny_model
+from processes import Program
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -33,6 +34,7 @@ from vlp.processing.tokenizer import VlpClipTokenizer
 from vlp.training.families.blip import BlipArguments, make_teacher
 
 import vlp
+from vlp.commands.convert import main
 from vlp.conversion import convert
 from vlp.errors import ArgumentError
 from vlp.files import state_folder
@@ -565,8 +567,8 @@ def test_half_precision_tensors_are_loaded(tmp_path):
 
 def test_the_command_line(tmp_path):
     tiny_blip().save_pretrained(tmp_path / "ours")
-    command = [sys.executable, "-m", "vlp.commands.convert", str(tmp_path / "ours"), str(tmp_path / "theirs.pth")]
-    done = subprocess.run([*command, "--to", "salesforce"], capture_output=True, text=True)
-    assert done.returncode == 0 and "Wrote " in done.stdout, done.stderr
-    wrong = subprocess.run([*command, "--to", "transformers"], capture_output=True, text=True)
-    assert wrong.returncode == 1 and "error: transformers has no class for VlpBlipForPreTraining" in wrong.stderr
+    command = ["vlp-convert", str(tmp_path / "ours"), str(tmp_path / "theirs.pth")]
+    code, output = Program(tmp_path / "1.txt", main, argv=[*command, "--to", "salesforce"]).wait()
+    assert code == 0 and "Wrote " in output, output
+    code, output = Program(tmp_path / "2.txt", main, argv=[*command, "--to", "transformers"]).wait()
+    assert code == 1 and "error: transformers has no class for VlpBlipForPreTraining" in output

@@ -1,16 +1,15 @@
 """ONNX files match the models, including for other batch sizes and text lengths."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_batch, tiny_blip, tiny_blip_batch, tiny_model
+from processes import Program
 from torch.testing import assert_close
 
 import vlp
-from vlp.commands.onnx import export
+from vlp.commands.onnx import export, main
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -70,7 +69,7 @@ def test_blip_modes_match_the_model(tmp_path):
 
 def test_the_command_line(tmp_path):
     vlp.VlpBlipForVisualReasoning(tiny_blip().config).save_pretrained(tmp_path / "nlvr")
-    command = [sys.executable, "-m", "vlp.commands.onnx", str(tmp_path / "nlvr"), str(tmp_path / "onnx")]
-    wrong = subprocess.run(command, capture_output=True, text=True)
-    assert wrong.returncode == 1 and "is a VlpBlipForVisualReasoning, which vlp-onnx does not export" in wrong.stderr
+    command = ["vlp-onnx", str(tmp_path / "nlvr"), str(tmp_path / "onnx")]
+    code, output = Program(tmp_path / "output.txt", main, argv=command).wait()
+    assert code == 1 and "is a VlpBlipForVisualReasoning, which vlp-onnx does not export" in output
     assert not (tmp_path / "onnx").exists()
