@@ -168,8 +168,10 @@ class VlpClipProcessor(PublishesCode, ProcessorMixin):
         super().__init__(image_processor, tokenizer)
 
     def __call__(self, images=None, text=None, **kwargs):
-        kwargs.setdefault("padding", True)
-        kwargs.setdefault("truncation", True)
+        nested = kwargs.get("text_kwargs") or {}
+        for name in ("padding", "truncation"):
+            if name not in nested:
+                kwargs.setdefault(name, True)
         return super().__call__(images=images, text=text, **kwargs)
 
     def tokenize(self, texts: list[str], max_length: int):

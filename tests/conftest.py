@@ -195,6 +195,18 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+# The slowest files, which `make test` starts first, so that its processes end together.
+SLOWEST = (
+    "test_blip_training", "test_training", "test_distributed", "test_blip2_training", "test_onnx", "test_exchange",
+    "test_blip_tasks", "test_hub", "test_modeling", "test_bundle", "test_docs", "test_processing",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Put the slowest files first."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
 @pytest.fixture
 def images() -> list[Image.Image]:
     return [Image.new("RGB", (40, 30 + 10 * index), colour) for index, colour in enumerate(("red", "green", "blue"))]

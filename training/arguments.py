@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -218,6 +219,7 @@ class TrainingArguments:
     data_license: str | None = option(None, "licence of the data, for the model card")
 
     def __post_init__(self):
+        check_values(self)
         require_at_least_one(
             self, "per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "image_size",
             "max_length", "vocab_size", "logging_steps", "group_captions", "save_total_limit", "max_image_pixels",
@@ -246,7 +248,6 @@ class TrainingArguments:
         require_share(
             self, "tag_share", "template_share", "max_bad_share", "ema_decay", "adam_beta1", "adam_beta2", "crop_scale"
         )
-        require_choices(self)
         languages = len(self.caption_column.split(","))
         for name in ("templates", "tag_column"):
             count = len((getattr(self, name) or "").split(","))
@@ -304,13 +305,19 @@ def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ArgumentError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
-def require_choices(arguments) -> None:
-    """Raise ArgumentError if an option with a Literal type has a value outside its choices."""
+def check_values(arguments) -> None:
+    """Check every option against its type.
+
+    Raises:
+        ArgumentError: if a value is none of the choices of a Literal type, or a number is not finite.
+    """
     for item in dataclasses.fields(arguments):
-        if typing.get_origin(item.type) is Literal:
-            value, choices = getattr(arguments, item.name), typing.get_args(item.type)
-            if value not in choices:
-                raise ArgumentError(f"--{item.name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
+        value = getattr(arguments, item.name)
+        if typing.get_origin(item.type) is Literal and value not in typing.get_args(item.type):
+            choices = ", ".join(map(str, typing.get_args(item.type)))
+            raise ArgumentError(f"--{item.name} must be one of {choices}, got {value!r}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ArgumentError(f"--{item.name} must be a finite number, got {value}.")
 
 
 def publishable(options: dict) -> dict:

@@ -78,7 +78,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     try:
         evaluate(model, EvaluationArguments(**options))
-    except (ArgumentError, UnsupportedModelError, OSError) as error:
+    except (ArgumentError, UnsupportedModelError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     finally:
         if torch.distributed.is_initialized():

@@ -47,7 +47,7 @@ def resume(run: Run, path: Path) -> None:
         ResumeError: if the state belongs to another model or recipe; the message lists the differences.
     """
     options = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
-    facts = load_state(run.accelerator, path, state_facts(run))
+    facts = load_state(run.accelerator, path, state_facts(run), run.average)
     for group, values in zip(run.optimizer.param_groups, options, strict=True):
         group.update(values)
     run.progress = Progress(**facts["progress"])

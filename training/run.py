@@ -62,14 +62,20 @@ def train(arguments: TrainingArguments, family: Family | None = None) -> None:
         run.accelerator.print(f"Interrupted at step {run.progress.step}. Resume with --resume_from_checkpoint latest.")
         return
     model = published_model(run).eval()
-    round_matrices(
-        model, getattr(torch, arguments.publish_dtype)
-    )  # so that the published weights are the evaluated ones
+    require_finite(model)
+    round_matrices(model, getattr(torch, arguments.publish_dtype))  # the published weights are the evaluated ones
     outcomes = log_metrics(run, model, RESAMPLES)
     model.eval()
     run.accelerator.end_training()
     if run.accelerator.is_main_process:
         publish(run, model, outcomes)
+
+
+def require_finite(model: PreTrainedModel) -> None:
+    """Raise FloatingPointError, with the name of a tensor, if a weight is not finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FloatingPointError(f"{name} is not finite, so the model is not published: lower --learning_rate.")
 
 
 def published_model(run: Run) -> PreTrainedModel:
@@ -107,7 +113,7 @@ def save(run: Run) -> bool:
     arguments, step = run.arguments, run.progress.step
     folder = state_folder(arguments.output_dir)
     try:
-        path = save_state(run.accelerator, folder, step, state_facts(run), arguments.save_total_limit)
+        path = save_state(run.accelerator, folder, step, state_facts(run), arguments.save_total_limit, run.average)
     except OSError as error:
         run.accelerator.print(f"warning: {error}")
         return False

@@ -109,7 +109,6 @@ def make_run(
     objective.to(accelerator.device)
     if arguments.ema_decay:
         average = AveragedModel(model, multi_avg_fn=growing_average(arguments.ema_decay), use_buffers=True)
-        accelerator.register_for_checkpointing(average)
     if arguments.torch_compile:
         objective.compile()
     wrapped, optimizer = accelerator.prepare(objective, optimizer)

@@ -55,7 +55,9 @@ def check_output(output_dir: str, name: str = "--output_dir") -> None:
         ArgumentError: if replacing the folder would delete other files.
     """
     path = Path(output_dir)
-    if path.resolve() == Path.cwd() or not path.name or os.path.ismount(path) or path.is_file():
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ArgumentError(f"{name} {output_dir} is a link, a file or a device: choose a dedicated folder.")
+    if path.resolve() == Path.cwd() or not path.name or os.path.ismount(path):
         raise ArgumentError(f"{name} {output_dir} is replaced as a whole: choose a dedicated folder, such as runs/x.")
     if path.is_dir() and any(path.iterdir()) and not holds_a_model(path):
         raise ArgumentError(

@@ -135,8 +135,17 @@ class Predictor:
 
 
 def unit_features(output) -> Tensor:
-    """The features in a model's output, normalised to unit length, on the CPU."""
-    return unit_length(getattr(output, "pooler_output", output)).cpu()
+    """The features in a model's output, normalised to unit length, on the CPU.
+
+    Raises:
+        FloatingPointError: if they are not finite; a ranking by them would look perfect.
+    """
+    features = unit_length(getattr(output, "pooler_output", output)).cpu()
+    if not torch.isfinite(features).all():
+        raise FloatingPointError(
+            "The model's embeddings are not finite: its weights are broken, or its dtype too narrow."
+        )
+    return features
 
 
 class VlpPredictor(Predictor):

@@ -231,3 +231,11 @@ def test_tokenizer_training_is_the_same_in_every_process():
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                            env=os.environ | {"PYTHONHASHSEED": seed}).stdout.splitlines() for seed in "12"]  # fmt: skip
     assert runs[0] == runs[1] and len(set(runs[0])) == 2 and "'a'" in runs[0][0]
+
+
+def test_processor_takes_nested_options(images):
+    processor = tiny_processor()
+    texts = ["a cat", "two yellow triangles", "dog"]
+    flat = processor(images=images, text=texts, padding="max_length", return_tensors="pt")
+    nested = processor(images=images, text=texts, text_kwargs={"padding": "max_length"}, return_tensors="pt")
+    assert torch.equal(flat["input_ids"], nested["input_ids"]) and flat["input_ids"].shape[1] == 20

@@ -168,3 +168,10 @@ def test_bound_and_shown_options():
     assert {"learning_rate", "seed", "loss"} <= set(shown) and "output_dir" not in shown
     blip = names_of(BlipArguments(), "bound")
     assert {"answer_column", "label_column", "second_image_column", "task"} <= set(blip)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("option", ["learning_rate", "max_train_minutes", "tag_share", "weight_decay", "ema_decay"])
+def test_options_must_be_finite(option, value):
+    with pytest.raises(ArgumentError, match=f"--{option} must be a finite number, got {value}"):
+        parse([f"--{option}={value}"])

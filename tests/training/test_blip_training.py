@@ -175,7 +175,7 @@ def test_repeatedly_killed_run_equals_uninterrupted_run(pairs, trained, tmp_path
     changes = dict(
         dataset_name=str(tmp_path / "shards" / "{00000..00007}.tar"), eval_dataset_name=str(pairs), num_workers=2,
         tokenizer_name=str(trained), cache_images=False, augmentation="strong", save_steps=2, save_total_limit=3,
-        max_train_steps=40 + 12 * times,
+        max_train_steps=16 + 12 * times,
     )  # fmt: skip
     whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
     folder, settings = state_folder(killed), options(pairs, killed, **changes)

@@ -48,7 +48,7 @@ from vlp.training.families.clip import CLIP, ClipArguments
 from vlp.training.machine import hardware, hub
 from vlp.training.machine.optim import learning_rate_factor, levels_below_top, make_optimizer, parameter_groups
 from vlp.training.objectives.clip import ClipObjective
-from vlp.training.run import main, train
+from vlp.training.run import main, require_finite, train
 
 import vlp
 from vlp import files
@@ -210,9 +210,44 @@ def test_folder_with_other_files_is_not_replaced(pairs, tmp_path, monkeypatch):
     (folder / "thesis.txt").write_text("years of work")
     for name in (str(folder), ".", str(pairs), str(folder / "thesis.txt")):
         monkeypatch.chdir(folder)
-        with pytest.raises(ArgumentError, match="is replaced as a whole"):
+        with pytest.raises(ArgumentError, match="is replaced as a whole|is a link, a file or a device"):
             train(arguments(pairs, name))
     assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_average_is_resumed_without_unpickling(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", max_train_steps=1, ema_decay=0.9))
+    state = states(state_folder(tmp_path / "run"))[-1]
+    assert (state / "average.safetensors").is_file() and not list(state.glob("custom_checkpoint*"))
+    options = dict(max_train_steps=2, ema_decay=0.9, resume_from_checkpoint="latest")
+    torch.save(Bomb(tmp_path / "exploded"), state / "custom_checkpoint_0.pkl")
+    with pytest.raises(ResumeError, match="contains custom_checkpoint_0.pkl, a pickle, which is never loaded"):
+        train(arguments(pairs, tmp_path / "run", **options))
+    assert not (tmp_path / "exploded").exists()
+    (state / "custom_checkpoint_0.pkl").unlink()
+    train(arguments(pairs, tmp_path / "run", **options))
+    (states(state_folder(tmp_path / "run"))[-1] / "average.safetensors").unlink()
+    with pytest.raises(ResumeError, match="has no average.safetensors, which --ema_decay needs"):
+        train(arguments(pairs, tmp_path / "run", **options | {"max_train_steps": 3}))
+
+
+def test_weights_that_are_not_finite_are_not_published():
+    model = tiny_model()
+    require_finite(model)
+    with torch.no_grad():
+        model.logit_scale.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="logit_scale is not finite, so the model is not published"):
+        require_finite(model)
 
 
 def test_resuming_accepts_new_learning_rate_but_not_new_seed(pairs, tmp_path):

@@ -21,7 +21,7 @@ from ...errors import ArgumentError, BadDataError, ResumeError, UnsupportedModel
 from ...inference import load
 from ...processing.blip import clean_caption
 from ...processing.pictures import MAX_PIXELS, picture_bytes
-from ..arguments import EMOJI, option, require_at_least_one, require_share
+from ..arguments import EMOJI, check_values, option, require_at_least_one, require_share
 from ..machine.checkpoint import compare
 from ..machine.hardware import cpu_cores, use_cpu_well
 from .rows import BadRow, CaptionChooser, describe, picture_id, picture_of
@@ -67,6 +67,7 @@ class CapFiltArguments:
         for name in ("captioner", "filter"):
             if not getattr(self, name):
                 raise ArgumentError(f"CapFilt needs --{name}, the folder of a fine-tuned BLIP.")
+        check_values(self)
         require_at_least_one(self, "batch_size", "shard_size", "min_length", "max_length", "max_image_pixels")
         require_share(self, "top_p", "threshold")
 

@@ -6,7 +6,7 @@ from typing import Literal
 from ...errors import ArgumentError
 from ...processing.pictures import MAX_PIXELS
 from ...processing.prompts import CLASS_NAMES, TEMPLATES
-from ..arguments import EMOJI, option, require_at_least_one, require_choices
+from ..arguments import EMOJI, check_values, option, require_at_least_one
 from ..data.sources import is_shards
 
 TaskName = Literal["zero-shot", "retrieval", "captioning", "vqa", "itm", "nlvr"]
@@ -56,7 +56,7 @@ class EvaluationArguments:
     )
 
     def __post_init__(self):
-        require_choices(self)
+        check_values(self)
         if self.templates not in TEMPLATES:
             raise ArgumentError(f"--templates must be one of {', '.join(TEMPLATES)}, got {self.templates!r}.")
         require_at_least_one(self, "batch_size", "num_beams", "max_length", "max_image_pixels", "answer_top_k")

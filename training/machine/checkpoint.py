@@ -10,9 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from ...errors import ResumeError
 from ...files import STATE_FILE, state_folder, states
+
+AVERAGE_FILE = "average.safetensors"
 
 
 @torch.no_grad()
@@ -43,7 +46,9 @@ def store_matrices(folder: Path, dtype: torch.dtype) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def save_state(accelerator: Accelerator, folder: Path, step: int, facts: dict, keep: int) -> Path:
+def save_state(
+    accelerator: Accelerator, folder: Path, step: int, facts: dict, keep: int, average: AveragedModel | None = None
+) -> Path:
     """Save a training state as folder/step-N, completely or not at all; every process must call this.
 
     Args:
@@ -52,6 +57,7 @@ def save_state(accelerator: Accelerator, folder: Path, step: int, facts: dict, k
         step: optimiser steps done.
         facts: further data, which must fit into JSON.
         keep: number of states to keep; older ones are deleted.
+        average: the average of the weights to save with it, if there is one.
 
     Returns:
         The folder of the state.
@@ -68,6 +74,9 @@ def save_state(accelerator: Accelerator, folder: Path, step: int, facts: dict, k
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(fresh))
+        if accelerator.is_main_process and average is not None:
+            # As safetensors: Accelerate would store it as a pickle, which loading would execute.
+            save_file({name: value.clone() for name, value in average.state_dict().items()}, fresh / AVERAGE_FILE)
         if accelerator.is_main_process:
             (fresh / STATE_FILE).write_text(json.dumps(facts, indent=1))
     except Exception as problem:
@@ -107,13 +116,14 @@ def find_state(name: str, output_dir: str) -> Path:
     return path
 
 
-def load_state(accelerator: Accelerator, path: Path, facts: dict) -> dict:
+def load_state(accelerator: Accelerator, path: Path, facts: dict, average: AveragedModel | None = None) -> dict:
     """Load a training state, and delete the states of later steps.
 
     Args:
         accelerator: its weights, optimiser and random states are replaced.
         path: folder of the state.
         facts: "model_config" and "recipe" of this run, which must equal those of the state.
+        average: the average of the weights, which is replaced too, if there is one.
 
     Returns:
         The `facts` that were saved with the state.
@@ -122,11 +132,17 @@ def load_state(accelerator: Accelerator, path: Path, facts: dict) -> dict:
         ResumeError: if the state belongs to another model or recipe; the message lists the differences.
     """
     saved = json.loads((path / STATE_FILE).read_text())
+    if pickles := sorted(path.glob("custom_checkpoint_*.pkl")):
+        raise ResumeError(f"{path} contains {pickles[0].name}, a pickle, which is never loaded: start a new run.")
+    if average is not None and not (path / AVERAGE_FILE).is_file():
+        raise ResumeError(f"{path} has no {AVERAGE_FILE}, which --ema_decay needs.")
     for name in ("model_config", "recipe"):
         differences = compare(saved.get(name, {}), json.loads(json.dumps(facts[name])))
         if differences:
             raise ResumeError(f"{path} belongs to another {name.split('_')[0]}: {'; '.join(differences)}.")
     accelerator.load_state(str(path))
+    if average is not None:
+        average.load_state_dict(load_file(path / AVERAGE_FILE))
     if accelerator.is_main_process:
         for later in states(path.parent):
             if later.name > path.name:

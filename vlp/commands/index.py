@@ -398,7 +398,7 @@ def main() -> None:
 
             skipped = build(options.pictures, options.index, options.model, options.batch_size, options.faiss,
                             progress=progress)  # fmt: skip
-    except (NoIndexError, UnsupportedModelError, OSError) as error:
+    except (NoIndexError, UnsupportedModelError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"Indexed pictures in {options.index}: {len(Index(options.index)):,}. Skipped: {describe(skipped)}.")
 

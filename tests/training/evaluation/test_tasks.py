@@ -178,3 +178,12 @@ def test_metrics_and_files_are_named_by_caption_column(blip):
     assert [file_name(each.arguments) for each in evaluations] == [
         "emoji-test-retrieval", "emoji-test-retrieval-caption_vi",
     ]  # fmt: skip
+
+
+def test_embeddings_that_are_not_finite_are_refused():
+    """Ranked, they would give a recall of 100 %."""
+    model, processor = tiny_pair()
+    with torch.no_grad():
+        model.visual_projection.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="embeddings are not finite"):
+        VlpPredictor(model, processor).embed_images([Image.new("RGB", (30, 40), "red")])
