@@ -124,6 +124,7 @@ def is_number(value: int | str) -> bool:
 
 
 def build_parser(task: str = "clip") -> argparse.ArgumentParser:
+    """The parser of a task: `--config` and the options of its dataclass."""
     recipe = TASKS[task].recipe
     parser = argparse.ArgumentParser(
         prog=f"accelerate launch training {task}",

@@ -16,6 +16,7 @@ from ..modeling_vlp.exchange.places import ExchangeError
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of `vlp-convert`."""
     parser = argparse.ArgumentParser(prog="vlp-convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("source", help="a file of weights, or a folder")

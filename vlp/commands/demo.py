@@ -373,6 +373,7 @@ def page(demo: Demo):
 
 
 def main() -> None:
+    """The command `vlp-demo`."""
     parser = argparse.ArgumentParser(prog="vlp-demo", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--pictures", type=Path, help="folder of pictures to search (default: the embedded drawings)")

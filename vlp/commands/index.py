@@ -327,6 +327,7 @@ def import_faiss():
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of `vlp-index`, with its subcommands build and search."""
     parser = argparse.ArgumentParser(prog="vlp-index", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
@@ -385,6 +386,7 @@ def search(options) -> None:
 
 
 def main() -> None:
+    """The command `vlp-index`."""
     options = build_parser().parse_args()
     try:
         if options.command == "search":

@@ -131,6 +131,7 @@ def export(model, target: Path) -> list[str]:
 
 
 def main() -> None:
+    """The command `vlp-onnx`."""
     parser = argparse.ArgumentParser(prog="vlp-onnx", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("folder", help="folder or hub name of a model")
