@@ -16,7 +16,8 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 # Shapes: N samples, U units that are resampled, K classes
 
-Statistic = Callable[[np.ndarray], float]
+Statistic = Callable[[np.ndarray], np.ndarray]  # weights (..., U) of the units -> values (...)
+PART = 2_000_000  # weights that are computed together
 
 ARTICLES = {"a", "an", "the"}
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
@@ -36,16 +37,19 @@ def estimate(statistics: dict[str, Statistic], units: int, resamples: int = 0, s
         The value of each statistic under its name and, if there are resamples, [low, high] under NAME_interval.
     """
     ones, rng = np.ones(units), np.random.default_rng(seed)
-    result: dict = {name: statistic(ones) for name, statistic in statistics.items()}
+    result: dict = {name: float(statistic(ones)) for name, statistic in statistics.items()}
     if not resamples:
         return result
-    draws: dict[str, list[float]] = {name: [] for name in statistics}
-    for _ in range(resamples):
-        weights = np.bincount(rng.integers(0, units, units), minlength=units).astype(float)
+    draws: dict[str, list[np.ndarray]] = {name: [] for name in statistics}
+    together = max(1, PART // units)
+    for first in range(0, resamples, together):
+        count = min(together, resamples - first)
+        weights = [np.bincount(rng.integers(0, units, units), minlength=units) for _ in range(count)]
         for name, statistic in statistics.items():
-            draws[name].append(statistic(weights))
+            draws[name].append(statistic(np.array(weights, float)))
     for name, values in draws.items():
-        result[f"{name}_interval"] = [float(bound) for bound in np.nanpercentile(values, [2.5, 97.5])]
+        bounds = np.nanpercentile(np.concatenate(values), [2.5, 97.5])
+        result[f"{name}_interval"] = [float(bound) for bound in bounds]
     return result
 
 
@@ -63,9 +67,12 @@ def mean(scores, groups=None) -> Statistic:
     scores = np.asarray(scores, float)
     groups = np.arange(len(scores)) if groups is None else np.asarray(groups)
 
-    def statistic(weights: np.ndarray) -> float:
-        each = weights[groups]
-        return float(each @ scores / each.sum()) if each.sum() else float("nan")
+    totals, counts = np.bincount(groups, scores), np.bincount(groups).astype(float)  # of each unit
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        weights = weights[..., : len(counts)]
+        with np.errstate(invalid="ignore"):  # a resample without any of these units has no mean
+            return (weights @ totals) / (weights @ counts)
 
     return statistic
 
@@ -86,9 +93,8 @@ def mean_per_class(hits, labels) -> Statistic:
     hits, labels = np.asarray(hits, float), np.asarray(labels)
     shares = 1 / np.bincount(labels)[labels]
 
-    def statistic(weights: np.ndarray) -> float:
-        each = weights * shares
-        return float(each @ hits / each.sum())
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        return (weights @ (shares * hits)) / (weights @ shares)
 
     return statistic
 
@@ -157,12 +163,11 @@ def corpus_bleu(scorer: BleuScorer, order: int) -> Statistic:
     lengths = np.array([test["testlen"] for test in tests], float)
     wanted = np.array([min((abs(r - test["testlen"]), r) for r in test["reflen"])[1] for test in tests], float)
 
-    def statistic(weights: np.ndarray) -> float:
+    def statistic(weights: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore"):
-            precision = np.log((weights @ correct + 1e-15) / (weights @ guesses + 1e-9)).mean()
-        length = weights @ lengths
-        penalty = min(0.0, 1 - (weights @ wanted + 1e-9) / (length + 1e-15))
-        return float(np.exp(precision + penalty))
+            precision = np.log((weights @ correct + 1e-15) / (weights @ guesses + 1e-9)).mean(axis=-1)
+        penalty = np.minimum(0.0, 1 - (weights @ wanted + 1e-9) / (weights @ lengths + 1e-15))
+        return np.exp(precision + penalty)
 
     return statistic
 

@@ -121,3 +121,16 @@ def test_caption_intervals_contain_their_value():
     for name in ("cider", "bleu_4", "rouge_l"):
         low, high = found[f"{name}_interval"]
         assert low < found[name] < high
+
+
+def test_many_resamples_at_once_give_what_one_at_a_time_gives(monkeypatch):
+    statistics = caption_statistics(PREDICTIONS * 3, REFERENCES * 3)
+    units = len(PREDICTIONS) * 3
+    statistics |= {"grouped": mean(np.arange(units) % 3, np.arange(units) // 2),
+                   "classes": mean_per_class(np.arange(units) % 2, np.arange(units) % 5)}  # fmt: skip
+    together = estimate(statistics, units, resamples=60, seed=1)
+    monkeypatch.setattr("vlp.training.evaluation.scores.PART", 1)
+    alone = estimate(statistics, units, resamples=60, seed=1)
+    assert together.keys() == alone.keys()
+    for name, value in together.items():
+        assert value == pytest.approx(alone[name], rel=1e-12), name
