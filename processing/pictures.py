@@ -30,6 +30,11 @@ class PictureError(ValueError):
     """A picture that cannot be used; the message is the cause, by which such pictures are counted."""
 
 
+def content_of(source: Any) -> Any:
+    """The bytes or the path in a mapping with "bytes" or "path"; any other source as it is."""
+    return (source.get("bytes") or source.get("path")) if isinstance(source, dict) else source
+
+
 def read_picture(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a picture, upright, opaque and with eight bits per channel.
 
@@ -45,8 +50,7 @@ def read_picture(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         PictureError: if there is no picture, it cannot be decoded, or the source is a URL, which is never downloaded.
     """
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path")
+    source = content_of(source)
     if isinstance(source, Image.Image):
         return decode(source, max_pixels)
     if source is None or (isinstance(source, (str, bytes)) and not source):
@@ -230,8 +234,7 @@ def picture_bytes(source: Any) -> bytes:
     Raises:
         PictureError: if there is no picture, or its file is missing.
     """
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path")
+    source = content_of(source)
     if not source:
         raise PictureError("no image")
     if isinstance(source, bytes):

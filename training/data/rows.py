@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...processing.pictures import MAX_PIXELS, PictureError, read_picture
+from ...processing.pictures import MAX_PIXELS, PictureError, content_of, read_picture
 from ...processing.prompts import TEMPLATES, prompts_for
 from ..arguments import TrainingArguments
 
@@ -66,9 +66,7 @@ def picture_id(row: dict, image_column: str) -> str:
     """
     if row.get("image_id") is not None:
         return str(row["image_id"])
-    source = row[image_column]
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path")
+    source = content_of(row[image_column])
     if isinstance(source, bytes):
         return f"bytes:{blake2b(source, digest_size=16).hexdigest()}"
     return f"path:{blake2b(os.fspath(source).encode(errors='surrogatepass'), digest_size=16).hexdigest()}"

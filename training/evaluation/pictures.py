@@ -91,7 +91,12 @@ class Pictures:
 
     def gather(self, found: list[tuple]) -> list[tuple]:
         """Gather tuples (key, ...) from all processes, sorted by key."""
-        return sorted(gather_object(found), key=lambda item: item[0])
+        return gather_sorted(found)
+
+
+def gather_sorted(found: list[tuple]) -> list[tuple]:
+    """Gather tuples (key, ...) from all processes, sorted by key."""
+    return sorted(gather_object(found), key=lambda item: item[0])
 
 
 def find_pictures(
@@ -122,7 +127,7 @@ def find_pictures(
             found.append((number, *key_and_texts(row, number, arguments, labels)))
         except BadRow as error:
             skipped[str(error)] += 1
-    found = sorted(gather_object(found), key=lambda item: item[0])
+    found = gather_sorted(found)
     skipped = sum(gather_object([skipped]), Counter())
     if not found:
         raise ArgumentError(f"The evaluation data has no usable row: {describe(skipped)}.")
