@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --num_machines 1 --dynamo_backend no --mixed_
 	--num_processes $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); echo $$((n > 1 ? n : 1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev readme train train-blip train-blip2 cards demo docs test test-all check bench clean
+.PHONY: help venv venv-dev readme train train-blip train-blip2 cards demo docs test test-all test-transformers check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -78,6 +78,19 @@ test: venv-dev ## run the tests
 
 test-all: venv-dev ## run all tests, including the slow ones
 	$(PYTEST) $(ARGS)
+
+# The common tests are in transformers' source archive; those of `generate` run if TF_TESTS names the folder `tests` of a
+# copy of transformers' repository.
+TRANSFORMERS := $(shell $(BIN)/python -c "import transformers; print(transformers.__version__)" 2>/dev/null)
+ARCHIVE := build/transformers-$(TRANSFORMERS)
+test-transformers: venv-dev ## run transformers' own common tests on the classes of vlp (needs a network for the archive)
+	$(MAKE) --no-print-directory run-test-transformers
+.PHONY: run-test-transformers
+run-test-transformers:
+	test -d $(ARCHIVE) || ($(BIN)/pip download --quiet --no-binary transformers --no-deps --dest build \
+		transformers==$(TRANSFORMERS) && tar xzf $(ARCHIVE).tar.gz -C build)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLP_TRANSFORMERS=$(abspath $(ARCHIVE)) TF_TESTS=$(TF_TESTS) \
+		$(BIN)/python -m pytest -q -o addopts="--timeout=600" -p no:warnings -n 2 tests/contract $(ARGS)
 
 PACKAGES := configuration modeling_vlp processing training model_cards
 check: venv-dev ## check linting, formatting and the import order of the packages

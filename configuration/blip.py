@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checks import require_positive
+from .checks import require_positive, require_width
 from .text import VlpBlipTextConfig
 from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, vision_config_from
 
@@ -18,6 +18,9 @@ class VlpBlipConfig(PreTrainedConfig):
         image_text_hidden_size: width of the shared image-text embedding space (ITC).
         temperature_init_value: initial temperature of the ITC similarities.
         tie_word_embeddings: share the input and output word embeddings, as in BERT.
+
+    Raises:
+        ValueError: if a value is out of range, or the text model does not fit the width of the image tower.
 
     Example:
         >>> config = VlpBlipConfig(vision_config={"image_size": 384})
@@ -40,4 +43,5 @@ class VlpBlipConfig(PreTrainedConfig):
         if not isinstance(self.text_config, PreTrainedConfig):
             fields = {"encoder_hidden_size": self.vision_config.hidden_size} | (self.text_config or {})
             self.text_config = VlpBlipTextConfig(**fields)
+        require_width(self, "text model", self.text_config.encoder_hidden_size, self.vision_config.hidden_size)
         super().__post_init__(**kwargs)

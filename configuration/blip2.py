@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checks import require_fraction, require_positive
+from .checks import require_fraction, require_positive, require_width
 from .text import VlpQFormerConfig
 from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpViTConfig, vision_config_from
 
@@ -65,12 +65,15 @@ class VlpBlip2Config(PreTrainedConfig):
         width = self.vision_config.hidden_size
         if not isinstance(self.qformer_config, PreTrainedConfig):
             self.qformer_config = VlpQFormerConfig(**({"encoder_hidden_size": width} | (self.qformer_config or {})))
-        if self.qformer_config.encoder_hidden_size != width:
-            raise ValueError(
-                f"VlpBlip2Config: the Q-Former's encoder_hidden_size is {self.qformer_config.encoder_hidden_size}, but "
-                f"the image tower has width {width}; omit encoder_hidden_size to use the tower's width."
-            )
+        require_width(self, "Q-Former", self.qformer_config.encoder_hidden_size, width)
         if isinstance(self.text_config, dict):
             fields = dict(self.text_config)
             self.text_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        self.is_encoder_decoder = self.text_config is not None and bool(self.text_config.is_encoder_decoder)
         super().__post_init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The configuration of what reads and writes text: the language model in stage 2, the Q-Former in stage 1."""
+        if self.text_config is None:
+            return self.qformer_config
+        return super().get_text_config(decoder=decoder, encoder=encoder)

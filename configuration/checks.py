@@ -47,6 +47,25 @@ def require_divisible(config, name: str, divisor_name: str) -> None:
         )
 
 
+def require_width(config, part: str, encoder_hidden_size: int, width: int) -> None:
+    """Check that the part of a model that cross-attends to the image tower expects the tower's width.
+
+    Args:
+        config: the configuration of the model.
+        part: the part, for the error message.
+        encoder_hidden_size: the width that it expects.
+        width: the width of the image tower.
+
+    Raises:
+        ValueError: if the widths differ.
+    """
+    if encoder_hidden_size != width:
+        raise ValueError(
+            f"{type(config).__name__}: encoder_hidden_size of the {part} is {encoder_hidden_size}, but the image tower "
+            f"has width {width}; omit encoder_hidden_size to use the tower's width."
+        )
+
+
 def require_token_ids(config, *names: str) -> None:
     """Check that every named token id is in the vocabulary.
 

@@ -44,7 +44,7 @@ class VlpClipConfig(PreTrainedConfig):
         require_positive(self, "projection_dim")
         self.vision_config = vision_config_from(self.vision_config, VISION, self.projection_dim, self)
         vision, width = self.vision_config, self.projection_dim
-        if isinstance(vision, VlpSiglipViTConfig) and vision.hidden_size != width:
+        if vision.model_type == VlpSiglipViTConfig.model_type and vision.hidden_size != width:
             raise ValueError(
                 f"VlpClipConfig: SigLIP's image tower has no projection, so projection_dim ({width}) must equal its "
                 f"hidden_size ({vision.hidden_size})."

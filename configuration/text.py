@@ -90,8 +90,8 @@ class VlpBlipTextConfig(PreTrainedConfig):
         attention_probs_dropout_prob: dropout probability of attention weights.
         label_smoothing: label smoothing of the language modelling loss (section 3.2).
         eos_token_id: [SEP], the last token of every text.
-        bos_token_id: [DEC], the first token of a text to decode.
-        enc_token_id: [ENC], the first token of a text to match with an image.
+        bos_token_id: [DEC], the first token of a text to decode; if None, `vocab_size - 2`, as in BLIP.
+        enc_token_id: [ENC], the first token of a text to match with an image; if None, `vocab_size - 1`, as in BLIP.
     """
 
     model_type = "vlp_blip_text"
@@ -113,8 +113,8 @@ class VlpBlipTextConfig(PreTrainedConfig):
     label_smoothing: float = 0.1
     pad_token_id: int = 0
     eos_token_id: int = 102
-    bos_token_id: int = 30522
-    enc_token_id: int = 30523
+    bos_token_id: int | None = None
+    enc_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -134,6 +134,10 @@ class VlpBlipTextConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "label_smoothing"):
             require_fraction(self, name)
         require_activation(self)
+        if self.bos_token_id is None:
+            self.bos_token_id = self.vocab_size - 2
+        if self.enc_token_id is None:
+            self.enc_token_id = self.vocab_size - 1
         require_token_ids(self, "pad_token_id", "eos_token_id", "bos_token_id", "enc_token_id")
 
 
@@ -150,7 +154,7 @@ class VlpQFormerConfig(PreTrainedConfig):
         attention_probs_dropout_prob: dropout probability of attention weights.
         label_smoothing: label smoothing of the image-grounded text generation loss (LAVIS, Qformer.py: 0.1).
         eos_token_id: [SEP], the last token of every text.
-        bos_token_id: [DEC], the first token of a text to decode.
+        bos_token_id: [DEC], the first token of a text to decode; if None, `vocab_size - 1`, as in BLIP-2.
     """
 
     model_type = "vlp_qformer"
@@ -173,7 +177,7 @@ class VlpQFormerConfig(PreTrainedConfig):
     label_smoothing: float = 0.1
     pad_token_id: int = 0
     eos_token_id: int = 102
-    bos_token_id: int = 30522
+    bos_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -194,4 +198,6 @@ class VlpQFormerConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "label_smoothing"):
             require_fraction(self, name)
         require_activation(self)
+        if self.bos_token_id is None:
+            self.bos_token_id = self.vocab_size - 1
         require_token_ids(self, "pad_token_id", "eos_token_id", "bos_token_id")

@@ -16,10 +16,33 @@ class VlpPreTrainedModel(PublishesCode, PreTrainedModel):
     """
 
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the losses are means over the batch; `Trainer` divides them by the accumulated steps
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    # The other architectures whose checkpoints have all weights of this class; None: any.
+    loads: tuple[str, ...] | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a model as transformers does.
+
+        Raises:
+            ValueError: if the checkpoint is one of another class of vlp that lacks weights of this class, as when an
+                Auto class of transformers is not the one for the model.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        saved = (getattr(model.config, "architectures", None) or [cls.__name__])[0]
+        fits = {kind.__name__ for kind in cls.__mro__} | set(cls.loads or ())
+        if cls.loads is not None and str(saved).startswith("Vlp") and saved not in fits:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a {saved}, which lacks weights of {cls.__name__}: load it with "
+                f"{saved}.from_pretrained."
+            )
+        return loaded
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -42,10 +65,10 @@ class VlpPreTrainedModel(PublishesCode, PreTrainedModel):
         elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, nn.Embedding)):
             super()._init_weights(module)
 
-    def output_flags(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
+    def output_flags(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict:
         """Return the flags that the caller set; those that are None come from the configuration."""
         flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        return {name: bool(getattr(self.config, name) if flag is None else flag) for name, flag in flags.items()}
+        return {name: getattr(self.config, name) if flag is None else flag for name, flag in flags.items()}
 
 
 def adopt(model: PreTrainedModel, find) -> PreTrainedModel:

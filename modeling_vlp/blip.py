@@ -26,13 +26,13 @@ class VlpBlipPreTrainedModel(VlpPreTrainedModel):
 
     config_class = VlpBlipConfig
     base_model_prefix = ""
-    main_input_name = "pixel_values"
+    main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _no_split_modules = ["PatchEmbeddings", "Block", "Bottleneck", "AttentionPool2d", "MedEmbeddings", "MedLayer"]
 
     def __init__(self, config: VlpBlipConfig, encoder: bool = True, decoder: bool = True, cross: bool = True):
         super().__init__(config)
-        self.is_resnet = isinstance(config.vision_config, VlpModifiedResNetConfig)
+        self.is_resnet = config.vision_config.model_type == VlpModifiedResNetConfig.model_type
         self.vision_model = (ModifiedResNet if self.is_resnet else BlipViT)._from_config(config.vision_config)
         self.text_model = MedModel._from_config(config.text_config, encoder=encoder, decoder=decoder, cross=cross)
 
@@ -82,24 +82,40 @@ class VlpBlipDualEncoder(VlpBlipPreTrainedModel):
             self.post_init()
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        pooled_only: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
         """Embed images.
 
-        Args:
-            pixel_values: (B, C, S, S).
-            kwargs: `interpolate_pos_encoding`, `pooled_only`, `output_hidden_states` and `output_attentions`, as for
-                `VlpClipModel.get_image_features`.
+        Args: as for `VlpClipModel.get_image_features`.
 
         Returns:
             `pooler_output` (B, E), projected but not normalised, and `last_hidden_state` (B, M, D).
         """
-        output = self.encode_image(pixel_values, **kwargs)
+        output = self.encode_image(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            pooled_only=pooled_only,
+            **self.output_flags(output_hidden_states, output_attentions),
+        )
         output.pooler_output = self.vision_proj(output.pooler_output)
         return output
 
     @can_return_tuple
     def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, pooled_only: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pooled_only: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Embed texts with the unimodal encoder.
 
@@ -107,14 +123,20 @@ class VlpBlipDualEncoder(VlpBlipPreTrainedModel):
             input_ids: (T, N) texts that begin with [CLS].
             attention_mask: (T, N), 0 for padding; if None, derived from the padding token.
             pooled_only: compute only the first token in the last layer; `last_hidden_state` is then None.
+            output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+            kwargs: ignored, so that the processor's output can be passed as it is.
 
         Returns:
             `pooler_output` (T, E), projected but not normalised, and `last_hidden_state` (T, N, D).
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
-        last = self.text_model(input_ids, mask, pooled_only=pooled_only, pack=pooled_only).last_hidden_state
+        flags = self.output_flags(output_hidden_states, output_attentions)
+        output = self.text_model(input_ids, mask, pooled_only=pooled_only, pack=pooled_only, **flags)
         return BaseModelOutputWithPooling(
-            last_hidden_state=None if pooled_only else last, pooler_output=self.text_proj(last[:, 0])
+            last_hidden_state=None if pooled_only else output.last_hidden_state,
+            pooler_output=self.text_proj(output.last_hidden_state[:, 0]),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )
 
 
@@ -183,6 +205,7 @@ class VlpBlipForPreTraining(VlpBlipMatcher):
     training state, not part of the model; `vlp.training` implements them.
     """
 
+    loads = ()
     _tied_weights_keys = {"lm_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: VlpBlipConfig):
@@ -215,6 +238,10 @@ class VlpBlipForPreTraining(VlpBlipMatcher):
         caption_ids: Tensor | None = None,
         image_ids: Tensor | None = None,
         return_loss: bool = True,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> VlpBlipPreTrainingOutput:
         """Compute the three losses of B pairs without a teacher; hard negatives come from the batch.
 
@@ -226,65 +253,99 @@ class VlpBlipForPreTraining(VlpBlipMatcher):
                 with the same tokens are equal.
             image_ids: (B,) equal for equal images, which are not used as negatives of each other; if None, all images
                 are different.
-            return_loss: if False, return only the embeddings and `logits_per_image`.
+            return_loss: if False, return only the embeddings and their logits.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+            kwargs: ignored, such as `num_items_in_batch` of `Trainer`.
 
         Returns:
             The losses, logits and embeddings.
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
-        vision = self.get_image_features(pixel_values)
-        image = F.normalize(vision.pooler_output, dim=-1)
-        text = F.normalize(self.get_text_features(input_ids, mask, pooled_only=True).pooler_output, dim=-1)
-        logits = image @ text.T / self.temp  # (B, B)
+        flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        vision = self.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **flags)
+        words = self.get_text_features(input_ids, mask, pooled_only=True, return_dict=True, **flags)
+        image, text = F.normalize(vision.pooler_output, dim=-1), F.normalize(words.pooler_output, dim=-1)
+        output = pre_training_output(image @ text.T / self.temp, image, text, vision, words)
         if not return_loss:
-            return VlpBlipPreTrainingOutput(logits_per_image=logits, image_embeds=image, text_embeds=text)
-        loss_itc, negatives, found = compare_within_batch(logits, input_ids, caption_ids, image_ids)
+            return output
+        negatives, found = compare_within_batch(output, input_ids, caption_ids, image_ids, self.training)
         memory = self.text_model.memory_of(vision.last_hidden_state)
         itm_logits = self.itm_logits(input_ids, mask, memory, *negatives)
-        loss_itm = matching_loss(itm_logits.float(), *matching_labels(found, found))
-        loss_lm = self.lm_loss(input_ids, memory)
-        return VlpBlipPreTrainingOutput(
-            loss=loss_itc + loss_itm + loss_lm,
-            loss_itc=loss_itc,
-            loss_itm=loss_itm,
-            loss_lm=loss_lm,
-            logits_per_image=logits,
-            itm_logits=itm_logits,
-            image_embeds=image,
-            text_embeds=text,
-        )
+        return add_losses(output, itm_logits, found, self.lm_loss(input_ids, memory))
 
 
-def compare_within_batch(
-    logits: Tensor,
-    input_ids: Tensor,
-    caption_ids: Tensor | None,
-    image_ids: Tensor | None,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:  # fmt: skip
-    """Compute the ITC loss within a batch, and draw hard negatives from it.
+def pre_training_output(logits: Tensor, image: Tensor, text: Tensor, vision, words) -> VlpBlipPreTrainingOutput:
+    """Collect the embeddings of B pairs, without losses.
 
     Args:
         logits: (B, B) similarities of images and texts, divided by the temperature.
+        image, text: the embeddings, of unit length.
+        vision, words: the outputs of `get_image_features` and `get_text_features`.
+    """
+    return VlpBlipPreTrainingOutput(
+        logits_per_image=logits,
+        logits_per_text=logits.T,
+        image_embeds=image,
+        text_embeds=text,
+        text_model_output=words,
+        vision_model_output=vision,
+    )
+
+
+def compare_within_batch(
+    output: VlpBlipPreTrainingOutput,
+    input_ids: Tensor,
+    caption_ids: Tensor | None,
+    image_ids: Tensor | None,
+    training: bool,
+    label_smoothing: float = 0.0,
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Compute the ITC loss within a batch, and draw hard negatives from it.
+
+    Args:
+        output: gives `logits_per_image` (B, B), and gets `loss_itc`.
         input_ids, caption_ids, image_ids: as for `VlpBlipForPreTraining.forward`.
+        training: draw the negatives at random; otherwise the same ones in every call.
         label_smoothing: label smoothing of the ITC targets.
 
     Returns:
-        The loss; the indices (B,) of the negative image of each text and of the negative text of each image; and a mask
-        (B,), True if a row has a negative.
+        The indices (B,) of the negative image of each text and of the negative text of each image; and a mask (B,),
+        True if a row has a negative.
     """
     if caption_ids is None:
         caption_ids = (
             (input_ids[:, None] == input_ids).all(dim=-1).int().argmax(dim=1)
         )  # the index of the first equal caption
+    logits = output.logits_per_image
     same = same_pairs(caption_ids) if image_ids is None else same_pairs(caption_ids, image_ids)
     targets = smooth_targets(same, label_smoothing)
-    loss = (soft_contrastive_loss(logits, targets) + soft_contrastive_loss(logits.T, targets)) / 2
+    output.loss_itc = (soft_contrastive_loss(logits, targets) + soft_contrastive_loss(logits.T, targets)) / 2
     with torch.no_grad():
-        uniform = torch.rand(2, len(logits), device=logits.device)
+        uniform = (
+            torch.rand(2, len(logits), device=logits.device) if training else logits.new_full((2, len(logits)), 0.5)
+        )
         image_negatives, found = draw_hard_negatives(logits.T.float(), same, uniform[0])
         text_negatives, _ = draw_hard_negatives(logits.float(), same, uniform[1])
-    return loss, (image_negatives, text_negatives), found
+    return (image_negatives, text_negatives), found
+
+
+def add_losses(
+    output: VlpBlipPreTrainingOutput, itm_logits: Tensor, found: Tensor, loss_lm: Tensor
+) -> VlpBlipPreTrainingOutput:
+    """Add the ITM loss, the LM loss and the sum of the three losses to an output.
+
+    Args:
+        output: has `loss_itc`.
+        itm_logits: (3 B, 2), see `MatchesPairs.itm_logits`.
+        found: (B,) bool, True if a row has a negative.
+        loss_lm: the language modelling loss.
+    """
+    output.itm_logits = itm_logits[: len(found)]
+    output.loss_itm = matching_loss(itm_logits.float(), *matching_labels(found, found))
+    output.loss_lm = loss_lm
+    output.loss = output.loss_itc + output.loss_itm + output.loss_lm
+    return output
 
 
 def matching_labels(image_found: Tensor, text_found: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,6 +365,7 @@ def matching_labels(image_found: Tensor, text_found: Tensor) -> tuple[Tensor, Te
 class VlpBlipForImageTextRetrieval(VlpBlipMatcher):
     """BLIP for image-text retrieval: ITC and ITM scores."""
 
+    loads = ("VlpBlipForPreTraining",)
     _keys_to_ignore_on_load_unexpected = [r"decoder_attention\.", r"^lm_head\."]
 
     def __init__(self, config: VlpBlipConfig):
@@ -317,6 +379,9 @@ class VlpBlipForImageTextRetrieval(VlpBlipMatcher):
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> VlpBlipRetrievalOutput:
         """Compare every image with every text by ITC, and match each text with its image by ITM.
 
@@ -326,13 +391,16 @@ class VlpBlipForImageTextRetrieval(VlpBlipMatcher):
             pixel_values: (B, C, S, S).
             attention_mask: (T, N), 0 for padding; if None, derived from the padding token.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
+            output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+            kwargs: ignored.
 
         Returns:
             The scores and embeddings.
         """
-        vision = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        text = self.get_text_features(input_ids, attention_mask, pooled_only=True).pooler_output
-        image_embeds, text_embeds = F.normalize(vision.pooler_output, dim=-1), F.normalize(text, dim=-1)
+        flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        vision = self.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **flags)
+        words = self.get_text_features(input_ids, attention_mask, pooled_only=True, return_dict=True, **flags)
+        image_embeds, text_embeds = F.normalize(vision.pooler_output, dim=-1), F.normalize(words.pooler_output, dim=-1)
         logits = image_embeds @ text_embeds.T / self.temp  # (B, T)
         return VlpBlipRetrievalOutput(
             itm_logits=self.match(input_ids, attention_mask, self.text_model.memory_of(vision.last_hidden_state)),
@@ -340,4 +408,6 @@ class VlpBlipForImageTextRetrieval(VlpBlipMatcher):
             logits_per_text=logits.T,
             image_embeds=image_embeds,
             text_embeds=text_embeds,
+            text_model_output=words,
+            vision_model_output=vision,
         )

@@ -14,8 +14,8 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.blip2 import VlpBlip2Config
 from ..configuration.vision import VlpModifiedResNetConfig, VlpViTConfig
 from .base import VlpPreTrainedModel
-from .blip import MatchesPairs, compare_within_batch, matching_labels
-from .losses import language_modelling_loss, matching_loss
+from .blip import MatchesPairs, add_losses, compare_within_batch, pre_training_output
+from .losses import language_modelling_loss
 from .med import LMHead, Memory, begin_with
 from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput
 from .qformer import QFormerModel
@@ -42,8 +42,9 @@ class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
 
     def __init__(self, config: VlpBlip2Config, text: bool):
         super().__init__(config)
-        kinds = {VlpModifiedResNetConfig: ModifiedResNet, VlpViTConfig: ViT}
-        self.vision_model = kinds.get(type(config.vision_config), BlipViT)._from_config(config.vision_config)
+        kinds = {VlpModifiedResNetConfig.model_type: ModifiedResNet, VlpViTConfig.model_type: ViT}
+        kind = kinds.get(config.vision_config.model_type, BlipViT)
+        self.vision_model = kind._from_config(config.vision_config)
         self.vision_norm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_norm_eps)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.qformer_config.hidden_size))
         self.qformer = QFormerModel._from_config(config.qformer_config, text=text)
@@ -55,9 +56,9 @@ class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
             self.vision_model.requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(cls, name, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a model as transformers does, and freeze the image tower again."""
-        loaded = super().from_pretrained(name, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
         return loaded
 
@@ -78,9 +79,35 @@ class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
 
     def encode_image(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Encode images (B, C, S, S) with the image tower; returns states (B, M, width of the tower)."""
+        return self.tower_output(pixel_values, None, interpolate_pos_encoding).last_hidden_state
+
+    def tower_output(
+        self,
+        pixel_values: Tensor | None,
+        vision_states: Tensor | None,
+        interpolate_pos_encoding: bool = False,
+        **flags: bool,
+    ) -> BaseModelOutputWithPooling:
+        """Run the image tower on images, unless its states are given; `last_hidden_state` has the states.
+
+        Args:
+            pixel_values: (B, C, S, S); ignored if `vision_states` are given.
+            vision_states: (B, M, width of the tower), from `encode_image`.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            flags: `output_hidden_states` and `output_attentions`.
+
+        Raises:
+            ValueError: if neither `pixel_values` nor `vision_states` is given.
+        """
+        if vision_states is not None:
+            return BaseModelOutputWithPooling(last_hidden_state=vision_states)
+        if pixel_values is None:
+            raise ValueError(f"{type(self).__name__} needs pixel_values (the images) or their vision_states.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
-            output = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return output.as_sequence() if isinstance(self.vision_model, ModifiedResNet) else output.last_hidden_state
+            output = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **flags)
+        if isinstance(self.vision_model, ModifiedResNet):
+            output.last_hidden_state = output.as_sequence()
+        return output
 
     def memory_of(self, vision_states: Tensor) -> Memory:
         """Compute the cross-attention keys and values once per image.
@@ -108,18 +135,11 @@ class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
         """
         return self.qformer(query_embeds=self.query_tokens.expand(len(memory), -1, -1), memory=memory, **kwargs)
 
-    def padding_mask(self, input_ids: Tensor) -> Tensor:
+    def padding_mask(self, input_ids: Tensor | None) -> Tensor:
+        """The attention mask of texts (T, N): 0 for the padding token. Raises ValueError if there are no texts."""
+        if input_ids is None:
+            raise ValueError(f"{type(self).__name__} needs input_ids, the texts.")
         return (input_ids != self.config.qformer_config.pad_token_id).long()
-
-    def states_of(self, pixel_values, vision_states, interpolate_pos_encoding: bool = False) -> Tensor:
-        """Return `vision_states` if given, else encode the images.
-
-        Raises:
-            ValueError: if neither `pixel_values` nor `vision_states` is given.
-        """
-        if vision_states is None and pixel_values is None:
-            raise ValueError(f"{type(self).__name__} needs pixel_values (the images) or their vision_states.")
-        return self.encode_image(pixel_values, interpolate_pos_encoding) if vision_states is None else vision_states
 
 
 class VlpBlip2Matcher(MatchesPairs, VlpBlip2PreTrainedModel):
@@ -139,27 +159,41 @@ class VlpBlip2Matcher(MatchesPairs, VlpBlip2PreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor | None = None, vision_states: Tensor | None = None,
+        self,
+        pixel_values: Tensor | None = None,
+        vision_states: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> BaseModelOutputWithPooling:  # fmt: skip
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
         """Embed images.
 
         Args:
             pixel_values: (B, C, S, S); ignored if `vision_states` are given.
             vision_states: (B, M, width of the tower), from `encode_image`.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
+            output_hidden_states, output_attentions: also return these of the tower; if None, as the configuration says.
+            kwargs: ignored, so that the processor's output can be passed as it is.
 
         Returns:
             `pooler_output` (B, Q, E), the queries' outputs, projected but not normalised, and `last_hidden_state` (B,
             M, width of the tower), the states of the tower.
         """
-        states = self.states_of(pixel_values, vision_states, interpolate_pos_encoding)
-        queries = self.query(self.memory_of(states)).last_hidden_state
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.vision_proj(queries))
+        flags = self.output_flags(output_hidden_states, output_attentions)
+        output = self.tower_output(pixel_values, vision_states, interpolate_pos_encoding, **flags)
+        output.pooler_output = self.vision_proj(self.query(self.memory_of(output.last_hidden_state)).last_hidden_state)
+        return output
 
     @can_return_tuple
     def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, pooled_only: bool = True
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pooled_only: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Embed texts.
 
@@ -167,14 +201,20 @@ class VlpBlip2Matcher(MatchesPairs, VlpBlip2PreTrainedModel):
             input_ids: (T, N) texts that begin with [CLS].
             attention_mask: (T, N), 0 for padding; if None, derived from the padding token.
             pooled_only: compute only the first token in the last layer; `last_hidden_state` is then None.
+            output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+            kwargs: ignored, so that the processor's output can be passed as it is.
 
         Returns:
             `pooler_output` (T, E), projected but not normalised, and `last_hidden_state` (T, N, D).
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
-        last = self.qformer(input_ids=input_ids, attention_mask=mask, pooled_only=pooled_only).last_hidden_state
+        flags = self.output_flags(output_hidden_states, output_attentions)
+        output = self.qformer(input_ids=input_ids, attention_mask=mask, pooled_only=pooled_only, **flags)
         return BaseModelOutputWithPooling(
-            last_hidden_state=None if pooled_only else last, pooler_output=self.text_proj(last[:, 0])
+            last_hidden_state=None if pooled_only else output.last_hidden_state,
+            pooler_output=self.text_proj(output.last_hidden_state[:, 0]),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )
 
     def match(self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory) -> Tensor:
@@ -201,6 +241,7 @@ class VlpBlip2ForPreTraining(VlpBlip2Matcher):
     joined batch of all processes.
     """
 
+    loads = ()
     _tied_weights_keys = {"lm_head.decoder.weight": "qformer.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: VlpBlip2Config):
@@ -241,20 +282,24 @@ class VlpBlip2ForPreTraining(VlpBlip2Matcher):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
         pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         vision_states: Tensor | None = None,
         caption_ids: Tensor | None = None,
         image_ids: Tensor | None = None,
         label_smoothing: float = 0.0,
         return_loss: bool = True,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> VlpBlipPreTrainingOutput:
         """Compute the three losses of B pairs; hard negatives come from the batch.
 
         Args:
-            input_ids: (B, N) captions that begin with [CLS], padded on the right.
             pixel_values: (B, C, S, S); ignored if `vision_states` are given.
+            input_ids: (B, N) captions that begin with [CLS], padded on the right.
             attention_mask: (B, N), 0 for padding; if None, derived from the padding token.
             vision_states: (B, M, width of the tower), from `encode_image`.
             caption_ids: (B,) equal for equal captions, which are not used as negatives of each other; if None, captions
@@ -262,7 +307,10 @@ class VlpBlip2ForPreTraining(VlpBlip2Matcher):
             image_ids: (B,) equal for equal images, which are not used as negatives of each other; if None, all images
                 are different.
             label_smoothing: label smoothing of the ITC targets; 0.1 in LAVIS, not mentioned in the paper.
-            return_loss: if False, return only the embeddings and `logits_per_image`.
+            return_loss: if False, return only the embeddings and their logits.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+            kwargs: ignored, such as `num_items_in_batch` of `Trainer`.
 
         Returns:
             The losses, logits and embeddings.
@@ -271,26 +319,20 @@ class VlpBlip2ForPreTraining(VlpBlip2Matcher):
             ValueError: if neither `pixel_values` nor `vision_states` is given.
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
-        memory, cache = self.memory_of(self.states_of(pixel_values, vision_states)), DynamicCache()
-        image = F.normalize(self.vision_proj(self.query(memory, past_key_values=cache).last_hidden_state), dim=-1)
-        text = F.normalize(self.get_text_features(input_ids, mask).pooler_output, dim=-1)
-        logits = best_query(image, text) / self.temp  # (B, B)
+        flags = self.output_flags(output_hidden_states, output_attentions)
+        vision = self.tower_output(pixel_values, vision_states, interpolate_pos_encoding, **flags)
+        memory, cache = self.memory_of(vision.last_hidden_state), DynamicCache()
+        vision.pooler_output = self.vision_proj(self.query(memory, past_key_values=cache).last_hidden_state)
+        words = self.get_text_features(input_ids, mask, pooled_only=True, return_dict=True, **flags)
+        image, text = F.normalize(vision.pooler_output, dim=-1), F.normalize(words.pooler_output, dim=-1)
+        output = pre_training_output(best_query(image, text) / self.temp, image, text, vision, words)
         if not return_loss:
-            return VlpBlipPreTrainingOutput(logits_per_image=logits, image_embeds=image, text_embeds=text)
-        loss_itc, negatives, found = compare_within_batch(logits, input_ids, caption_ids, image_ids, label_smoothing)
-        itm_logits = self.itm_logits(input_ids, mask, memory, *negatives)
-        loss_itm = matching_loss(itm_logits.float(), *matching_labels(found, found))
-        loss_lm = self.lm_loss(input_ids, cache)
-        return VlpBlipPreTrainingOutput(
-            loss=loss_itc + loss_itm + loss_lm,
-            loss_itc=loss_itc,
-            loss_itm=loss_itm,
-            loss_lm=loss_lm,
-            logits_per_image=logits,
-            itm_logits=itm_logits,
-            image_embeds=image,
-            text_embeds=text,
+            return output
+        negatives, found = compare_within_batch(
+            output, input_ids, caption_ids, image_ids, self.training, label_smoothing
         )
+        itm_logits = self.itm_logits(input_ids, mask, memory, *negatives)
+        return add_losses(output, itm_logits, found, self.lm_loss(input_ids, cache))
 
 
 def best_query(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
@@ -301,6 +343,7 @@ def best_query(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
 class VlpBlip2ForImageTextRetrieval(VlpBlip2Matcher):
     """BLIP-2 for image-text retrieval: ITC and ITM scores."""
 
+    loads = ("VlpBlip2ForPreTraining",)
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: VlpBlip2Config):
@@ -310,21 +353,26 @@ class VlpBlip2ForImageTextRetrieval(VlpBlip2Matcher):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
         pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         vision_states: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> VlpBlipRetrievalOutput:
         """Compare every image with every text by ITC, and match each text with its image by ITM.
 
         Args:
+            pixel_values: (B, C, S, S); ignored if `vision_states` are given.
             input_ids: (T, N) texts that begin with [CLS], T a multiple of B. The first T / B are matched with the first
                 image, and so on; if T = B, text i is matched with image i.
-            pixel_values: (B, C, S, S); ignored if `vision_states` are given.
             attention_mask: (T, N), 0 for padding; if None, derived from the padding token.
             vision_states: (B, M, width of the tower), from `encode_image`.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
+            output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+            kwargs: ignored.
 
         Returns:
             The scores and embeddings.
@@ -332,9 +380,12 @@ class VlpBlip2ForImageTextRetrieval(VlpBlip2Matcher):
         Raises:
             ValueError: if neither `pixel_values` nor `vision_states` is given.
         """
-        memory = self.memory_of(self.states_of(pixel_values, vision_states, interpolate_pos_encoding))
-        image_embeds = F.normalize(self.vision_proj(self.query(memory).last_hidden_state), dim=-1)
-        text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
+        flags = self.output_flags(output_hidden_states, output_attentions)
+        vision = self.tower_output(pixel_values, vision_states, interpolate_pos_encoding, **flags)
+        memory = self.memory_of(vision.last_hidden_state)
+        vision.pooler_output = self.vision_proj(self.query(memory).last_hidden_state)
+        words = self.get_text_features(input_ids, attention_mask, pooled_only=True, return_dict=True, **flags)
+        image_embeds, text_embeds = F.normalize(vision.pooler_output, dim=-1), F.normalize(words.pooler_output, dim=-1)
         logits = best_query(image_embeds, text_embeds) / self.temp  # (B, T)
         return VlpBlipRetrievalOutput(
             itm_logits=self.match(input_ids, attention_mask, memory),
@@ -342,4 +393,6 @@ class VlpBlip2ForImageTextRetrieval(VlpBlip2Matcher):
             logits_per_text=logits.T,
             image_embeds=image_embeds,
             text_embeds=text_embeds,
+            text_model_output=words,
+            vision_model_output=vision,
         )

@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import find_adapter_config_file
+from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
+from transformers.utils import ModelOutput, find_adapter_config_file
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip2 import VlpBlip2Config
@@ -115,6 +115,8 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         >>> model.generate(**processor(images=image, text="a drawing of", return_tensors="pt"), num_beams=5)
     """
 
+    loads = ()
+    accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected = [
         r"^qformer\.embeddings\.(word|position)_embeddings\.",
         r"^qformer\..*\.text_mlp\.",
@@ -128,6 +130,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             raise ValueError("VlpBlip2ForConditionalGeneration needs a language model or a text_config.")
         if config.text_config is None:
             config.text_config = plain_config(language_model)
+            config.is_encoder_decoder = config.text_config.is_encoder_decoder
         self.language_projection = nn.Linear(
             config.qformer_config.hidden_size, config.text_config.get_text_config().hidden_size
         )
@@ -170,18 +173,21 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             self.language_model.requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(cls, name, *args, language_model: PreTrainedModel | None = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, language_model: PreTrainedModel | None = None, **kwargs
+    ):
         """Load a model as transformers does, and its language model from the source that the configuration names.
 
         Args:
-            name: folder or hub name of a checkpoint, or of adapters.
+            pretrained_model_name_or_path: folder or hub name of a checkpoint, or of adapters.
             language_model: use this language model instead of loading one.
             args, kwargs: options of transformers' `from_pretrained`.
 
         Raises:
             OSError: if the language model cannot be loaded; the message says how to provide it.
         """
-        if adapters := find_adapter_config_file(name):  # they may adapt the language model, so load it first
+        name = pretrained_model_name_or_path
+        if name is not None and (adapters := find_adapter_config_file(name)):  # they may adapt the language model
             base = json.loads(Path(adapters).read_text())["base_model_name_or_path"]
             model = cls.from_pretrained(base, *args, language_model=language_model, **kwargs)
             model.load_adapter(name)
@@ -242,77 +248,133 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
     def get_output_embeddings(self) -> nn.Module | None:
         return None if self.language_model is None else self.language_model.get_output_embeddings()
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """Resize the word embeddings of the language model, as transformers does.
+
+        The result can be saved only with `config.store_language_model`, because the source that the configuration names
+        has the original embeddings.
+        """
+        embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.config.get_text_config().vocab_size = self.vocab_size = embeddings.num_embeddings
+        return embeddings
+
+    def get_encoder(self, *args, **kwargs) -> nn.Module:
+        return self.language_model.get_encoder(*args, **kwargs)
+
     def prefix(self, pixel_values=None, vision_states=None, interpolate_pos_encoding: bool = False) -> Tensor:
         """Compute the prefix (B, Q, D) of the language model's input: the queries' outputs, projected.
 
         Args: as for `forward`.
         """
-        memory = self.memory_of(self.states_of(pixel_values, vision_states, interpolate_pos_encoding))
+        vision = self.tower_output(pixel_values, vision_states, interpolate_pos_encoding)
+        memory = self.memory_of(vision.last_hidden_state)
         return self.language_projection(self.query(memory).last_hidden_state)
 
-    def join(self, prefix: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def join(
+        self, prefix: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Concatenate prefixes and texts.
 
         Args:
             prefix: (B, Q, D).
             input_ids: (B, N); None for no text.
             attention_mask: (B, N), 0 for padding; if None, there is no padding.
+            inputs_embeds: (B, N, D) word embeddings, instead of `input_ids`.
 
         Returns:
             Embeddings (B, Q + N, D) and their attention mask (B, Q + N).
         """
         prefix = prefix.to(self.language_model.dtype)
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
-        if input_ids is None:
+        if input_ids is None and inputs_embeds is None:
             return prefix, mask
-        embeds = self.language_model.get_input_embeddings()(input_ids)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return torch.cat([prefix, embeds.to(prefix.dtype)], dim=1), torch.cat([mask, attention_mask], dim=1)
+        if inputs_embeds is None:
+            inputs_embeds = self.language_model.get_input_embeddings()(input_ids)
+        if attention_mask is None:
+            attention_mask = mask.new_ones(inputs_embeds.shape[:2])
+        embeds = torch.cat([prefix, inputs_embeds.to(prefix.dtype)], dim=1)
+        return embeds, torch.cat([mask, attention_mask], dim=1)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         vision_states: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> CausalLMOutputWithPast:
+        inputs_embeds: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | Seq2SeqLMOutput:
         """Compute the language model's logits, and its loss if there are labels.
 
         Args:
-            input_ids: (B, N) texts: the prompt and its continuation; only the prompt for a sequence-to-sequence model.
             pixel_values: (B, C, S, S); ignored if `vision_states` are given.
+            input_ids: (B, N) texts: the prompt and its continuation; only the prompt for a sequence-to-sequence model.
             attention_mask: (B, N), 0 for padding; if None, there is no padding.
             labels: (B, N) like `input_ids`, -100 for tokens without a loss; (B, L) target texts of the decoder for a
                 sequence-to-sequence model.
             vision_states: (B, M, width of the tower), from `encode_image`.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
+            inputs_embeds: (B, N, D) word embeddings, instead of `input_ids`.
+            decoder_input_ids, decoder_attention_mask: (B, L) for a sequence-to-sequence model, as for transformers'
+                model; if None, derived from `labels`.
+            output_hidden_states, output_attentions: also return these of the language model; if None, as the
+                configuration says.
+            num_items_in_batch: divide the sum of the tokens' losses by this number, as `Trainer` does when it
+                accumulates gradients; if None, by the number of tokens with a label.
+            kwargs: ignored.
 
         Returns:
             `logits` (B, N, V) for the token that follows each input token, or (B, L, V) of the decoder; and `loss`
             if `labels` are given.
 
         Raises:
-            ValueError: if neither `pixel_values` nor `vision_states` is given.
+            ValueError: if there are no images, or nothing for the decoder of a sequence-to-sequence model.
         """
+        flags = self.output_flags(output_hidden_states, output_attentions)
         prefix = self.prefix(pixel_values, vision_states, interpolate_pos_encoding)
-        embeds, mask = self.join(prefix, input_ids, attention_mask)
+        embeds, mask = self.join(prefix, input_ids, attention_mask, inputs_embeds)
         model = self.language_model
         if model.config.is_encoder_decoder:
-            output = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
-            return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
+            if labels is None and decoder_input_ids is None:
+                raise ValueError(
+                    f"{type(self).__name__} with a sequence-to-sequence language model needs labels or "
+                    "decoder_input_ids; to write texts, call `generate`."
+                )
+            output = model(
+                inputs_embeds=embeds, attention_mask=mask, labels=labels, decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask, use_cache=False, return_dict=True, **flags,
+            )  # fmt: skip
+            if num_items_in_batch is not None and labels is not None:
+                output.loss = output.loss * (labels != -100).sum() / num_items_in_batch
+            return output
         length = embeds.shape[1] - prefix.shape[1]
         keep = {"logits_to_keep": length + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        output = model(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=False, return_dict=True, **flags, **keep
+        )  # fmt: skip
         # The logits at the last query predict the first token of the text.
-        logits = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **keep).logits[:, -length - 1 :]
-        loss = None
+        logits, loss = output.logits[:, -length - 1 :], None
         if labels is not None:
             kept = labels != -100
+            reduction = "mean" if num_items_in_batch is None else "sum"
             with torch.autocast(logits.device.type, enabled=False):
-                loss = F.cross_entropy(logits[:, :-1][kept].float(), labels[kept])
-        return CausalLMOutputWithPast(loss=loss, logits=logits[:, 1:])
+                loss = F.cross_entropy(logits[:, :-1][kept].float(), labels[kept], reduction=reduction)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits[:, 1:], hidden_states=output.hidden_states, attentions=output.attentions
+        )
 
     def prefill(self, embeds: Tensor, mask: Tensor, options: dict):
         """Compute a cache of all positions but the last, repeated for every beam or sequence to return.
@@ -323,15 +385,18 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             options: options of `generate`.
 
         Returns:
-            The cache, or None if it is not needed (one beam and one sequence, or one position), or the language model's
-            type of cache cannot be repeated.
+            The cache, or None if it is not needed (one beam and one sequence, or one position), or would change the
+            result: the language model's type of cache cannot be repeated, or outputs of all positions are requested.
         """
         model = self.language_model
         settings = options.get("generation_config") or model.generation_config
         chosen = {name: options.get(name) or getattr(settings, name, None)
-                  for name in ("num_beams", "num_return_sequences", "cache_implementation")}  # fmt: skip
+                  for name in ("num_beams", "num_return_sequences", "cache_implementation", "output_attentions",
+                               "output_hidden_states")}  # fmt: skip
         copies = max(chosen["num_beams"] or 1, chosen["num_return_sequences"] or 1)
         if copies == 1 or embeds.shape[1] == 1 or chosen["cache_implementation"]:
+            return None
+        if chosen["output_attentions"] or chosen["output_hidden_states"]:  # of all positions, so they are computed anew
             return None
         accepted = inspect.signature(model.forward).parameters
         extra = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1], "logits_to_keep": 1}
@@ -351,8 +416,9 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         attention_mask: Tensor | None = None,
         vision_states: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        inputs_embeds: Tensor | None = None,
         **kwargs,
-    ) -> Tensor:
+    ) -> Tensor | ModelOutput:
         """Generate text about images.
 
         Image and prompt are encoded once, whatever the number of beams and of sequences to return.
@@ -363,27 +429,41 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             attention_mask: (B, N), 0 for padding; if None, there is no padding.
             vision_states: (B, M, width of the tower), from `encode_image`.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
-            kwargs: options of `generate` of the language model.
+            inputs_embeds: (B, N, D) word embeddings of prompts; if `input_ids` are given too, the result begins with
+                them.
+            kwargs: options of `generate` of the language model. As in transformers' Blip2, `max_length` counts the
+                queries and the prompt, and `max_new_tokens` does not.
 
         Returns:
-            Token ids (B, length); with a causal language model, they include the prompt.
+            Token ids (B, length); with a causal language model, they include the prompt. With
+            `return_dict_in_generate`, transformers' output, whose `sequences` are these token ids.
 
         Raises:
             ValueError: if neither `pixel_values` nor `vision_states` is given.
         """
         prefix, model = self.prefix(pixel_values, vision_states, interpolate_pos_encoding), self.language_model
-        if input_ids is not None and attention_mask is not None:
+        kwargs.setdefault("generation_config", self.generation_config)
+        if attention_mask is not None and (input_ids is not None or inputs_embeds is not None):
             # Move padding before the prompt, so that generated tokens follow it directly; for an encoder, to the end.
             keys = 1 - attention_mask if model.config.is_encoder_decoder else attention_mask
             order = keys.argsort(dim=1, stable=True)
-            input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
-        embeds, mask = self.join(prefix, input_ids, attention_mask)
+            attention_mask = attention_mask.gather(1, order)
+            if input_ids is not None:
+                input_ids = input_ids.gather(1, order)
+            if inputs_embeds is not None:
+                inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
+        embeds, mask = self.join(prefix, input_ids, attention_mask, inputs_embeds)
         if model.config.is_encoder_decoder:
             return model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         if "past_key_values" not in kwargs and (cache := self.prefill(embeds, mask, kwargs)) is not None:
             kwargs["past_key_values"] = cache
         generated = model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
-        if input_ids is None or not isinstance(generated, Tensor):
+        if input_ids is None:
             return generated
-        prompt = input_ids.repeat_interleave(len(generated) // len(input_ids), dim=0)
-        return torch.cat([prompt, generated], dim=1)
+        sequences = generated if isinstance(generated, Tensor) else generated.sequences
+        prompt = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences = torch.cat([prompt, sequences], dim=1)
+        if isinstance(generated, Tensor):
+            return sequences
+        generated.sequences = sequences
+        return generated

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip import VlpBlipConfig
@@ -21,6 +22,9 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
         >>> model.generate(**processor(images=image, return_tensors="pt"), num_beams=3)
     """
 
+    loads = ("VlpBlipForPreTraining",)
+    main_input_name = "pixel_values"
+    accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected = [
         r"encoder_attention\.",
         r"^itm_head\.",
@@ -56,8 +60,8 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         memory: Memory | None = None,
         position_ids: Tensor | None = None,
@@ -69,12 +73,14 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """Compute next-token logits of texts, or the loss.
 
         Args:
-            input_ids: (T, N) texts that begin with [DEC], grouped by image (see `MedModel.forward`).
             pixel_values: (B, C, S, S); ignored if `memory` is given.
+            input_ids: (T, N) texts that begin with [DEC], grouped by image (see `MedModel.forward`).
             attention_mask: (T, N), 0 for padding.
             memory: keys and values of the images, from `image_memory`.
             position_ids, inputs_embeds, past_key_values: as for `MedModel.forward`.
@@ -83,6 +89,10 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
                 `logits` is None.
             logits_to_keep: compute the logits of only the last tokens, this many; 0 for all.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
+            output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+            num_items_in_batch: divide the sum of the tokens' losses by this number, as `Trainer` does when it
+                accumulates gradients; if None, by the number of tokens with a label.
+            kwargs: ignored.
 
         Returns:
             `logits` (T, N, V) for the token that follows each input token, and `loss` if `labels` are given.
@@ -100,6 +110,8 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
         if labels is not None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             loss = next_token_loss(self.text_model, self.lm_head, input_ids, mask, memory, labels)
+            if num_items_in_batch is not None:
+                loss = loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
             if self.training:
                 return CausalLMOutputWithCrossAttentions(loss=loss)
         output = decode(
@@ -131,6 +143,14 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
         vision = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         return self.text_model.memory_of(vision.last_hidden_state)
 
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs: dict) -> tuple[Tensor, str, dict]:
+        """Tell transformers what the decoder reads: the texts, because the images are in `memory`."""
+        embeds, ids = model_kwargs.get("inputs_embeds"), model_kwargs.pop("input_ids", None)
+        if embeds is None:
+            return ids, "input_ids", model_kwargs
+        ids = torch.ones(len(embeds), 0, dtype=torch.long, device=embeds.device) if ids is None else ids
+        return embeds, "inputs_embeds", model_kwargs | {"input_ids": ids}
+
     @torch.no_grad()
     def generate(
         self,
@@ -139,8 +159,9 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         memory: Memory | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs,
-    ) -> Tensor:
+    ) -> Tensor | ModelOutput:
         """Generate captions.
 
         Args:
@@ -148,17 +169,33 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
             input_ids: (B, N) prompts such as "a picture of", as the tokenizer returns them, of any lengths; None for no
                 prompt. [CLS] is replaced by [DEC]; the end token and padding are removed.
             attention_mask: (B, N), 0 for padding; if None, derived from the padding token.
+            inputs_embeds: (B, N, D) word embeddings of prompts without an end token, instead of `input_ids`; that of
+                [CLS] is replaced by that of [DEC]. If `input_ids` are given too, the result begins with them.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
             memory: keys and values of the images, from `image_memory`.
             kwargs: options of transformers' `GenerationMixin.generate`.
 
         Returns:
-            Token ids (B, length), including [DEC] and the prompt.
+            Token ids (B, length), including [DEC] and the prompt; transformers' output with `return_dict_in_generate`.
+
+        Raises:
+            ValueError: if there is no image, or the text would exceed the model's positions.
         """
+        if memory is None and pixel_values is None:
+            raise ValueError("VlpBlipForConditionalGeneration.generate needs pixel_values, the images to caption.")
         if memory is None:
             memory = self.image_memory(pixel_values, interpolate_pos_encoding)
         config = self.config.text_config
-        if input_ids is None:
+        if inputs_embeds is not None:
+            shape = inputs_embeds.shape[:2]
+            mask = inputs_embeds.new_ones(shape, dtype=torch.long) if attention_mask is None else attention_mask
+            first = torch.arange(shape[1], device=mask.device) == mask.argmax(dim=1, keepdim=True)  # (B, N)
+            begin = self.get_input_embeddings().weight[config.bos_token_id]
+            kwargs["inputs_embeds"] = torch.where(first[..., None], begin, inputs_embeds)
+            attention_mask = mask
+            if input_ids is not None:
+                input_ids = input_ids.masked_fill(first, config.bos_token_id)
+        elif input_ids is None:
             input_ids = torch.full((len(memory), 1), config.bos_token_id, device=memory.states.device)
             attention_mask = torch.ones_like(input_ids)
         else:

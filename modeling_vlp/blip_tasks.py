@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, SequenceClassifierOutput
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip import VlpBlipConfig
@@ -53,9 +54,19 @@ class AnswerDecoder(VlpPreTrainedModel, GenerationMixin):
         self.lm_head.decoder = value
 
     @can_return_tuple
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, memory: Memory | None = None,
-                position_ids: Tensor | None = None, past_key_values=None, use_cache: bool | None = None,
-                logits_to_keep: int = 0) -> CausalLMOutputWithCrossAttentions:  # fmt: skip
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        memory: Memory | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithCrossAttentions:
         """Compute next-token logits.
 
         Args:
@@ -65,21 +76,32 @@ class AnswerDecoder(VlpPreTrainedModel, GenerationMixin):
             position_ids, past_key_values: as for `MedModel.forward`.
             use_cache: accepted for `generate`; the cache is `past_key_values`.
             logits_to_keep: compute the logits of only the last tokens, this many; 0 for all.
+            output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+            kwargs: ignored.
 
         Returns:
             `logits` (T, N, V) for the token that follows each input token.
         """
-        return decode(self, input_ids, attention_mask, memory, position_ids=position_ids,
-                      past_key_values=past_key_values, logits_to_keep=logits_to_keep)  # fmt: skip
+        return decode(
+            self,
+            input_ids,
+            attention_mask,
+            memory,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            **self.output_flags(output_hidden_states, output_attentions),
+        )
 
 
-class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
+class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel, GenerationMixin):
     """BLIP for visual question answering: encodes a question with [ENC], then generates or ranks answers.
 
     Differences from transformers' BlipForQuestionAnswering: answers begin with [DEC] in training too, padding is masked
     in attention and in the loss, and each answer has a weight.
     """
 
+    loads = ()
     _tied_weights_keys = {
         "answer_decoder.lm_head.decoder.weight": "answer_decoder.text_model.embeddings.word_embeddings.weight"
     }
@@ -91,6 +113,12 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
         text.tie_word_embeddings = True
         self.answer_decoder = AnswerDecoder._from_config(text)
         self.post_init()
+        self.generation_config = self.answer_decoder.generation_config
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """Resize the word embeddings of questions and those of answers, as transformers does."""
+        self.answer_decoder.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     @classmethod
     def from_pre_training(cls, name: str, **kwargs) -> "VlpBlipForQuestionAnswering":
@@ -106,7 +134,13 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
         model, given = cls(source.config), source.state_dict()
         return adopt(model, lambda own: given.get(own.removeprefix("answer_decoder.")))
 
-    def question_memory(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Memory:
+    def question_memory(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> Memory:
         """Encode questions, and compute the keys and values that the answer decoder cross-attends to.
 
         Args:
@@ -114,9 +148,11 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
             input_ids: (Q, N) questions that begin with [CLS], padded on the right, grouped by image (see
                 `MedModel.forward`).
             attention_mask: (Q, N), 0 for padding; if None, derived from the padding token.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
-        images = self.text_model.memory_of(self.encode_image(pixel_values).last_hidden_state)
+        vision = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        images = self.text_model.memory_of(vision.last_hidden_state)
         ids = begin_with(input_ids, self.config.text_config.enc_token_id)
         states = self.text_model(ids, mask, images, pack=True).last_hidden_state
         return self.answer_decoder.text_model.memory_of(states, mask)
@@ -130,6 +166,10 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
         labels: Tensor | None = None,
         answer_index: Tensor | None = None,
         answer_weights: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """Compute the loss of answers, or the logits of their first token if there are no labels.
 
@@ -141,15 +181,20 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
             labels: (A, L) answers that begin with [CLS], padded on the right with the padding token.
             answer_index: (A,) index of the question of each answer; if None, one answer per question, in order.
             answer_weights: (A,) weight of each answer; if None, 1.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            output_hidden_states, output_attentions: also return these of the answer decoder, without `labels`; if None,
+                as the configuration says.
+            kwargs: ignored, such as `num_items_in_batch` of `Trainer`.
 
         Returns:
             `loss`, or `logits` (Q, 1, V) if `labels` is None.
         """
-        memory = self.question_memory(pixel_values, input_ids, attention_mask)
+        memory = self.question_memory(pixel_values, input_ids, attention_mask, interpolate_pos_encoding)
         config = self.config.text_config
         if labels is None:
             begin = input_ids.new_full((len(input_ids), 1), config.bos_token_id)
-            return decode(self.answer_decoder, begin, None, memory)
+            flags = self.output_flags(output_hidden_states, output_attentions)
+            return decode(self.answer_decoder, begin, None, memory, **flags)
         if answer_index is not None:
             memory = memory.select(answer_index)
         if answer_weights is None:
@@ -158,19 +203,36 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel):
         return CausalLMOutputWithCrossAttentions(loss=weighted_answer_loss(losses, answer_weights, len(input_ids)))
 
     @torch.no_grad()
-    def generate(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs):
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> Tensor | ModelOutput:
         """Generate answers.
 
         Args:
-            pixel_values, input_ids, attention_mask: as for `question_memory`.
+            pixel_values, input_ids, attention_mask, interpolate_pos_encoding: as for `question_memory`.
             kwargs: options of transformers' `GenerationMixin.generate`.
 
         Returns:
-            Token ids (Q, length).
+            Token ids (Q, length), beginning with [DEC]; transformers' output with `return_dict_in_generate`.
+
+        Raises:
+            ValueError: if there is no image or no question, or `inputs_embeds` are given.
         """
-        memory = self.question_memory(pixel_values, input_ids, attention_mask)
+        if pixel_values is None or input_ids is None:
+            raise ValueError(
+                "VlpBlipForQuestionAnswering.generate needs pixel_values (the images) and input_ids (the questions)."
+            )
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("VlpBlipForQuestionAnswering.generate takes questions as input_ids, not as inputs_embeds.")
+        memory = self.question_memory(pixel_values, input_ids, attention_mask, interpolate_pos_encoding)
         begin = input_ids.new_full((len(input_ids), 1), self.config.text_config.bos_token_id)
-        kwargs = with_length(kwargs, self.answer_decoder.generation_config)
+        kwargs.setdefault("generation_config", self.generation_config)
+        kwargs = with_length(kwargs, self.generation_config)
         return self.answer_decoder.generate(
             input_ids=begin, attention_mask=torch.ones_like(begin), memory=memory, **kwargs
         )
@@ -245,6 +307,8 @@ class PairAttention(ResidualAttention):
 class VlpBlipForVisualReasoning(VlpBlipPreTrainedModel):
     """BLIP for visual reasoning (NLVR2): classifies whether a sentence is true of two images."""
 
+    loads = ()
+
     def __init__(self, config: VlpBlipConfig):
         super().__init__(config, encoder=True, decoder=False)
         text = config.text_config
@@ -280,6 +344,10 @@ class VlpBlipForVisualReasoning(VlpBlipPreTrainedModel):
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> SequenceClassifierOutput:
         """Classify sentences as false or true.
 
@@ -288,15 +356,23 @@ class VlpBlipForVisualReasoning(VlpBlipPreTrainedModel):
             pixel_values: (B, 2, C, S, S), the left and the right image.
             attention_mask: (B, N), 0 for padding; if None, derived from the padding token.
             labels: (B,) 1 for true sentences, 0 for false ones.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            output_hidden_states, output_attentions: also return these of the text encoder; if None, as the
+                configuration says.
+            kwargs: ignored, such as `num_items_in_batch` of `Trainer`.
 
         Returns:
             `logits` (B, 2) of "false" and "true", and `loss` if `labels` are given.
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
-        states = self.encode_image(pixel_values.flatten(0, 1)).last_hidden_state  # (2 B, M, D)
+        vision = self.encode_image(pixel_values.flatten(0, 1), interpolate_pos_encoding=interpolate_pos_encoding)
+        states = vision.last_hidden_state  # (2 B, M, D)
         memory = self.text_model.memory_of(states.unflatten(0, (-1, 2)).flatten(1, 2))
         ids = begin_with(input_ids, self.config.text_config.enc_token_id)
-        pooled = self.text_model(ids, mask, memory, pooled_only=True, pack=True).last_hidden_state[:, 0]
-        logits = self.cls_head(pooled)
+        flags = self.output_flags(output_hidden_states, output_attentions)
+        output = self.text_model(ids, mask, memory, pooled_only=True, pack=True, **flags)
+        logits = self.cls_head(output.last_hidden_state[:, 0])
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
+        )

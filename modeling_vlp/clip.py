@@ -34,7 +34,7 @@ class VlpClipModel(VlpPreTrainedModel):
     """
 
     config_class = VlpClipConfig
-    main_input_name = "pixel_values"
+    main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _no_split_modules = ["PatchEmbeddings", "TextEmbeddings", "Block", "Bottleneck", "AttentionPool2d",
                          "AttentionPooling"]  # fmt: skip
@@ -42,12 +42,13 @@ class VlpClipModel(VlpPreTrainedModel):
     def __init__(self, config: VlpClipConfig):
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
-        towers = {VlpModifiedResNetConfig: ModifiedResNet, VlpSiglipViTConfig: SiglipViT}
-        is_siglip = isinstance(text, VlpSiglipTextConfig)
-        self.vision_model = towers.get(type(vision), ViT)._from_config(vision)
+        # By model type: if the code is loaded from a model's folder, a class can exist twice.
+        towers = {VlpModifiedResNetConfig.model_type: ModifiedResNet, VlpSiglipViTConfig.model_type: SiglipViT}
+        is_siglip = text.model_type == VlpSiglipTextConfig.model_type
+        self.vision_model = towers.get(vision.model_type, ViT)._from_config(vision)
         self.text_model = (SiglipTextTransformer if is_siglip else TextTransformer)._from_config(text)
         self.visual_projection = nn.Identity()  # the ResNet and SigLIP need none after attention pooling
-        if type(vision) not in towers:
+        if vision.model_type not in towers:
             self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=is_siglip)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
@@ -86,6 +87,7 @@ class VlpClipModel(VlpPreTrainedModel):
         pooled_only: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Embed images.
 
@@ -95,6 +97,7 @@ class VlpClipModel(VlpPreTrainedModel):
             pooled_only: skip the computation in the last layer that `pooler_output` does not need; its values are the
                 same, and `last_hidden_state` is None.
             output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+            kwargs: ignored, so that the processor's output can be passed as it is.
 
         Returns:
             `pooler_output` (B, E), projected but not normalised, as in transformers' CLIPModel, and
@@ -119,6 +122,7 @@ class VlpClipModel(VlpPreTrainedModel):
         pack: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Embed captions.
 
@@ -130,6 +134,7 @@ class VlpClipModel(VlpPreTrainedModel):
             pack: with `pooled_only`, skip the computation for padding (except for SigLIP, which attends to padding); on
                 a GPU, this causes a host-device synchronisation.
             output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+            kwargs: ignored, so that the processor's output can be passed as it is.
 
         Returns:
             `pooler_output` (T, E), projected but not normalised, and `last_hidden_state`.
@@ -158,7 +163,8 @@ class VlpClipModel(VlpPreTrainedModel):
         """
 
         def compute() -> BaseModelOutputWithPooling:
-            return self.get_text_features(input_ids, position_ids=position_ids, pooled_only=pooled_only, **flags)
+            options = flags | {"pooled_only": pooled_only, "return_dict": True}
+            return self.get_text_features(input_ids, position_ids=position_ids, **options)
 
         if position_ids is not None or any(self.output_flags(**flags).values()):
             return compute()
@@ -179,6 +185,7 @@ class VlpClipModel(VlpPreTrainedModel):
         pooled_only: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        **kwargs,
     ) -> VlpClipOutput:
         """Compare every image with every caption.
 
@@ -188,6 +195,7 @@ class VlpClipModel(VlpPreTrainedModel):
             return_loss: also compute the loss of the batch, in which image i belongs to caption i: the sigmoid loss if
                 the model has a `logit_bias`, else the softmax loss.
             output_hidden_states, output_attentions: also return these; if None, as the configuration says.
+            kwargs: ignored, such as `num_items_in_batch` of `Trainer`.
 
         Returns:
             The logits, embeddings and tower outputs, and the loss if requested.
@@ -195,7 +203,7 @@ class VlpClipModel(VlpPreTrainedModel):
         flags = dict(
             pooled_only=pooled_only, output_hidden_states=output_hidden_states, output_attentions=output_attentions
         )
-        vision = self.get_image_features(pixel_values, interpolate_pos_encoding, **flags)
+        vision = self.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **flags)
         text = self.cached_text_features(input_ids, position_ids, **flags)
         image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
         text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)

@@ -49,7 +49,7 @@ def attention_maps(model: VlpBlipForConditionalGeneration, processor, pixel_valu
     with torch.no_grad(), eager(model):
         memory = model.image_memory(pixel_values)
         ids = model.generate(memory=memory, **{"num_beams": 3, "do_sample": False, "max_length": 30} | options)
-        output = model(ids[:, :-1], memory=memory, output_attentions=True)
+        output = model(input_ids=ids[:, :-1], memory=memory, output_attentions=True)
     weights = torch.stack(output.cross_attentions).mean(dim=(0, 2))[0]  # (N - 1, M)
     return by_word(processor, ids[0, 1:], to_grid(weights))
 

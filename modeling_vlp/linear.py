@@ -15,7 +15,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E)"""
-        if not use_onednn(x):
+        if not use_onednn(x) or type(self.weight) is not nn.Parameter:  # a quantised weight has its own class
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 

@@ -110,15 +110,15 @@ class MedLayer(GradientCheckpointingLayer):
         return self.cross_attention.keys_values(states)
 
     def forward(
-        self, x: Tensor, self_mask, image_key_values, image_mask, decode: bool, pooled_only: bool, cache=None,
-        packing: Packing | None = None,
+        self, x: Tensor, self_mask, image_keys: Tensor | None, image_values: Tensor | None, image_mask, decode: bool,
+        pooled_only: bool, cache=None, packing: Packing | None = None,
     ):  # fmt: skip
-        """Run the layer.
+        """Run the layer. All tensors are positional arguments, so that reentrant checkpointing finds their gradients.
 
         Args:
             x: (T, N, D), or packed (P, D).
             self_mask: mask of self-attention.
-            image_key_values: keys and values of the images; None for no cross-attention.
+            image_keys, image_values: of the images; None for no cross-attention.
             image_mask: mask of cross-attention.
             decode: use the decoder's causal self-attention instead of the encoder's.
             pooled_only: compute only the first token of each text.
@@ -137,8 +137,9 @@ class MedLayer(GradientCheckpointingLayer):
         else:
             x, self_weights = self_attention(x, self_mask, past_key_values=cache, packing=packing)
         cross_weights = None
-        if image_key_values is not None:
-            x, cross_weights = self.cross_attention(x, image_mask, key_values=image_key_values, packing=packing)
+        if image_keys is not None:
+            key_values = image_keys, image_values
+            x, cross_weights = self.cross_attention(x, image_mask, key_values=key_values, packing=packing)
         return self.layer_norm(x + self.dropout(self.mlp(x))), self_weights, cross_weights
 
 
@@ -195,6 +196,7 @@ class MedModel(VlpPreTrainedModel):
         pack: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run the model on texts.
 
@@ -211,23 +213,32 @@ class MedModel(VlpPreTrainedModel):
             pooled_only: compute only the first token in the last layer; `last_hidden_state` is (T, 1, D).
             pack: skip the computation for padding, which must be on the right. The other outputs are the same; the
                 outputs for padding are zero.
-            output_hidden_states, output_attentions: also return these.
+            output_hidden_states, output_attentions: also return these, of all tokens; `pooled_only` and `pack` then
+                have no effect.
+            kwargs: ignored.
 
         Returns:
             `last_hidden_state` (T, N, D).
 
         Raises:
-            ValueError: if the texts are too long, or T is not a multiple of B.
+            ValueError: if there are no texts, they are too long, or T is not a multiple of B.
         """
+        if inputs_embeds is None and input_ids is None:
+            raise ValueError("The text model needs input_ids or inputs_embeds: pass the texts, or call `generate`.")
+        if output_hidden_states or output_attentions:
+            pooled_only = pack = False
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
         texts, length = inputs_embeds.shape[:2]
+        start = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + start
         most = self.config.max_position_embeddings
-        if length > most:
-            raise ValueError(f"The texts have {length} tokens, but the model supports at most {most}: truncate them.")
+        if length > most or (start and start + length > most and not torch.compiler.is_compiling()):
+            raise ValueError(
+                f"The texts have {start + length} tokens, but the model supports at most {most}: truncate them, or "
+                "generate fewer tokens."
+            )
         if memory is not None and texts % memory.states.shape[0]:
             raise ValueError(
                 f"{texts} texts cannot be divided evenly among {len(memory)} images: pass the same number for each."
@@ -247,9 +258,9 @@ class MedModel(VlpPreTrainedModel):
         for index, layer in enumerate(self.layers):
             first = pooled_only and index == len(self.layers) - 1
             self_mask, image_mask = first_masks if first else masks
-            key_values = memory.key_values[index] if memory is not None else None
+            keys, values = memory.key_values[index] if memory is not None else (None, None)
             x, weights, cross_weights = layer(
-                x, self_mask, key_values, image_mask, decode, first, past_key_values, packing
+                x, self_mask, keys, values, image_mask, decode, first, past_key_values, packing
             )
             hidden_states += (x,)
             attentions += (weights,)

@@ -8,6 +8,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 
+def nested_tuple(output: ModelOutput) -> tuple:
+    """Convert an output that contains outputs to a tuple of tuples, without the values that are None."""
+    return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in output.values())
+
+
 @dataclass
 class VlpClipOutput(ModelOutput):
     """Output of `VlpClipModel`, with the fields of transformers' CLIPOutput in the same order.
@@ -30,7 +35,7 @@ class VlpClipOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
 
     def to_tuple(self) -> tuple:
-        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+        return nested_tuple(self)
 
 
 @dataclass
@@ -58,8 +63,11 @@ class VlpBlipPreTrainingOutput(ModelOutput):
         loss: scalar, the sum of the three losses.
         loss_itc, loss_itm, loss_lm: scalars: contrastive, matching and language modelling loss.
         logits_per_image: (B, B) similarities of images and texts, divided by the temperature.
-        itm_logits: (3 B, 2) of the pairs, of texts with a hard negative image, and of images with a hard negative text.
+        logits_per_text: (B, B), the transpose.
+        itm_logits: (B, 2) of each text with its image; softmax gives the probabilities of "no match" and "match".
         image_embeds, text_embeds: (B, E), of unit length; BLIP-2 has an image embedding for each query, (B, Q, E).
+        text_model_output, vision_model_output: outputs for the embeddings, with hidden states and attentions if
+            requested.
     """
 
     loss: Tensor | None = None
@@ -67,9 +75,15 @@ class VlpBlipPreTrainingOutput(ModelOutput):
     loss_itm: Tensor | None = None
     loss_lm: Tensor | None = None
     logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
     itm_logits: Tensor | None = None
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return nested_tuple(self)
 
 
 @dataclass
@@ -82,6 +96,8 @@ class VlpBlipRetrievalOutput(ModelOutput):
         logits_per_text: (T, B), the transpose.
         image_embeds: (B, E), of unit length; (B, Q, E) in BLIP-2.
         text_embeds: (T, E), of unit length.
+        text_model_output, vision_model_output: outputs for the embeddings, with hidden states and attentions if
+            requested.
     """
 
     itm_logits: Tensor | None = None
@@ -89,3 +105,8 @@ class VlpBlipRetrievalOutput(ModelOutput):
     logits_per_text: Tensor | None = None
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return nested_tuple(self)

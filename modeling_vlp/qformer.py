@@ -102,15 +102,18 @@ class QFormerLayer(GradientCheckpointingLayer):
         """Compute keys and values of images for this layer's cross-attention."""
         return self.cross_attention.keys_values(states)
 
-    def forward(self, x: Tensor, queries: int, mask, image_key_values=None, before=None, rows: int | None = None):
-        """Run the layer.
+    def forward(
+        self, x: Tensor, queries: int, mask, image_keys: Tensor | None = None, image_values: Tensor | None = None,
+        past_keys: Tensor | None = None, past_values: Tensor | None = None, rows: int | None = None,
+    ):  # fmt: skip
+        """Run the layer. All tensors are positional arguments, so that reentrant checkpointing finds their gradients.
 
         Args:
             x: (T, Q + N, D), queries first.
             queries: Q, the number of queries, which attend to the image.
             mask: mask of self-attention.
-            image_key_values: keys and values of the images; None for no cross-attention.
-            before: self-attention's keys and values of earlier positions; None if there are none.
+            image_keys, image_values: of the images; None for no cross-attention.
+            past_keys, past_values: of self-attention at earlier positions; None if there are none.
             rows: compute only this many first rows; None for all.
 
         Returns:
@@ -118,13 +121,15 @@ class QFormerLayer(GradientCheckpointingLayer):
             self-attention's keys and values of `x`.
         """
         own, cross_weights = self.self_attention.keys_values(x), None
-        key_values = own if before is None else tuple(torch.cat(pair, dim=2) for pair in zip(before, own, strict=True))
+        key_values = own
+        if past_keys is not None:
+            key_values = torch.cat([past_keys, own[0]], dim=2), torch.cat([past_values, own[1]], dim=2)
         x, weights = self.self_attention(x if rows is None else x[:, :rows], mask, key_values=key_values)
         query, text = x[:, :queries], x[:, queries:]
-        if queries and image_key_values is not None:
-            query, cross_weights = self.cross_attention(query, key_values=image_key_values)
+        if queries and image_keys is not None:
+            query, cross_weights = self.cross_attention(query, key_values=(image_keys, image_values))
         parts = ([self.query_mlp(query)] if queries else []) + ([self.text_mlp(text)] if text.shape[1] else [])
-        return torch.cat(parts, dim=1), weights, cross_weights, own
+        return torch.cat(parts, dim=1), weights, cross_weights, *own
 
 
 class QFormerModel(VlpPreTrainedModel):
@@ -173,6 +178,7 @@ class QFormerModel(VlpPreTrainedModel):
         pooled_only: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run the model on queries, on a text, or on both.
 
@@ -187,11 +193,14 @@ class QFormerModel(VlpPreTrainedModel):
             start: position of the text's first token; queries have no positions and are not counted.
             pooled_only: compute only the pooled rows in the last layer: the queries, or the first token if there are no
                 queries. `last_hidden_state` is then (T, Q, D) or (T, 1, D).
-            output_hidden_states, output_attentions: also return these.
+            output_hidden_states, output_attentions: also return these, of all rows; `pooled_only` then has no effect.
+            kwargs: ignored.
 
         Returns:
             `last_hidden_state` (T, Q + N, D), queries first.
         """
+        if output_hidden_states or output_attentions:
+            pooled_only = False
         queries = 0 if query_embeds is None else query_embeds.shape[1]
         length = 0 if input_ids is None else input_ids.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -207,12 +216,12 @@ class QFormerModel(VlpPreTrainedModel):
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
             crosses = layer.cross_attention is not None and image_key_values is not None
-            before = None
+            before = None, None
             if past:
                 before = past_key_values.layers[index].keys, past_key_values.layers[index].values
-            x, weights, cross_weights, key_values = layer(
-                x, queries, first_mask if last else mask, next(image_key_values) if crosses else None, before,
-                rows if last else None,
+            x, weights, cross_weights, *key_values = layer(
+                x, queries, first_mask if last else mask, *(next(image_key_values) if crosses else (None, None)),
+                *before, rows if last else None,
             )  # fmt: skip
             if past_key_values is not None:  # here, not in the layer: its forward pass may run twice (checkpointing)
                 past_key_values.update(*key_values, index)

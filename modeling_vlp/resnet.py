@@ -121,7 +121,13 @@ class ModifiedResNet(VlpPreTrainedModel):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.attnpool = AttentionPool2d(config)
         self.post_init()
-        self.to(memory_format=torch.channels_last)  # faster convolutions
+
+    @staticmethod
+    def use_channels_last(model: nn.Module) -> None:
+        """Store the convolutions of every ModifiedResNet in a model with channels last, which is faster."""
+        for module in model.modules():
+            if isinstance(module, ModifiedResNet):
+                module.to(memory_format=torch.channels_last)
 
     def stem(self, x: Tensor) -> Tensor:
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):

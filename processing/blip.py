@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .clip import VlpClipImageProcessor, VlpClipProcessor
+from .clip import VlpClipImageProcessor, VlpClipProcessor, VlpClipProcessorKwargs
 from .tokenizer import clean_nested
 
 DECODE, ENCODE = "[DEC]", "[ENC]"
@@ -38,11 +38,19 @@ class VlpBlipImageProcessor(VlpClipImageProcessor):
     rgb_before_resize = True
 
 
+class VlpBlipProcessorKwargs(VlpClipProcessorKwargs, total=False):
+    """The options of `VlpBlipProcessor`."""
+
+    _defaults = VlpClipProcessorKwargs._defaults  # typed dictionaries do not inherit attributes
+
+
 class VlpBlipProcessor(VlpClipProcessor):
     """Prepares images and texts in one call; texts are cleaned by `clean_caption`.
 
     A text begins with [CLS], which the models replace by [ENC] for matching and by [DEC] for generation.
     """
+
+    valid_processor_kwargs = VlpBlipProcessorKwargs
 
     def __call__(self, images=None, text=None, **kwargs):
         return super().__call__(images=images, text=clean_nested(text, clean_caption), **kwargs)

@@ -6,14 +6,22 @@ Source: salesforce/LAVIS, models/blip2_models/blip2_opt.py.
 from transformers import PreTrainedTokenizerBase
 
 from .blip import VlpBlipProcessor
-from .clip import VlpClipProcessor
+from .clip import VlpClipProcessor, VlpClipProcessorKwargs
+
+
+class VlpBlip2ProcessorKwargs(VlpClipProcessorKwargs, total=False):
+    """The options of `VlpBlip2Processor`."""
+
+    _defaults = VlpClipProcessorKwargs._defaults  # typed dictionaries do not inherit attributes
 
 
 class VlpBlip2Processor(VlpClipProcessor):
     """Prepares images and prompts in one call, with a language model's tokenizer; prompts are padded on the left."""
 
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
-        super().__init__(image_processor, tokenizer)
+    valid_processor_kwargs = VlpBlip2ProcessorKwargs
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template)
         prepare_tokenizer(tokenizer)
 
     def tokenize(self, texts: list[str], max_length: int):

@@ -15,6 +15,7 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
 )
+from transformers.processing_utils import ProcessingKwargs
 
 from ..modeling_vlp.publishing import PublishesCode
 from .pictures import from_array, is_array, read_picture, to_rgb, upright_and_opaque
@@ -157,22 +158,51 @@ def as_channels(values: float | tuple[float, ...]) -> torch.Tensor:
     return torch.tensor(values).view(-1, 1, 1)
 
 
-class VlpClipProcessor(PublishesCode, ProcessorMixin):
+class VlpClipProcessorKwargs(ProcessingKwargs, total=False):
+    """The options of `VlpClipProcessor`, by default with padding to the longest text and truncation."""
+
+    _defaults = {"text_kwargs": {"padding": True, "truncation": True}}
+
+
+def forget_last_call(tokenizer) -> None:
+    """Remove the truncation and the padding that a fast tokenizer keeps from its last call.
+
+    They are saved with the tokenizer, and a loaded tokenizer takes them for its own settings: texts would be cut to the
+    length of the last call instead of `model_max_length`.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    settings = tokenizer.init_kwargs
+    for state in (backend.truncation, backend.padding):
+        length = None if state is None else state.get("max_length", state.get("length"))
+        if length is not None and settings.get("max_length") == length:
+            del settings["max_length"]
+    backend.no_truncation()
+    backend.no_padding()
+
+
+class VlpProcessorMixin(PublishesCode, ProcessorMixin):
+    """transformers' mixin for processors, with the option to publish the package's code."""
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as transformers does, without the tokenizer's state of its last call. Options: see `PublishesCode`."""
+        forget_last_call(self.tokenizer)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class VlpClipProcessor(VlpProcessorMixin):
     """Prepares images and captions in one call: `processor(images=..., text=..., return_tensors="pt")`.
 
     Captions are padded on the right to the longest in the batch, and truncated to the tokenizer's `model_max_length`;
     the end token is kept.
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
-        super().__init__(image_processor, tokenizer)
+    valid_processor_kwargs = VlpClipProcessorKwargs
 
-    def __call__(self, images=None, text=None, **kwargs):
-        nested = kwargs.get("text_kwargs") or {}
-        for name in ("padding", "truncation"):
-            if name not in nested:
-                kwargs.setdefault(name, True)
-        return super().__call__(images=images, text=text, **kwargs)
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        forget_last_call(tokenizer)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def tokenize(self, texts: list[str], max_length: int):
         """Tokenize texts, truncated to `max_length` tokens and padded to the longest."""

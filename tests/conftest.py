@@ -28,6 +28,8 @@ from transformers import (
 
 import vlp
 
+collect_ignore_glob = [] if os.environ.get("VLP_TRANSFORMERS") else ["contract/*"]  # see contract/archive.py
+
 VIT = {
     "image_size": 32,
     "patch_size": 8,
@@ -95,14 +97,15 @@ def tiny_processor(side: int = 32) -> vlp.VlpClipProcessor:
     return vlp.VlpClipProcessor(image_processor, vlp.VlpClipTokenizer.train(CAPTIONS, 600, max_length=20))
 
 
-def tiny_pair() -> tuple[vlp.VlpClipModel, vlp.VlpClipProcessor]:
+def tiny_pair(tower: str = "vit") -> tuple[vlp.VlpClipModel, vlp.VlpClipProcessor]:
     """A model in evaluation mode and its processor."""
     processor = tiny_processor()
     tokenizer = processor.tokenizer
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = TEXT | special | {"vocab_size": len(tokenizer)}
     torch.manual_seed(0)
-    config = vlp.VlpClipConfig(vision_config=dict(VIT), text_config=text, projection_dim=24)
+    vision = TOWERS[tower] | {"image_size": 32}
+    config = vlp.VlpClipConfig(vision_config=vision, text_config=text, projection_dim=24)
     return vlp.VlpClipModel(config).eval(), processor
 
 

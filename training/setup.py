@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from transformers.utils import logging as transformers_logging
 
 from ..files import check_output, start_anew, state_folder
+from ..modeling_vlp.resnet import ModifiedResNet
 from ..processing.augmentation import PerImage, ToPixelValues, strong_augmentation
 from .arguments import TrainingArguments
 from .data.batches import BadRows, Collator, train_loader
@@ -107,6 +108,7 @@ def make_run(
     optimizer = make_optimizer(groups, arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon)
     average = None
     objective.to(accelerator.device)
+    ModifiedResNet.use_channels_last(objective)
     if arguments.ema_decay:
         average = AveragedModel(model, multi_avg_fn=growing_average(arguments.ema_decay), use_buffers=True)
     if arguments.torch_compile:

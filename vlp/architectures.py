@@ -7,6 +7,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
@@ -208,7 +209,7 @@ ARCHITECTURES = [
     Architecture(
         VlpBlipForConditionalGeneration,
         uses={"caption": VlpBlipForConditionalGeneration},
-        auto=(AutoModelForImageTextToText,),
+        auto=(AutoModelForImageTextToText, AutoModelForMultimodalLM),
         peer="BlipForConditionalGeneration",
         card=Card(
             text="A BLIP model that generates captions of images",
@@ -290,7 +291,7 @@ print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # the prob
     Architecture(
         VlpBlip2ForConditionalGeneration,
         uses={"caption": VlpBlip2ForConditionalGeneration, "answer": VlpBlip2ForConditionalGeneration},
-        auto=(AutoModelForImageTextToText,),
+        auto=(AutoModelForImageTextToText, AutoModelForMultimodalLM),
         peer="Blip2ForConditionalGeneration",
         card=Card(
             text="A BLIP-2 model (a Q-Former between a frozen image tower and a frozen language model)",

@@ -279,13 +279,17 @@ def test_overlong_texts_are_rejected():
 def test_losses_match_their_definitions():
     torch.manual_seed(0)
     model, batch = tiny_blip().eval(), tiny_blip_batch()
+    computed, original = [], model.itm_logits
+    model.itm_logits = lambda *inputs: computed.append(original(*inputs)) or computed[-1]
     output = model(**batch)
     logits = F.normalize(output.image_embeds, dim=-1) @ output.text_embeds.T / model.temp
     own = torch.arange(len(logits))
     expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     close(output.loss_itc, expected)
     labels = torch.cat([torch.ones(4), torch.zeros(8)]).long()
-    close(output.loss_itm, F.cross_entropy(output.itm_logits, labels))
+    close(output.loss_itm, F.cross_entropy(computed[0], labels))
+    assert torch.equal(output.itm_logits, computed[0][:4])
+    assert torch.equal(model(**batch).loss, output.loss)  # evaluation draws the same negatives every time
     close(output.loss, output.loss_itc + output.loss_itm + output.loss_lm)
 
 

@@ -226,12 +226,12 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 def test_invalid_arguments_are_rejected():
-    with pytest.raises(ValueError, match="encoder_hidden_size is 10, but the image tower has width 48"):
+    with pytest.raises(ValueError, match="encoder_hidden_size of the Q-Former is 10, but the image tower has width 48"):
         vlp.VlpBlip2Config(vision_config=dict(hidden_size=48, num_attention_heads=4),
                            qformer_config={"encoder_hidden_size": 10})  # fmt: skip
     with pytest.raises(ValueError, match="num_query_tokens must be positive, got 0"):
         vlp.VlpBlip2Config(num_query_tokens=0)
     with pytest.raises(ValueError, match=r"needs pixel_values \(the images\) or their vision_states"):
-        tiny_blip2()(torch.ones(2, 4, dtype=torch.long))
+        tiny_blip2()(input_ids=torch.ones(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="50 tokens, but the model supports at most 40"):
         tiny_blip2().get_text_features(torch.ones(2, 50, dtype=torch.long))

@@ -41,7 +41,7 @@ def test_loss_covers_the_labels_after_the_queries(kind):
     ids, mask = texts()
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, 0] = -100  # part of the prompt
-    output = model(ids, pixels(), mask, labels)
+    output = model(pixels(), ids, mask, labels)
     for row in range(3):  # compare with the language model on each unpadded text
         length = int(mask[row].sum())
         prefix = model.prefix(pixels()[row : row + 1])
@@ -56,14 +56,14 @@ def test_last_query_predicts_the_first_token_without_a_prompt():
     model = tiny_blip2_generation()
     ids = texts()[0][:, :1]
     logits = model.language_model(inputs_embeds=model.prefix(pixels())).logits[:, -1]
-    close(model(ids, pixels(), labels=ids).loss, F.cross_entropy(logits, ids[:, 0]))
+    close(model(pixels(), ids, labels=ids).loss, F.cross_entropy(logits, ids[:, 0]))
 
 
 def test_sequence_to_sequence_encoder_gets_queries_and_prompt():
     model = tiny_blip2_generation("t5")
     ids, mask = texts()
     labels = torch.tensor([[7, 8, 2], [9, 2, -100], [5, 6, 2]])
-    output = model(ids, pixels(), mask, labels)
+    output = model(pixels(), ids, mask, labels)
     embeds = torch.cat([model.prefix(pixels()), model.get_input_embeddings()(ids)], dim=1)
     expected = model.language_model(inputs_embeds=embeds, attention_mask=F.pad(mask, (5, 0), value=1), labels=labels)
     close(output.loss, expected.loss)
@@ -75,7 +75,7 @@ def test_frozen_and_trained_parts(kind):
     model = tiny_blip2_generation(kind).train()
     assert model.qformer.training and not model.language_model.training and not model.vision_model.training
     ids, mask = texts()
-    model(ids, pixels(), mask, ids.clone()).loss.backward()
+    model(pixels(), ids, mask, ids.clone()).loss.backward()
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {"vision_norm", "query_tokens", "qformer", "language_projection"}
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -177,7 +177,7 @@ def test_language_model_keeps_its_precision(tmp_path):
     assert again.language_model.dtype == torch.bfloat16 and again.qformer.dtype == torch.float32
     assert again.generate(pixels(), num_beams=2, max_new_tokens=4, min_new_tokens=4).shape == (3, 4)
     ids, mask = texts()
-    again.train()(ids, pixels(), mask, ids).loss.backward()
+    again.train()(pixels(), ids, mask, ids).loss.backward()
     assert again.language_projection.weight.grad.dtype == torch.float32
 
 

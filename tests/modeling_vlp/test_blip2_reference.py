@@ -99,7 +99,7 @@ def test_gradients_match_the_original(original):
 def test_forward_losses_match_the_original(original):
     """`forward`, as Trainer calls it, draws new hard negatives, so its matching loss is not compared."""
     losses = original.model(
-        original.input_ids, vision_states=original.vision_hidden_states, label_smoothing=0.1,
+        input_ids=original.input_ids, vision_states=original.vision_hidden_states, label_smoothing=0.1,
         caption_ids=torch.arange(len(original.input_ids)),
     )  # fmt: skip
     assert_close(losses.loss_itc, original.tensors["loss_itc"], rtol=1e-5, atol=0)

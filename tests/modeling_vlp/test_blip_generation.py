@@ -51,7 +51,7 @@ def test_logits_match_transformers(pair, pixels):
     ours, theirs = pair
     ids = torch.randint(4, 118, (2, 7), generator=torch.Generator().manual_seed(2))
     expected = theirs(pixel_values=pixels, input_ids=ids).logits
-    assert_close(ours(ids, pixels).logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert_close(ours(pixels, ids).logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 3}, {"num_beams": 5, "length_penalty": 2.0}])
@@ -116,7 +116,7 @@ def test_training_loss_matches_the_loss_of_all_logits(pair, pixels):
     ours, _ = pair
     ids = torch.randint(4, 118, (2, 7), generator=torch.Generator().manual_seed(2))
     labels = ids.masked_fill(torch.arange(7) < 3, -100)
-    evaluated = ours(ids, pixels, labels=labels)
+    evaluated = ours(pixels, ids, labels=labels)
     expected = torch.nn.functional.cross_entropy(
         evaluated.logits[:, 2:-1].flatten(0, 1), ids[:, 3:].flatten(), label_smoothing=0.1
     )
@@ -128,7 +128,7 @@ def test_training_loss_matches_the_loss_of_all_logits(pair, pixels):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     ours.config.text_config.attention_probs_dropout_prob = 0.0
-    output = trained.train()(ids, pixels, labels=labels)
+    output = trained.train()(pixels, ids, labels=labels)
     assert output.logits is None
     assert_close(output.loss, expected)
 
@@ -144,9 +144,9 @@ def test_head_gives_the_same_logits_for_few_and_many_rows(pair):
 def test_missing_images_and_uneven_groups_are_rejected(pair, pixels):
     ours, _ = pair
     with pytest.raises(ValueError, match="needs pixel_values"):
-        ours(torch.tensor([[118, 5]]))
+        ours(input_ids=torch.tensor([[118, 5]]))
     with pytest.raises(ValueError, match="3 texts cannot be divided evenly among 2 images"):
-        ours(torch.full((3, 2), 5), pixels)
+        ours(pixels, torch.full((3, 2), 5))
 
 
 def test_captions_can_be_streamed(capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BLIP_TEXT, QFORMER, VIT, save_language_model, tiny_pair, with_larger_weights
+from conftest import BLIP_TEXT, QFORMER, TOWERS, VIT, save_language_model, tiny_pair, with_larger_weights
 from PIL import Image
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -62,8 +62,9 @@ def expected(model, processor) -> tuple[torch.Tensor, torch.Tensor]:
         return image, model.get_text_features(inputs["input_ids"]).pooler_output
 
 
-def test_clip_loads_without_vlp(tmp_path):
-    model, processor = tiny_pair()
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+def test_clip_loads_without_vlp(tmp_path, tower):
+    model, processor = tiny_pair(tower)
     folder = tmp_path / "clip"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -77,10 +78,12 @@ def test_clip_loads_without_vlp(tmp_path):
     assert torch.equal(again.logit_scale, model.logit_scale)
 
 
-def test_blip_loads_without_vlp(tmp_path):
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+def test_blip_loads_without_vlp(tmp_path, tower):
     tokenizer = train_tokenizer(["a red square", "two dogs"], 120, 20)
     torch.manual_seed(0)
-    config = vlp.VlpBlipConfig(vision_config=VIT, text_config=BLIP_TEXT | token_ids(tokenizer))
+    vision = TOWERS[tower] | {"image_size": 32}
+    config = vlp.VlpBlipConfig(vision_config=vision, text_config=BLIP_TEXT | token_ids(tokenizer))
     model = vlp.VlpBlipForPreTraining(config)
     processor = vlp.VlpBlipProcessor(vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
     folder = tmp_path / "blip"

@@ -32,6 +32,12 @@ from vlp.processing.tokenizer import clean_caption
 
 import vlp
 
+
+def blip_processor(captions: list[str]) -> vlp.VlpBlipProcessor:
+    images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
+    return vlp.VlpBlipProcessor(images, train_tokenizer(captions, 120, max_length=20))
+
+
 clip = pytest.importorskip("clip", reason="OpenAI's reference package")
 MERGES = Path(clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 
@@ -249,3 +255,38 @@ def test_processor_takes_nested_options(images):
     flat = processor(images=images, text=texts, padding="max_length", return_tensors="pt")
     nested = processor(images=images, text=texts, text_kwargs={"padding": "max_length"}, return_tensors="pt")
     assert torch.equal(flat["input_ids"], nested["input_ids"]) and flat["input_ids"].shape[1] == 20
+
+
+@pytest.mark.parametrize("make", [tiny_processor, lambda: blip_processor(["a red square", "two dogs"])])
+def test_nested_and_plain_options_of_processors_agree(make, images):
+    """sentence-transformers passes nested options."""
+    processor, texts = make(), ["a red square", "two"]
+    nested = processor(
+        images=images[:2], text=texts, text_kwargs={"padding": "max_length", "max_length": 12},
+        images_kwargs={"do_normalize": False}, common_kwargs={"return_tensors": "pt"},
+    )  # fmt: skip
+    plain = processor(images=images[:2], text=texts, padding="max_length", max_length=12, do_normalize=False,
+                      return_tensors="pt")  # fmt: skip
+    assert nested["input_ids"].shape == (2, 12)
+    for name, value in plain.items():
+        assert torch.equal(nested[name], value)
+    assert processor(text=texts, return_tensors="pt")["input_ids"].shape[0] == 2  # padded by default
+
+
+@pytest.mark.parametrize("make", [tiny_processor, lambda: blip_processor(CAPTIONS)])
+def test_saved_processors_cut_texts_to_what_the_model_reads(make, tmp_path):
+    processor = make()
+    processor.tokenize(["a red square"], 512)  # a call with another length, as in evaluation
+    processor.save_pretrained(tmp_path)
+    for again in (AutoProcessor.from_pretrained(tmp_path), type(processor).from_pretrained(tmp_path)):
+        assert again(text=["red square " * 40], return_tensors="pt")["input_ids"].shape == (1, 20)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer(["red square " * 40], truncation=True, return_tensors="pt")["input_ids"].shape == (1, 20)
+
+
+def test_chat_templates_and_their_processor_are_saved(tmp_path):
+    processor = vlp.VlpClipProcessor(
+        tiny_processor().image_processor, tiny_processor().tokenizer, chat_template="{{ messages }}"
+    )
+    processor.save_pretrained(tmp_path)
+    assert vlp.VlpClipProcessor.from_pretrained(tmp_path).chat_template == "{{ messages }}"

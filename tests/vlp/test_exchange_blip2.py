@@ -79,7 +79,7 @@ def test_transformers_retrieval_both_ways(tmp_path):
     notes = convert(tmp_path / "theirs", tmp_path / "ours")
     assert "no temperature" in notes[0]
     ours = vlp.VlpBlip2ForImageTextRetrieval.from_pretrained(tmp_path / "ours").eval()
-    output = ours(IDS, PIXELS)
+    output = ours(PIXELS, IDS)
     mask = (IDS != 0).long()
     compared = theirs(PIXELS, IDS, mask)
     same(output.logits_per_image * ours.temp, compared.logits_per_image)
@@ -105,11 +105,11 @@ def test_transformers_generation_both_ways(tmp_path, kind):
     ids = torch.cat([torch.full((2, 5), 59), prompt], dim=1)  # the image tokens come first
     if kind == "opt":
         logits = theirs(PIXELS, ids, torch.ones_like(ids)).logits[:, 5:]
-        same(ours(prompt, PIXELS).logits, logits)
+        same(ours(PIXELS, prompt).logits, logits)
     else:
         labels = torch.tensor([[7, 8, 2], [9, 4, 2]])
         output = theirs(PIXELS, ids, torch.ones_like(ids), labels=labels)
-        mine = ours(prompt, PIXELS, labels=labels)
+        mine = ours(PIXELS, prompt, labels=labels)
         same(mine.logits, output.logits)
         same(mine.loss, output.loss)
     for options in ({"num_beams": 1}, {"num_beams": 5}, {"num_beams": 4, "num_return_sequences": 2}):

@@ -86,7 +86,7 @@ class Blip2Objective(Objective):
         memory = model.memory_of(states)
         queries = model.query(memory, past_key_values=cache).last_hidden_state
         image = unit_length(model.vision_proj(queries))
-        text = unit_length(model.get_text_features(input_ids).pooler_output)[text_index]
+        text = unit_length(model.get_text_features(input_ids, pooled_only=True).pooler_output)[text_index]
         batch = JoinedBatch.of(text_index)
         with torch.autocast(image.device.type, enabled=False):
             image_logits, text_logits, same, loss_itc = self.compare(batch, image, text, caption_ids, image_ids)
@@ -193,10 +193,10 @@ class LanguageObjective(Objective):
         states = vision_states(self.model, pixel_values)
         if self.model.language_model.config.is_encoder_decoder:
             prompt = torch.tensor(self.prompt, device=input_ids.device).expand(len(input_ids), -1)
-            output = self.model(prompt if self.prompt else None, vision_states=states, labels=labels)
+            output = self.model(input_ids=prompt if self.prompt else None, vision_states=states, labels=labels)
         else:
             labels[:, : len(self.prompt)] = -100
-            output = self.model(input_ids, attention_mask=real.long(), vision_states=states, labels=labels)
+            output = self.model(input_ids=input_ids, attention_mask=real.long(), vision_states=states, labels=labels)
         return {"lm": weigh_by_count(output.loss, (labels != -100).sum())}
 
     def until_the_end(self, input_ids: Tensor) -> Tensor:

@@ -106,5 +106,5 @@ def test_language_model_loss_covers_text_after_prompt(kind):
             labels = torch.tensor([[-100, -100, *text]])
         else:
             given, labels = torch.tensor([[4, 7]]), torch.tensor([text])
-        terms.append(len(text) * model(given, vision_states=states[row : row + 1], labels=labels).loss)
+        terms.append(len(text) * model(input_ids=given, vision_states=states[row : row + 1], labels=labels).loss)
     assert_close(loss, sum(terms) / 6)
