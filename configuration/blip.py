@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checks import require_positive, require_width
+from .checks import config_from, require_positive, require_width
 from .text import VlpBlipTextConfig
 from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, vision_config_from
 
@@ -41,7 +41,10 @@ class VlpBlipConfig(PreTrainedConfig):
             self.vision_config, (VlpBlipViTConfig, VlpModifiedResNetConfig), self.image_text_hidden_size, self
         )
         if not isinstance(self.text_config, PreTrainedConfig):
-            fields = {"encoder_hidden_size": self.vision_config.hidden_size} | (self.text_config or {})
-            self.text_config = VlpBlipTextConfig(**fields)
+            width = {"encoder_hidden_size": self.vision_config.hidden_size}
+            given = {} if self.text_config is None else self.text_config
+            self.text_config = config_from(
+                width | given if isinstance(given, dict) else given, (VlpBlipTextConfig,), "text_config", self
+            )
         require_width(self, "text model", self.text_config.encoder_hidden_size, self.vision_config.hidden_size)
         super().__post_init__(**kwargs)

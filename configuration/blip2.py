@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checks import require_fraction, require_positive, require_width
+from .checks import config_from, require_fraction, require_positive, require_width
 from .text import VlpQFormerConfig
 from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpViTConfig, vision_config_from
 
@@ -64,7 +64,9 @@ class VlpBlip2Config(PreTrainedConfig):
         self.vision_config = vision_config_from(vision, TOWERS, own_dim or self.image_text_hidden_size, self)
         width = self.vision_config.hidden_size
         if not isinstance(self.qformer_config, PreTrainedConfig):
-            self.qformer_config = VlpQFormerConfig(**({"encoder_hidden_size": width} | (self.qformer_config or {})))
+            given = {} if self.qformer_config is None else self.qformer_config
+            fields = {"encoder_hidden_size": width} | given if isinstance(given, dict) else given
+            self.qformer_config = config_from(fields, (VlpQFormerConfig,), "qformer_config", self)
         require_width(self, "Q-Former", self.qformer_config.encoder_hidden_size, width)
         if isinstance(self.text_config, dict):
             fields = dict(self.text_config)

@@ -4,22 +4,53 @@ transformers' type validators are not used: they do not name the configuration, 
 they cannot compare two fields.
 """
 
+import math
+
+from transformers import PreTrainedConfig
+
+LARGEST, MOST_LAYERS = 10_000_000, 1000  # no model has larger sizes or more layers
+
+
+def is_number(value) -> bool:
+    """Whether a value is an integer or a finite float; True and False are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
 
 def require_positive(config, *names: str) -> None:
-    """Check that every named field, or every number in it, is greater than 0.
+    """Check that every named field, or every number in it, is greater than 0, and an integer if its default is one.
 
     Args:
         config: the configuration to check.
         names: names of fields that hold a number or a sequence of numbers.
 
     Raises:
-        ValueError: if a value is not a positive number.
+        ValueError: if a value is not a positive number, or is larger than that of any model.
     """
     for name in names:
-        value = getattr(config, name)
-        for number in value if isinstance(value, (list, tuple)) else (value,):
-            if not isinstance(number, (int, float)) or number <= 0:
-                raise ValueError(f"{type(config).__name__}: {name} must be positive, got {value!r}.")
+        value, default = getattr(config, name), getattr(type(config), name, None)
+        numbers = value if isinstance(value, (list, tuple)) else (value,)
+        whole = isinstance(default, (int, list, tuple)) and not isinstance(default, bool)
+        if not numbers or not all(is_number(n) and n > 0 and (not whole or isinstance(n, int)) for n in numbers):
+            kind = "a positive integer" if whole and all(is_number(n) and n > 0 for n in numbers) else "positive"
+            raise ValueError(f"{type(config).__name__}: {name} must be {kind}, got {shown(value)}.")
+        most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+        if whole and max(numbers) > most:
+            raise ValueError(f"{type(config).__name__}: {name} must be at most {most:,}, got {shown(value)}.")
+
+
+def require_finite(config, name: str) -> None:
+    """Check that the named field is a finite number. Raises ValueError if it is not."""
+    if not is_number(getattr(config, name)):
+        raise ValueError(f"{type(config).__name__}: {name} must be a number, got {shown(getattr(config, name))}.")
+
+
+def shown(value) -> str:
+    """A value in an error message, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = "an integer of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def require_fraction(config, name: str) -> None:
@@ -29,8 +60,8 @@ def require_fraction(config, name: str) -> None:
         ValueError: if it is not.
     """
     value = getattr(config, name)
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"{type(config).__name__}: {name} must be at least 0 and below 1, got {value}.")
+    if not is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{type(config).__name__}: {name} must be at least 0 and below 1, got {shown(value)}.")
 
 
 def require_divisible(config, name: str, divisor_name: str) -> None:
@@ -73,7 +104,7 @@ def require_token_ids(config, *names: str) -> None:
         ValueError: if an id is negative, or not below `vocab_size`.
     """
     for name in names:
-        if not 0 <= getattr(config, name) < config.vocab_size:
+        if not isinstance(getattr(config, name), int) or not 0 <= getattr(config, name) < config.vocab_size:
             raise ValueError(
                 f"{type(config).__name__}: {name} ({getattr(config, name)}) must be below vocab_size "
                 f"({config.vocab_size})."
@@ -88,7 +119,7 @@ def require_activation(config, name: str = "hidden_act") -> None:
     """
     from transformers.activations import ACT2FN
 
-    if getattr(config, name) not in ACT2FN:
+    if not isinstance(getattr(config, name), str) or getattr(config, name) not in ACT2FN:
         raise ValueError(
             f"{type(config).__name__}: {name} ({getattr(config, name)!r}) is not an activation function of "
             'transformers; CLIP uses "quick_gelu" (OpenAI) or "gelu" (LAION-2B, DataComp).'
@@ -111,10 +142,12 @@ def config_from(given, kinds: tuple[type, ...], field: str, owner, **more):
     Raises:
         ValueError: if "model_type" is not that of an allowed class.
     """
-    if not isinstance(given, dict) and given is not None:
+    if isinstance(given, PreTrainedConfig):
         return given
+    if not isinstance(given, dict) and given is not None:
+        raise ValueError(f"{type(owner).__name__}: {field} must be a configuration or its fields, got {shown(given)}.")
     fields, known = dict(given or {}), {kind.model_type: kind for kind in kinds}
     name = fields.pop("model_type", kinds[0].model_type)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"{type(owner).__name__}: {field} has model_type {name!r}; expected one of {sorted(known)}.")
     return known[name](**(fields | more))

@@ -4,7 +4,7 @@ import math
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checks import config_from, require_positive
+from .checks import config_from, require_finite, require_positive
 from .text import VlpClipTextConfig, VlpSiglipTextConfig
 from .vision import VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig, vision_config_from
 
@@ -42,6 +42,11 @@ class VlpClipConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         require_positive(self, "projection_dim")
+        require_finite(self, "logit_scale_init_value")
+        self.logit_scale_init_value = float(self.logit_scale_init_value)
+        if self.logit_bias_init_value is not None:
+            require_finite(self, "logit_bias_init_value")
+            self.logit_bias_init_value = float(self.logit_bias_init_value)
         self.vision_config = vision_config_from(self.vision_config, VISION, self.projection_dim, self)
         vision, width = self.vision_config, self.projection_dim
         if vision.model_type == VlpSiglipViTConfig.model_type and vision.hidden_size != width:

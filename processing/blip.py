@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from .clip import VlpClipImageProcessor, VlpClipProcessor, VlpClipProcessorKwargs
 from .tokenizer import clean_nested
@@ -112,22 +112,6 @@ def _word_piece_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
-
-
-def load_tokenizer(name: str, max_length: int) -> PreTrainedTokenizerFast:
-    """Load a BERT tokenizer and add BLIP's tokens.
-
-    Args:
-        name: hub name or folder of the tokenizer.
-        max_length: the tokenizer's `model_max_length`, in tokens.
-
-    Raises:
-        ValueError: if it has no [CLS], [SEP] or [PAD].
-    """
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
-        raise ValueError(f"{name} has no [CLS], [SEP] or [PAD]: BLIP needs a BERT tokenizer.")
-    return with_blip_tokens(tokenizer, max_length)
 
 
 def with_blip_tokens(tokenizer: PreTrainedTokenizerFast, max_length: int) -> PreTrainedTokenizerFast:

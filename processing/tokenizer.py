@@ -51,10 +51,15 @@ class VlpClipTokenizer(PreTrainedTokenizerFast):
         Args:
             path: OpenAI's file bpe_simple_vocab_16e6.txt.gz.
             max_length: the tokenizer's `model_max_length`, in tokens.
+
+        Raises:
+            ValueError: if the file does not hold pairs of word pieces.
         """
         with gzip.open(path, "rt", encoding="utf-8") as file:
             lines = file.read().split("\n")[1 : OPENAI_MERGES + 1]
-        merges = [tuple(line.split()) for line in lines]
+        merges = [tuple(line.split()) for line in lines if line]
+        if len(merges) < 2 or any(len(pair) != 2 for pair in merges):
+            raise ValueError("it must hold one pair of word pieces per line, after a line with the version")
         return _wrap(cls, _byte_pair_tokenizer(merges, [START, END]), max_length, clean_text=True, pad_token=END)
 
     @classmethod

@@ -9,6 +9,8 @@ if not __package__:
     sys.path.pop(0)  # launched as a folder: import its modules from the package `vlp`, not as top-level modules
 try:
     from vlp.training.run import main
+except KeyboardInterrupt:
+    sys.exit(130)
 except ModuleNotFoundError as error:
     if error.name != "vlp":
         raise

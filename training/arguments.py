@@ -4,13 +4,16 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import re
 import typing
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, brief, printable
 from ..processing.pictures import MAX_PIXELS
 from ..processing.prompts import TEMPLATES
 
@@ -241,6 +244,8 @@ class TrainingArguments:
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "num_workers", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
+        if self.max_length < 3:
+            raise ArgumentError(f"--max_length must be at least 3 (start, one token, end), got {self.max_length}.")
         if self.adam_beta1 == 1 or self.adam_beta2 == 1 or self.ema_decay == 1:
             raise ArgumentError(
                 "--adam_beta1, --adam_beta2 and --ema_decay must be below 1: at 1 the averages never change."
@@ -305,30 +310,94 @@ def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ArgumentError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
+# The largest value of each numeric option that is limited further than by its type.
+MOST: dict[str, float] = {
+    "seed": 2**32 - 1,
+    "num_workers": 256,
+    "num_threads": 1024,
+    "image_size": 4096,
+    "fine_tune_image_size": 4096,
+    "vocab_size": 10_000_000,
+    "per_device_train_batch_size": 1_000_000,
+    "eval_batch_size": 1_000_000,
+    "batch_size": 1_000_000,
+    "gradient_accumulation_steps": 1_000_000,
+    "micro_batch_size": 1_000_000,
+    "queue_size": 10_000_000,
+    "num_beams": 1000,
+    "eval_num_beams": 1000,
+    "resamples": 1_000_000,
+    "lora_rank": 4096,
+    "layer_decay": 1,
+    "alpha_epochs": 1_000_000,
+    "max_grad_norm": 1e12,
+}
+LARGEST = 2**53  # of numbers without bounds of their own
+
+
 def check_values(arguments) -> None:
-    """Check every option against its type.
+    """Check every option against its type and its bounds.
 
     Raises:
-        ArgumentError: if a value is none of the choices of a Literal type, or a number is not finite.
+        ArgumentError: if a value is none of the choices of a Literal type, a number is not finite or out of bounds, or
+            a text contains characters that no file has.
     """
     for item in dataclasses.fields(arguments):
-        value = getattr(arguments, item.name)
+        value, name = getattr(arguments, item.name), item.name
         if typing.get_origin(item.type) is Literal and value not in typing.get_args(item.type):
             choices = ", ".join(map(str, typing.get_args(item.type)))
-            raise ArgumentError(f"--{item.name} must be one of {choices}, got {value!r}.")
+            raise ArgumentError(f"--{name} must be one of {choices}, got {printable(repr(value), 60)}.")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ArgumentError(f"--{item.name} must be a finite number, got {value}.")
+            raise ArgumentError(f"--{name} must be a finite number, got {value}.")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            most = MOST.get(name, LARGEST)
+            if abs(value) > most:
+                shown = "a number of many digits" if abs(value) > 1e15 else f"{value:,}"
+                raise ArgumentError(f"--{name} must be at most {most:,}, got {shown}.")
+            if name == "seed" and value < 0:
+                raise ArgumentError(f"--seed must not be negative, got {value}.")
+        if isinstance(value, str):
+            if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
+                raise ArgumentError(
+                    f"--{name} contains a NUL or a character that is not valid UTF-8: {printable(value, 60)}."
+                )
+            if name in PATHS and value.startswith("~"):
+                setattr(arguments, name, os.path.expanduser(value))
+
+
+# Options that name a file or a folder, or a model or data set on the hub.
+PATHS = (
+    "answer_list", "bert_name_or_path", "captioner", "class_names", "dataset", "dataset_name", "eval_dataset_name",
+    "filter", "image_root", "image_tower", "language_model_name_or_path", "model_name_or_path", "output_dir",
+    "resume_from_checkpoint", "text_tower", "tokenizer_name", "vision_tower",
+)  # fmt: skip
 
 
 def publishable(options: dict) -> dict:
-    """Return the options with absolute paths shortened to their last part, so that they can be published."""
+    """The options as they may be published: no path of this machine, no command, and no password of an address."""
+    return {key: public_name(value) if key in PATHS and isinstance(value, str) else value
+            for key, value in options.items()}  # fmt: skip
 
-    def name(value):
-        if isinstance(value, str) and value.startswith("/"):
-            return "::".join(Path(path).name for path in value.split("::"))
-        return value
 
-    return {key: name(value) for key, value in options.items()}
+def public_name(name: str) -> str:
+    """The name of a model or of data as it may be published.
+
+    Args:
+        name: a hub name, which is kept; a path, of which the last part is kept; a command (`pipe:...`), which is left
+            out; an address, which is kept without its user and its query. Several are joined by "::".
+    """
+    return "::".join(public_part(part) for part in name.split("::"))
+
+
+def public_part(name: str) -> str:
+    if name.startswith("pipe:"):
+        return "pipe"
+    if "://" in name:
+        address = urllib.parse.urlsplit(name)
+        return f"{address.scheme}://{(address.netloc).rpartition('@')[2]}{address.path}"
+    if re.fullmatch(r"[\w][\w.-]*/[\w.-]+", name) and not Path(name).exists():
+        return name
+    return Path(os.path.abspath(name)).name if "/" in name or name.startswith((".", "~")) else name
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
@@ -351,10 +420,21 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
         elif kinds[0] is bool:
             settings |= {"action": argparse.BooleanOptionalAction}
         else:
-            convert = json.loads if kinds[0] is dict else kinds[0]
+            convert = json_object if kinds[0] is dict else kinds[0]
             convert = none_or(convert) if type(None) in typing.get_args(item.type) else convert
             settings |= {"type": convert, "metavar": kinds[0].__name__}
         parser.add_argument(f"--{item.name}", **settings)
+
+
+def json_object(word: str) -> dict:
+    """Parse an object in JSON, such as {"hidden_size": 256}; for argparse."""
+    try:
+        value = json.loads(word)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON: {brief(error)[:100]}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'expected an object such as {{"projection_dim": 256}}, got {word[:60]}')
+    return value
 
 
 def none_or(convert: Callable) -> Callable:

@@ -10,7 +10,8 @@ from typing import Literal
 
 import yaml
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CommandParser, brief, printable
+from ..files import usable_path
 from .arguments import TrainingArguments, add_options
 from .data.capfilt import CapFiltArguments
 from .data.shards import ShardsArguments
@@ -83,13 +84,15 @@ def read_recipe(name: str, kind: type[TrainingArguments]) -> dict:
     path = Path(name)
     if not path.suffix:
         path = RECIPES / f"{name}.yaml"
-    if not path.is_file():
+    if not usable_path(path, "--config").is_file():
         names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise ArgumentError(f"--config {name}: there is no such file or recipe; the recipes are {names}.")
+        raise ArgumentError(
+            f"--config {printable(name, 120)}: there is no such file or recipe; the recipes are {names}."
+        )
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"{path} is not valid YAML: {error}") from error
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OSError) as error:
+        raise ArgumentError(f"{printable(path, 120)} is not valid YAML: {brief(error)[:200]}") from error
     if not isinstance(values, dict):
         raise ArgumentError(f"{path} must hold options, one `name: value` per line; got a {type(values).__name__}.")
     types = {item.name: item.type for item in dataclasses.fields(kind)}
@@ -97,13 +100,15 @@ def read_recipe(name: str, kind: type[TrainingArguments]) -> dict:
         if key not in types:
             task = next(name for name, task in TASKS.items() if task.arguments is kind)
             raise ArgumentError(
-                f"{path}: {key!r} is not an option of {task}; `accelerate launch training {task} --help` lists them."
+                f"{path}: {printable(repr(key), 60)} is not an option of {task}; `accelerate launch training {task} "
+                "--help` lists them."
             )
         expected = kinds_of(types[key])
         if float in expected and isinstance(value, (int, str)) and is_number(value):
             values[key] = float(value)  # YAML parses 5e-4, which has no dot, as text
         elif type(value) not in expected and not (value is None and type(None) in expected):
-            raise ArgumentError(f"{path}: {key} must be of type {types[key]}, got {value!r}.")
+            kind = getattr(types[key], "__name__", types[key])
+            raise ArgumentError(f"{path}: {key} must be of type {kind}, got {printable(repr(value), 60)}.")
     return values
 
 
@@ -118,7 +123,7 @@ def kinds_of(annotation) -> tuple[type, ...]:
 def is_number(value: int | str) -> bool:
     try:
         float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return False
     return not isinstance(value, bool)
 
@@ -126,7 +131,7 @@ def is_number(value: int | str) -> bool:
 def build_parser(task: str = "clip") -> argparse.ArgumentParser:
     """The parser of a task: `--config` and the options of its dataclass."""
     recipe = TASKS[task].recipe
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"accelerate launch training {task}",
         description=f"{TASKS[task].text}.",
     )
@@ -150,7 +155,4 @@ def parse_command_line() -> TrainingArguments:
     task = words.pop(0) if words and not words[0].startswith("-") else "clip"
     if task not in TASKS:
         sys.exit(f"Unknown training command {task!r}; expected one of {', '.join(TASKS)}.")
-    try:
-        return parse(words, task)
-    except ArgumentError as error:
-        sys.exit(f"error: {error}")
+    return parse(words, task)

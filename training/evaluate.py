@@ -9,20 +9,20 @@ MODEL/evaluations, and added to the model card if vlp wrote one.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import datasets
 import torch
 from accelerate import PartialState
 
-from ..errors import ArgumentError, UnsupportedModelError
+from ..errors import CommandParser, printable, reported_errors
+from ..files import is_own, usable_path, write_file
 from ..inference import load
 from ..model_cards.card import RESULTS, evaluation_table, render_card
 from .arguments import add_options
 from .data.sources import load_rows
 from .evaluation.arguments import EvaluationArguments
-from .evaluation.results import results_of, write_results
+from .evaluation.results import check_results, results_of, write_results
 from .evaluation.tasks import evaluate_task, prepare_data, use_of
 from .machine.hardware import cpu_cores, use_cpu_well
 
@@ -44,6 +44,9 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.device.type == "cpu":
         use_cpu_well(max(1, cpu_cores() // state.num_processes))
+    default = Path(model) / "evaluations" if Path(model).is_dir() else Path("runs/evaluations") / Path(model).name
+    folder = usable_path(arguments.output_dir, "--output_dir") if arguments.output_dir else default
+    check_results(folder, arguments, Path(model) if folder == default and Path(model).is_dir() else folder)
     table = load_rows(arguments.dataset, arguments.split, arguments.image_column, arguments.image_root,
                       arguments.dataset_config_name)  # fmt: skip
     pictures = prepare_data(table, arguments, state)
@@ -52,18 +55,28 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
     name = Path(model).name if Path(model).is_dir() else model
     results = results_of(name, type(predictor.model).__name__, pictures, outcome, state.device.type)
     if state.is_main_process:
-        default = Path(model) / "evaluations" if Path(model).is_dir() else Path("runs/evaluations") / Path(model).name
-        path = write_results(Path(arguments.output_dir or default), results, pictures, outcome)
+        root = Path(model) if folder == default and Path(model).is_dir() else folder
+        path = write_results(folder, results, pictures, outcome, root)
         print(evaluation_table(results))
-        print(f"Results written to {path}, with .md{' and .png' if outcome.confusion else ''} files next to it.")
-        if path.parent == Path(model) / "evaluations" and (Path(model) / RESULTS).is_file():
-            render_card(Path(model)).save(Path(model) / "README.md")
+        more = " and .png" if outcome.confusion else ""
+        print(f"Results written to {printable(path)}, with .md{more} files next to it.")
+        if root == Path(model) and (root / RESULTS).is_file():
+            update_card(root)
     state.wait_for_everyone()
     return results
 
 
+def update_card(folder: Path) -> None:
+    """Render the card of a model again; one that was written or changed by hand is left as it is."""
+    card = folder / "README.md"
+    if card.exists() and not is_own(folder, card):
+        print(f"warning: {printable(card)} was not written by vlp, or was changed since, so it is not updated.")
+        return
+    write_file(card, str(render_card(folder)))
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="accelerate launch -m vlp.training.evaluate", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -76,13 +89,12 @@ def main() -> None:
     options = vars(build_parser().parse_args())
     model = options.pop("model")
     datasets.disable_progress_bars()
-    try:
-        evaluate(model, EvaluationArguments(**options))
-    except (ArgumentError, UnsupportedModelError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    with reported_errors():
+        try:
+            evaluate(model, EvaluationArguments(**options))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

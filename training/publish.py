@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
+from ..errors import printable
 from ..files import state_folder, write_whole
 from ..model_cards.card import metric_name, shown, usage, write_card
 from ..modeling_vlp.exchange.bundle import add_code
@@ -53,12 +54,13 @@ def publish(run: Run, model: PreTrainedModel, outcomes: list[Outcome]) -> None:
         if arguments.hub_bundle:
             add_code(fresh)
 
-    write_whole(folder, write)
+    folder = write_whole(folder, write)
     print_results(run, results)
     if arguments.push_to_hub:
         print(f"Pushed to {push(folder, arguments)}.")
+    states = printable(state_folder(arguments.output_dir))
     print(f"""
-The model, its processor and its card are in {folder}; the state to resume from is in {state_folder(folder)}.
+The model, its processor and its card are in {printable(folder)}; the state to resume from is in {states}.
 To use the model:
 
 {textwrap.indent(usage(type(model).__name__, str(folder), prompt), "    ")}""")

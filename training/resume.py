@@ -5,6 +5,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
+from ..errors import ResumeError, printable
 from .arguments import names_of
 from .data.sources import is_shards
 from .loop import Progress, Run
@@ -47,9 +48,33 @@ def resume(run: Run, path: Path) -> None:
         ResumeError: if the state belongs to another model or recipe; the message lists the differences.
     """
     options = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
-    facts = load_state(run.accelerator, path, state_facts(run), run.average)
+    facts = load_state(run.accelerator, path, state_facts(run), run.arguments.output_dir, run.average)
     for group, values in zip(run.optimizer.param_groups, options, strict=True):
         group.update(values)
-    run.progress = Progress(**facts["progress"])
+    run.progress = progress_of(facts["progress"], path)
     run.bad_rows.causes = {key: cause for key, cause in facts["bad_rows"]}
     run.accelerator.print(f"Resumed from {path}, step {run.progress.step}.")
+
+
+def progress_of(saved: dict, path: Path) -> Progress:
+    """The progress in a state.
+
+    Args:
+        saved: its fields.
+        path: folder of the state, for the error message.
+
+    Raises:
+        ResumeError: if a field is missing, unknown, or has an impossible value.
+    """
+    fields = {item.name: item.type for item in dataclasses.fields(Progress)}
+    for name in fields.keys() ^ saved.keys():
+        what = "lacks" if name in fields else "has, perhaps from a newer version of vlp,"
+        raise ResumeError(f"The state {printable(path, 160)} {what} the field {printable(name, 60)} of its progress.")
+    for name, value in saved.items():
+        kind = {"step": int, "samples": int, "seconds": (int, float), "places": dict}.get(name, list)
+        number = name in ("step", "samples", "seconds")
+        if not isinstance(value, kind) or isinstance(value, bool) or (number and not 0 <= value < 2**53):
+            raise ResumeError(
+                f"The state {printable(path, 160)} is damaged: {name} of its progress is {printable(repr(value), 60)}."
+            )
+    return Progress(**saved)

@@ -1,15 +1,16 @@
 """A training run: set up, train, evaluate, publish."""
 
 import contextlib
+import os
 import signal
-import sys
+import threading
 from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import ArgumentError, BadDataError, ResumeError
-from ..files import state_folder
+from ..errors import reported_errors
+from ..files import check_output, locked, state_folder
 from ..model_cards.card import shown
 from .arguments import TrainingArguments
 from .command_line import parse_command_line
@@ -23,18 +24,17 @@ from .machine.checkpoint import round_matrices, save_state
 from .machine.sharding import whole_model
 from .publish import publish
 from .resume import state_facts
-from .setup import set_up
+from .setup import set_up, sources_of
 
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 RESAMPLES = 1000  # bootstrap resamples for the confidence intervals of the published metrics
 
 
 def main() -> None:
     """Run the command line. Errors that the user can fix end the program with a one-line message."""
-    arguments = parse_command_line()
-    try:
+    with reported_errors():
+        arguments = parse_command_line()
         {CapFiltArguments: capfilt, ShardsArguments: write_shards}.get(type(arguments), train)(arguments)
-    except (ArgumentError, BadDataError, ResumeError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def train(arguments: TrainingArguments, family: Family | None = None) -> None:
@@ -51,7 +51,17 @@ def train(arguments: TrainingArguments, family: Family | None = None) -> None:
         FloatingPointError: if a loss is not finite.
         OSError: if a file cannot be written.
     """
-    run = set_up(arguments, family or family_of(arguments))
+    check_output(arguments.output_dir, sources=sources_of(arguments))
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RANK", "0") == "0":
+            stack.enter_context(locked(state_folder(arguments.output_dir), f"--output_dir {arguments.output_dir}"))
+        stack.enter_context(ends_with_its_launcher())
+        run_to_the_end(arguments, family or family_of(arguments))
+
+
+def run_to_the_end(arguments: TrainingArguments, family: Family) -> None:
+    """Train, evaluate and publish; see `train`."""
+    run = set_up(arguments, family)
     with interruptible(run):
         fit(run, lambda: log_metrics(run, published_model(run), resamples=0), lambda: save(run))
     saved = save(run)
@@ -122,15 +132,38 @@ def save(run: Run) -> bool:
 
 
 @contextlib.contextmanager
+def ends_with_its_launcher() -> Iterator[None]:
+    """Interrupt the run when the program that launched it ends, so that no process goes on alone.
+
+    `accelerate launch` does not pass signals on to its process.
+    """
+    parent, over = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch`
+    if launched and hasattr(os, "getppid"):
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+@contextlib.contextmanager
 def interruptible(run: Run) -> Iterator[None]:
-    """Let Ctrl-C or SIGTERM end the training loop after the current step; a second one ends the program at once."""
+    """Let Ctrl-C, SIGTERM or SIGHUP end the training loop after the current step; a second one ends it at once."""
 
     def stop(number, frame):
         if run.interrupted:
             raise KeyboardInterrupt
         run.interrupted = True
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in ENDING}
     try:
         yield
     finally:

@@ -12,18 +12,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Sampler
 from transformers.utils import logging as transformers_logging
 
+from ..errors import ArgumentError, printable
 from ..files import check_output, start_anew, state_folder
 from ..modeling_vlp.resnet import ModifiedResNet
 from ..processing.augmentation import PerImage, ToPixelValues, strong_augmentation
 from .arguments import TrainingArguments
 from .data.batches import BadRows, Collator, train_loader
 from .data.build import load_data
-from .data.rows import CaptionChooser, make_chooser, stable_id
+from .data.rows import CaptionChooser, make_chooser, stable_id, texts_of
 from .data.samples import DrawSampler, PairDataset, SampleMaker
 from .data.shards import ShardDataset, expand
 from .families import Family
 from .loop import Run
-from .machine.adapters import add_lora, check_lora
+from .machine.adapters import add_lora, check_lora, freeze_statistics, note_base
 from .machine.checkpoint import find_state
 from .machine.hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
 from .machine.hub import check_access
@@ -46,7 +47,7 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
         ArgumentError: if an option is wrong.
         ResumeError: if the state to resume from belongs to another model or recipe.
     """
-    check_output(arguments.output_dir)
+    check_output(arguments.output_dir, sources=sources_of(arguments))
     if arguments.push_to_hub:
         check_access()
     if arguments.lora_rank:
@@ -65,12 +66,16 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
     model = family.model(arguments, processor)
     if arguments.lora_rank:
         add_lora(model, arguments.lora_rank, arguments.model_name_or_path)
+        freeze_statistics(model)
+        if accelerator.is_main_process:
+            note_base(arguments.output_dir, arguments.model_name_or_path)
     run = make_run(arguments, family, accelerator, rows, processor, model)
     if eval_rows is not None:
         run.evaluations = family.evaluation(arguments, eval_rows, rows)
     state = None
     if arguments.resume_from_checkpoint:
         state = find_state(arguments.resume_from_checkpoint, arguments.output_dir)
+    check_learnable(arguments, rows)
     if accelerator.is_main_process:
         describe_run(run)
         if state is None:
@@ -83,6 +88,33 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
     dataset, sampler = make_dataset(run, make_maker(run, family, chooser))
     run.batches = iter(train_loader(arguments, dataset, sampler, collator))
     return run
+
+
+def sources_of(arguments: TrainingArguments) -> list[str | None]:
+    """The files and folders that a run reads, where the options name them."""
+    names = ("dataset_name", "eval_dataset_name", "image_root", "model_name_or_path", "tokenizer_name", "image_tower",
+             "text_tower", "vision_tower", "bert_name_or_path", "language_model_name_or_path")  # fmt: skip
+    return [getattr(arguments, name, None) for name in names]
+
+
+def check_learnable(arguments: TrainingArguments, rows: Dataset | None) -> None:
+    """Raise ArgumentError if there is nothing to learn: one row, or the same caption everywhere.
+
+    Only the first rows are read, until two captions differ.
+    """
+    if rows is None or getattr(arguments, "task", "pretrain") in ("vqa", "nlvr"):
+        return
+    columns = [column for column in arguments.caption_column.split(",") if column in rows.column_names]
+    found = set()
+    for batch in rows.select_columns(columns).iter(1000):
+        found.update(text for column in columns for value in batch[column] for text in texts_of(value))
+        if len(found) > 1:
+            return
+    if found:
+        raise ArgumentError(
+            f"There is nothing to learn from {printable(arguments.dataset_name, 120)}: all {len(rows):,} rows have the "
+            f"caption {printable(repr(next(iter(found))), 80)}. Choose another column with --caption_column."
+        )
 
 
 def make_run(
@@ -143,7 +175,7 @@ def describe_run(run: Run) -> None:
     print(f"Model: {count:.1f} M parameters, precision {accelerator.mixed_precision}.")
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     print(f"Hardware: {accelerator.device.type}, {processes}, {torch.get_num_threads()} CPU threads per process.")
-    print(f"Data: {arguments.dataset_name}, {pairs}, {evaluated}.")
+    print(f"Data: {printable(arguments.dataset_name, 200)}, {pairs}, {evaluated}.")
 
 
 def to_pixel_values(arguments: TrainingArguments, image_processor) -> Callable[[Tensor], Tensor]:

@@ -12,18 +12,16 @@ Preprocessing and tokenizer are converted too if the source has them.
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoProcessor,
-    AutoTokenizer,
     Blip2Processor,
     BlipImageProcessor,
     BlipProcessor,
@@ -38,18 +36,43 @@ from transformers import (
 from .architectures import ARCHITECTURES, architecture
 from .configuration.clip import VlpClipConfig
 from .configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig
-from .files import TEACHER_FILE, check_output, start_anew, state_folder, write_whole
+from .errors import ArgumentError, brief, printable
+from .files import (
+    TEACHER_FILE,
+    UNFINISHED,
+    check_new_file,
+    check_output,
+    current_umask,
+    start_anew,
+    state_folder,
+    usable_path,
+    write_file,
+    write_whole,
+)
+from .loading import (
+    ADAPTERS,
+    check_files,
+    load_auto_tokenizer,
+    load_bert_tokenizer,
+    load_image_processor,
+    load_model,
+    load_processor,
+    read_config,
+    row_of,
+)
 from .modeling_vlp.blip2_generation import PREFIX
 from .modeling_vlp.clip import VlpClipModel
 from .modeling_vlp.exchange import lavis, open_clip, openai, salesforce
 from .modeling_vlp.exchange import transformers as peer
 from .modeling_vlp.exchange.files import read_tensors
 from .modeling_vlp.exchange.places import ExchangeError, Rule, State, export_state, import_state, shortened
-from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, load_tokenizer
+from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, with_blip_tokens
 from .processing.blip2 import VlpBlip2Processor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.tokenizer import VlpClipTokenizer
 
+LARGEST = 4096  # image size, number of tokens and number of heads
+SINGLE_FILES = ("openai", "salesforce", "lavis")  # targets that are a file, not a folder
 TARGETS = ("vlp", "transformers", "open_clip", "openai", "salesforce", "lavis")
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 
@@ -115,11 +138,11 @@ def read_source(source: Path, options) -> Checkpoint:
         raise ExchangeError(f"{source}: no such file or folder.")
     if (source / "open_clip_config.json").is_file():
         return from_open_clip(source)
-    if not (source / "config.json").is_file():
+    if not any((source / name).is_file() for name in ("config.json", ADAPTERS)):
         raise ExchangeError(
             f"{source} contains neither config.json nor open_clip_config.json: pass a file of weights instead."
         )
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source, "SOURCE")
     return from_vlp(source, config) if config.model_type.startswith("vlp_") else from_transformers(source, config)
 
 
@@ -130,14 +153,14 @@ def from_vlp(folder: Path, config: PreTrainedConfig) -> Checkpoint:
         folder: the folder.
         config: its configuration.
     """
-    name = config.architectures[0]
-    model = architecture(name).model.from_pretrained(folder)
-    found = Checkpoint(name, model.config, model.state_dict(), default_images(config))
-    if (folder / "tokenizer_config.json").is_file():
-        processor = AutoProcessor.from_pretrained(folder)
+    row = row_of(folder, config, "SOURCE")
+    model = load_model(row.model, folder, "SOURCE")
+    found = Checkpoint(type(model).__name__, model.config, model.state_dict(), default_images(config))
+    if (folder / ADAPTERS).is_file() or (folder / "tokenizer_config.json").is_file():
+        processor = load_processor(folder, "SOURCE")
         found.images, found.tokenizer = processor.image_processor, processor.tokenizer
     elif (folder / "preprocessor_config.json").is_file():
-        found.images = AutoImageProcessor.from_pretrained(folder)
+        found.images = load_image_processor(folder, "SOURCE")
     return found
 
 
@@ -158,7 +181,7 @@ def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
         state.setdefault("text_decoder.cls.predictions.decoder.weight", state[words])
     found = assemble(name, ours, state, peer.rules_of(ours, name), peer.IGNORED)
     if list(folder.glob("*processor_config.json")):
-        theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        theirs = load_image_processor(folder, "SOURCE", backend="pil")
         found.images = (VlpClipImageProcessor if found.is_clip else VlpBlipImageProcessor)(**image_options(theirs))
     if (folder / "tokenizer_config.json").is_file():
         found.tokenizer = tokenizer_of(found, str(folder))
@@ -189,9 +212,16 @@ def from_open_clip(folder: Path) -> Checkpoint:
     Raises:
         ExchangeError: if vlp does not support the architecture, or the tensors do not fit it.
     """
-    settings = json.loads((folder / "open_clip_config.json").read_text())
+    path = folder / "open_clip_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        model_cfg = settings["model_cfg"]
+        if not all(isinstance(model_cfg[name], dict) for name in ("vision_cfg", "text_cfg")):
+            raise TypeError("vision_cfg and text_cfg must be objects")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ExchangeError(f"{path} is damaged ({brief(repr(error))[:120]}): download it again.") from error
     state = openai.as_native(weights_of(folder))
-    config = open_clip.config_from(state, settings["model_cfg"])
+    config = open_clip.config_from(state, model_cfg)
     found = assemble("VlpClipModel", config, state, open_clip.RULES, open_clip.IGNORED)
     images = open_clip.image_options(settings.get("preprocess_cfg", {}), config.vision_config.image_size)
     found.images = VlpClipImageProcessor(**images)
@@ -259,7 +289,7 @@ def from_lavis(path: Path, state: State, options) -> Checkpoint:
     if name == "VlpBlip2ForConditionalGeneration":
         if not options.language_model:
             raise ExchangeError(f"{path} is a stage 2 checkpoint without its language model: pass --language_model.")
-        text = AutoConfig.from_pretrained(options.language_model)
+        text = read_config(options.language_model, "--language_model")
     vision = lavis.vision_config_from(state, options.vision_heads)
     config = lavis.config_from(state, vision, text, options.text_heads)
     config.language_model_name_or_path = options.language_model
@@ -326,12 +356,14 @@ def tokenizer_of(found: Checkpoint, name: str) -> PreTrainedTokenizerFast:
         name: hub name or folder of the tokenizer, or OpenAI's bpe_simple_vocab_16e6.txt.gz.
     """
     if found.has_language_model:
-        return AutoTokenizer.from_pretrained(name)
+        return load_auto_tokenizer(name, "--tokenizer")
     length = getattr(found.config, "qformer_config", found.config.text_config).max_position_embeddings
     if name.endswith(".gz"):
         return VlpClipTokenizer.from_openai_merges(name, length)
     return (
-        AutoTokenizer.from_pretrained(name, model_max_length=length) if found.is_clip else load_tokenizer(name, length)
+        load_auto_tokenizer(name, "--tokenizer", model_max_length=length)
+        if found.is_clip
+        else with_blip_tokens(load_bert_tokenizer(name, "--tokenizer"), length)
     )
 
 
@@ -339,13 +371,13 @@ def weights_of(folder: Path) -> State:
     """Read all tensors of a folder, from one file or several shards.
 
     Raises:
-        ExchangeError: if the folder contains no weights, or its index refers to files outside the folder.
+        ExchangeError: if the folder contains no weights.
+        UnsupportedModelError: if a file is damaged, or the index refers to files outside the folder.
     """
+    check_files(folder, f"SOURCE {printable(folder, 120)}")
     for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if any(Path(name).name != name for name in names):
-                raise ExchangeError(f"{index} refers to files outside its folder.")
             return {key: value for name in names for key, value in read_tensors(folder / name).items()}
     for name in WEIGHTS:
         if (folder / name).is_file():
@@ -372,10 +404,10 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
         ArgumentError: if the target is a folder with other files in it.
     """
     if to == "vlp":
-        write_folder(target, lambda fresh: save_vlp(found, fresh))
+        write_whole(target, lambda fresh: save_vlp(found, fresh))
         if found.teacher:  # training state: saved beside the output folder, where training loads it from
             start_anew(state_folder(target))
-            write_whole(state_folder(target), lambda fresh: save_file(found.teacher, fresh / TEACHER_FILE))
+            write_file(state_folder(target) / TEACHER_FILE, safetensors_bytes(found.teacher))
         return []
     if to == "transformers":
         theirs = architecture(found.architecture).peer
@@ -384,7 +416,7 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
         image_token = add_image_token(found) if found.has_language_model else None
         config = peer.config_to(found.config, theirs, image_token)
         state, left_out = export_state(found.tensors, peer.rules_of(found.config, found.architecture))
-        write_folder(target, lambda fresh: save_transformers(found, config, state, fresh))
+        write_whole(target, lambda fresh: save_transformers(found, config, state, fresh))
         return left_out
     if to in ("salesforce", "lavis"):
         is_blip2 = found.architecture.startswith("VlpBlip2") and to == "lavis"
@@ -399,7 +431,7 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
     state, left_out = export_state(found.tensors, rules)
     if to == "open_clip":
         settings = {"model_cfg": open_clip.config_to(found.config), "preprocess_cfg": preprocess_cfg(found)}
-        write_folder(target, lambda fresh: save_open_clip(found, settings, state, fresh))
+        write_whole(target, lambda fresh: save_open_clip(found, settings, state, fresh))
     elif to == "openai":
         save_pickle(state | openai.facts_beside(found.config), target)
     elif found.architecture.startswith("VlpBlip2"):
@@ -407,20 +439,6 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
     else:
         save_pickle({"model": state}, target)
     return left_out
-
-
-def write_folder(target: Path, save: Callable[[Path], None]) -> None:
-    """Write a folder, completely or not at all.
-
-    Args:
-        target: the folder.
-        save: called with a temporary folder, which then becomes the target.
-
-    Raises:
-        ArgumentError: if the target contains other files.
-    """
-    check_output(str(target), "TARGET")
-    write_whole(target, save)
 
 
 def save_vlp(found: Checkpoint, folder: Path) -> None:
@@ -520,14 +538,18 @@ def save_pickle(content: dict, target: Path) -> None:
     """Write a PyTorch file, completely or not at all.
 
     Raises:
-        ExchangeError: if the target is a folder.
+        ArgumentError: if there is a file or folder of this name already.
     """
-    if target.is_dir():
-        raise ExchangeError(f"TARGET {target} is a folder; this format is a single file.")
+    target = check_new_file(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.writing")
-    torch.save(content, fresh)
-    fresh.replace(target)
+    with tempfile.NamedTemporaryFile(prefix=UNFINISHED, dir=target.parent, delete=False) as file:
+        try:
+            torch.save(content, file)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o666 & ~current_umask())
+    os.rename(file.name, target)
 
 
 # --- command line -------------------------------------------------------------------------------------------------
@@ -547,12 +569,23 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
 
     Raises:
         ExchangeError: if the source cannot be read, or the target's format does not support the model.
-        ArgumentError: if the target is a folder with other files in it.
+        ArgumentError: if the target would replace other files, or the source.
     """
     given = argparse.Namespace(**{"hidden_act": None, "vision_heads": None, "text_heads": None, "tokenizer": None,
                                   "image_size": None, "max_length": None, "image_tower": None,
                                   "language_model": None} | options)  # fmt: skip
-    found = read_source(Path(source), given)
+    if to in SINGLE_FILES:
+        check_new_file(target)
+    else:
+        check_output(target, "TARGET", [str(source), given.tokenizer, given.image_tower, given.language_model])
+    for name in ("image_size", "max_length", "vision_heads", "text_heads"):
+        value = getattr(given, name)
+        if value is not None and not 1 <= value <= LARGEST:
+            raise ArgumentError(f"--{name} must be from 1 to {LARGEST:,}, got {brief(str(value))[:40]}.")
+    try:
+        found = read_source(usable_path(source, "SOURCE"), given)
+    except ExchangeError as error:
+        raise ExchangeError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     if given.tokenizer:
         found.tokenizer = tokenizer_of(found, given.tokenizer)
     if given.image_size:
@@ -561,7 +594,7 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
         resize_texts(found, given.max_length)
     if found.tokenizer is None and to in ("vlp", "transformers"):
         found.notes.append("the source has no tokenizer, so none was saved; to add one, pass --tokenizer")
-    left_out = write_target(found, Path(target), to)
+    left_out = write_target(found, usable_path(target, "TARGET"), to)
     return found.notes + [f"{to} cannot store: {shortened(left_out)}"] * bool(left_out)
 
 

@@ -6,9 +6,7 @@
 Evaluation, the search index, CapFilt and the demo all predict through these classes.
 """
 
-import contextlib
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,18 +15,16 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForVisualQuestionAnswering,
-    AutoProcessor,
     PreTrainedModel,
 )
-from transformers.utils import logging
 
-from .architectures import architecture, architecture_of
+from .architectures import architecture_of
 from .conversion import convert
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, printable
+from .loading import load_model, load_processor, read_config, row_of
 from .modeling_vlp.blip import VlpBlipForPreTraining
 from .modeling_vlp.blip2 import VlpBlip2PreTrainedModel, best_query
 from .modeling_vlp.blip2_generation import VlpBlip2ForConditionalGeneration
@@ -37,6 +33,7 @@ from .modeling_vlp.clip import VlpClipModel
 from .modeling_vlp.exchange.places import ExchangeError
 from .modeling_vlp.losses import unit_length
 from .modeling_vlp.med import Memory
+from .modeling_vlp.resnet import ModifiedResNet
 from .processing.pictures import to_rgb
 
 # Shapes: B images, T texts, Q queries, M image tokens, D width, E embedding
@@ -358,6 +355,7 @@ def predictor_of(model: PreTrainedModel, processor, use: str) -> Predictor:
     row = architecture_of(model)
     if use not in row.uses:
         raise unsupported(type(model).__name__, use)
+    ModifiedResNet.use_channels_last(model)
     if use == "caption" and isinstance(model, VlpBlipForPreTraining):
         model = VlpBlipForConditionalGeneration.sharing(model)
     if isinstance(model, VlpClipModel):
@@ -383,13 +381,7 @@ def load(name: str | Path, use: str, device: str | torch.device = "cpu", dtype=t
     Raises:
         UnsupportedModelError: if there is no such model, or it does not support the use.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"{name} is not a model folder of vlp or transformers, nor a hub name: {first}"
-        ) from error
+    config = read_config(name)
     if config.model_type.startswith("vlp_"):
         predictor = load_vlp(name, config, use)
     elif config.model_type in CONVERTED:
@@ -411,32 +403,10 @@ def load_vlp(name: str | Path, config, use: str) -> Predictor:
     Raises:
         UnsupportedModelError: if the model does not support the use, or has no processor.
     """
-    try:
-        kind = architecture((config.architectures or [config.model_type])[0]).uses.get(use)
-    except KeyError as error:
-        raise UnsupportedModelError(f"{name}: {error.args[0]}") from error
+    kind = row_of(name, config).uses.get(use)
     if kind is None:
-        raise unsupported(f"{name}, a {config.architectures[0]},", use)
-    with quiet():
-        model = kind.from_pretrained(name, dtype=torch.float32)
-    try:
-        processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"{name} has no processor: {error}") from error
-    return predictor_of(model, processor, use)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' warnings about unused weights, which are expected if only a part of a model is loaded."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()
+        raise unsupported(f"{printable(name, 120)}, a {config.architectures[0]},", use)
+    return predictor_of(load_model(kind, name), load_processor(name), use)
 
 
 def load_converted(name: str | Path, use: str) -> Predictor:
@@ -445,7 +415,7 @@ def load_converted(name: str | Path, use: str) -> Predictor:
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name)))
         with tempfile.TemporaryDirectory() as place:
             convert(folder, Path(place) / "model")
-            return load_vlp(Path(place) / "model", AutoConfig.from_pretrained(Path(place) / "model"), use)
+            return load_vlp(Path(place) / "model", read_config(Path(place) / "model"), use)
     except (ExchangeError, LocalEntryNotFoundError) as error:
         raise UnsupportedModelError(f"{name}: {error}") from error
 
@@ -455,11 +425,7 @@ def load_transformers(name: str | Path, config, use: str) -> Predictor:
     kinds = {"embed": AutoModel, "caption": AutoModelForImageTextToText, "answer": AutoModelForVisualQuestionAnswering}
     if use not in kinds:
         raise unsupported(f"{name}, a {config.model_type},", use)
-    try:
-        model = kinds[use].from_pretrained(name, dtype=torch.float32)
-        processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise unsupported(f"{name}, a {config.model_type},", use) from error
+    model, processor = load_model(kinds[use], name), load_processor(name)
     if use == "embed" and not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise unsupported(f"{name}, a {config.model_type},", use)
     return (Predictor if use == "embed" else TransformersPredictor)(model, processor)

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -37,16 +36,21 @@ def read_tensors(path: Path) -> State:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ExchangeError(f"{path}: no such file.") from None
-    except SafetensorError as error:
-        raise ExchangeError(f"{path} is damaged: {error}.") from error
+    except ExchangeError:
+        raise
     except pickle.UnpicklingError as error:
         raise ExchangeError(
             f"{path} contains more than tensors and was not loaded, because loading it could run its code: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
-        raise ExchangeError(f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged file can make the readers fail in any way
+        raise ExchangeError(f"{path} is damaged or not a checkpoint ({first_line(error)}): copy it again.") from error
     return weights_in(content, path)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def weights_in(content, path: Path) -> State:
@@ -62,9 +66,12 @@ def weights_in(content, path: Path) -> State:
     for name in NESTED:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             return weights_in(content[name], path)
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ExchangeError(f"{path} contains no state dict.")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {}
+    if isinstance(content, dict):
+        tensors = {name: value for name, value in content.items() if isinstance(name, str) and torch.is_tensor(value)}
+    if not tensors:
+        raise ExchangeError(f"{path} contains no state dict: expected tensors by name.")
+    return tensors
 
 
 def is_torchscript(path: Path) -> bool:

@@ -376,7 +376,7 @@ def test_teacher_and_queue_are_training_state(tmp_path):
     assert (teacher.image_ids < 0).all() and len(set(teacher.image_ids.tolist())) == size
     with pytest.raises(ArgumentError, match="does not fit this run, for example because it has another --queue_size"):
         make_teacher(BlipArguments(model_name_or_path=str(tmp_path / "ours"), queue_size=size + 1), ours)
-    assert [path.name for path in state_folder(tmp_path / "ours").iterdir()] == ["teacher.safetensors"]
+    assert (state_folder(tmp_path / "ours") / "teacher.safetensors").is_file()
 
 
 TASKS = {
@@ -508,7 +508,7 @@ def test_damaged_files_are_named(tmp_path):
     weights = tmp_path / "theirs" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ExchangeError, match="model.safetensors is damaged"):
+    with pytest.raises(ArgumentError, match="model.safetensors is damaged"):
         convert(tmp_path / "theirs", tmp_path / "ours")
     pretrained_file(tmp_path / "x.pth")
     (tmp_path / "x.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:5000])
@@ -526,7 +526,7 @@ def test_paths_outside_the_folder_are_rejected(tmp_path):
     (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "outside.safetensors")
     index = {"weight_map": {"logit_scale": "../outside.safetensors"}}
     (tmp_path / "theirs" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ExchangeError, match="refers to files outside its folder"):
+    with pytest.raises(ArgumentError, match="names the file ../outside.safetensors, which is not in the folder"):
         convert(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -547,7 +547,7 @@ def test_training_states_of_an_earlier_run_are_moved_aside(tmp_path):
     (state / "trainer_state.json").write_text("{}")
     convert(tmp_path / "model_base.pth", tmp_path / "ours", **heads_of_fixture())
     assert (tmp_path / "ours.resume.previous" / "step-0000003" / "trainer_state.json").exists()
-    with pytest.raises(ExchangeError, match="is a folder; this format is a single file"):
+    with pytest.raises(ArgumentError, match="exists: choose a new name"):
         convert(tmp_path / "ours", tmp_path / "ours", to="salesforce")
 
 
@@ -567,8 +567,8 @@ def test_half_precision_tensors_are_loaded(tmp_path):
 
 def test_the_command_line(tmp_path):
     tiny_blip().save_pretrained(tmp_path / "ours")
-    command = ["vlp-convert", str(tmp_path / "ours"), str(tmp_path / "theirs.pth")]
+    command, other = ["vlp-convert", str(tmp_path / "ours"), str(tmp_path / "theirs.pth")], str(tmp_path / "other")
     code, output = Program(tmp_path / "1.txt", main, argv=[*command, "--to", "salesforce"]).wait()
     assert code == 0 and "Wrote " in output, output
-    code, output = Program(tmp_path / "2.txt", main, argv=[*command, "--to", "transformers"]).wait()
+    code, output = Program(tmp_path / "2.txt", main, argv=[*command[:2], other, "--to", "transformers"]).wait()
     assert code == 1 and "error: transformers has no class for VlpBlipForPreTraining" in output

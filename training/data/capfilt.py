@@ -17,11 +17,12 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ...errors import ArgumentError, BadDataError, ResumeError, UnsupportedModelError
+from ...errors import ArgumentError, BadDataError, ResumeError, UnsupportedModelError, printable
+from ...files import UNFINISHED, kind_of, usable_path
 from ...inference import load
 from ...processing.blip import clean_caption
 from ...processing.pictures import MAX_PIXELS, picture_bytes
-from ..arguments import EMOJI, check_values, option, require_at_least_one, require_share
+from ..arguments import EMOJI, check_values, option, publishable, require_at_least_one, require_share
 from ..machine.checkpoint import compare
 from ..machine.hardware import cpu_cores, use_cpu_well
 from .rows import BadRow, CaptionChooser, describe, picture_id, picture_of
@@ -132,7 +133,7 @@ def capfilt(arguments: CapFiltArguments) -> None:
         raise ArgumentError("CapFilt needs random access to the rows: --dataset_name cannot be shards.")
     rows = load_rows(arguments.dataset_name, arguments.train_split, arguments.image_column, arguments.image_root)
     require_text(rows, arguments.caption_column, arguments.dataset_name, "--caption_column")
-    folder = Path(arguments.output_dir)
+    folder = usable_path(arguments.output_dir, "--output_dir")
     if state.is_main_process:
         prepare(folder, arguments)
     state.wait_for_everyone()
@@ -158,16 +159,25 @@ def prepare(folder: Path, arguments: CapFiltArguments) -> None:
         ResumeError: if the options differ; the message lists the differences.
         ArgumentError: if the folder holds other files.
     """
-    options, path = dataclasses.asdict(arguments), folder / OPTIONS_FILE
+    options, path = publishable(dataclasses.asdict(arguments)), folder / OPTIONS_FILE
     if path.is_file():
-        if differences := compare(json.loads(path.read_text()), options):
-            raise ResumeError(f"{folder} was created with other options: {'; '.join(differences)}.")
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            check_object = dict(saved)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ResumeError(f"{printable(path, 160)} is damaged: remove the folder, or choose another.") from error
+        if differences := compare(check_object, options):
+            shown = "; ".join(printable(line, 90) for line in differences[:3])
+            raise ResumeError(f"{printable(folder, 160)} was created with other options: {shown}.")
         return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ArgumentError(f"--output_dir {folder} holds other files: choose another folder.")
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArgumentError(
+            f"--output_dir {printable(folder, 120)} is {kind_of(folder)} that exists, or holds other files: choose "
+            "another."
+        )
     for name in ("data", "dropped"):
         (folder / name).mkdir(parents=True)
-    (folder / "README.md").write_text(CARD % arguments.dataset_name)
+    (folder / "README.md").write_text(CARD % options["dataset_name"])
     path.write_text(json.dumps(options, indent=1) + "\n")
 
 
@@ -224,7 +234,7 @@ def make_shard(models: CapFilt, rows, target: Path, dropped: Path, arguments: Ca
         if "image" in names:
             columns["image"] = [{"bytes": picture_bytes(image), "path": None} for image in columns["image"]]
         table = datasets.Dataset.from_dict(columns, datasets.Features({name: features[name] for name in names}))
-        temporary = path.with_name(f".{path.name}.writing")
+        temporary = path.with_name(f"{UNFINISHED}{path.name}")
         table.to_parquet(str(temporary))
         os.replace(temporary, path)
     return causes

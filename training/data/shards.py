@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ...errors import ArgumentError, BadDataError
 from ...files import check_output, write_whole
 from ...processing.pictures import PictureError, extensions, formats, picture_bytes
-from ..arguments import EMOJI, TrainingArguments, option, require_at_least_one
+from ..arguments import EMOJI, TrainingArguments, check_values, option, require_at_least_one
 from ..objectives.distributed import processes
 from .rows import BadRow, describe, picture_id, texts_of
 from .samples import TRIES, Sample, SampleMaker
@@ -56,6 +56,7 @@ class ShardsArguments:
     output_dir: str | None = option(None, "folder for the shards and their index; runs/shards if not given")
 
     def __post_init__(self):
+        check_values(self)
         require_at_least_one(self, "samples_per_shard")
 
 
@@ -352,7 +353,7 @@ def write_shards(arguments: ShardsArguments) -> None:
     from webdataset import ShardWriter
 
     target, causes = Path(arguments.output_dir), Counter()
-    check_output(arguments.output_dir)
+    check_output(arguments.output_dir, sources=[arguments.dataset_name, arguments.image_root])
     rows = load_rows(
         arguments.dataset_name, arguments.train_split, arguments.image_column, arguments.image_root,
         arguments.dataset_config_name,
@@ -364,7 +365,7 @@ def write_shards(arguments: ShardsArguments) -> None:
             shards[Path(path).name] = {"samples": writer.count, "bytes": os.path.getsize(path)}
 
         options = {"maxcount": arguments.samples_per_shard, "encoder": False, "post": note, "verbose": 0}
-        with ShardWriter(str(folder / "%05d.tar"), **options) as writer:
+        with ShardWriter(f"{str(folder).replace('%', '%%')}/%05d.tar", **options) as writer:
             for number, row in enumerate(tqdm(rows, unit=" samples")):
                 try:
                     writer.write(
@@ -372,9 +373,11 @@ def write_shards(arguments: ShardsArguments) -> None:
                     )
                 except BadRow as error:
                     causes[str(error)] += 1
+        if not any(shard["samples"] for shard in shards.values()):
+            raise BadDataError(f"no row can be used: {describe(causes)}. No shards were written")
         (folder / INDEX).write_text(json.dumps({"shards": shards}, indent=1))
 
-    write_whole(target, write)
+    target = write_whole(target, write)
     total = sum(shard["samples"] for shard in shards.values())
     print(f"{total:,} samples in {len(shards):,} shards. Skipped rows: {describe(causes)}.")
     print(f"To train on them: --dataset_name '{target}/{{00000..{len(shards) - 1:05d}}}.tar'")
@@ -388,13 +391,13 @@ def files_of(row: dict, image_column: str, caption_column: str) -> dict[str, byt
     Args:
         row: a row of the data set.
         image_column: column with the image.
-        caption_column: column with the captions; if there are several, joined by commas, the first is used.
+        caption_column: column with the captions, or several, joined by commas; the first caption becomes the text.
 
     Returns:
         Contents by kind: the image's format, "txt" and "json".
 
     Raises:
-        BadRow: if there is no image, or it cannot be read.
+        BadRow: if there is no image, it cannot be read, or there is no caption.
     """
     try:
         content = picture_bytes(row[image_column])
@@ -407,5 +410,8 @@ def files_of(row: dict, image_column: str, caption_column: str) -> dict[str, byt
     rest = {"image_id": picture_id(row, image_column)} | {
         k: v for k, v in row.items() if k != image_column and v is not None
     }
-    text = "".join(texts_of(row.get(caption_column.split(",")[0]))[:1])
+    captions = [text for column in caption_column.split(",") for text in texts_of(row.get(column))]
+    if not captions:
+        raise BadRow("empty caption")
+    text = captions[0]
     return {kind: content, "txt": text.encode(), "json": json.dumps(rest, ensure_ascii=False, default=str).encode()}

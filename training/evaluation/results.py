@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ...errors import ArgumentError, printable
+from ...files import is_own, kind_of, list_files, usable_path
 from ...inference import predictor_of
 from ...model_cards.card import evaluation_table
 from ...model_cards.plots import plot_confusion
@@ -100,7 +103,32 @@ def results_of(name: str, architecture: str, pictures: Pictures, outcome: Outcom
     return results
 
 
-def write_results(folder: Path, results: dict, pictures: Pictures, outcome: Outcome) -> Path:
+def check_results(folder: Path, arguments: EvaluationArguments, root: Path) -> None:
+    """Check that the results of an evaluation can be written, before it starts.
+
+    Args:
+        folder: the folder of the results.
+        arguments: the options of the evaluation.
+        root: the folder whose list of files has the results (see `files.WRITTEN`).
+
+    Raises:
+        ArgumentError: if a file there would be replaced that vlp did not write.
+    """
+    usable_path(folder, "--output_dir")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ArgumentError(f"--output_dir {printable(folder, 120)} is {kind_of(folder)}, not a folder.")
+    for suffix in (".json", ".md", ".png"):
+        path = folder / f"{file_name(arguments)}{suffix}"
+        if os.path.lexists(path) and not is_own(root, path):
+            raise ArgumentError(
+                f"{printable(path, 200)} was not written by vlp, or was changed since: move it, or choose another "
+                "--output_dir."
+            )
+
+
+def write_results(
+    folder: Path, results: dict, pictures: Pictures, outcome: Outcome, root: Path | None = None
+) -> Path:  # fmt: skip
     """Write the results into a folder: JSON, a Markdown table, and for zero-shot a confusion matrix as PNG.
 
     Args:
@@ -108,18 +136,22 @@ def write_results(folder: Path, results: dict, pictures: Pictures, outcome: Outc
         results: the results, from `results_of`.
         pictures: the data.
         outcome: the metrics.
+        root: the folder whose list of files gets the results; None: none, for a folder that is still being prepared.
 
     Returns:
         The path of the JSON file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{file_name(pictures.arguments)}.json"
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    table = evaluation_table(results)
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
+    table, written = evaluation_table(results), [path, path.with_suffix(".md")]
     if outcome.confusion:
         plot_confusion(outcome.confusion, pictures.names, path.with_suffix(".png"))
         table += f"\n![Predicted classes for each class]({path.stem}.png)\n"
-    path.with_suffix(".md").write_text(table)
+        written.append(path.with_suffix(".png"))
+    path.with_suffix(".md").write_text(table, encoding="utf-8", errors="replace")
+    if root is not None:
+        list_files(root, written)
     return path
 
 
@@ -127,4 +159,5 @@ def file_name(arguments: EvaluationArguments) -> str:
     """The file name of an evaluation: data, split, task, and the column unless it is `caption`."""
     parts = [Path(arguments.dataset).stem, arguments.split, arguments.task]
     parts += [column for column in (arguments.text_column,) if column != "caption"]
-    return "-".join(part.replace("/", "_") for part in parts)
+    text = "-".join(part.replace("/", "_") for part in parts)
+    return printable(text, 150).replace("\\", "_")

@@ -1,17 +1,21 @@
 """The interface of a model family: the seven functions that training needs from it."""
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import datasets
 from accelerate import PartialState
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, UserError, brief, printable
+from ...loading import read_config
 from ..arguments import TrainingArguments
 from ..data.rows import CaptionChooser
 from ..data.samples import SampleMaker
@@ -63,20 +67,59 @@ def check_fields(given: dict, kind: type) -> None:
     Raises:
         ArgumentError: if a field does not exist; the message suggests the closest name.
     """
+    if not isinstance(given, dict):
+        raise ArgumentError(
+            f'--model: {kind.__name__} needs an object of fields, such as {{"hidden_size": 256}}, not '
+            f"{printable(repr(given), 60)}."
+        )
     known = [item.name for item in dataclasses.fields(kind)] + ["model_type"]
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise ArgumentError(
-                f"--model: {kind.__name__} has no field {name!r}{f'; did you mean {near[0]}?' if near else '.'}"
+                f"--model: {kind.__name__} has no field {printable(repr(name), 60)}"
+                f"{f'; did you mean {near[0]}?' if near else '.'}"
             )
+
+
+def parts_of_model(arguments: TrainingArguments, *names: str) -> dict:
+    """A copy of the fields of --model, in which the named parts are objects of fields.
+
+    Raises:
+        ArgumentError: if --model or a part is not an object of fields.
+    """
+    check_object(arguments.model, "--model")
+    fields = json.loads(json.dumps(arguments.model))
+    for name in names:
+        check_object(fields.setdefault(name, {}), f"--model: {name}")
+    return fields
+
+
+def check_object(value: object, name: str) -> None:
+    """Raise ArgumentError unless a value is a dict."""
+    if not isinstance(value, dict):
+        raise ArgumentError(
+            f'{name} must be an object of fields, such as {{"hidden_size": 256}}, not {printable(repr(value), 60)}.'
+        )
+
+
+@contextlib.contextmanager
+def possible_model() -> Iterator[None]:
+    """Raise ArgumentError for a configuration or a model that cannot be built."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, StrictDataclassError,
+            RuntimeError, MemoryError) as error:  # fmt: skip
+        raise ArgumentError(f"--model: no model can be built with these fields: {brief(error)[:300]}") from error
 
 
 def require_model_type(name: str, model_type: str) -> None:
     """Raise ArgumentError if the model in a folder or hub repository has another model type."""
-    kind = AutoConfig.from_pretrained(name).model_type
+    kind = read_config(name, "--model_name_or_path").model_type
     if kind != model_type:
-        raise ArgumentError(f"{name} is a {kind}, not a {model_type}.")
+        raise ArgumentError(f"--model_name_or_path {printable(name, 120)} is a {kind}, not a {model_type}.")
 
 
 def extend(maker: SampleMaker, kind: type[SampleMaker], **parts) -> SampleMaker:

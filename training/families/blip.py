@@ -1,23 +1,22 @@
 """The BLIP family."""
 
-import json
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoProcessor
 
 from ...configuration.blip import VlpBlipConfig
 from ...configuration.text import VlpBlipTextConfig
 from ...configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig
-from ...errors import ArgumentError
+from ...errors import ArgumentError, brief, printable
 from ...files import TEACHER_FILE, state_folder
+from ...loading import load_bert_tokenizer, load_model, load_processor, read_config
 from ...modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTraining, VlpBlipPreTrainedModel
 from ...modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from ...modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
-from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, load_tokenizer, token_ids, train_tokenizer
+from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, token_ids, train_tokenizer, with_blip_tokens
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
 from ..data.rows import CaptionChooser, caption_texts, texts_of
 from ..data.samples import QuestionMaker, ReasoningMaker, SampleMaker
@@ -26,7 +25,15 @@ from ..evaluation.pictures import Pictures
 from ..objectives.blip import BlipObjective
 from ..objectives.blip_tasks import AnsweringObjective, CaptioningObjective, ReasoningObjective
 from ..objectives.momentum import Teacher
-from .base import Family, check_fields, evaluation_tasks, extend, require_model_type
+from .base import (
+    Family,
+    check_fields,
+    evaluation_tasks,
+    extend,
+    parts_of_model,
+    possible_model,
+    require_model_type,
+)
 
 
 @dataclass(kw_only=True)
@@ -139,7 +146,7 @@ def make_processor(arguments: BlipArguments, rows, chooser: CaptionChooser) -> V
     """
     if arguments.model_name_or_path:
         require_model_type(arguments.model_name_or_path, VlpBlipConfig.model_type)
-        return AutoProcessor.from_pretrained(arguments.model_name_or_path)
+        return load_processor(arguments.model_name_or_path, "--model_name_or_path")
     images = VlpBlipImageProcessor(size={"height": arguments.image_size, "width": arguments.image_size})
     return VlpBlipProcessor(images, make_tokenizer(arguments, arguments.tokenizer_name, rows, chooser))
 
@@ -160,12 +167,13 @@ def make_tokenizer(arguments: TrainingArguments, name: str | None, rows, chooser
         raise ArgumentError(
             "Training on shards needs --tokenizer_name: a tokenizer cannot be trained on streamed captions."
         )
+    if name:
+        option = "--tokenizer_name" if name == arguments.tokenizer_name else "--bert_name_or_path"
+        return with_blip_tokens(load_bert_tokenizer(name, option), arguments.max_length)
     try:
-        if name:
-            return load_tokenizer(name, arguments.max_length)
         return train_tokenizer(caption_texts(rows, chooser), arguments.vocab_size, arguments.max_length)
-    except (ValueError, OSError) as error:
-        raise ArgumentError(f"--tokenizer_name {name}: {error}") from error
+    except ValueError as error:
+        raise ArgumentError(f"--vocab_size: {error}") from error
 
 
 def new_config(arguments: BlipArguments, tokenizer=None) -> VlpBlipConfig:
@@ -178,20 +186,17 @@ def new_config(arguments: BlipArguments, tokenizer=None) -> VlpBlipConfig:
     Raises:
         ArgumentError: if the options do not give a valid configuration.
     """
-    fields = json.loads(json.dumps(arguments.model))
-    vision = fields.setdefault("vision_config", {})
+    fields = parts_of_model(arguments, "vision_config", "text_config")
+    vision, text = fields["vision_config"], fields["text_config"]
     vision.setdefault("image_size", arguments.image_size)
-    text = fields.setdefault("text_config", {})
     is_resnet = vision.get("model_type") == VlpModifiedResNetConfig.model_type
     kinds = (VlpBlipConfig, VlpModifiedResNetConfig if is_resnet else VlpBlipViTConfig, VlpBlipTextConfig)
     for part, kind in zip((fields, vision, text), kinds, strict=True):
         check_fields(part, kind)
     if tokenizer is not None:
         text |= token_ids(tokenizer)
-    try:
+    with possible_model():
         config = VlpBlipConfig(**fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ArgumentError(f"--model: {error}") from error
     if config.text_config.max_position_embeddings < arguments.max_length:
         raise ArgumentError(
             f"--max_length {arguments.max_length} is above max_position_embeddings, "
@@ -208,25 +213,27 @@ def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlip
     """
     kind = MODELS[arguments.task]
     if arguments.model_name_or_path:
-        model = load_model(arguments.model_name_or_path, arguments.task)
+        model = load_for_task(arguments.model_name_or_path, arguments.task)
         if arguments.fine_tune_image_size:
             try:
+                fields = model.config.vision_config.to_dict() | {"image_size": arguments.fine_tune_image_size}
+                type(model.config.vision_config)(**fields)  # validate the new size
                 model.vision_model.resize_images(arguments.fine_tune_image_size)
-                type(model.config.vision_config)(**model.config.vision_config.to_dict())  # validate the new size
-            except ValueError as error:
-                raise ArgumentError(f"--fine_tune_image_size: {error}") from error
+            except (ValueError, RuntimeError, StrictDataclassError) as error:
+                raise ArgumentError(f"--fine_tune_image_size: {brief(error)[:300]}") from error
             side = arguments.fine_tune_image_size
             processor.image_processor.size = {"height": side, "width": side}
         arguments.image_size = model.config.vision_config.image_size
         arguments.vocab_size = model.config.text_config.vocab_size
     else:
-        model = kind(new_config(arguments, processor.tokenizer))
+        with possible_model():
+            model = kind(new_config(arguments, processor.tokenizer))
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def load_model(name: str, task: str) -> VlpBlipPreTrainedModel:
+def load_for_task(name: str, task: str) -> VlpBlipPreTrainedModel:
     """Load the parts of a model that a task needs.
 
     Args:
@@ -237,14 +244,17 @@ def load_model(name: str, task: str) -> VlpBlipPreTrainedModel:
         ArgumentError: if the model lacks weights that the task needs.
     """
     require_model_type(name, VlpBlipConfig.model_type)
-    kind, architecture = MODELS[task], (AutoConfig.from_pretrained(name).architectures or [""])[0]
-    if hasattr(kind, "from_pre_training") and architecture == VlpBlipForPreTraining.__name__:
+    option, kind = "--model_name_or_path", MODELS[task]
+    saved = read_config(name, option).architectures[0]
+    if hasattr(kind, "from_pre_training") and saved == VlpBlipForPreTraining.__name__:
+        load_model(VlpBlipForPreTraining, name, option)  # checks that it is complete
         return kind.from_pre_training(name, dtype=torch.float32)
-    model, loaded = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    if loaded["missing_keys"]:
-        missing = ", ".join(sorted(loaded["missing_keys"])[:3])
-        raise ArgumentError(f"{name} lacks weights that --task {task} needs: {missing}, ... Use a pre-trained model.")
-    return model
+    if saved != kind.__name__ and saved not in (kind.loads or ()):
+        raise ArgumentError(
+            f"{option} {printable(name, 120)} is a {saved}, which lacks weights that --task {task} needs: use a "
+            f"pre-trained model, or a {kind.__name__}."
+        )
+    return load_model(kind, name, option)
 
 
 def make_objective(arguments: BlipArguments, model, processor: VlpBlipProcessor, steps_per_epoch: float | None):

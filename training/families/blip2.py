@@ -1,22 +1,18 @@
 """The BLIP-2 family."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
-from transformers.utils import cached_file
 
 from ...configuration.blip import VlpBlipConfig
 from ...configuration.blip2 import VlpBlip2Config
 from ...configuration.clip import VlpClipConfig
 from ...configuration.text import VlpQFormerConfig
 from ...configuration.vision import VlpViTConfig
-from ...errors import ArgumentError
+from ...errors import ArgumentError, brief
+from ...loading import load_auto_tokenizer, load_model, load_processor, load_weights, read_config
 from ...modeling_vlp.base import adopt
 from ...modeling_vlp.blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
 from ...modeling_vlp.blip2_generation import (
@@ -35,7 +31,15 @@ from ..data.samples import SampleMaker
 from ..evaluation.pictures import Pictures
 from ..objectives.blip2 import Blip2Objective, LanguageObjective
 from ..objectives.distributed import main_process_first
-from .base import Family, check_fields, evaluation_tasks, extend, require_model_type
+from .base import (
+    Family,
+    check_fields,
+    evaluation_tasks,
+    extend,
+    parts_of_model,
+    possible_model,
+    require_model_type,
+)
 from .blip import make_tokenizer
 
 
@@ -156,12 +160,12 @@ def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> 
     name = arguments.model_name_or_path
     if name:
         require_model_type(name, VlpBlip2Config.model_type)
-        processor = AutoProcessor.from_pretrained(name)
+        processor = load_processor(name, "--model_name_or_path")
         if arguments.stage == 1 or isinstance(processor, VlpBlip2Processor):
             return processor
         images = processor.image_processor
     else:
-        images = AutoImageProcessor.from_pretrained(arguments.vision_tower)
+        images = load_processor(arguments.vision_tower, "--vision_tower").image_processor
         arguments.image_size = tower_config(arguments.vision_tower).image_size
     if arguments.stage == 2:
         return VlpBlip2Processor(images, language_tokenizer(arguments))
@@ -173,11 +177,12 @@ def language_tokenizer(arguments: Blip2Arguments):
     """Load the tokenizer of the language model. Raises ArgumentError if it cannot be loaded."""
     try:
         source = language_model_source(reference_to(arguments))
-        return AutoTokenizer.from_pretrained(**source, model_max_length=arguments.max_length)
-    except (OSError, ValueError, ImportError) as error:
-        raise ArgumentError(
-            f"--language_model_name_or_path {arguments.language_model_name_or_path}: {str(error).splitlines()[0]}"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"--language_model_name_or_path: {brief(error)}") from error
+    name = source.pop("pretrained_model_name_or_path")
+    return load_auto_tokenizer(
+        name, "--language_model_name_or_path", **source, model_max_length=arguments.max_length
+    )  # fmt: skip
 
 
 def reference_to(arguments: Blip2Arguments) -> VlpBlip2Config:
@@ -191,10 +196,7 @@ def reference_to(arguments: Blip2Arguments) -> VlpBlip2Config:
 
 def tower_config(name: str):
     """Load the configuration of the image tower of a CLIP or BLIP. Raises ArgumentError if there is none."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ArgumentError(f"--vision_tower {name}: {str(error).splitlines()[0]}") from error
+    config = read_config(name, "--vision_tower")
     if config.model_type not in (VlpClipConfig.model_type, VlpBlipConfig.model_type):
         raise ArgumentError(f"--vision_tower {name} is a {config.model_type}; expected a vlp CLIP or BLIP.")
     return config.vision_config
@@ -210,8 +212,8 @@ def new_config(arguments: Blip2Arguments, tokenizer=None) -> VlpBlip2Config:
     Raises:
         ArgumentError: if the options do not give a valid configuration.
     """
-    fields = json.loads(json.dumps(arguments.model))
-    qformer = fields.setdefault("qformer_config", {})
+    fields = parts_of_model(arguments, "qformer_config")
+    qformer = fields["qformer_config"]
     check_fields(fields, VlpBlip2Config)
     check_fields(qformer, VlpQFormerConfig)
     vision = tower_config(arguments.vision_tower).to_dict()
@@ -230,10 +232,8 @@ def new_config(arguments: Blip2Arguments, tokenizer=None) -> VlpBlip2Config:
         ids.pop("enc_token_id")  # BLIP-2 has none
         qformer |= ids
     fields |= {"vision_config": vision, "freeze_vision": arguments.freeze_vision}
-    try:
+    with possible_model():
         config = VlpBlip2Config(**fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ArgumentError(f"--model: {error}") from error
     if config.qformer_config.max_position_embeddings < arguments.max_length and arguments.stage == 1:
         raise ArgumentError(
             f"--max_length {arguments.max_length} is above max_position_embeddings, "
@@ -250,11 +250,12 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
     """
     name = arguments.model_name_or_path
     if arguments.stage == 1 and name:
-        model = VlpBlip2ForPreTraining.from_pretrained(name, dtype=torch.float32)
+        model = load_model(VlpBlip2ForPreTraining, name, "--model_name_or_path")
         model.config.freeze_vision = arguments.freeze_vision
         model.vision_model.requires_grad_(not arguments.freeze_vision)
     elif arguments.stage == 1:
-        model = VlpBlip2ForPreTraining(new_config(arguments, processor))
+        with possible_model():
+            model = VlpBlip2ForPreTraining(new_config(arguments, processor))
         load_tower(model, arguments.vision_tower)
         if arguments.bert_name_or_path:
             load_bert(model, arguments.bert_name_or_path)
@@ -278,12 +279,15 @@ def make_stage_2_model(arguments: Blip2Arguments, processor) -> VlpBlip2ForCondi
     name = arguments.model_name_or_path
     named = {name: getattr(arguments, name) for name in LANGUAGE_MODEL_FIELDS}
     try:
-        if name and AutoConfig.from_pretrained(name).architectures[0] == VlpBlip2ForConditionalGeneration.__name__:
-            return VlpBlip2ForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
+        if name and read_config(name, "--model_name_or_path").architectures[0] == (
+            VlpBlip2ForConditionalGeneration.__name__
+        ):  # fmt: skip
+            return load_model(VlpBlip2ForConditionalGeneration, name, "--model_name_or_path")
         language_model = load_language_model(reference_to(arguments))
-    except OSError as error:
-        raise ArgumentError(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"--language_model_name_or_path: {brief(error)}") from error
     if name:
+        load_model(VlpBlip2ForPreTraining, name, "--model_name_or_path")  # checks that it is complete
         return VlpBlip2ForConditionalGeneration.from_pre_training(name, language_model, dtype=torch.float32, **named)
     config = new_config(arguments)
     for field, value in named.items():
@@ -303,7 +307,7 @@ def load_tower(model: VlpBlip2PreTrainedModel, name: str) -> None:
     Raises:
         ArgumentError: if weights are missing.
     """
-    tensors = load_file(cached_file(name, "model.safetensors"))
+    tensors = load_weights(name, "--vision_tower")
     state = {key: value for key, value in tensors.items() if key.startswith("vision_model.")}
     own = {key for key in model.state_dict() if key.startswith("vision_model.")}
     if missing := sorted(own - state.keys()):
@@ -323,11 +327,12 @@ def load_bert(model: VlpBlip2ForPreTraining, name: str) -> None:
     Raises:
         ArgumentError: if the weights do not fit the Q-Former.
     """
-    if AutoConfig.from_pretrained(name).model_type == VlpBlipConfig.model_type:
-        given = load_file(cached_file(name, "model.safetensors"))
+    option = "--bert_name_or_path"
+    if read_config(name, option).model_type == VlpBlipConfig.model_type:
+        given = load_weights(name, option)
         adopt(model, lambda own: given.get(name_in_blip(own)))
         return
-    tensors = load_file(cached_file(name, "model.safetensors"))
+    tensors = load_weights(name, option)
     rules = lavis.qformer("bert", "self", "bert.embeddings", "bert.embeddings.LayerNorm")
     tensors = {key if key.startswith("bert.") else f"bert.{key}": value for key, value in tensors.items()}
     tensors = {key.replace(".gamma", ".weight").replace(".beta", ".bias"): value for key, value in tensors.items()}

@@ -1,20 +1,16 @@
 """The CLIP family."""
 
-import json
 import math
+import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
-
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
-from transformers.utils import cached_file
 
 from ...configuration.clip import TEXT, VISION, VlpClipConfig
 from ...configuration.text import VlpClipTextConfig
 from ...configuration.vision import VlpViTConfig
-from ...errors import ArgumentError
+from ...errors import ArgumentError, brief, printable
+from ...loading import load_auto_tokenizer, load_model, load_processor, load_weights, read_config
 from ...modeling_vlp.clip import VlpClipModel
 from ...processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from ...processing.prompts import CLASS_NAMES, TEMPLATES
@@ -24,7 +20,7 @@ from ..data.rows import CaptionChooser, caption_texts
 from ..data.samples import SampleMaker
 from ..evaluation.pictures import Pictures
 from ..objectives.clip import ClipObjective
-from .base import Family, check_fields, evaluation_tasks, require_model_type
+from .base import Family, check_fields, evaluation_tasks, parts_of_model, possible_model, require_model_type
 
 
 @dataclass(kw_only=True)
@@ -94,23 +90,41 @@ def make_processor(arguments: ClipArguments, rows, chooser: CaptionChooser) -> V
         ArgumentError: if the tokenizer does not suit CLIP, or cannot be trained because the data are shards.
     """
     if arguments.model_name_or_path:
-        return AutoProcessor.from_pretrained(arguments.model_name_or_path)
+        require_model_type(arguments.model_name_or_path, VlpClipConfig.model_type)
+        return load_processor(arguments.model_name_or_path, "--model_name_or_path")
     side = arguments.image_size
     images = VlpClipImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     name, length = arguments.tokenizer_name, arguments.max_length
     if name and name.endswith(".gz"):
-        tokenizer = VlpClipTokenizer.from_openai_merges(name, length)
+        tokenizer = read_merges(name, length)
     elif name:
-        tokenizer = AutoTokenizer.from_pretrained(name, model_max_length=length)
+        tokenizer = load_auto_tokenizer(name, "--tokenizer_name", model_max_length=length)
     elif rows is None:
         raise ArgumentError(
             "Training on shards needs --tokenizer_name: a tokenizer cannot be trained on streamed captions."
         )
     else:
         texts = caption_texts(rows, chooser)
-        tokenizer = VlpClipTokenizer.train(texts, arguments.vocab_size, length, arguments.clean_text)
+        try:
+            tokenizer = VlpClipTokenizer.train(texts, arguments.vocab_size, length, arguments.clean_text)
+        except ValueError as error:
+            raise ArgumentError(f"--vocab_size: {error}") from error
     check_tokenizer(tokenizer, name)
     return VlpClipProcessor(images, tokenizer)
+
+
+def read_merges(name: str, length: int) -> VlpClipTokenizer:
+    """Read OpenAI's merges. Raises ArgumentError if the file is missing or is not such a file."""
+    path = Path(name)
+    if not path.is_file():
+        raise ArgumentError(f"--tokenizer_name {printable(name, 120)}: there is no such file.")
+    try:
+        return VlpClipTokenizer.from_openai_merges(path, length)
+    except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
+        raise ArgumentError(
+            f"--tokenizer_name {printable(name, 120)} is not OpenAI's bpe_simple_vocab_16e6.txt.gz: "
+            f"{brief(error)[:120]}"
+        ) from error
 
 
 def check_tokenizer(tokenizer, name: str | None) -> None:
@@ -133,9 +147,9 @@ def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
     Raises:
         ArgumentError: if the options do not give a valid configuration.
     """
-    fields = json.loads(json.dumps(arguments.model))
-    fields.setdefault("vision_config", {}).setdefault("image_size", arguments.image_size)
-    text = fields.setdefault("text_config", {})
+    fields = parts_of_model(arguments, "vision_config", "text_config")
+    text = fields["text_config"]
+    fields["vision_config"].setdefault("image_size", arguments.image_size)
     text["max_position_embeddings"] = arguments.max_length
     if tokenizer is not None:
         text["vocab_size"] = len(tokenizer)
@@ -143,14 +157,12 @@ def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
     if arguments.loss == "sigmoid":  # SigLIP, section 3.2
         fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0} | fields
     kinds = {kind.model_type: kind for kind in (*VISION, *TEXT)}
-    vision = kinds.get(fields["vision_config"].get("model_type"), VlpViTConfig)
-    text_kind = kinds.get(text.get("model_type"), VlpClipTextConfig)
+    vision = kinds.get(str(fields["vision_config"].get("model_type")), VlpViTConfig)
+    text_kind = kinds.get(str(text.get("model_type")), VlpClipTextConfig)
     for part, kind in ((fields, VlpClipConfig), (fields["vision_config"], vision), (text, text_kind)):
         check_fields(part, kind)
-    try:
+    with possible_model():
         return VlpClipConfig(**fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ArgumentError(f"--model: {error}") from error
 
 
 def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClipModel:
@@ -161,12 +173,13 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
     """
     if arguments.model_name_or_path:
         require_model_type(arguments.model_name_or_path, VlpClipConfig.model_type)
-        model = AutoModel.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
+        model = load_model(VlpClipModel, arguments.model_name_or_path, "--model_name_or_path")
         arguments.image_size = model.config.vision_config.image_size
         arguments.max_length = model.config.text_config.max_position_embeddings
         arguments.vocab_size = model.config.text_config.vocab_size
     else:
-        model = VlpClipModel(new_config(arguments, processor.tokenizer))
+        with possible_model():
+            model = VlpClipModel(new_config(arguments, processor.tokenizer))
     if (arguments.loss == "sigmoid") != (model.logit_bias is not None):
         has = "has a" if model.logit_bias is not None else "has no"
         raise ArgumentError(f"--loss {arguments.loss} does not suit the model, which {has} logit_bias (SigLIP).")
@@ -216,8 +229,13 @@ def load_tower(model: VlpClipModel, tower: str, source: str) -> None:
     Raises:
         ArgumentError: if the tower has another architecture.
     """
-    tensors = load_file(cached_file(source, "model.safetensors"))
-    theirs = getattr(AutoConfig.from_pretrained(source), tower.replace("_model", "_config"))
+    option = {"vision_model": "--image_tower", "text_model": "--text_tower"}[tower]
+    theirs = getattr(read_config(source, option), tower.replace("_model", "_config"), None)
+    if theirs is None:
+        raise ArgumentError(
+            f"{option} {printable(source, 120)} has no {tower}; expected a CLIP of vlp or transformers."
+        )
+    tensors = load_weights(source, option)
     ours = getattr(model.config, tower.replace("_model", "_config"))
     for field in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # settings that do not show in the shapes
         if getattr(theirs, field, None) != getattr(ours, field, None):

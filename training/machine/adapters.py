@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedModel
+import torch
+from transformers import PreTrainedModel
 
 from ...configuration.blip2 import VlpBlip2Config
 from ...errors import ArgumentError
-from ..arguments import TrainingArguments
+from ...files import state_folder, write_file
+from ...loading import BASE_FILE, read_config
+from ..arguments import TrainingArguments, public_name
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of every attention, in every tower
 # For BLIP-2: the image tower is frozen, and language models name their projections differently.
@@ -19,7 +22,7 @@ def check_lora(arguments: TrainingArguments) -> None:
     if not base:
         raise ArgumentError("--lora_rank needs --model_name_or_path, the model to add the adapters to.")
     needed, what = arguments.own_parts() or (None, "")
-    if needed and needed not in (AutoConfig.from_pretrained(base).architectures or []):
+    if needed and needed not in read_config(base, "--model_name_or_path").architectures:
         raise ArgumentError(
             f"--lora_rank publishes only adapters, but {what} adds parts that {base} does not have: train without "
             "--lora_rank first, and use the resulting model."
@@ -41,9 +44,25 @@ def add_lora(model: PreTrainedModel, rank: int, base: str) -> None:
     Args:
         model: model to change.
         rank: rank of the matrices; alpha is twice the rank, so that their product is scaled by 2.
-        base: hub name or folder of the model, which is saved with the adapters.
+        base: hub name or folder of the model, whose name is saved with the adapters.
     """
     from peft import LoraConfig
 
     targets = BLIP2_TARGETS if isinstance(model.config, VlpBlip2Config) else TARGETS
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, base_model_name_or_path=base))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, base_model_name_or_path=public_name(base))
+    config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": "vlp"}
+    model.add_adapter(config)
+
+
+def note_base(output_dir: str, base: str) -> None:
+    """Note beside a folder of adapters, not in it, where their base model is on this machine."""
+    if Path(base).is_dir():
+        write_file(state_folder(output_dir) / BASE_FILE, str(Path(base).resolve()) + "\n")
+
+
+def freeze_statistics(model: PreTrainedModel) -> None:
+    """Keep batch normalisation as it is while adapters are trained: its statistics are not saved with the adapters."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.train = lambda mode=True, module=module: module  # stays in evaluation mode
+            module.training = False

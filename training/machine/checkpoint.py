@@ -12,8 +12,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ...errors import ResumeError
-from ...files import STATE_FILE, state_folder, states
+from ...errors import ResumeError, brief, printable
+from ...files import (
+    STATE_FILE,
+    UNFINISHED,
+    digest,
+    exchange,
+    kind_of,
+    list_files,
+    remove_state,
+    state_folder,
+    states,
+    synchronise,
+    usable_path,
+    written_files,
+)
 
 AVERAGE_FILE = "average.safetensors"
 
@@ -66,7 +79,7 @@ def save_state(
         OSError: on every process, if any process fails.
     """
     target = folder / f"step-{step:07d}"
-    fresh = target.with_name(f".{target.name}.writing")
+    fresh = target.with_name(f"{UNFINISHED}{target.name}")
     error = None
     if accelerator.is_main_process:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -83,15 +96,23 @@ def save_state(
         error = str(problem)
     errors = [text for text in gather_object([error]) if text]
     if accelerator.is_main_process and not errors:
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(fresh, target)
+        try:
+            list_files(fresh)
+            synchronise(fresh)
+            if target.is_dir():
+                exchange(fresh, target)
+                remove_state(fresh)
+            else:
+                os.rename(fresh, target)
+        except OSError as problem:
+            errors = [str(problem)]
         for old in states(folder)[:-keep]:
-            shutil.rmtree(old)
-    elif accelerator.is_main_process:
+            remove_state(old)
+    if accelerator.is_main_process and errors:
         shutil.rmtree(fresh, ignore_errors=True)
     accelerator.wait_for_everyone()
     if errors:
-        raise OSError(f"Could not save {target} ({errors[0]}); earlier states are unchanged. Is the disk full?")
+        raise OSError(f"Could not save {target} ({brief(errors[0])[:200]}); earlier states are unchanged.")
     return target
 
 
@@ -110,43 +131,90 @@ def find_state(name: str, output_dir: str) -> Path:
         if not found:
             raise ResumeError(f"--resume_from_checkpoint latest: there is no state in {state_folder(output_dir)}.")
         return found[-1]
-    path = Path(name)
-    if not (path / STATE_FILE).is_file():
-        raise ResumeError(f"--resume_from_checkpoint {name}: {path / STATE_FILE} does not exist.")
+    path = usable_path(name or ".", "--resume_from_checkpoint") if name.strip() else None
+    if path is None or not (path / STATE_FILE).is_file():
+        known = states(state_folder(output_dir)) or (states(path) if path else [])
+        more = f"; choose latest, or {known[-1]}" if known else ""
+        raise ResumeError(
+            f"--resume_from_checkpoint {printable(name, 120) or repr(name)} is not the folder of a state, which has a "
+            f"{STATE_FILE}{more}."
+        )
     return path
 
 
-def load_state(accelerator: Accelerator, path: Path, facts: dict, average: AveragedModel | None = None) -> dict:
-    """Load a training state, and delete the states of later steps.
+def check_state(path: Path, rank: int) -> dict:
+    """Check that a state is complete and unchanged, and read its facts.
+
+    Args:
+        path: folder of the state.
+        rank: index of this process, which has random states of its own.
+
+    Returns:
+        The content of STATE_FILE.
+
+    Raises:
+        ResumeError: if a file is missing, damaged or unreadable; the message names it.
+    """
+    told = f"The state {printable(path, 160)}"
+    if pickles := sorted(path.glob("custom_checkpoint_*.pkl")):
+        raise ResumeError(f"{told} contains {pickles[0].name}, a pickle, which is never loaded: start a new run.")
+    known, wanted = written_files(path), [f"random_states_{rank}.pkl", STATE_FILE]
+    for name in {*known, *wanted}:
+        file = path / name
+        if not file.is_file():
+            what = "is missing" if not os.path.lexists(file) else f"is {kind_of(file)}"
+            raise ResumeError(f"{told} is incomplete: {printable(name, 60)} {what}. Resume from an earlier state.")
+        if name in known and digest(file) != known[name]:
+            raise ResumeError(f"{told} is damaged: {printable(name, 60)} was changed. Resume from an earlier state.")
+    try:
+        facts = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        for name, kind in (("model_config", dict), ("recipe", dict), ("progress", dict), ("bad_rows", list)):
+            if not isinstance(facts[name], kind):
+                raise TypeError(f"{name} is not a {kind.__name__}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ResumeError(
+            f"{told} is damaged: {STATE_FILE}: {brief(repr(error))[:120]}. Resume from an earlier state."
+        ) from error
+    return facts
+
+
+def load_state(
+    accelerator: Accelerator, path: Path, facts: dict, output_dir: str, average: AveragedModel | None = None
+) -> dict:
+    """Load a training state, and delete the states of later steps if they belong to the same output folder.
 
     Args:
         accelerator: its weights, optimiser and random states are replaced.
         path: folder of the state.
         facts: "model_config" and "recipe" of this run, which must equal those of the state.
+        output_dir: output folder of this run.
         average: the average of the weights, which is replaced too, if there is one.
 
     Returns:
         The `facts` that were saved with the state.
 
     Raises:
-        ResumeError: if the state belongs to another model or recipe; the message lists the differences.
+        ResumeError: if the state is damaged, or belongs to another model or recipe; the message lists the differences.
     """
-    saved = json.loads((path / STATE_FILE).read_text())
-    if pickles := sorted(path.glob("custom_checkpoint_*.pkl")):
-        raise ResumeError(f"{path} contains {pickles[0].name}, a pickle, which is never loaded: start a new run.")
+    saved = check_state(path, accelerator.process_index)
     if average is not None and not (path / AVERAGE_FILE).is_file():
         raise ResumeError(f"{path} has no {AVERAGE_FILE}, which --ema_decay needs.")
     for name in ("model_config", "recipe"):
-        differences = compare(saved.get(name, {}), json.loads(json.dumps(facts[name])))
+        differences = compare(saved[name], json.loads(json.dumps(facts[name])))
         if differences:
-            raise ResumeError(f"{path} belongs to another {name.split('_')[0]}: {'; '.join(differences)}.")
-    accelerator.load_state(str(path))
-    if average is not None:
-        average.load_state_dict(load_file(path / AVERAGE_FILE))
-    if accelerator.is_main_process:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            shown = "; ".join(printable(line, 90) for line in differences[:3])
+            raise ResumeError(f"{path} belongs to another {name.split('_')[0]}: {shown}{more}.")
+    try:
+        accelerator.load_state(str(path))
+        if average is not None:
+            average.load_state_dict(load_file(path / AVERAGE_FILE))
+    except Exception as error:
+        raise ResumeError(f"The state {printable(path, 160)} cannot be loaded: {brief(error)[:200]}") from error
+    if accelerator.is_main_process and path.parent == state_folder(output_dir).absolute():
         for later in states(path.parent):
             if later.name > path.name:
-                shutil.rmtree(later)
+                remove_state(later)
     return saved
 
 

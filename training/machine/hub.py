@@ -5,6 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 
 from ...errors import ArgumentError
+from ...files import WRITTEN
 from ..arguments import TrainingArguments
 
 
@@ -36,6 +37,7 @@ def push(folder: Path, arguments: TrainingArguments) -> str:
             repo_id=name,
             folder_path=folder,
             revision=arguments.hub_revision,
+            ignore_patterns=[WRITTEN],
             commit_message=f"Upload {folder.name}, trained with vlp",
         )
     except Exception as error:

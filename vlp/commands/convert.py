@@ -8,16 +8,15 @@ vlp-convert runs/clip exported --to transformers        # also open_clip, openai
 """
 
 import argparse
-import sys
 
 from ..conversion import TARGETS, convert
-from ..errors import ArgumentError
+from ..errors import CommandParser, printable, reported_errors
 from ..modeling_vlp.exchange.places import ExchangeError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `vlp-convert`."""
-    parser = argparse.ArgumentParser(prog="vlp-convert", description=__doc__,
+    parser = CommandParser(prog="vlp-convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("source", help="a file of weights, or a folder")
     parser.add_argument("target", help="folder to write; for openai, salesforce and lavis a file")
@@ -39,13 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = vars(build_parser().parse_args())
-    try:
-        notes = convert(**options)
-    except (ArgumentError, ExchangeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    for note in notes:
-        print(note)
-    print(f"Wrote {options['target']}")
+    with reported_errors(ExchangeError):
+        for note in convert(**options):
+            print(printable(note))
+        print(f"Wrote {printable(options['target'])}")
 
 
 if __name__ == "__main__":

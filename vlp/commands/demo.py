@@ -20,7 +20,7 @@ from datasets.utils.py_utils import iter_batched
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-from ..errors import UnsupportedModelError
+from ..errors import CommandParser, UnsupportedModelError
 from ..inference import BlipPredictor, Predictor, load
 from ..model_cards.plots import overlay
 from ..modeling_vlp.heatmaps import matching_maps
@@ -374,7 +374,7 @@ def page(demo: Demo):
 
 def main() -> None:
     """The command `vlp-demo`."""
-    parser = argparse.ArgumentParser(prog="vlp-demo", description=__doc__,
+    parser = CommandParser(prog="vlp-demo", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--pictures", type=Path, help="folder of pictures to search (default: the embedded drawings)")
     parser.add_argument(

@@ -13,24 +13,27 @@ and without faiss, the query is compared with every vector. Larger indexes are s
 import argparse
 import importlib.util
 import json
-import shutil
+import os
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets.utils.py_utils import iter_batched
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import UnsupportedModelError
-from ..files import write_whole
+from ..errors import ArgumentError, CommandParser, UserError, brief, printable, reported_errors
+from ..files import check_output, foreign_file, glob_escape, remove_own, usable_path, write_whole, written_files
 from ..inference import Predictor, load
 from ..processing.pictures import PictureError, extensions, read_picture
 from ..training.data.rows import describe
@@ -44,7 +47,7 @@ PART = 4096  # embeddings are saved after this many pictures; an interruption lo
 FAISS = "index.faiss"
 
 
-class NoIndexError(ValueError):
+class NoIndexError(UserError, ValueError):
     """An index that cannot be built or read; the message says how to fix it."""
 
 
@@ -79,15 +82,16 @@ class Index:
         self.folder = Path(folder)
         if not (self.folder / "index.json").is_file():
             raise NoIndexError(
-                f"{folder} contains no index: build one with `vlp-index build PICTURES {folder} --model MODEL`."
+                f"{printable(folder, 120)} contains no index: build one with "
+                "`vlp-index build PICTURES INDEX --model MODEL`."
             )
-        self.facts = json.loads((self.folder / "index.json").read_text())
-        tensors = load_file(self.folder / "embeddings.safetensors")  # memory-mapped
-        self.embeddings = tensors["embeddings"]  # (N, E) float16
-        self.table = pq.read_table(self.folder / "pictures.parquet", memory_map=True)
+        self.facts, self.table, self.embeddings = read_index(self.folder)
         self.faiss = None
         if (self.folder / FAISS).is_file():
-            self.faiss = import_faiss().read_index(str(self.folder / FAISS))
+            try:
+                self.faiss = import_faiss().read_index(str(self.folder / FAISS))
+            except RuntimeError as error:
+                raise damaged(self.folder, FAISS, error) from error
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -130,6 +134,52 @@ class Index:
         return numbers[numbers >= 0]
 
 
+def read_index(folder: Path) -> tuple[dict, pa.Table, Tensor]:
+    """Read the files of an index, or of a part of one, and check that they fit together.
+
+    Args:
+        folder: the folder, which has an index.json.
+
+    Returns:
+        The facts, the table of pictures, and their embeddings (N, E), memory-mapped.
+
+    Raises:
+        NoIndexError: if a file is damaged; the message names it.
+    """
+    name = "index.json"
+    try:
+        facts = json.loads((folder / name).read_text(encoding="utf-8"))
+        if not isinstance(facts, dict) or not isinstance(facts.get("model"), str):
+            raise ValueError("it names no model")
+        name = "pictures.parquet"
+        table = pq.read_table(folder / name, memory_map=True)
+        wanted = {"path": pa.types.is_string, "size": pa.types.is_integer, "changed": pa.types.is_integer}
+        for column, fits in wanted.items():
+            if column not in table.column_names or not fits(table.schema.field(column).type):
+                raise ValueError(f"its column {column} is missing or of another type")
+            if table[column].null_count:
+                raise ValueError(f"its column {column} has empty rows")
+        name = "embeddings.safetensors"
+        embeddings = load_file(folder / name)["embeddings"]
+        if embeddings.ndim != 2 or embeddings.dtype != torch.float16 or not len(embeddings):
+            raise ValueError(f"its embeddings are {embeddings.dtype} of shape {tuple(embeddings.shape)}")
+        if len(embeddings) != len(table):
+            raise ValueError(f"it has {len(embeddings)} embeddings for {len(table)} pictures")
+        if not all(torch.isfinite(part).all() for part in embeddings.split(65_536)):
+            raise ValueError("its embeddings are not finite")
+    except (ValueError, KeyError, RecursionError, OSError, SafetensorError, pa.ArrowException) as error:
+        raise damaged(folder, name, error) from error
+    return facts, table, embeddings
+
+
+def damaged(folder: Path, name: str, error: Exception) -> NoIndexError:
+    """The error for a damaged file of an index."""
+    return NoIndexError(
+        f"The index {printable(folder, 120)} is damaged: {name}: {brief(error)[:160]}. Remove the folder, and build it "
+        "again with `vlp-index build`."
+    )
+
+
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
@@ -150,8 +200,13 @@ def pictures_in(folder: Path) -> list[tuple[str, int, int]]:
     found = []
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in extensions() and path.is_file() and path.resolve().is_relative_to(root):
-            stat = path.stat()
-            found.append((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns))
+            stat, name = path.stat(), path.relative_to(root).as_posix()
+            try:
+                name.encode()
+            except UnicodeEncodeError:  # the table holds UTF-8
+                print(f"warning: skipped {printable(name, 120)}: its name is not valid UTF-8.", file=sys.stderr)
+                continue
+            found.append((name, stat.st_size, stat.st_mtime_ns))
     if not found:
         raise NoIndexError(f"{folder} contains no pictures ({', '.join(sorted(extensions()))}).")
     return found
@@ -186,15 +241,15 @@ def build(
         NoIndexError: if there is nothing to index, or the target contains other files.
         UnsupportedModelError: if the model does not embed images and texts in one space.
     """
-    folder, target = Path(folder), Path(target)
-    if target.is_dir() and any(target.iterdir()) and not (target / "index.json").is_file():
-        raise NoIndexError(f"{target} contains other files: choose a dedicated folder for the index.")
-    if faiss:
-        import_faiss()
+    folder, target = usable_path(folder, "PICTURES"), check_output(target, "INDEX", [str(folder)])
+    if not 1 <= batch_size <= 65_536:
+        raise ArgumentError(f"--batch_size must be from 1 to 65,536, got {printable(batch_size, 40)}.")
+    if faiss is not None:
+        check_factory(faiss)
     pictures, skipped = pictures_in(folder), Counter()
     predictor = predictor or load(model, "embed")
-    parts = target.with_name(target.name + ".building")
-    known = StoredVectors.load(target, parts, model)
+    identity = identity_of(predictor)
+    known = StoredVectors.load(target, identity)
     missing, done = [picture for picture in pictures if picture not in known.places], 0
     for part in iter_batched(missing, PART):
         rows, vectors = [], []
@@ -216,15 +271,56 @@ def build(
                 raise NoIndexError(
                     f"{model} computes several embeddings per picture (BLIP-2): choose a CLIP or a BLIP."
                 )
-            number = len(list(parts.glob("*/")))
-            write_index(parts / f"{number:06d}", rows, embeddings, {"model": model})
+            facts = {"model": str(model), "identity": identity}
+            known.parts.append(write_index(next_part(target), rows, embeddings, facts))
             known.add(rows, embeddings)
     kept = [picture for picture in pictures if picture in known.places]
     if not kept:
         raise NoIndexError(f"No picture in {folder} can be read: {describe(skipped)}.")
-    save(target, kept, known.take(kept), model, folder, faiss)
-    shutil.rmtree(parts, ignore_errors=True)
+    save(target, kept, known.take(kept), model, folder, faiss, identity)
+    for part in known.parts:
+        remove_own(part, [part / name for name in written_files(part)])
     return skipped
+
+
+def identity_of(predictor: Predictor) -> str:
+    """A hash of a model's weights and preprocessing: embeddings of another model are never reused or searched."""
+    found = blake2b(digest_size=16)
+    for name, value in sorted(predictor.model.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for part in (predictor.processor.image_processor, predictor.processor.tokenizer):
+        text = part.to_json_string() if hasattr(part, "to_json_string") else part.backend_tokenizer.to_str()
+        found.update(text.encode(errors="surrogatepass"))
+    return found.hexdigest()
+
+
+def parts_of(target: Path) -> list[Path]:
+    """The folders of the parts of an interrupted index, beside the index."""
+    found = target.parent.glob(f"{glob_escape(target.name)}.building-*")
+    return sorted(part for part in found if (part / "index.json").is_file() and not foreign_file(part))
+
+
+def next_part(target: Path) -> Path:
+    """A new folder for a part of an index."""
+    number = 0
+    while os.path.lexists(part := target.with_name(f"{target.name}.building-{number:06d}")):
+        number += 1
+    return part
+
+
+def check_factory(faiss: str) -> None:
+    """Check a factory string of faiss, some of which end the program. Raises NoIndexError if it is not accepted."""
+    library = import_faiss()
+    try:
+        if len(faiss) > 200 or re.search(r"HNSW[01](?!\d)", faiss):
+            raise ValueError("it is too long, or has fewer than two neighbours")
+        library.index_factory(64, faiss, library.METRIC_INNER_PRODUCT)
+    except (RuntimeError, ValueError) as error:
+        reason = brief(error)[-120:]
+        raise NoIndexError(
+            f"--faiss {printable(faiss, 60)} is not a factory string of faiss, such as HNSW32: {reason}"
+        ) from error
 
 
 @dataclass
@@ -234,26 +330,33 @@ class StoredVectors:
     Attributes:
         matrices: matrices of embeddings, (rows, E) each.
         places: for each picture (path, size, modification time), the number of its matrix and its row there.
+        parts: the folders of the parts of an interrupted index.
     """
 
     matrices: list[Tensor] = field(default_factory=list)
     places: dict[tuple, tuple[int, int]] = field(default_factory=dict)
+    parts: list[Path] = field(default_factory=list)
 
     @classmethod
-    def load(cls, target: Path, parts: Path, model: str) -> "StoredVectors":
+    def load(cls, target: Path, identity: str) -> "StoredVectors":
         """Load the embeddings of an existing or interrupted index.
 
         Args:
             target: the folder of the index.
-            parts: the folder of the parts of an interrupted index.
-            model: only embeddings by this model are loaded.
+            identity: only embeddings by the model of this identity are loaded (see `identity_of`).
         """
-        known = cls()
-        for place in [target, *sorted(parts.glob("*/"))]:
-            if (place / "index.json").is_file() and json.loads((place / "index.json").read_text())["model"] == model:
-                table = pq.read_table(place / "pictures.parquet")
+        known = cls(parts=parts_of(target))
+        for place in [target, *known.parts]:
+            if not (place / "index.json").is_file():
+                continue
+            try:
+                facts, table, embeddings = read_index(place)
+            except NoIndexError as error:
+                print(f"warning: embedded anew: {error}", file=sys.stderr)
+                continue
+            if facts.get("identity") == identity:
                 rows = zip(*(table[name].to_pylist() for name in ("path", "size", "changed")), strict=True)
-                known.add(list(rows), load_file(place / "embeddings.safetensors")["embeddings"])
+                known.add(list(rows), embeddings)
         return known
 
     def add(self, pictures: list[tuple], embeddings: Tensor) -> None:
@@ -271,7 +374,9 @@ class StoredVectors:
         return result
 
 
-def save(target: Path, pictures: list, vectors: Tensor, model: str, folder: Path, faiss: str | None) -> None:
+def save(
+    target: Path, pictures: list, vectors: Tensor, model: str, folder: Path, faiss: str | None, identity: str = ""
+) -> None:  # fmt: skip
     """Write an index, completely or not at all; above EXACT pictures with faiss, if it is installed.
 
     Args:
@@ -281,14 +386,15 @@ def save(target: Path, pictures: list, vectors: Tensor, model: str, folder: Path
         model: folder or hub name of the model.
         folder: the folder of pictures.
         faiss: factory string of faiss; None for cells above EXACT pictures.
+        identity: identity of the model, see `identity_of`.
     """
     if faiss is None and len(pictures) > EXACT and importlib.util.find_spec("faiss"):
         faiss = f"IVF{round(len(pictures) ** 0.5)},SQfp16"  # about sqrt(N) cells, vectors in float16
-    facts = {"model": model, "folder": str(folder.resolve()), "width": vectors.shape[1]}
+    facts = {"model": str(model), "identity": identity, "folder": str(folder.resolve()), "width": vectors.shape[1]}
     write_index(target, pictures, vectors.half().contiguous(), facts, faiss)
 
 
-def write_index(target: Path, pictures: list, vectors: Tensor, facts: dict, faiss: str | None = None) -> None:
+def write_index(target: Path, pictures: list, vectors: Tensor, facts: dict, faiss: str | None = None) -> Path:
     """Write the files of an index, completely or not at all.
 
     Args:
@@ -297,6 +403,9 @@ def write_index(target: Path, pictures: list, vectors: Tensor, facts: dict, fais
         vectors: their embeddings (N, E), float16.
         facts: the content of index.json.
         faiss: factory string of faiss; None for none.
+
+    Returns:
+        The folder.
     """
     paths, sizes, changed = (list(column) for column in zip(*pictures, strict=True))
 
@@ -306,13 +415,17 @@ def write_index(target: Path, pictures: list, vectors: Tensor, facts: dict, fais
         if faiss:
             library = import_faiss()
             index = library.index_factory(facts["width"], faiss, library.METRIC_INNER_PRODUCT)
-            index.train(vectors[:: max(1, len(vectors) // TRAINED)].float().numpy())
+            try:
+                index.train(vectors[:: max(1, len(vectors) // TRAINED)].float().numpy())
+            except RuntimeError as error:
+                reason = brief(error)[-160:]
+                raise NoIndexError(f"--faiss {faiss} does not suit {len(vectors)} vectors: {reason}") from error
             for chunk in vectors.split(65_536):
                 index.add(chunk.float().numpy())
             library.write_index(index, str(fresh / FAISS))
         (fresh / "index.json").write_text(json.dumps(facts, indent=1) + "\n")
 
-    write_whole(target, write)
+    return write_whole(target, write)
 
 
 def import_faiss():
@@ -328,7 +441,7 @@ def import_faiss():
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `vlp-index`, with its subcommands build and search."""
-    parser = argparse.ArgumentParser(prog="vlp-index", description=__doc__,
+    parser = CommandParser(prog="vlp-index", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     builder = commands.add_parser("build", help="embed a folder's pictures")
@@ -361,22 +474,31 @@ def search(options) -> None:
     Raises:
         NoIndexError: if there is no index, or the picture cannot be read.
     """
-    index = Index(options.index)
+    if options.top_k < 1 or options.probes < 0:
+        raise ArgumentError(
+            f"--top_k must be at least 1 and --probes at least 0, got {options.top_k} and {options.probes}."
+        )
+    index = Index(usable_path(options.index, "INDEX"))
     predictor = load(index.facts["model"], "embed")
+    if index.facts.get("identity") != identity_of(predictor):
+        raise NoIndexError(
+            f"The model {printable(index.facts['model'], 120)} is not the one that the index was built with: build it "
+            "again with `vlp-index build`."
+        )
 
     def print_hits(query: Tensor) -> None:
         start = time.perf_counter()
         hits = index.search(query, options.top_k, options.probes)
         milliseconds = 1000 * (time.perf_counter() - start)
         for hit in hits:
-            print(f"{hit.score:.3f}  {hit.path}")
+            print(f"{hit.score:.3f}  {printable(hit.path)}")
         print(f"{len(index):,} pictures searched in {milliseconds:.1f} ms.", file=sys.stderr)
 
     if options.image:
         try:
             print_hits(predictor.embed_images([read_picture(options.image)])[0])
         except PictureError as error:
-            raise NoIndexError(f"--image {options.image}: {error}.") from None
+            raise NoIndexError(f"--image {printable(options.image, 120)}: {error}.") from None
     elif options.words:
         print_hits(predictor.embed_texts([" ".join(options.words)])[0])
     else:
@@ -388,7 +510,7 @@ def search(options) -> None:
 def main() -> None:
     """The command `vlp-index`."""
     options = build_parser().parse_args()
-    try:
+    with reported_errors():
         if options.command == "search":
             search(options)
             return
@@ -400,9 +522,8 @@ def main() -> None:
 
             skipped = build(options.pictures, options.index, options.model, options.batch_size, options.faiss,
                             progress=progress)  # fmt: skip
-    except (NoIndexError, UnsupportedModelError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"Indexed pictures in {options.index}: {len(Index(options.index)):,}. Skipped: {describe(skipped)}.")
+        count = len(Index(usable_path(options.index, "INDEX")))
+        print(f"Indexed pictures in {printable(options.index)}: {count:,}. Skipped: {describe(skipped)}.")
 
 
 if __name__ == "__main__":

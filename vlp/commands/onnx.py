@@ -9,19 +9,24 @@ B and N are dynamic. Requires `pip install "vlp[onnx]"`.
 """
 
 import argparse
-import sys
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 import vlp
 
-from ..files import check_output, write_whole
+from ..errors import ArgumentError, CommandParser, UnsupportedModelError, printable, reported_errors
+from ..files import check_output, usable_path, write_whole
+from ..loading import load_model, read_config, row_of
 from ..modeling_vlp.blip import VlpBlipDualEncoder
 from ..modeling_vlp.med import decode
+
+EXPORTED = (
+    "VlpClipModel", "VlpBlipForPreTraining", "VlpBlipForImageTextRetrieval", "VlpBlipForConditionalGeneration",
+)  # fmt: skip
 
 
 class Part(nn.Module):
@@ -102,6 +107,7 @@ def export(model, target: Path) -> list[str]:
     Raises:
         ArgumentError: if the target contains other files.
     """
+    check_output(target, "TARGET")
     model, vision, text = model.eval(), model.config.vision_config, model.config.text_config
     ids = torch.full((2, 5), text.eos_token_id)
     ids[:, 0] = text.bos_token_id
@@ -125,31 +131,30 @@ def export(model, target: Path) -> list[str]:
         for name, program in programs.items():
             program.save(fresh / f"{name}.onnx")
 
-    check_output(str(target), "TARGET")
     write_whole(target, save)
     return sorted(f"{name}.onnx" for name in programs)
 
 
 def main() -> None:
     """The command `vlp-onnx`."""
-    parser = argparse.ArgumentParser(prog="vlp-onnx", description=__doc__,
+    parser = CommandParser(prog="vlp-onnx", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("folder", help="folder or hub name of a model")
     parser.add_argument("target", help="folder for the ONNX files")
     options = parser.parse_args()
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError:
-        sys.exit('error: vlp-onnx requires onnxscript: pip install "vlp[onnx]".')
-    try:
-        architecture = AutoConfig.from_pretrained(options.folder).architectures[0]
-        if architecture not in ("VlpClipModel", "VlpBlipForPreTraining", "VlpBlipForImageTextRetrieval",
-                                "VlpBlipForConditionalGeneration"):  # fmt: skip
-            sys.exit(f"error: {options.folder} is a {architecture}, which vlp-onnx does not export.")
-        files = export(getattr(vlp, architecture).from_pretrained(options.folder), Path(options.target))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print(f"Wrote to {options.target}: {', '.join(files)}")
+    with reported_errors():
+        if importlib.util.find_spec("onnxscript") is None:
+            raise ArgumentError('vlp-onnx requires onnxscript: pip install "vlp[onnx]".')
+        check_output(options.target, "TARGET", [options.folder])
+        config = read_config(options.folder)
+        row = row_of(options.folder, config)
+        if row.model.__name__ not in EXPORTED:
+            raise UnsupportedModelError(
+                f"{options.folder} is a {row.model.__name__}, which vlp-onnx does not export; it exports "
+                f"{', '.join(EXPORTED)}."
+            )
+        files = export(load_model(row.model, options.folder), usable_path(options.target, "TARGET"))
+        print(f"Wrote to {printable(options.target)}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

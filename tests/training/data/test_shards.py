@@ -199,6 +199,7 @@ def test_write_shards_with_index(table, tmp_path, capsys):
     assert read == originals
     order = [json.loads(files["json"])["caption"] for files, _, _ in itertools.islice(Source(paths, 0, 0, 1), 25)]
     assert order != sorted(order)
+    (tmp_path / "shards" / "notes.txt").write_text("mine")
     with pytest.raises(ArgumentError, match="contains other files"):
         write_shards(ShardsArguments(dataset_name=str(table), output_dir=str(tmp_path / "shards")))
 
