@@ -7,9 +7,13 @@ Uploads are limited in bytes and in pixels.
 
 import argparse
 import contextlib
+import functools
 import hashlib
+import html
+import ipaddress
 import os
-import sys
+import re
+import socket
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,8 +24,10 @@ from datasets.utils.py_utils import iter_batched
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-from ..errors import CommandParser, UnsupportedModelError
+from ..errors import ArgumentError, CommandParser, UserError, brief, printable, reported_errors
+from ..files import kind_of, usable_path
 from ..inference import BlipPredictor, Predictor, load
+from ..loading import ADAPTERS
 from ..model_cards.plots import overlay
 from ..modeling_vlp.heatmaps import matching_maps
 from ..processing.pictures import PictureError, read_picture, to_rgb
@@ -31,10 +37,13 @@ from .index import Index, NoIndexError, build
 
 MAX_BYTES, MAX_PIXELS = 10_000_000, 25_000_000  # limits of an upload
 MAX_NAMES, MAX_CHARACTERS = 1000, 1000  # class names; characters of a query or a text
+MAX_TOTAL = 20_000  # characters of all class names together
+MAX_BODY = 1_000_000  # bytes of a request that is no upload
+HEAT = 1024  # longest side of a heat map, in pixels
 RESULTS = 12  # pictures that a search shows
 
 
-class DemoError(ValueError):
+class DemoError(UserError, ValueError):
     """A request that the demo cannot serve; the page shows the message."""
 
 
@@ -53,7 +62,9 @@ class Demo:
 
     def models(self) -> list[str]:
         """The folders of all models, shipped or trained, relative to the root."""
-        found = [path.parent for name in ("model_cards", "runs") for path in self.root.glob(f"{name}/*/config.json")]
+        names = ("config.json", ADAPTERS)
+        found = {path.parent for place in ("model_cards", "runs") for name in names
+                 for path in self.root.glob(f"{place}/*/{name}")}  # fmt: skip
         return [path.relative_to(self.root).as_posix() for path in sorted(found)]
 
     def predictor(self, name: str, use: str) -> Predictor:
@@ -67,12 +78,13 @@ class Demo:
             DemoError: if there is no such model, or it does not support the use.
         """
         folder = inside(self.root, name, "models")
-        if not (folder / "config.json").is_file():
-            raise DemoError(f"{name} is not a model folder; choose from {', '.join(self.models()) or 'none'}.")
+        if not any((folder / file).is_file() for file in ("config.json", ADAPTERS)):
+            listed = ", ".join(self.models()[:8]) or "none"
+            raise DemoError(f"{printable(name, 120)} is not a model folder; choose from {listed}.")
         try:
             return self.load(str(folder), use)
-        except UnsupportedModelError as error:
-            raise DemoError(str(error).replace(f"{self.root}/", "")) from error
+        except UserError as error:
+            raise DemoError(brief(error).replace(f"{self.root}/", "")) from error
 
     def classify(self, model: str, picture: str | None, names: str) -> dict[str, float]:
         """Classify a picture.
@@ -88,9 +100,12 @@ class Demo:
         Raises:
             DemoError: if the model, the picture or the names cannot be used.
         """
+        require_text(names, "The class names", MAX_TOTAL)
         listed = list(dict.fromkeys(name.strip() for name in names.replace("\n", ",").split(",") if name.strip()))
         if not 1 < len(listed) <= MAX_NAMES:
             raise DemoError(f"Enter 2 to {MAX_NAMES} class names, separated by commas; got {len(listed)}.")
+        for name in listed:
+            bounded(name)
         predictor = self.predictor(model, "embed")
         image = predictor.embed_images([opened(picture)])
         texts = torch.cat([predictor.embed_texts(batch) for batch in iter_batched(listed, 64)])
@@ -118,14 +133,14 @@ class Demo:
         """
         path = inside(self.pictures, folder, "pictures")
         if not path.is_dir():
-            raise DemoError(f"There is no folder {folder!r} in {self.pictures.name}.")
+            raise DemoError(f"There is no folder {printable(folder, 120)!r} in {self.pictures.name}.")
         try:
             name = str(inside(self.root, model, "models"))
             skipped = build(
                 path, self.index(model, folder), name, predictor=self.predictor(model, "embed"), progress=progress
             )
-        except NoIndexError as error:
-            raise DemoError(str(error).replace(f"{self.pictures}/", "")) from error
+        except UserError as error:
+            raise DemoError(brief(error).replace(f"{self.pictures}/", "")) from error
         return f"Indexed pictures: {len(Index(self.index(model, folder))):,}. Skipped: {describe(skipped)}."
 
     def search(self, model: str, folder: str, words: str, picture: str | None) -> list[tuple[Image.Image, str]]:
@@ -148,6 +163,9 @@ class Demo:
         except NoIndexError:
             raise DemoError("There is no index of this folder for this model yet: build it first.") from None
         predictor = self.predictor(model, "embed")
+        require_text(words, "The query", MAX_CHARACTERS)
+        if index.embeddings.shape[1] != predictor.embed_texts(["a"]).shape[1]:
+            raise DemoError("The index was built with another model of this name: build it again.")
         if words.strip():
             query = predictor.embed_texts([bounded(words)])[0]
         elif picture:
@@ -162,7 +180,7 @@ class Demo:
             except PictureError:
                 continue  # deleted or changed since the index was built
             image.thumbnail((256, 256))
-            shown.append((image, f"{hit.path}  {hit.score:.2f}"))
+            shown.append((image, f"{printable(hit.path)}  {hit.score:.2f}"))
         return shown
 
     def caption(self, model: str, picture: str | None, prompt: str = "") -> Iterator[str]:
@@ -179,6 +197,7 @@ class Demo:
         Raises:
             DemoError: if the model or the picture cannot be used, or generation fails.
         """
+        bounded(prompt)
         predictor, image = self.predictor(model, "caption"), opened(picture)
         streamer = TextIteratorStreamer(predictor.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         done: list[str | Exception] = []
@@ -198,7 +217,7 @@ class Demo:
             yield text.strip()
         thread.join()
         if isinstance(done[0], Exception):
-            raise DemoError(f"{model} could not generate a caption: {done[0]}") from done[0]
+            raise DemoError(f"{printable(model, 120)} could not generate a caption: {brief(done[0])}") from done[0]
         yield done[0]
 
     def match(self, model: str, picture: str | None, text: str) -> tuple[dict[str, float], Image.Image | None]:
@@ -216,7 +235,7 @@ class Demo:
         Raises:
             DemoError: if the model, the picture or the text cannot be used.
         """
-        if not text.strip():
+        if not bounded(text).strip():
             raise DemoError("Enter a text to match with the picture.")
         predictor, image = self.predictor(model, "match"), opened(picture)
         logits = predictor.match(predictor.encode_images([image]), torch.zeros(1, dtype=torch.long), [bounded(text)])[0]
@@ -226,7 +245,9 @@ class Demo:
             grid = matching_maps(
                 predictor.model, predictor.processor, predictor.prepare_images([image]), bounded(text)
             ).maps[0]
-            heat = overlay(image, grid)
+            smaller = to_rgb(image)
+            smaller.thumbnail((HEAT, HEAT))
+            heat = overlay(smaller, grid)
         return {"match": yes, "no match": no}, heat
 
 
@@ -241,9 +262,15 @@ def inside(root: Path, name: str, what: str) -> Path:
     Raises:
         DemoError: if the path is outside the folder.
     """
-    path = (root / (name or ".")).resolve()
+    require_text(name, f"The folder of {what}", MAX_CHARACTERS)
+    try:
+        path = (root / (name or ".")).resolve()
+        os.path.lexists(path)
+        path.exists()
+    except (OSError, ValueError, RuntimeError):
+        raise DemoError(f"{printable(name, 120)} is not the name of a folder.") from None
     if not path.is_relative_to(root):
-        raise DemoError(f"{name} is outside the folder of {what} that this page may read.")
+        raise DemoError(f"{printable(name, 120)} is outside the folder of {what} that this page may read.")
     return path
 
 
@@ -255,7 +282,14 @@ def opened(picture: str | None) -> Image.Image:
     """
     if not picture:
         raise DemoError("Choose a picture first.")
-    if os.path.getsize(picture) > MAX_BYTES:
+    require_text(picture, "The picture", MAX_CHARACTERS)
+    try:
+        size = os.path.getsize(picture) if os.path.isfile(picture) else None
+    except (OSError, ValueError):
+        size = None
+    if size is None:
+        raise DemoError("The picture is not there any more: upload it again.")
+    if size > MAX_BYTES:
         raise DemoError(f"The picture is larger than {MAX_BYTES // 1_000_000} MB.")
     try:
         return read_picture(picture, MAX_PIXELS)
@@ -265,10 +299,28 @@ def opened(picture: str | None) -> Image.Image:
 
 
 def bounded(text: str) -> str:
-    """The text itself. Raises DemoError if it is too long."""
-    if len(text) > MAX_CHARACTERS:
-        raise DemoError(f"The text has {len(text):,} characters; the maximum is {MAX_CHARACTERS:,}.")
-    return text
+    """The text itself. Raises DemoError if it is no text, too long, or contains what no tokenizer reads."""
+    return require_text(text, "The text", MAX_CHARACTERS)
+
+
+def require_text(value: object, what: str, most: int) -> str:
+    """The value itself.
+
+    Args:
+        value: what a visitor entered.
+        what: what it is, for the error message.
+        most: maximum number of characters.
+
+    Raises:
+        DemoError: if it is no text, too long, or contains a NUL or a lone half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise DemoError(f"{what} must be a text.")
+    if len(value) > most:
+        raise DemoError(f"{what} has {len(value):,} characters; the maximum is {most:,}.")
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
+        raise DemoError(f"{what} contains a character that is not valid.")
+    return value
 
 
 def embedded_pictures(place: Path) -> Path:
@@ -299,15 +351,20 @@ def page(demo: Demo):
         try:
             yield
         except DemoError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(html.escape(brief(error)), print_exception=False) from error
+        except Exception as error:
+            text = f"The request could not be served: {brief(error)[:200]}"
+            raise gr.Error(html.escape(text), print_exception=False) from error
 
     def guarded(function):
+        @functools.wraps(function)  # keeps the names of the parameters for the API
         def call(*values):
             with errors_shown():
                 return function(*values)
 
         return call
 
+    @functools.wraps(demo.caption)
     def caption(*values):
         with errors_shown():
             yield from demo.caption(*values)
@@ -372,6 +429,71 @@ def page(demo: Demo):
     return blocks
 
 
+class OnlyOwnRequests:
+    """Refuses requests of other web sites and requests that are too large, as ASGI middleware.
+
+    A page that a visitor has open elsewhere can send requests here; with DNS rebinding it can also read the answers,
+    but then the header Host has the name of that page.
+
+    Args:
+        app: the application.
+        host: the address that the server listens on.
+    """
+
+    def __init__(self, app, host: str):
+        self.app, self.host = app, host
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin1").lower(): value.decode("latin1") for name, value in scope["headers"]}
+        reason, status = self.refusal(headers), 403
+        most = MAX_BYTES + MAX_BODY if scope["path"].rstrip("/").endswith("/upload") else MAX_BODY
+        if reason is None and not headers.get("content-length", "0").isdigit():
+            reason = "The header Content-Length is no number."
+        elif reason is None and int(headers.get("content-length", "0")) > most:
+            reason, status = f"A request has at most {most:,} bytes.", 413
+        if reason is not None:
+            answer = {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]}
+            await send(answer)
+            await send({"type": "http.response.body", "body": reason.encode()})
+            return
+        received = 0
+
+        async def bounded_receive():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message if received <= most else {"type": "http.disconnect"}
+
+        await self.app(scope, bounded_receive, send)
+
+    def refusal(self, headers: dict[str, str]) -> str | None:
+        """Why a request is refused; None if it is not."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self.is_own(host):
+            return "The header Host does not name this server."
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
+            return "The request comes from another web site."
+        if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+            return "The request comes from another web site."
+        return None
+
+    def is_own(self, host: str) -> bool:
+        """Whether a Host header names this server: an address, or a name that no other site can have."""
+        name = re.sub(r":\d+$", "", host).strip("[]").lower()
+        if name in ("localhost", "127.0.0.1", "::1", self.host.strip("[]").lower()):
+            return True
+        if self.host not in ("0.0.0.0", "::"):
+            return False
+        try:  # open to the network: an address cannot be that of a name of another site
+            ipaddress.ip_address(name)
+            return True
+        except ValueError:
+            return name == socket.gethostname().lower()
+
+
 def main() -> None:
     """The command `vlp-demo`."""
     parser = CommandParser(prog="vlp-demo", description=__doc__,
@@ -382,27 +504,50 @@ def main() -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=7860, help="port (default: 7860)")
-    options = parser.parse_args()
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for this name and password")
+    with reported_errors():
+        serve(parser.parse_args())
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve the page until the program is interrupted.
+
+    Args:
+        options: the options of `vlp-demo`.
+
+    Raises:
+        ArgumentError: if an option is wrong.
+        OSError: if the port is in use.
+    """
+    if not 0 < options.port < 65536:
+        raise ArgumentError(f"--port must be from 1 to 65535, got {printable(options.port, 40)}.")
+    if not options.host.strip() or any("\ud800" <= character <= "\udfff" for character in options.host):
+        raise ArgumentError(f"--host must be an address, such as 127.0.0.1; got {printable(repr(options.host), 60)}.")
+    if options.auth is not None and not all(options.auth.partition(":")):
+        raise ArgumentError("--auth must be USER:PASSWORD.")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio as gr
+        from starlette.middleware import Middleware
     except ModuleNotFoundError:
-        sys.exit('error: the demo requires gradio: pip install "vlp[demo]".')
-    if options.pictures and not options.pictures.is_dir():
-        sys.exit(f"error: --pictures {options.pictures}: no such folder.")
-    pictures = options.pictures or embedded_pictures(options.indexes)
-    demo = Demo(Path.cwd(), pictures, options.indexes / "indexes")
+        raise ArgumentError('the demo requires gradio: pip install "vlp[demo]".') from None
+    if options.pictures and not usable_path(options.pictures, "--pictures").is_dir():
+        raise ArgumentError(f"--pictures {printable(options.pictures, 120)}: there is no such folder.")
+    indexes = usable_path(options.indexes, "--indexes")
+    if os.path.lexists(indexes) and not indexes.is_dir():
+        raise ArgumentError(f"--indexes {printable(indexes, 120)} is {kind_of(indexes)}, not a folder.")
+    pictures = usable_path(options.pictures, "--pictures") if options.pictures else embedded_pictures(indexes)
+    demo = Demo(Path.cwd(), pictures, indexes / "indexes")
     if not demo.models():
         print("There is no model in model_cards/ or runs/: train one with `make train`.")
     print(f"The demo is running at http://{options.host}:{options.port} (press Ctrl-C to stop).", flush=True)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from the web
-    try:
-        page(demo).queue(default_concurrency_limit=1, max_size=32).launch(
-            server_name=options.host, server_port=options.port, share=False, max_file_size=MAX_BYTES, theme=theme,
-            footer_links=[], ssr_mode=False, quiet=True,
-        )  # fmt: skip
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    user, _, password = (options.auth or "").partition(":")
+    page(demo).queue(default_concurrency_limit=1, max_size=32).launch(
+        server_name=options.host, server_port=options.port, share=False, max_file_size=MAX_BYTES, theme=theme,
+        footer_links=[], ssr_mode=False, quiet=True, auth=[(user, password)] if options.auth else None,
+        app_kwargs={"middleware": [Middleware(OnlyOwnRequests, host=options.host)]},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
