@@ -4,14 +4,17 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..architectures import architecture
 from ..configuration.blip import VlpBlipConfig
 from ..configuration.blip2 import VlpBlip2Config
 from ..configuration.vision import VlpModifiedResNetConfig
+from ..errors import ArgumentError, printable
+from ..loading import read_config
 from .plots import plot_examples, plot_history, plot_metrics
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -54,7 +57,7 @@ METRIC_NAMES = {
 def metric_name(name: str) -> str:
     """The display name of a metric. METRIC@COLUMN was measured on a further column."""
     metric, _, column = name.partition("@")
-    return METRIC_NAMES.get(metric, metric) + (f" (`{column}`)" if column else "")
+    return METRIC_NAMES.get(metric, plain(metric)) + (f" ({code(column)})" if column else "")
 
 
 def usage(name: str, folder: str, prompt: str = "") -> str:
@@ -65,7 +68,20 @@ def usage(name: str, folder: str, prompt: str = "") -> str:
         folder: folder or hub name of the model.
         prompt: prompt for captions.
     """
+    # As between the quotes of a Python string: JSON's codes for quotes, line breaks and the like are Python's too.
+    folder, prompt = (json.dumps(text, ensure_ascii=not text.isprintable())[1:-1] for text in (folder, prompt))
     return architecture(name).card.usage.format(folder=folder, prompt=prompt or "a picture of")
+
+
+def plain(text: object) -> str:
+    """A caption, name or option for Markdown: it is shown as it is, and cannot act as HTML, a link or a heading."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", printable(text)).replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`\[\]|])", r"\\\1", text)
+
+
+def code(text: object) -> str:
+    """A name as a code span."""
+    return f"`{printable(text).replace('`', chr(39)).replace('|', '/')}`"
 
 
 def in_its_language(lines: str, language: str) -> str:
@@ -109,10 +125,11 @@ def evaluation_table(results: dict) -> str:
     pictures = results.get("pictures", results["rows"])
     rows = "" if pictures == results["rows"] else f" ({results['rows']:,} rows)"
     lines = [
-        f"Task {arguments['task']} on {pictures:,} pictures{rows} of {arguments['dataset']}, {split_name(arguments)}"
-        + (f", column `{column}`" if column else "")
+        f"Task {arguments['task']} on {pictures:,} pictures{rows} of {plain(arguments['dataset'])}, "
+        + split_name(arguments)
+        + (f", column {code(column)}" if column else "")
         + (f", {classes:,} classes" if classes else "")
-        + (f", templates `{arguments['templates']}`" if zero_shot else "")
+        + (f", templates {code(arguments['templates'])}" if zero_shot else "")
         + ".",
         "",
         "| metric | value | 95 % interval |",
@@ -128,7 +145,7 @@ def evaluation_table(results: dict) -> str:
 def split_name(arguments: dict) -> str:
     """Describe the split, or the rows that were held out."""
     split = arguments["split"]
-    return f"rows with {split}" if "=" in split else f"split `{split}`"
+    return f"rows with {plain(split)}" if "=" in split else f"split {code(split)}"
 
 
 def failures(evaluations: list[dict]) -> list[str]:
@@ -139,12 +156,14 @@ def failures(evaluations: list[dict]) -> list[str]:
         if groups:
             worst_first = sorted(groups.items(), key=lambda item: item[1]["zero_shot_top1"])
             accuracies = ", ".join(
-                f"{name} {100 * each['zero_shot_top1']:.0f} % (of {each['rows']})" for name, each in worst_first
+                f"{plain(name)} {100 * each['zero_shot_top1']:.0f} % (of {each['rows']})" for name, each in worst_first
             )
             column = results["arguments"]["class_column"] or results["arguments"]["caption_column"]
             group = results["arguments"]["group_column"]
-            lines.append(f"Zero-shot top-1 accuracy (`{column}`) by {group}: {accuracies}.")
-        pairs = [f"“{right}” for “{predicted}”" for right, predicted, _ in results.get("most_confused", [])[:8]]
+            lines.append(f"Zero-shot top-1 accuracy ({code(column)}) by {plain(group)}: {accuracies}.")
+        pairs = [
+            f"“{plain(right)}” for “{plain(predicted)}”" for right, predicted, _ in results.get("most_confused", [])[:8]
+        ]
         if pairs:
             lines.append(f"It mistakes, for example, {', '.join(pairs)}.")
     return lines
@@ -196,29 +215,31 @@ def render_card(folder: Path) -> ModelCard:
     Returns:
         The card.
     """
-    results = json.loads((folder / RESULTS).read_text())
+    results = read_json(folder / RESULTS)
     config, arguments, evaluations = config_of(folder), results["arguments"], folder / "evaluations"
     name = config.architectures[0]
     kind = architecture(name).card
-    found = [json.loads(path.read_text()) for path in sorted(evaluations.glob("*.json"))]
+    found = [read_json(path) for path in sorted(evaluations.glob("*.json"))]
     data = KNOWN_DATA.get(arguments["dataset_name"], {})
-    weights_license, weights = data.get("weights", ("apache-2.0", "Apache-2.0"))
-    title = data.get("title") or data_name(arguments["dataset_name"])
+    bases = results.get("base_models") or []
+    weights_license, weights = data.get("weights") or licence_from(bases)
+    title = data.get("title") or plain(data_name(arguments["dataset_name"]))
     metrics = [eval_result(each, metric, value) for each in found for metric, value in each["metrics"].items()]
     card_data = ModelCardData(
         language=arguments["language"].split(",") if "," in arguments["language"] else arguments["language"],
         license=weights_license,
+        base_model=[base["name"] for base in bases] or None,
         library_name="transformers",
         pipeline_tag=kind.pipeline_tag,
         tags=["vlp", kind.tag],
         datasets=[arguments["dataset_name"]] if data_name(arguments["dataset_name"]).count("/") else None,
-        model_name=name_of(arguments),
+        model_name=printable(name_of(arguments)),
         eval_results=metrics or None,
     )
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
-        name=name_of(arguments),
+        name=plain(name_of(arguments)),
         kind=dataclasses.replace(kind, examples=kind.examples.format(prompts=after_prompts(arguments))),
         usage=in_its_language(
             usage(name, arguments["hub_model_id"] or arguments["output_dir"], arguments.get("prompt", "")),
@@ -228,14 +249,14 @@ def render_card(folder: Path) -> ModelCard:
         data_title=title,
         weights=weights,
         failures=failures(found),
-        data_license=arguments["data_license"] or data.get("license"),
+        data_license=plain(arguments["data_license"]) if arguments["data_license"] else data.get("license"),
         limits=data.get("limits"),
-        unseen=f"the rows {arguments['hold_out']}"
+        unseen=f"the rows {plain(arguments['hold_out'])}"
         if arguments["hold_out"]
-        else f"the split `{arguments['eval_split']}`",
-        options={k: v for k, v in arguments.items() if k in results["shown_options"] and (v or k == "seed")},
+        else f"the split {code(arguments['eval_split'])}",
+        options={k: plain(v) for k, v in arguments.items() if k in results["shown_options"] and (v or k == "seed")},
         evaluations=[evaluation_table(each) for each in found],
-        confusions=[f"evaluations/{path.name}" for path in sorted(evaluations.glob("*.png"))],
+        confusions=[f"evaluations/{quote(path.name)}" for path in sorted(evaluations.glob("*.png"))],
         pictures=[(name, text) for name, text in PICTURES.items() if (folder / name).exists()],
         has_loss=(folder / "loss.png").exists(),
         has_metrics=(folder / "metrics.png").exists(),
@@ -244,17 +265,47 @@ def render_card(folder: Path) -> ModelCard:
     )
 
 
+def read_json(path: Path) -> dict:
+    """Read the results of a run or an evaluation. Raises ArgumentError if the file holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["arguments"], dict) or not isinstance(content["metrics"], dict):
+            raise TypeError("arguments and metrics must be objects")
+        return content
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = printable(repr(error), 100)
+        raise ArgumentError(f"{printable(path, 200)} does not hold results of vlp ({reason}): move it away.") from error
+
+
+def licence_from(bases: list[dict]) -> tuple[str, str]:
+    """The licence of weights, from those of the models that training started from.
+
+    Args:
+        bases: the models, as dicts with "name" and "license", which is None if it is not known.
+
+    Returns:
+        The identifier of the licence for the hub, and a sentence part for the card.
+    """
+    if not bases:
+        return "apache-2.0", "Apache-2.0"
+    licences = {base["license"] for base in bases}
+    names = ", ".join(plain(base["name"]) for base in bases)
+    if len(licences) == 1 and None not in licences:
+        licence = licences.pop()
+        return licence, f"{plain(licence)}, as of {names}, from which training started"
+    known = ", ".join(f"{plain(base['name'])} ({plain(base['license'] or 'unknown')})" for base in bases)
+    return "other", f"the licences of the models from which training started apply: {known}"
+
+
 def after_prompts(arguments: dict) -> str:
     """The prompts of the captions in the figure with examples, as words for its legend; empty if there are none."""
     prompts = (arguments.get("example_prompts") or arguments.get("prompt") or "").split("|")
-    return f" after {' and '.join(f'“{prompt.strip()}”' for prompt in prompts)}" if any(prompts) else ""
+    return f" after {' and '.join(f'“{plain(prompt.strip())}”' for prompt in prompts)}" if any(prompts) else ""
 
 
 def config_of(folder: Path) -> PreTrainedConfig:
     """The configuration of the model in a folder, or of the base model if the folder has adapters."""
-    adapters = folder / "adapter_config.json"
-    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else folder
-    return AutoConfig.from_pretrained(base)
+    return read_config(folder)
 
 
 PICTURES = {

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from ..errors import printable
 from ..files import state_folder, write_whole
+from ..loading import licence_of
 from ..model_cards.card import metric_name, shown, usage, write_card
 from ..modeling_vlp.exchange.bundle import add_code
-from .arguments import names_of, publishable
+from .arguments import TrainingArguments, names_of, public_name, publishable
 from .evaluation.examples import draw_galleries, make_examples
 from .evaluation.results import metrics_of, results_of, write_results
 from .evaluation.tasks import Outcome
@@ -90,7 +91,16 @@ def collect_results(run: Run, model: PreTrainedModel, metrics: dict[str, float])
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "shown_options": names_of(arguments, "shown"),
         "arguments": publishable(options),
+        "base_models": base_models(arguments),
     }
+
+
+def base_models(arguments: TrainingArguments) -> list[dict]:
+    """The models from which a run started, as they may be published, with their licences; None if one is not known."""
+    names = ("model_name_or_path", "image_tower", "text_tower", "vision_tower", "bert_name_or_path",
+             "language_model_name_or_path")  # fmt: skip
+    given = dict.fromkeys(value for name in names if (value := getattr(arguments, name, None)))
+    return [{"name": public_name(value.removeprefix("package:")), "license": licence_of(value)} for value in given]
 
 
 def print_results(run: Run, results: dict) -> None:

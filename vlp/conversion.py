@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -52,6 +53,7 @@ from .files import (
 from .loading import (
     ADAPTERS,
     check_files,
+    licence_of,
     load_auto_tokenizer,
     load_bert_tokenizer,
     load_image_processor,
@@ -89,6 +91,8 @@ class Checkpoint:
         tokenizer: None if the source has none.
         teacher: the momentum towers and the queue, as `training.momentum.Teacher` saves them; empty if there are none.
         notes: messages for the user, such as what was not converted and why.
+        licence: the licence in the card of the source; None if it is not known.
+        source: name of the source, for the card.
     """
 
     architecture: str
@@ -98,6 +102,8 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerFast | None = None
     teacher: State = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    licence: str | None = None
+    source: str = ""
 
     @property
     def is_clip(self) -> bool:
@@ -444,6 +450,10 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
 def save_vlp(found: Checkpoint, folder: Path) -> None:
     """Save the model, and its processor or image processor, in vlp's format."""
     found.model().save_pretrained(folder)
+    if found.licence:
+        data = ModelCardData(license=found.licence, library_name="transformers", tags=["vlp"])
+        text = f"---\n{data}\n---\n\n# {found.source}\n\nConverted with vlp; the licence is that of the source.\n"
+        (folder / "README.md").write_text(text)
     if found.tokenizer is None:
         found.images.save_pretrained(folder)
     else:
@@ -586,6 +596,7 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
         found = read_source(usable_path(source, "SOURCE"), given)
     except ExchangeError as error:
         raise ExchangeError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
+    found.licence, found.source = licence_of(usable_path(source, "SOURCE")), printable(Path(source).name)
     if given.tokenizer:
         found.tokenizer = tokenizer_of(found, given.tokenizer)
     if given.image_size:

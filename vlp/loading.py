@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -299,6 +300,20 @@ def load_bert_tokenizer(name: str | Path, option: str = ""):
     if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
         raise UnsupportedModelError(f"{option} {name} has no [CLS], [SEP] or [PAD]: BLIP needs a BERT tokenizer.")
     return tokenizer
+
+
+def licence_of(name: str | Path) -> str | None:
+    """The licence in the card of a model, as the hub's identifier; None if it is not known."""
+    path = Path(name) / "README.md"
+    try:
+        if not Path(name).exists():
+            found = cached_file(str(name), "README.md", _raise_exceptions_for_missing_entries=False,
+                                _raise_exceptions_for_connection_errors=False)  # fmt: skip
+            path = Path(found) if found else path
+        licence = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+    except Exception:  # a card that cannot be read names no licence
+        return None
+    return printable(licence, 60) if isinstance(licence, str) and licence.strip() else None
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
