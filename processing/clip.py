@@ -20,6 +20,8 @@ from transformers.processing_utils import ProcessingKwargs
 from ..modeling_vlp.publishing import PublishesCode
 from .pictures import from_array, is_array, read_picture, to_rgb, upright_and_opaque
 
+LONG = 100  # pictures longer than this many times their width are cut before they are scaled
+
 
 def resize_and_crop(image: Image.Image, side: int, resample: int = PILImageResampling.BICUBIC) -> Image.Image:
     """Scale the shorter side to `side` pixels, crop the square in the middle, then convert to RGB.
@@ -35,7 +37,18 @@ def resize_and_crop(image: Image.Image, side: int, resample: int = PILImageResam
     Returns:
         An RGB image of `side` x `side` pixels.
     """
-    return to_rgb(crop_middle(scale_shorter_side(image, side, resample), side, side))
+    return to_rgb(crop_middle(scale_shorter_side(without_ends(image), side, resample), side, side))
+
+
+def without_ends(image: Image.Image) -> Image.Image:
+    """Cut the ends off a very long picture, of which only the square in the middle is used.
+
+    Scaled as a whole, a picture of 1 x 50000 pixels would take gigabytes. Others are returned as they are.
+    """
+    short, long = sorted(image.size)
+    if long <= LONG * short:
+        return image
+    return crop_middle(image, min(image.width, LONG * short), min(image.height, LONG * short))
 
 
 def scale_shorter_side(image: Image.Image, side: int, resample: int, longest: int | None = None) -> Image.Image:
@@ -124,6 +137,7 @@ class VlpClipImageProcessor(PilBackend):
         for image, unit_range in images:
             image = to_rgb(image) if self.rgb_before_resize else image
             if do_resize and size.shortest_edge:
+                image = without_ends(image) if do_center_crop else image
                 image = scale_shorter_side(image, size.shortest_edge, resample, size.longest_edge)
             elif do_resize:
                 image = image.resize((size.width, size.height), resample)

@@ -6,6 +6,7 @@ evaluated and used on the same pixels.
 
 import io
 import os
+import stat
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ def read_picture(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise PictureError(f"not an image but of type {type(source).__name__}")
     if isinstance(source, str) and "://" in source:
         raise PictureError("a URL, which is not downloaded")
+    if not isinstance(source, bytes):
+        require_file(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
             return decode(image, max_pixels)
@@ -74,6 +77,16 @@ def read_picture(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise PictureError("not an image") from None
     except Exception:  # a broken file can make Pillow's decoders raise anything
         raise PictureError("truncated or broken image") from None
+
+
+def require_file(path: str | os.PathLike) -> None:
+    """Raise PictureError unless a path is a file: reading a named pipe would wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        raise PictureError("missing image file") from None
+    if not stat.S_ISREG(mode):
+        raise PictureError("not an image")
 
 
 def decode(image: Image.Image, max_pixels: int) -> Image.Image:
@@ -239,6 +252,7 @@ def picture_bytes(source: Any) -> bytes:
         raise PictureError("no image")
     if isinstance(source, bytes):
         return source
+    require_file(source)
     try:
         return Path(source).read_bytes()
     except (OSError, ValueError):

@@ -106,7 +106,7 @@ TEMPLATES = {
 
 def read_names(path: Path) -> tuple[str, ...]:
     """Read a file with one name per line; lines that begin with # are skipped."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").split("\n"))
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 

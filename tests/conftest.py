@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -63,6 +64,13 @@ BLIP_TEXT = {
     "attention_probs_dropout_prob": 0.0,
 }
 CAPTIONS = ["a red square", "a green circle, small", "blue", "two yellow triangles and a dog"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_accelerator():
+    """Let each file of tests create an Accelerator of its own precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def tiny_config(tower: str = "vit", **overrides) -> vlp.VlpClipConfig:

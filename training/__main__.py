@@ -3,6 +3,7 @@
 import os
 import sys
 
+os.environ.setdefault("VLP_PARENT", str(os.getppid()))  # see run.ends_with_its_launcher
 if os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & set(sys.argv):
     print("Loading torch and transformers (a few seconds).", flush=True)
 if not __package__:

@@ -350,7 +350,7 @@ def check_values(arguments) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ArgumentError(f"--{name} must be a finite number, got {value}.")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            most = MOST.get(name, LARGEST)
+            most = MOST.get(name, LARGEST if isinstance(value, int) else math.inf)
             if abs(value) > most:
                 shown = "a number of many digits" if abs(value) > 1e15 else f"{value:,}"
                 raise ArgumentError(f"--{name} must be at most {most:,}, got {shown}.")

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 from ..errors import reported_errors
@@ -90,8 +91,9 @@ def require_finite(model: PreTrainedModel) -> None:
 
 def published_model(run: Run) -> PreTrainedModel:
     """Return the model to publish: the averaged one if there is one; every process must call this."""
-    if run.accelerator.is_fsdp2:
-        return whole_model(run.model)
+    deepspeed = run.accelerator.distributed_type == DistributedType.DEEPSPEED
+    if run.accelerator.is_fsdp2 or deepspeed:
+        return whole_model(run.model, deepspeed)
     return run.average.module if run.average is not None else run.model
 
 
@@ -137,7 +139,7 @@ def ends_with_its_launcher() -> Iterator[None]:
 
     `accelerate launch` does not pass signals on to its process.
     """
-    parent, over = os.getppid(), threading.Event()
+    parent, over = int(os.environ.get("VLP_PARENT", os.getppid())), threading.Event()
 
     def watch() -> None:
         while not over.wait(0.5):

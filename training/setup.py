@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -17,7 +17,7 @@ from ..files import check_output, start_anew, state_folder
 from ..modeling_vlp.resnet import ModifiedResNet
 from ..processing.augmentation import PerImage, ToPixelValues, strong_augmentation
 from .arguments import TrainingArguments
-from .data.batches import BadRows, Collator, train_loader
+from .data.batches import BadRows, Collator, batches_of, train_loader
 from .data.build import load_data
 from .data.rows import CaptionChooser, make_chooser, stable_id, texts_of
 from .data.samples import DrawSampler, PairDataset, SampleMaker
@@ -86,7 +86,7 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
         resume(run, state)
     collator = Collator(processor, arguments.max_length, getattr(arguments, "prompt", ""))
     dataset, sampler = make_dataset(run, make_maker(run, family, chooser))
-    run.batches = iter(train_loader(arguments, dataset, sampler, collator))
+    run.batches = batches_of(train_loader(arguments, dataset, sampler, collator))
     return run
 
 
@@ -133,14 +133,17 @@ def make_run(
     size = len(rows) if rows is not None else arguments.shard_size
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     objective = family.objective(arguments, model, processor, size / batch if size else None)
-    if accelerator.is_fsdp2:
+    sharded = accelerator.is_fsdp2 or accelerator.distributed_type == DistributedType.DEEPSPEED
+    if sharded:
         make_shardable(objective)
+    if accelerator.is_fsdp2:
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = repeated_layers(objective)
     groups = parameter_groups(model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay)
     optimizer = make_optimizer(groups, arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon)
     average = None
     objective.to(accelerator.device)
-    ModifiedResNet.use_channels_last(objective)
+    if not sharded:
+        ModifiedResNet.use_channels_last(objective)
     if arguments.ema_decay:
         average = AveragedModel(model, multi_avg_fn=growing_average(arguments.ema_decay), use_buffers=True)
     if arguments.torch_compile:

@@ -103,7 +103,8 @@ def reported_errors(*expected: type[BaseException]) -> Iterator[None]:
         if isinstance(error, (UserError, OSError, FloatingPointError, *expected)):
             sys.exit(f"error: {brief(error)}")
         place = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in place if "vlp" in Path(frame.filename).parts] or place
+        own = [frame for frame in place if not {"site-packages", "<frozen"} & set(Path(frame.filename).parts)
+               and Path(frame.filename).name != "errors.py"] or place  # fmt: skip
         where = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
         text = brief(f"{type(error).__name__} in {where}: {printable(error, LONGEST // 2)}")
         sys.exit(f"error: unexpected {text} Set VLP_DEBUG=1 to see the traceback, and report it.")

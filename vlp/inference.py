@@ -23,7 +23,7 @@ from transformers import (
 
 from .architectures import architecture_of
 from .conversion import convert
-from .errors import UnsupportedModelError, printable
+from .errors import ArgumentError, UnsupportedModelError, printable
 from .loading import load_model, load_processor, read_config, row_of
 from .modeling_vlp.blip import VlpBlipForPreTraining
 from .modeling_vlp.blip2 import VlpBlip2PreTrainedModel, best_query
@@ -131,6 +131,24 @@ class Predictor:
         return float((self.model.temp if scale is None else (-scale).exp()).detach())
 
 
+def require_room(max_length: int, prompt: int, positions: int) -> None:
+    """Check that a text can be generated after its start.
+
+    Args:
+        max_length: maximum number of tokens, with the start.
+        prompt: tokens of the start token and the prompt.
+        positions: number of tokens that the model reads.
+
+    Raises:
+        ArgumentError: if there is no room for a token, or the model reads fewer tokens.
+    """
+    if not prompt < max_length <= positions:
+        raise ArgumentError(
+            f"--max_length {max_length} must be more than the {prompt} tokens of the start and the prompt, and at most "
+            f"the {positions} that the model reads."
+        )
+
+
 def unit_features(output) -> Tensor:
     """The features in a model's output, normalised to unit length, on the CPU.
 
@@ -214,6 +232,7 @@ class BlipPredictor(VlpPredictor):
         """
         options = {"num_beams": 3, "do_sample": False, "max_length": 30} | options
         ids = self.processor.tokenize([prompt], 512)["input_ids"].to(self.model.device)
+        require_room(options["max_length"], ids.shape[1] - 1, self.model.config.text_config.max_position_embeddings)
         generated = self.model.generate(self.prepare_images(images), ids.expand(len(images), -1), **options)
         return self.processor.decode_texts(generated[:, ids.shape[1] - 1 :])  # without [DEC] and the prompt
 
@@ -230,6 +249,7 @@ class BlipPredictor(VlpPredictor):
             B answers.
         """
         options = {"num_beams": 3, "do_sample": False, "max_length": 12} | options
+        require_room(options["max_length"], 1, self.model.config.text_config.max_position_embeddings)
         ids = self.prepare_texts(questions)["input_ids"]
         return self.processor.decode_texts(self.model.generate(self.prepare_images(images), ids, **options))
 

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from conftest import BLIP_TEXT, VIT, tiny_pair
 from processes import Program, run_module
 from test_data import picture
@@ -29,6 +30,7 @@ def blocks(name: str, language: str) -> list[str]:
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """A folder with pictures, pairs and small models, named as in the pages."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test may have run with another precision
     (tmp_path / "pictures").mkdir()
     for colour in COLOURS:
         (tmp_path / f"pictures/{colour}-square.png").write_bytes(picture(colour, (40, 40)))

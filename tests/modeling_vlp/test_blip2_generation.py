@@ -181,11 +181,14 @@ def test_language_model_keeps_its_precision(tmp_path):
     assert again.language_projection.weight.grad.dtype == torch.float32
 
 
-def test_missing_language_model_is_reported(tmp_path):
+def test_missing_language_model_is_reported(tmp_path, monkeypatch):
     model = tiny_blip2_generation()
+    monkeypatch.setenv("VLP_PACKAGES", "other, no_such_llm")
     for name, message in (
         (str(tmp_path / "nowhere"), "whose weights are not part of this checkpoint, could not be loaded"),
         ("package:no_such_llm", "in the Python package no_such_llm, which is not installed: pip install"),
+        ("package:not_allowed", "if you trust it, set VLP_PACKAGES=not_allowed"),
+        ("package:os.path", "'os.path' is not the name of a Python package"),
         (None, "names no language model"),
     ):
         model.config.language_model_name_or_path = name
@@ -231,3 +234,19 @@ def test_real_language_model_from_a_python_package(tmp_path):
     options = {"num_beams": 2, "max_new_tokens": 4}
     ids = prompt["input_ids"].expand(3, -1)
     assert torch.equal(again.generate(pixels(), ids, **options), model.generate(pixels(), ids, **options))
+
+
+def test_package_of_a_language_model_is_not_imported(tmp_path, monkeypatch):
+    package = tmp_path / "packed_llm"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    tiny_language_model().save_pretrained(package)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = tiny_blip2_generation()
+    model.config.language_model_name_or_path = "package:packed_llm"
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(OSError, match="VLP_PACKAGES=packed_llm"):
+        vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    monkeypatch.setenv("VLP_PACKAGES", "packed_llm")
+    loaded = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert loaded.language_model.config.model_type == model.language_model.config.model_type

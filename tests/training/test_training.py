@@ -452,11 +452,23 @@ def test_unsupported_sharding_options_raise(pairs, tmp_path, monkeypatch):
 def test_deepspeed_config_receives_batch_size(pairs, tmp_path, monkeypatch):
     plugin = SimpleNamespace(deepspeed_config={"train_micro_batch_size_per_gpu": "auto"})
     state = SimpleNamespace(
-        is_fsdp2=False, distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
-    )
+        is_fsdp2=False, distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin),
+        num_processes=1,
+    )  # fmt: skip
     monkeypatch.setattr(hardware, "Accelerator", lambda **given: state)
     assert hardware.make_accelerator(arguments(pairs, tmp_path / "run")) is state
     assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 16
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ArgumentError, match="each needs a GPU of its own"):
+        hardware.make_accelerator(arguments(pairs, tmp_path / "run"))
+
+
+def test_tracker_that_is_not_installed_is_refused(pairs, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ArgumentError, match="--report_to comet_ml needs a package that is not installed"):
+        train(arguments(pairs, tmp_path / "run", report_to="comet_ml"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("path", sorted((Path(command_line.__file__).parent / "recipes/accelerate").glob("*.yaml")))

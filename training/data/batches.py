@@ -2,6 +2,7 @@
 
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ...errors import BadDataError
+from ...errors import BadDataError, UserError
 from .rows import describe
 from .samples import Sample
 
@@ -109,6 +110,17 @@ class BadRows:
     def describe(self) -> str:
         """The causes and their counts, as text."""
         return describe(Counter(self.causes.values()))
+
+
+def batches_of(loader: DataLoader) -> Iterator[Batch]:
+    """The batches of a loader. An error in a worker gets its own message back, without the worker's traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        text = str(error)
+        if "Original Traceback" not in text:
+            raise
+        raise type(error)(text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from None
 
 
 def train_loader(arguments, dataset: Dataset, sampler: Sampler | None, collator: Collator) -> DataLoader:

@@ -35,7 +35,8 @@ def load_data(arguments: TrainingArguments) -> tuple:
             raise ArgumentError("Evaluation needs random access to the rows: --eval_dataset_name cannot be shards.")
         image_column = arguments.eval_image_column or arguments.image_column
         config = None if arguments.eval_dataset_name else arguments.dataset_config_name
-        eval_rows = load_rows(eval_name, arguments.eval_split, image_column, arguments.image_root, config)
+        option = "--eval_dataset_name" if arguments.eval_dataset_name else "--dataset_name"
+        eval_rows = load_rows(eval_name, arguments.eval_split, image_column, arguments.image_root, config, option)
         if image_column != arguments.image_column:
             eval_rows = eval_rows.rename_column(image_column, arguments.image_column)
         if not class_column:

@@ -10,13 +10,45 @@ from typing import Any
 
 from PIL import Image
 
+from ...errors import BadDataError, printable
 from ...processing.pictures import MAX_PIXELS, PictureError, content_of, read_picture
 from ...processing.prompts import TEMPLATES, prompts_for
 from ..arguments import TrainingArguments
 
 
 class BadRow(ValueError):
-    """A row that cannot be used. The message is the cause; bad rows are counted by cause."""
+    """A row that cannot be used. The message is the cause; bad rows are counted by cause.
+
+    Attributes:
+        example: what was tried, such as the path of a missing file; "" if the cause says it all.
+    """
+
+    def __init__(self, cause: str, example: str = ""):
+        super().__init__(cause)
+        self.example = example
+
+
+ADVICE = {
+    "missing image file": "paths start from the folder of the data, or from --image_root",
+    "a URL, which is not downloaded": "download the pictures first, for example with img2dataset",
+    "empty caption": "choose the column with --caption_column",
+    "no image": "choose the column with --image_column",
+    "no answer": "choose the column with --answer_column",
+    "no label": "labels are 0, 1, true or false, or the names of classes",
+}
+
+
+def unusable(what: str, causes: Counter, example: str = "") -> BadDataError:
+    """The error for rows of which none can be used.
+
+    Args:
+        what: which rows, such as "10 consecutive rows cannot be used".
+        causes: the number of rows for each cause.
+        example: the first thing that was tried, such as the path of a file.
+    """
+    first = f" The first: {printable(example, 160)}." if example else ""
+    advice = next((f" Advice: {ADVICE[cause]}." for cause, _ in causes.most_common() if cause in ADVICE), "")
+    return BadDataError(f"{what}: {describe(causes)}.{first}{advice}")
 
 
 def picture_of(row: dict, column: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -36,13 +68,16 @@ def picture_of(row: dict, column: str, max_pixels: int = MAX_PIXELS) -> Image.Im
     try:
         return read_picture(row.get(column), max_pixels)
     except PictureError as error:
-        raise BadRow(str(error)) from None
+        source = content_of(row.get(column))
+        raise BadRow(str(error), "" if source is None or isinstance(source, bytes) else str(source)) from None
 
 
 def texts_of(value: Any) -> list[str]:
     """The non-empty texts of a cell, which holds a text or a list of texts, without surrounding white space."""
     values = value if isinstance(value, list) else [value]
-    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
+    # A lone half of a surrogate pair, which JSON may contain, is no character; tokenizers refuse it.
+    texts = (text.encode("utf-8", "replace").decode().strip() for text in values if isinstance(text, str))
+    return [text for text in texts if text]
 
 
 def captions_of(row: dict, columns: str) -> list[str]:
@@ -69,6 +104,8 @@ def picture_id(row: dict, image_column: str) -> str:
     source = content_of(row[image_column])
     if isinstance(source, bytes):
         return f"bytes:{blake2b(source, digest_size=16).hexdigest()}"
+    if not isinstance(source, (str, os.PathLike)):
+        return f"other:{stable_id(source)}"
     return f"path:{blake2b(os.fspath(source).encode(errors='surrogatepass'), digest_size=16).hexdigest()}"
 
 
@@ -122,8 +159,7 @@ class CaptionChooser:
             return self.in_one_language(rng.choice(available)).choose(row, rng)
         caption = text = rng.choice(self.captions(row))
         tags = row.get(self.tag_column) if self.tag_share else None
-        tags = tags.split(",") if isinstance(tags, str) else tags or []
-        tags = [tag.strip() for tag in tags if tag and tag.strip()]
+        tags = texts_of(tags.split(",") if isinstance(tags, str) else tags)
         if tags and rng.random() < self.tag_share:
             some = ", ".join(rng.sample(tags, rng.randint(1, min(4, len(tags)))))
             text = some if rng.random() < 0.5 else f"{caption}, {some}"
@@ -181,8 +217,7 @@ def caption_texts(rows, chooser: CaptionChooser) -> Iterator[str]:
             continue
         yield from captions
         if chooser.tag_share:
-            tags = row[chooser.tag_column] or []
-            yield tags if isinstance(tags, str) else ", ".join(tag for tag in tags if tag)
+            yield ", ".join(texts_of(row[chooser.tag_column]))
         if chooser.template_share:
             yield from prompts_for(captions[:1], chooser.templates)[0]
 

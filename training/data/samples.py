@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as tv
 
-from ...errors import BadDataError
 from ...processing.augmentation import PerImage
 from ...processing.pictures import MAX_PIXELS
-from .rows import BadRow, CaptionChooser, answers_of, describe, label_of, picture_id, picture_of, stable_id
+from .rows import BadRow, CaptionChooser, answers_of, label_of, picture_id, picture_of, stable_id, unusable
 
 TRIES = 1000  # consecutive bad rows after which loading fails
 
@@ -139,18 +138,19 @@ class PairDataset(Dataset):
             BadDataError: if `TRIES` consecutive rows, or all rows, cannot be used.
         """
         number, epoch = draw
-        skipped = []
+        skipped, example = [], ""
         for attempt in range(min(TRIES, len(self))):
             key = (number + attempt) % len(self)
             try:
                 sample = self.maker(self.rows[key], key, epoch)
             except BadRow as error:
                 skipped.append((key, str(error)))
+                example = example or error.example
                 continue
             sample.skipped = skipped
             return sample
         causes = Counter(cause for _, cause in skipped)
-        raise BadDataError(f"{len(skipped)} consecutive rows cannot be used: {describe(causes)}.")
+        raise unusable(f"{len(skipped)} consecutive rows cannot be used", causes, example)
 
 
 class DrawSampler(Sampler):

@@ -10,12 +10,13 @@ import gzip
 import importlib.util
 import io
 import json
+import math
 import os
 import random
+import re
 import shutil
 import tarfile
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,18 +28,22 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from ...errors import ArgumentError, BadDataError
+from ...errors import ArgumentError, BadDataError, brief, printable
 from ...files import check_output, write_whole
 from ...processing.pictures import PictureError, extensions, formats, picture_bytes
 from ..arguments import EMOJI, TrainingArguments, check_values, option, require_at_least_one
 from ..objectives.distributed import processes
-from .rows import BadRow, describe, picture_id, texts_of
+from .rows import BadRow, describe, picture_id, texts_of, unusable
 from .samples import TRIES, Sample, SampleMaker
-from .sources import load_rows
+from .sources import load_rows, require_text
 
 INDEX = "index.json"
 WINDOW = 4  # shards per window, whose samples are shuffled together
 EXTENSION = {"JPEG2000": "jp2", "MPO": "mpo", "SUN": "ras", "SPIDER": "spider"}  # if it differs from the format's name
+
+
+MOST_SHARDS = 1_000_000
+SCHEMES = ("file", "http", "https", "hf", "gs", "s3", "sftp", "ftps", "scp")
 
 
 @dataclass(kw_only=True)
@@ -72,7 +77,21 @@ def expand(source: str) -> list[str]:
     """The shards of a pattern such as data/{000..099}.tar, sorted by name."""
     from webdataset.shardlists import expand_urls
 
-    return sorted(path for part in expand_urls(source) for path in expand_urls(part))
+    told = f"--dataset_name {printable(source, 120)}"
+    ranges = [abs(int(last) - int(first)) for first, last in re.findall(r"{(\d{1,18})\.\.(\d{1,18})", source)]
+    if math.prod(count + 1 for count in ranges) > MOST_SHARDS:
+        raise ArgumentError(f"{told} names more than {MOST_SHARDS:,} shards.")
+    try:
+        paths = sorted(path for part in expand_urls(source) for path in expand_urls(part))
+    except Exception as error:  # unbalanced braces, missing variables
+        raise ArgumentError(
+            f"{told} is not a pattern of shards, such as data/{{000..099}}.tar: {brief(error)[:120]}"
+        ) from error
+    for path in paths[:1]:
+        scheme = path.split("://")[0] if "://" in path else ""
+        if scheme and scheme not in SCHEMES:
+            raise ArgumentError(f"{told}: {scheme}:// is not read; expected one of {', '.join(SCHEMES)}, or pipe:.")
+    return paths
 
 
 def read_index(paths: list[str]) -> dict[str, dict[str, int]] | None:
@@ -88,9 +107,24 @@ def read_index(paths: list[str]) -> dict[str, dict[str, int]] | None:
     for folder in {os.path.dirname(path) for path in paths}:
         index = Path(folder) / INDEX
         if index.is_file():
-            shards = json.loads(index.read_text())["shards"]
-            known |= {os.path.join(folder, name): facts for name, facts in shards.items()}
+            known |= {os.path.join(folder, name): facts for name, facts in facts_in(index).items()}
     return {path: known[path] for path in paths} if all(path in known for path in paths) else None
+
+
+def facts_in(index: Path) -> dict[str, dict[str, int]]:
+    """The facts about the shards in an index file. Raises ArgumentError if it is damaged."""
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
+        for name, facts in shards.items():
+            for key, least in (("samples", 1), ("bytes", 0)):
+                value = facts[key]
+                if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**48:
+                    raise ValueError(f"{key} of {name} is {value!r}")
+        return shards
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise ArgumentError(
+            f"{printable(index, 160)} is damaged ({brief(repr(error))[:120]}): remove it, or write the shards again."
+        ) from error
 
 
 def check_shards(arguments: TrainingArguments) -> None:
@@ -190,8 +224,8 @@ def scan(shard: str, path: str) -> tuple[list[Member], str | None]:
                 if info.isfile() and kind and info.offset_data + info.size <= size:
                     location = info.offset_data, info.size
                     members.setdefault(os.path.join(folder, key), {})[kind.lower()] = location
-    except (tarfile.TarError, EOFError) as error:
-        problem = str(error)
+    except Exception as error:  # damaged headers can make tarfile raise anything
+        problem = brief(error)[:200]
     return [Member(shard, key, files) for key, files in members.items()], problem
 
 
@@ -238,7 +272,8 @@ class Source:
                 random.Random(f"{self.seed}-{epoch}-{window}-{self.stream}").shuffle(members)
                 empty = 0 if members else empty + 1
                 if empty > len(windows) + 1:  # a whole epoch
-                    raise BadDataError(f"None of {len(self.paths)} shards has a sample; the last: {self.broken[-1:]}.")
+                    last = f" The last: {printable(self.broken[-1][0], 200)}." if self.broken else ""
+                    raise BadDataError(f"None of {len(self.paths)} shards has a sample.{last}")
                 for number in range(start, len(members)):
                     member = members[number]
                     self.place = [epoch, window, number + 1]
@@ -253,8 +288,8 @@ class Source:
             path = stack.enter_context(on_disk(shard))
             members, problem = scan(shard, path)
             files[shard] = stack.enter_context(open(path, "rb")).fileno()
-        except (OSError, EOFError, zlib.error) as error:
-            members, problem = [], str(error)
+        except Exception as error:  # fetching and decompressing can fail in any way
+            members, problem = [], brief(error)[:200]
         if problem:
             self.broken.append((f"shard {shard}: {problem}", "truncated or broken shard"))
         return members
@@ -306,7 +341,7 @@ class ShardDataset(IterableDataset):
                 skipped.append((key, str(error)))
                 if len(skipped) >= TRIES:
                     causes = Counter(cause for _, cause in skipped)
-                    raise BadDataError(f"{TRIES} consecutive samples cannot be used: {describe(causes)}.") from None
+                    raise unusable(f"{TRIES} consecutive samples cannot be used", causes, key) from None
                 continue
             for source in sources:
                 skipped += source.broken
@@ -331,12 +366,17 @@ class ShardDataset(IterableDataset):
         column = self.maker.chooser.caption_column.split(",")[0]
         try:
             row = dict(json.loads(files["json"])) if "json" in files else {}
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise BadRow("broken JSON") from None
         if "txt" in files and not row.get(column):
             row[column] = files["txt"].decode("utf-8", "replace")
-        row[self.maker.image_column] = next((files[kind] for kind in files if f".{kind}" in extensions()), None)
+        row[self.maker.image_column] = next((files[kind] for kind in files if is_picture(kind)), None)
         return row
+
+
+def is_picture(kind: str) -> bool:
+    """Whether files of this kind (extension, lower case) are pictures; `write_shards` may use the name of a format."""
+    return f".{kind}" in extensions() or kind.upper() in formats()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -358,6 +398,8 @@ def write_shards(arguments: ShardsArguments) -> None:
         arguments.dataset_name, arguments.train_split, arguments.image_column, arguments.image_root,
         arguments.dataset_config_name,
     ).shuffle(seed=arguments.seed)  # fmt: skip
+    for column in arguments.caption_column.split(","):
+        require_text(rows, column, arguments.dataset_name, "--caption_column")
     shards: dict[str, dict[str, int]] = {}
 
     def write(folder: Path) -> None:

@@ -16,8 +16,7 @@ from datasets.utils.py_utils import iter_batched
 from PIL import Image
 from tqdm import tqdm
 
-from ...errors import ArgumentError
-from ..data.rows import BadRow, answers_of, captions_of, describe, label_of, picture_id, picture_of
+from ..data.rows import BadRow, answers_of, captions_of, label_of, picture_id, picture_of, unusable
 from .arguments import EvaluationArguments
 
 
@@ -116,10 +115,10 @@ def find_pictures(
         The usable pictures, the same in every process.
 
     Raises:
-        ArgumentError: if no row is usable.
+        BadDataError: if no row is usable.
     """
     table = table.select(range(min(len(table), arguments.max_samples or len(table))))
-    found, skipped = [], Counter()
+    found, skipped, examples = [], Counter(), []
     for number in range(state.process_index, len(table), state.num_processes):
         row = table[number]
         try:
@@ -127,10 +126,12 @@ def find_pictures(
             found.append((number, *key_and_texts(row, number, arguments, labels)))
         except BadRow as error:
             skipped[str(error)] += 1
+            examples.append((number, error.example))
     found = gather_sorted(found)
     skipped = sum(gather_object([skipped]), Counter())
     if not found:
-        raise ArgumentError(f"The evaluation data has no usable row: {describe(skipped)}.")
+        example = next((text for _, text in examples if text), "")
+        raise unusable("The evaluation data has no usable row", skipped, example)
     pictures: dict[tuple, Picture] = {}
     for number, key, texts in found:
         picture = pictures.setdefault(key, Picture([], label=None if labels is None else labels[number]))

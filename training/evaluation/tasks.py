@@ -15,7 +15,8 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, brief, printable
+from ...files import usable_path
 from ...inference import Predictor
 from ...modeling_vlp.ranking import candidates_of, rerank
 from ...processing.prompts import CLASS_NAMES, prompts_for, read_names
@@ -117,10 +118,21 @@ def answer_list(arguments: EvaluationArguments) -> list[str]:
     """The lines of the file `answer_list`, without duplicates. Raises ArgumentError if it is missing."""
     if not arguments.answer_list:
         return []
-    path = Path(arguments.answer_list)
+    path = usable_path(arguments.answer_list, "--answer_list")
     if not path.is_file():
-        raise ArgumentError(f"--answer_list {path}: no such file.")
-    return list(dict.fromkeys(line.strip() for line in path.read_text().splitlines() if line.strip()))
+        raise ArgumentError(f"--answer_list {printable(arguments.answer_list, 120)}: there is no such file.")
+    return list(dict.fromkeys(names_in(path, "--answer_list")))
+
+
+def names_in(path: Path, option: str) -> tuple[str, ...]:
+    """The names in a file, one per line. Raises ArgumentError if it holds no text in UTF-8, or no name."""
+    try:
+        names = read_names(path)
+    except (ValueError, OSError) as error:
+        raise ArgumentError(f"{option} {printable(path, 120)} is not a text in UTF-8: {brief(error)[:100]}") from error
+    if not names:
+        raise ArgumentError(f"{option} {printable(path, 120)} holds no name; expected one per line.")
+    return names
 
 
 def labels_of(table: datasets.Dataset, arguments: EvaluationArguments) -> tuple[list[int | None], list[str]]:
@@ -143,11 +155,12 @@ def labels_of(table: datasets.Dataset, arguments: EvaluationArguments) -> tuple[
     values, names = table[column], getattr(features[column], "names", None)
     if arguments.class_names:
         known = CLASS_NAMES.get(arguments.class_names)
-        if known is None and not Path(arguments.class_names).is_file():
+        if known is None and not usable_path(arguments.class_names, "--class_names").is_file():
             raise ArgumentError(
-                f"--class_names {arguments.class_names}: no such file, and not one of {', '.join(CLASS_NAMES)}."
+                f"--class_names {printable(arguments.class_names, 120)}: no such file, and not one of "
+                f"{', '.join(CLASS_NAMES)}."
             )
-        names = list(known or read_names(Path(arguments.class_names)))
+        names = list(known or names_in(Path(arguments.class_names), "--class_names"))
     return number_labels(list(values), names, column)
 
 
@@ -169,7 +182,7 @@ def number_labels(values: list, names: list[str] | None, column: str) -> tuple[l
     if not given or not isinstance(given[0], (int, str)):
         raise ArgumentError(f"--class_column {column} must hold names or labels, not {values[0]!r}.")
     if isinstance(given[0], str):
-        names = names or sorted(set(given))
+        names = list(dict.fromkeys(names or sorted(set(given))))  # a name twice is one class
         numbers = {name: number for number, name in enumerate(names)}
         if unknown := sorted(set(given) - numbers.keys()):
             raise ArgumentError(f"--class_column {column} has {unknown[0]!r}, which is not one of --class_names.")
@@ -180,7 +193,10 @@ def number_labels(values: list, names: list[str] | None, column: str) -> tuple[l
         raise ArgumentError(
             f"--class_column {column}: labels range from {min(given)} to {max(given)}, for {len(names)} names."
         )
-    return [None if value in (None, -1) else value for value in values], names
+    # No prompt can tell classes of the same name apart, so they are one class.
+    distinct = list(dict.fromkeys(names))
+    numbers = [distinct.index(name) for name in names]
+    return [None if value in (None, -1) else numbers[value] for value in values], distinct
 
 
 def transposed(found: list[tuple]) -> list[list]:

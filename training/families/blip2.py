@@ -16,6 +16,8 @@ from ...loading import load_auto_tokenizer, load_model, load_processor, load_wei
 from ...modeling_vlp.base import adopt
 from ...modeling_vlp.blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
 from ...modeling_vlp.blip2_generation import (
+    ALLOWED,
+    PACKAGE,
     VlpBlip2ForConditionalGeneration,
     language_model_source,
     load_language_model,
@@ -186,7 +188,10 @@ def language_tokenizer(arguments: Blip2Arguments):
 
 
 def reference_to(arguments: Blip2Arguments) -> VlpBlip2Config:
-    """Build a configuration that names the language model of the options."""
+    """Build a configuration that names the language model of the options, whose package the user allows."""
+    name = arguments.language_model_name_or_path or ""
+    if name.startswith(PACKAGE):
+        ALLOWED.add(name.removeprefix(PACKAGE))
     return VlpBlip2Config(
         language_model_name_or_path=arguments.language_model_name_or_path,
         language_model_file=arguments.language_model_file,

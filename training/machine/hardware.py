@@ -39,6 +39,8 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
         )
     except ValueError as error:
         raise ArgumentError(f"--mixed_precision {precision}, --report_to {arguments.report_to}: {error}") from error
+    if arguments.report_to != "none" and not accelerator.log_with:
+        raise ArgumentError(f"--report_to {arguments.report_to} needs a package that is not installed.")
     if accelerator.is_fsdp2 and arguments.ema_decay:
         raise ArgumentError(
             "--ema_decay needs a full copy of the model in each process, which FSDP2 does not keep: use --ema_decay 0."
@@ -46,6 +48,9 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ArgumentError("FSDP 1 is not supported: set fsdp_version: 2 in Accelerate's configuration.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != accelerator.num_processes:
+            raise ArgumentError(f"{started} processes were started; with DeepSpeed, each needs a GPU of its own.")
         # Accelerate does not prepare the data loader, so it cannot know the batch size.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size

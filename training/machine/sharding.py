@@ -40,16 +40,23 @@ def let_layers_precompute(objective: nn.Module) -> None:
             register_fsdp_forward_method(module, "keys_values")
 
 
-def whole_model(model: PreTrainedModel) -> PreTrainedModel:
+def whole_model(model: PreTrainedModel, by_deepspeed: bool = False) -> PreTrainedModel:
     """Gather a sharded model; every process must call this.
 
     Args:
         model: sharded model.
+        by_deepspeed: whether DeepSpeed divides it, and not FSDP2.
 
     Returns:
         A copy with all parameters, in evaluation mode, to evaluate or save.
     """
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if not by_deepspeed:
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    else:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):  # does nothing unless ZeRO-3 divides them
+            state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     language_model = getattr(model, "language_model", None)
     extra = [] if language_model is None else [type(language_model)(language_model.config)]
     copy = type(model)(model.config, *extra).eval()

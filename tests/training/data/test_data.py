@@ -157,11 +157,11 @@ def test_emoji_data_set():
     ("name", "column", "message"),
     [
         ("table.csv", "picture", "no column 'picture'; its columns are image, caption"),
-        ("nothing.csv", "image", "there is no such file"),
+        ("nothing.csv", "image", "does not exist"),
         ("empty.csv", "image", "has no rows"),
         ("broken.json", "image", "a list `images`"),
         ("garbled.json", "image", "cannot be read as json"),
-        ("latin.csv", "image", "cannot be read as csv"),
+        ("latin.csv", "image", "is not encoded in UTF-8"),
         ("instances.json", "image", "cannot be read as json.*caption"),
     ],
 )

@@ -149,7 +149,7 @@ def test_truncated_shard_is_counted_and_skipped(tmp_path):
 
 def test_shards_without_samples_raise(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(BadDataError, match="None of 1 shards has a sample; the last: .*a.tar"):
+    with pytest.raises(BadDataError, match="None of 1 shards has a sample. The last: .*a.tar"):
         next(iter(dataset_of([str(tmp_path / "a.tar")])))
 
 

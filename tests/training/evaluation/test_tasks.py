@@ -16,7 +16,7 @@ from vlp.training.evaluation.arguments import EvaluationArguments
 from vlp.training.evaluation.results import evaluate_model, file_name, metrics_of
 from vlp.training.evaluation.tasks import embed_classes, evaluate_task, number_labels, prepare_data
 
-from vlp.errors import ArgumentError
+from vlp.errors import ArgumentError, BadDataError
 from vlp.inference import VlpPredictor, predictor_of
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow"]
@@ -101,7 +101,7 @@ def test_bad_rows_are_skipped_and_counted():
     pictures = prepare_data(table(rows), EvaluationArguments(task="retrieval"), PartialState())
     assert (len(pictures), pictures.used) == (6, 6)
     assert pictures.skipped == Counter({"not an image": 1, "empty caption": 1})
-    with pytest.raises(ArgumentError, match="no usable row: not an image: 1"):
+    with pytest.raises(BadDataError, match="no usable row: not an image: 1"):
         prepare_data(table(rows[6:7]), EvaluationArguments(task="retrieval"), PartialState())
 
 
