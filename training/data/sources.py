@@ -78,7 +78,7 @@ def with_images(rows: datasets.Dataset, column: str, base: Path, name: str, is_f
     text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
     try:
         if text and is_folder:
-            rows = rows.map(lambda row: {column: None if row[column] is None else str(base / row[column])})
+            rows = rows.map(lambda row: {column: path_of(row[column], base)})
         elif isinstance(feature, datasets.Value) and not text and "binary" not in feature.dtype:
             raise ArgumentError(f"its type is {feature.dtype}")
         return rows.cast_column(column, datasets.Image(decode=False))
@@ -225,12 +225,16 @@ def load_table(
             f"{told}: {printable(image_column, 40)} of row {row + 1} is "
             f"{printable(repr(table[image_column][row]), 60)}; expected the path of a picture."
         )
-    table[image_column] = [
-        None if name in (None, "") else str(image_root / text_of(name)) for name in table[image_column]
-    ]
+    table[image_column] = [path_of(name, image_root) for name in table[image_column]]
     if "second_image" in table and all(isinstance(name, str) or name is None for name in table["second_image"]):
-        table["second_image"] = [name and str(image_root / text_of(name)) for name in table["second_image"]]
+        table["second_image"] = [path_of(name, image_root) for name in table["second_image"]]
     return datasets.Dataset.from_dict({text_of(name): column_of(values) for name, values in table.items()})
+
+
+def path_of(name: object, root: Path) -> str | None:
+    """The path of a picture that a table names; a URL stays one, so that it is reported as one."""
+    text = "" if name is None else text_of(name)
+    return (text if "://" in text else str(root / text)) if text else None
 
 
 def text_of(value: object) -> str:
@@ -288,6 +292,8 @@ def read_table(path: Path, split: str) -> list[dict]:
                 return refuse_split(path, split)
             return list(read_coco_or_karpathy(content, split, path))
         rows = content
+        if not isinstance(rows, list):
+            raise ValueError(f"it is {printable(repr(content), 40)}")
     if rows and split != "train" and not any("split" in row for row in rows):
         return refuse_split(path, split)
     return rows

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 
 import datasets
@@ -10,7 +11,7 @@ import torch
 from conftest import tiny_processor
 from PIL import Image
 from vlp.processing.augmentation import PerImage
-from vlp.training.data.batches import BadRows, Collator, train_loader
+from vlp.training.data.batches import BadRows, Collator, batches_of, train_loader
 from vlp.training.data.build import load_data
 from vlp.training.data.rows import BadRow, CaptionChooser, caption_texts, picture_of
 from vlp.training.data.samples import DrawSampler, PairDataset, SampleMaker
@@ -331,3 +332,142 @@ def test_duplicate_texts_are_tokenised_once():
         batch = collator([dataset[i, epoch] for i in range(6)])
         assert batch.text_index.tolist() == [0, 1, 0, 2, 1, 0] and len(batch.input_ids) == 3
         assert batch.caption_ids[0] == batch.caption_ids[2] != batch.caption_ids[1]
+
+
+# --- odd tables -------------------------------------------------------------------------------------------------------
+
+ROWS = [{"image": f"{colour}.png", "caption": f"a {colour} card"} for colour in COLOURS]
+
+
+def changed(row: dict, number: int = 2) -> list[dict]:
+    """The rows with one of them changed."""
+    return [each | row if position == number else each for position, each in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value"),
+    [
+        ({"caption": 5}, "caption", "5"),
+        ({"caption": True}, "caption", "True"),
+        ({"caption": None}, "caption", None),
+        ({"caption": "a \ud800 card"}, "caption", "a ? card"),
+        ({"caption": "one\u2028line"}, "caption", "one\u2028line"),
+        ({"caption": 10**400}, "caption", None),  # Python reads more digits than it writes
+        ({"other": {"deep": 1}}, "other", None),
+        ({"other": [1, "two"]}, "other", None),
+        ({"image": "green \ud800.png"}, "caption", "a blue card"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else str(value)[:12],
+)
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_values_of_any_type_are_read_beside_the_others(folder, name, row, column, value):
+    """One odd value neither fails the table nor changes the other rows."""
+    rows = changed(row)
+    text = json.dumps(rows) if name == "rows.json" else "\n".join(json.dumps(each, ensure_ascii=False) for each in rows)
+    (folder / name).write_text(text, encoding="utf-8", errors="surrogatepass" if "\\u" in text else "replace")
+    loaded = load_rows(str(folder / name), "train", "image")
+    assert len(loaded) == len(ROWS)
+    captions = loaded["caption"]
+    assert [captions[i] for i in (0, 1, 3, 4, 5)] == [f"a {COLOURS[i]} card" for i in (0, 1, 3, 4, 5)]
+    if value is not None and not (name == "rows.jsonl" and "?" in value):
+        assert loaded[2][column] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("deep.json", "[" * 100_000, "nested too deeply"),
+        ("number.json", "5", "cannot be read as json"),
+        ("true.json", "true", "cannot be read as json"),
+        ("nulls.json", "[null, null]", "row 1 is None; expected an object"),
+        ("digits.json", '[{"image": 1' + "0" * 5000 + "}]", "cannot be read as json"),
+        ("karpathy.json", '{"images": ["a", "b"]}', "cannot be read as json"),
+        ("dict.json", json.dumps([{"image": {"bytes": 1}, "caption": "a"}]), "expected the path of a picture"),
+        ("list.json", json.dumps([{"image": ["a.png"], "caption": "a"}]), "expected the path of a picture"),
+        ("broken.jsonl", '{"image": "a.png"\n', "cannot be read as jsonl"),
+        ("quote.csv", 'image,caption\na.png,"open\nb.png,b\n', "odd number of quotes, the last in line 2"),
+        ("semicolon.csv", "image;caption\na.png;a\n", "separated by something else than commas"),
+        ("case.csv", "Image,caption\na.png,a\n", "Did you mean 'Image'"),
+        ("empty.csv", "", "has no rows"),
+        ("header.csv", "image,caption\n", "has no rows"),
+        ("empty.json", "", "cannot be read as json"),
+        ("null.jsonl", "\0\0", "cannot be read as jsonl"),
+    ],
+)
+def test_unreadable_tables_are_refused_with_a_short_reason(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ArgumentError, match=message) as error:
+        load_rows(str(tmp_path / name), "train", "image")
+    assert len(str(error.value)) < 700 and "\n" not in str(error.value)
+
+
+def test_other_encodings_are_named_without_the_content(tmp_path):
+    for name in ("latin.csv", "latin.json", "latin.jsonl"):
+        (tmp_path / name).write_bytes(b'[{"image": "a.png", "caption": "' + b"caf\xe9 " * 200_000 + b'"}]')
+        with pytest.raises(ArgumentError, match=r"not encoded in UTF-8 \(byte 0xe9 at 35\)") as error:
+            load_rows(str(tmp_path / name), "train", "image")
+        assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("values", "works"),
+    [
+        ([picture("red")] * 3, True),  # raw bytes of pictures
+        ([1, 2, 3], False),
+        ([0.5, 1.5, 2.5], False),
+        ([["a"], ["b"], ["c"]], False),
+    ],
+    ids=["bytes", "whole numbers", "numbers", "lists"],
+)
+def test_image_columns_of_parquet_files(tmp_path, values, works):
+    (tmp_path / "data").mkdir()
+    rows = datasets.Dataset.from_dict({"image": values, "caption": ["a", "b", "c"]})
+    rows.to_parquet(str(tmp_path / "data/train-00000-of-00001.parquet"))
+    if works:
+        loaded = load_rows(str(tmp_path), "train", "image")
+        assert picture_of(loaded[0], "image").getpixel((0, 0)) == (255, 0, 0)
+    else:
+        with pytest.raises(ArgumentError, match="must hold images, their bytes or their paths"):
+            load_rows(str(tmp_path), "train", "image")
+
+
+def test_paths_of_a_folder_start_from_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "pairs/data").mkdir(parents=True)
+    (tmp_path / "pairs/red.png").write_bytes(picture("red"))
+    rows = datasets.Dataset.from_dict({"image": ["red.png"], "caption": ["red"]})
+    rows.to_parquet(str(tmp_path / "pairs/data/train-00000-of-00001.parquet"))
+    monkeypatch.chdir("/")
+    loaded = load_rows(str(tmp_path / "pairs"), "train", "image")
+    assert picture_of(loaded[0], "image").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\0b.csv", "x" * 5000, "no/such\udc80name.csv", "nowhere.csv", "./nowhere"])
+def test_names_that_cannot_be_opened_are_refused(name):
+    with pytest.raises(ArgumentError, match="--dataset_name") as error:
+        load_rows(name, "train", "image")
+    assert len(str(error.value)) < 500 and str(error.value).isprintable()
+
+
+def test_pipes_and_folders_are_no_tables(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.json").mkdir()
+    for name in ("pipe.csv", "folder.json"):
+        with pytest.raises(ArgumentError, match="not a file"):
+            load_rows(str(tmp_path / name), "train", "image")
+    with pytest.raises(BadRow, match="not an image"):  # and does not wait for a writer
+        picture_of({"image": {"bytes": None, "path": str(tmp_path / "pipe.png")}}, "image")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_that_are_all_bad_end_the_run_in_one_line(tmp_path, workers):
+    rows = [{"image": f"https://example.org/{colour}.png", "caption": colour} for colour in COLOURS]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    arguments = ClipArguments(dataset_name=str(tmp_path / "pairs.json"), output_dir=str(tmp_path / "run"),
+                              num_workers=workers, per_device_train_batch_size=2, max_train_steps=1,
+                              augmentation="none")  # fmt: skip
+    dataset = PairDataset(load_rows(arguments.dataset_name, "train", "image"), maker())
+    loader = train_loader(arguments, dataset, DrawSampler(6, 2, 0), Collator(tiny_processor(), 20))
+    with pytest.raises(BadDataError, match="a URL, which is not downloaded.*img2dataset") as error:
+        next(batches_of(loader))
+    assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
