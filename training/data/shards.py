@@ -221,7 +221,7 @@ def scan(shard: str, path: str) -> tuple[list[Member], str | None]:
             for info in tar:
                 folder, name = os.path.split(info.name)
                 key, _, kind = name.partition(".")
-                if info.isfile() and kind and info.offset_data + info.size <= size:
+                if info.isfile() and kind and 0 <= info.size <= size - info.offset_data:
                     location = info.offset_data, info.size
                     members.setdefault(os.path.join(folder, key), {})[kind.lower()] = location
     except Exception as error:  # damaged headers can make tarfile raise anything

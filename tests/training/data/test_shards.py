@@ -297,3 +297,83 @@ def test_image_formats_are_recognised(format, tmp_path):
     Image.new("RGB", (16, 16), "red").save(file, format, **options)
     kind = next(iter(files_of({"image": {"bytes": file.getvalue()}, "caption": "red"}, "image", "caption")))
     assert f".{kind}" in extensions(), kind
+
+
+# --- damaged and hostile shards ---------------------------------------------------------------------------------------
+
+
+def shard_with(path: Path, facts: bytes, pax: bytes = b"") -> None:
+    """Write three good samples; the second has `facts` as its JSON, or `pax` as the header before it."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(3):
+            if number == 1 and pax:
+                header = tarfile.TarInfo("pax")
+                header.type, header.size = tarfile.XHDTYPE, len(pax)
+                tar.addfile(header, io.BytesIO(pax))
+            add(tar, f"{number:03d}.png", picture("red"))
+            add(tar, f"{number:03d}.txt", f"caption {number}".encode())
+            add(tar, f"{number:03d}.json", facts if number == 1 else b"{}")
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        b"[" * 50_000,
+        b'{"caption": "a \\ud800"}',
+        b'{"image_id": "\\ud800"}',
+        b'{"tags": [1, "two"]}',
+        b'{"tags": [["three"]]}',
+        b'{"tags": true}',
+        b'{"tags": 5}',
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b'{"image_id": {"a": 1}}',
+        b'{"x": ' + b"9" * 5000 + b"}",
+    ],
+    ids=lambda facts: facts[:20].decode("latin1"),
+)
+def test_odd_facts_cost_at_most_their_own_sample(tmp_path, facts):
+    shard_with(tmp_path / "0.tar", facts)
+    dataset = iter(dataset_of([str(tmp_path / "0.tar")]))
+    texts = Counter(next(dataset).text for _ in range(9))
+    assert {"caption 0", "caption 2"} <= set(texts)
+
+
+@pytest.mark.parametrize(
+    "pax", [b"18 size=-99999999\n", b"12 size=x\n\n\n\n", b"30 path=../../etc/passwd\n\n\n\n\n\n", b"x"]
+)
+def test_damaged_headers_end_a_shard_not_the_run(tmp_path, pax):
+    shard_with(tmp_path / "0.tar", b"{}", pax)
+    write_shard(tmp_path / "1.tar", ["good"])
+    source = iter(Source([str(tmp_path / "0.tar"), str(tmp_path / "1.tar")], 3, 0, 1))
+    texts = {next(source)[0].get("txt", b"").decode() for _ in range(12)}
+    assert {"good", "caption 0"} <= texts
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "", "null", "[]", "{}", '{"shards": 5}', '{"shards": {"0.tar": 1}}', '{"shards": {"0.tar": {}}}', "[" * 99999,
+     '{"shards": {"0.tar": {"samples": -1, "bytes": 0}}}', '{"shards": {"0.tar": {"samples": true, "bytes": 0}}}'],
+    ids=lambda content: content[:30],
+)  # fmt: skip
+def test_damaged_index_is_reported(tmp_path, content):
+    write_shard(tmp_path / "0.tar", ["a"])
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(ArgumentError, match=r"index\.json is damaged .*remove it, or write the shards again"):
+        read_index([str(tmp_path / "0.tar")])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/tmp/{good.tar", "is not a pattern of shards"),
+        ("foo://x/y.tar", "foo:// is not read"),
+        ("{000000000..999999999}.tar", "more than 1,000,000 shards"),
+        ("{0..99999}{0..99999}.tar", "more than 1,000,000 shards"),
+    ],
+)
+def test_patterns_that_name_no_shards_are_refused(name, message):
+    with pytest.raises(ArgumentError, match=message) as error:
+        expand(name)
+    assert "\n" not in str(error.value)
