@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 from urllib.parse import quote
 
@@ -60,14 +61,18 @@ def metric_name(name: str) -> str:
     return METRIC_NAMES.get(metric, plain(metric)) + (f" ({code(column)})" if column else "")
 
 
-def usage(name: str, folder: str, prompt: str = "") -> str:
+def usage(name: str, folder: str, prompt: str = "", adapters: bool = False) -> str:
     """Python code that uses a model.
 
     Args:
         name: name of the model class.
         folder: folder or hub name of the model.
         prompt: prompt for captions.
+        adapters: whether the folder has adapters for a base model in another folder, which are merged before use.
     """
+    if adapters:
+        command = printable(f"vlp-convert {shlex.quote(folder)} merged")
+        return f"# First merge the adapters with their base model: {command}\n" + usage(name, "merged", prompt)
     # As between the quotes of a Python string: JSON's codes for quotes, line breaks and the like are Python's too.
     folder, prompt = (json.dumps(text, ensure_ascii=not text.isprintable())[1:-1] for text in (folder, prompt))
     return architecture(name).card.usage.format(folder=folder, prompt=prompt or "a picture of")
@@ -186,7 +191,7 @@ KNOWN_DATA = {
 }
 
 
-def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
+def write_card(folder: Path, results: dict, examples: list[dict], config: PreTrainedConfig | None = None) -> None:
     """Write README.md, its pictures and results.json into a folder.
 
     Args:
@@ -194,6 +199,7 @@ def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
         results: the facts of the run, from `training.publish.collect_results`.
         examples: dicts with "image", "label" and "predictions", a list of (text, probability or None, whether it is
             right).
+        config: the configuration of the model; None to read it from the folder.
     """
     results = results | {"examples": [{k: v for k, v in example.items() if k != "image"} for example in examples]}
     (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
@@ -203,20 +209,21 @@ def write_card(folder: Path, results: dict, examples: list[dict]) -> None:
         plot_metrics(results["evaluations"], metric_name, folder / "metrics.png")
     if examples:
         plot_examples(examples, folder / "examples.png")
-    render_card(folder).save(folder / "README.md")
+    render_card(folder, config).save(folder / "README.md")
 
 
-def render_card(folder: Path) -> ModelCard:
+def render_card(folder: Path, config: PreTrainedConfig | None = None) -> ModelCard:
     """Render the card of a folder from its results.json, config.json and evaluations.
 
     Args:
         folder: the folder of a published model.
+        config: the configuration of the model; None to read it from the folder.
 
     Returns:
         The card.
     """
     results = read_json(folder / RESULTS)
-    config, arguments, evaluations = config_of(folder), results["arguments"], folder / "evaluations"
+    config, arguments, evaluations = config or read_config(folder), results["arguments"], folder / "evaluations"
     name = config.architectures[0]
     kind = architecture(name).card
     found = [read_json(path) for path in sorted(evaluations.glob("*.json"))]
@@ -242,7 +249,12 @@ def render_card(folder: Path) -> ModelCard:
         name=plain(name_of(arguments)),
         kind=dataclasses.replace(kind, examples=kind.examples.format(prompts=after_prompts(arguments))),
         usage=in_its_language(
-            usage(name, arguments["hub_model_id"] or arguments["output_dir"], arguments.get("prompt", "")),
+            usage(
+                name,
+                arguments["hub_model_id"] or arguments["output_dir"],
+                arguments.get("prompt", ""),
+                has_local_base(arguments),
+            ),  # fmt: skip
             arguments["language"],
         ),
         architecture=describe_architecture(config),
@@ -303,9 +315,9 @@ def after_prompts(arguments: dict) -> str:
     return f" after {' and '.join(f'“{plain(prompt.strip())}”' for prompt in prompts)}" if any(prompts) else ""
 
 
-def config_of(folder: Path) -> PreTrainedConfig:
-    """The configuration of the model in a folder, or of the base model if the folder has adapters."""
-    return read_config(folder)
+def has_local_base(arguments: dict) -> bool:
+    """Whether a run trained adapters for a model in another folder, rather than on the hub."""
+    return bool(arguments.get("lora_rank")) and not HUB_NAME.fullmatch(str(arguments.get("model_name_or_path")))
 
 
 PICTURES = {

@@ -1,5 +1,6 @@
 """Publishing: write the folder with the model, its processor, its evaluations and its card, and push it."""
 
+import copy
 import dataclasses
 import platform
 import textwrap
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import printable
 from ..files import state_folder, write_whole
 from ..loading import licence_of
-from ..model_cards.card import metric_name, shown, usage, write_card
+from ..model_cards.card import has_local_base, metric_name, shown, usage, write_card
 from ..modeling_vlp.exchange.bundle import add_code
 from .arguments import TrainingArguments, names_of, public_name, publishable
 from .evaluation.examples import draw_galleries, make_examples
@@ -51,7 +52,9 @@ def publish(run: Run, model: PreTrainedModel, outcomes: list[Outcome]) -> None:
             write_results(fresh / "evaluations", found, pictures, outcome)
         examples = make_examples(model, run.processor, run.evaluations, prompts)
         draw_galleries(model, run.processor, run.evaluations, fresh)
-        write_card(fresh, results, examples)
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        write_card(fresh, results, examples, config)
         if arguments.hub_bundle:
             add_code(fresh)
 
@@ -64,7 +67,7 @@ def publish(run: Run, model: PreTrainedModel, outcomes: list[Outcome]) -> None:
 The model, its processor and its card are in {printable(folder)}; the state to resume from is in {states}.
 To use the model:
 
-{textwrap.indent(usage(type(model).__name__, str(folder), prompt), "    ")}""")
+{textwrap.indent(usage(type(model).__name__, str(folder), prompt, has_local_base(results["arguments"])), "    ")}""")
 
 
 def collect_results(run: Run, model: PreTrainedModel, metrics: dict[str, float]) -> dict:

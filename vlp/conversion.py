@@ -450,16 +450,21 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
 def save_vlp(found: Checkpoint, folder: Path) -> None:
     """Save the model, and its processor or image processor, in vlp's format."""
     found.model().save_pretrained(folder)
-    if found.licence:
-        data = ModelCardData(license=found.licence, library_name="transformers", tags=["vlp"])
-        text = f"---\n{data}\n---\n\n# {found.source}\n\nConverted with vlp; the licence is that of the source.\n"
-        (folder / "README.md").write_text(text)
+    save_licence(found, folder, "transformers", tags=["vlp"])
     if found.tokenizer is None:
         found.images.save_pretrained(folder)
     else:
         kind = VlpClipProcessor if found.is_clip else VlpBlipProcessor
         kind = VlpBlip2Processor if found.has_language_model else kind
         kind(found.images, found.tokenizer).save_pretrained(folder)
+
+
+def save_licence(found: Checkpoint, folder: Path, library: str, **facts) -> None:
+    """Write a card with the licence of the source, if it is known; `facts` are further fields of the card."""
+    if found.licence:
+        data = ModelCardData(license=found.licence, library_name=library, **facts)
+        text = f"---\n{data}\n---\n\n# {found.source}\n\nConverted with vlp; the licence is that of the source.\n"
+        (folder / "README.md").write_text(text)
 
 
 def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State, folder: Path) -> None:
@@ -473,6 +478,7 @@ def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State,
     """
     config.save_pretrained(folder)
     save_tensors(state, folder / "model.safetensors")
+    save_licence(found, folder, "transformers")
     kinds = (CLIPImageProcessor, CLIPProcessor) if found.is_clip else (BlipImageProcessor, BlipProcessor)
     if found.is_clip and peer.is_siglip(found.config):
         kinds = (SiglipImageProcessor, SiglipProcessor)
@@ -525,6 +531,7 @@ def save_open_clip(found: Checkpoint, settings: dict, state: State, folder: Path
     """
     (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     save_tensors(state, folder / "open_clip_model.safetensors")
+    save_licence(found, folder, "open_clip")
     if found.tokenizer is not None:
         plain_tokenizer(found.tokenizer).save_pretrained(folder)
 

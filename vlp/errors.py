@@ -56,10 +56,10 @@ def shown_as_it_is(character: str) -> bool:
     return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or character == "\u200d"
 
 
-def brief(error: BaseException | str) -> str:
-    """The message of an error on one line of at most LONGEST characters."""
+def brief(error: BaseException | str, most: int = LONGEST) -> str:
+    """The message of an error on one line of at most `most` characters."""
     lines = (line.strip() for line in str(error).replace("\r", "\n").split("\n"))
-    return printable(" ".join(line for line in lines if line) or type(error).__name__, LONGEST)
+    return printable(" ".join(line for line in lines if line) or type(error).__name__, most)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -74,7 +74,7 @@ class CommandParser(argparse.ArgumentParser):
             known = [name for action in self._actions for name in action.option_strings]
             if near := difflib.get_close_matches(match[1], known, 1):
                 message += f"; did you mean {near[0]}?"
-        self.exit(2, f"{self.prog}: error: {brief(message)} See --help.\n")
+        self.exit(2, f"{self.prog}: error: {brief(message, LONGEST - len(self.prog) - 24)} See --help.\n")
 
 
 @contextlib.contextmanager

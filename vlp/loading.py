@@ -28,7 +28,7 @@ from transformers.utils import cached_file, logging
 
 from .architectures import Architecture, architecture
 from .errors import UnsupportedModelError, UserError, brief, printable
-from .files import state_folder
+from .files import state_folder, usable_path
 
 ADAPTERS = "adapter_config.json"
 BASE_FILE = "base_model.txt"  # in the folder of the states, which is not published: where the base model of adapters is
@@ -183,10 +183,13 @@ def read_config(name: str | Path, option: str = "") -> PreTrainedConfig:
     """
     folder, told = Path(name), f"{option} {printable(name, 120)}".strip()
     if not str(name).strip():
-        raise UnsupportedModelError(f"{told} must be a folder or a hub name.")
+        raise UnsupportedModelError(f"{option or 'the model'} must be a folder or a hub name.")
+    usable_path(name, option or "the model")
     with explained(name, "the configuration", option):
         if folder.is_dir() and (folder / ADAPTERS).is_file() and not (folder / "config.json").is_file():
-            return read_config(base_of(folder), f"{told}, base model")
+            config = read_config(base_of(folder), f"{told}, base model")
+            config.architectures = [trained_class(folder) or config.architectures[0]]
+            return config
         if folder.is_file():
             raise UnsupportedModelError(f"{told} is a file; expected the folder of a model. vlp-convert reads weights.")
         if folder.is_dir() and not (folder / "config.json").is_file():
@@ -254,6 +257,9 @@ def load_model(kind: type, name: str | Path, option: str = "", **kwargs) -> PreT
 def load_weights(name: str | Path, option: str = "") -> dict[str, Tensor]:
     """Load the tensors in the file model.safetensors of a model. Raises UnsupportedModelError if it cannot be read."""
     with explained(name, "model.safetensors", option):
+        if (Path(name) / ADAPTERS).is_file():
+            told = f"{option} {printable(name, 120)}".strip()
+            raise UnsupportedModelError(f"{told} has adapters: merge them with their base model by vlp-convert first.")
         return load_file(cached_file(str(name), "model.safetensors"))
 
 
@@ -344,6 +350,11 @@ def base_of(folder: Path) -> str:
     )
 
 
+def trained_class(folder: Path) -> str | None:
+    """The name of the model class that adapters were trained on; None if they do not say so."""
+    return (json.loads((folder / ADAPTERS).read_text()).get("auto_mapping") or {}).get("base_model_class")
+
+
 def load_adapted(folder: Path, option: str = "", **kwargs) -> PreTrainedModel:
     """Load the base model of adapters, and merge the adapters with its weights.
 
@@ -351,8 +362,7 @@ def load_adapted(folder: Path, option: str = "", **kwargs) -> PreTrainedModel:
         UnsupportedModelError: if the base model or the adapters cannot be loaded.
     """
     base = base_of(folder)
-    content = json.loads((folder / ADAPTERS).read_text())
-    trained = (content.get("auto_mapping") or {}).get("base_model_class")
+    trained = trained_class(folder)
     config = read_config(base, option)
     row = row_of(base, config, option)
     kind = row.model if trained is None else architecture(trained).model
@@ -372,4 +382,4 @@ def load_adapted(folder: Path, option: str = "", **kwargs) -> PreTrainedModel:
     model.peft_config = {}
     require_finite(model, str(folder))
     model.config.architectures = [type(model).__name__]
-    return model.eval()
+    return model.requires_grad_(True).eval()

@@ -1,5 +1,6 @@
 """Model cards are rendered from stored facts; sections without facts are omitted."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ from conftest import tiny_config
 from huggingface_hub import ModelCard
 from PIL import Image
 from vlp.model_cards.card import render_card, write_card
+
+from vlp.errors import ArgumentError
 
 
 def facts(**changes) -> dict:
@@ -166,3 +169,76 @@ def test_card_has_one_figure_per_metric(folder):
 def test_figures_finds_duplicate_metrics():
     card = "## Results\n\nTask itm on 5 pictures of x, split `t`.\n\n| BLEU-4 | 35.65 % | |\n| BLEU-4 | 38.49 % | |\n"
     assert [row[1:] for row in figures(card)] == [("BLEU-4", "35.65 %"), ("BLEU-4", "38.49 %")]
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "](http://evil.example) ![x](http://evil.example/x.png)",
+    "first\n# Injected heading",
+    "a | b",
+    "`tick`",
+    "\x1b[31mred",
+    "&lt;b&gt;",
+    "half \ud800",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_names_act_as_text_only(tmp_path, text):
+    """Class names, captions and names of data come from strangers: in the card, they are shown and do nothing."""
+    tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
+    groups = {text: {"zero_shot_top1": 0.5, "rows": 2}}
+    save_evaluation(tmp_path, groups=groups, most_confused=[[text, text, 3]])
+    found = facts()
+    found["arguments"] |= {"dataset_name": text, "data_license": text, "hold_out": f"group={text}"}
+    write_card(tmp_path, found, [])
+    body = (tmp_path / "README.md").read_text().split("---\n", 2)[2]
+    body = re.sub(r"`[^`\n]*`|```.*?```", "", body, flags=re.DOTALL)  # code is shown as it is
+    assert "<script" not in body and "<img" not in body and "\x1b" not in body
+    assert not re.search(r"(?<!\\)\]\(http", body) and "\n# Injected" not in body
+    assert len([line for line in body.splitlines() if line.startswith("# ")]) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ['x"y', "it's", "a\\", "new\nline", "\x1b[31mred", '"""', "{folder}", "%s", "a\u2028b"]
+)
+def test_code_of_the_card_is_python_for_any_folder(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    tiny_config(architectures=["VlpClipModel"]).save_pretrained(folder)
+    found = facts()
+    found["arguments"]["output_dir"] = str(folder)
+    write_card(folder, found, [])
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert str(folder) in strings
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", "{}", '{"arguments": 1, "metrics": {}}', "[" * 99_999])
+def test_other_files_beside_the_evaluations_are_reported(tmp_path, content):
+    tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
+    write_card(tmp_path, facts(), [])
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations/other.json").write_text(content)
+    with pytest.raises(ArgumentError, match=r"other\.json does not hold results of vlp .* move it away"):
+        render_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("bases", "licence", "words"),
+    [
+        ([], "apache-2.0", "Apache-2.0"),
+        ([{"name": "me/clip", "license": "mit"}], "mit", "mit, as of me/clip, from which training started"),
+        ([{"name": "clip", "license": None}], "other", "clip (unknown)"),
+        ([{"name": "a", "license": "mit"}, {"name": "b", "license": "cc-by-nc-4.0"}], "other", "b (cc-by-nc-4.0)"),
+    ],
+)
+def test_licence_follows_the_models_that_training_started_from(tmp_path, bases, licence, words):
+    tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
+    write_card(tmp_path, facts(base_models=bases), [])
+    text = (tmp_path / "README.md").read_text()
+    data = ModelCard(text).data
+    assert data.license == licence and words in text
+    names = [base["name"] for base in bases]
+    assert (data.base_model or []) in (names, "".join(names))

@@ -25,6 +25,7 @@ from vlp.training.run import train
 import vlp
 from vlp.errors import ArgumentError
 from vlp.files import state_folder, states
+from vlp.loading import load_model
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "orange", "purple", "brown"]
 CAPTIONS = [f"a {colour} card" for colour in COLOURS]
@@ -194,7 +195,7 @@ def test_adapters_are_trained_saved_loaded_and_merged(pairs, stage_1, stage_2, t
         {"qformer"} if stage == 1 else {"qformer", "language_model"})  # fmt: skip
     assert all(".lora_" in name for name in names)
     kind = vlp.VlpBlip2ForImageTextRetrieval if stage == 1 else vlp.VlpBlip2ForConditionalGeneration
-    tuned, before = kind.from_pretrained(tmp_path / "run").eval(), kind.from_pretrained(base).eval()
+    tuned, before = load_model(kind, tmp_path / "run"), kind.from_pretrained(base).eval()
     merged = PeftModel.from_pretrained(kind.from_pretrained(base), str(tmp_path / "run")).merge_and_unload().eval()
     processor = AutoProcessor.from_pretrained(base)
     images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]

@@ -43,6 +43,8 @@ from transformers import (
 )
 from vlp.training import command_line
 from vlp.training.data.sources import load_rows
+from vlp.training.evaluate import evaluate
+from vlp.training.evaluation.arguments import EvaluationArguments
 from vlp.training.evaluation.results import evaluate_model, metrics_of
 from vlp.training.families.clip import CLIP, ClipArguments
 from vlp.training.machine import hardware, hub
@@ -52,8 +54,11 @@ from vlp.training.run import main, require_finite, train
 
 import vlp
 from vlp import files
+from vlp.commands.index import Index, build
+from vlp.conversion import convert
 from vlp.errors import ArgumentError, BadDataError, ResumeError
 from vlp.files import state_folder, states
+from vlp.loading import load_model
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "orange", "purple", "brown"]
 MODEL = {
@@ -667,7 +672,11 @@ def test_adapters_are_trained_saved_loaded_and_merged(pairs, trained, tmp_path):
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "results.json"} <= files
     assert not {"model.safetensors", "config.json"} & files
-    tuned = AutoModel.from_pretrained(tmp_path / "run").eval()
+    assert json.loads((tmp_path / "run/adapter_config.json").read_text())["base_model_name_or_path"] == trained.name
+    assert "vlp-convert" in (tmp_path / "run/README.md").read_text()
+    tuned = AutoModel.from_pretrained(trained)
+    tuned.load_adapter(str(tmp_path / "run"))
+    tuned.eval()
     first = "text_model.encoder.layers.0.self_attn.q_proj"
     assert tuned.get_submodule(first).lora_A["default"].weight.shape[0] == 4
     assert torch.equal(tuned.get_submodule(first).base_layer.weight, base[f"{first}.weight"])
@@ -681,6 +690,42 @@ def test_adapters_are_trained_saved_loaded_and_merged(pairs, trained, tmp_path):
         assert torch.allclose(merged.get_image_features(pixels).pooler_output, wanted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, wanted, rtol=1e-3)
     assert "lora" not in " ".join(merged.state_dict())
+
+
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+def test_every_command_reads_adapters(pairs, tmp_path, monkeypatch, tower):
+    """Adapters are evaluated, searched with, converted and trained on from as the model that training saw."""
+    model = MODEL if tower == "vit" else RESNET | {"text_config": MODEL["text_config"]}
+    train(arguments(pairs, tmp_path / "base", model=json.loads(json.dumps(model)), max_train_steps=1))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = dict(model_name_or_path=str(tmp_path / "base"), lora_rank=2, max_train_steps=3, learning_rate=1e-2)
+    train(arguments(pairs, tmp_path / "run", **options))
+    config = json.loads((tmp_path / "run/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base"  # no path of this machine
+    pixels = torch.randn(2, 3, 16, 16)
+    tuned, before = load_model(vlp.VlpClipModel, tmp_path / "run"), load_model(vlp.VlpClipModel, tmp_path / "base")
+    with torch.no_grad():
+        features = [model.get_image_features(pixels).pooler_output for model in (tuned, before)]
+    assert not torch.allclose(*features, rtol=1e-3)
+    (tmp_path / "pictures").mkdir()
+    for colour in ("red", "green"):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / f"pictures/{colour}.png")
+    build(tmp_path / "pictures", tmp_path / "index", str(tmp_path / "run"))
+    assert len(Index(tmp_path / "index")) == 2
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = evaluate(str(tmp_path / "run"), EvaluationArguments(dataset=str(pairs), task="retrieval"))
+    published = json.loads((tmp_path / "run/results.json").read_text())["metrics"]
+    assert found["metrics"].items() <= published.items()
+    convert(tmp_path / "run", tmp_path / "whole")
+    with torch.no_grad():
+        whole = load_model(vlp.VlpClipModel, tmp_path / "whole").get_image_features(pixels).pooler_output
+    assert torch.allclose(whole, features[0], rtol=1e-4, atol=1e-5)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(arguments(pairs, tmp_path / "next", model_name_or_path=str(tmp_path / "run"), max_train_steps=1))
+    assert (tmp_path / "next/model.safetensors").is_file()
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ArgumentError, match="adapters for the model base, which is not beside it: copy"):
+        load_model(vlp.VlpClipModel, tmp_path / "run")
 
 
 def test_folder_with_other_adapters_is_not_replaced(tmp_path):

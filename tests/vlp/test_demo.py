@@ -1,5 +1,6 @@
 """The demo: its functions, its error messages, and the page in a headless browser."""
 
+import asyncio
 import json
 import shutil
 import urllib.error
@@ -13,7 +14,7 @@ from test_data import picture
 from vlp.processing.blip import train_tokenizer
 
 import vlp
-from vlp.commands.demo import Demo, DemoError, embedded_pictures, page
+from vlp.commands.demo import MAX_BODY, Demo, DemoError, OnlyOwnRequests, embedded_pictures, page
 
 COLOURS = ["red", "green", "blue", "yellow"]
 
@@ -208,3 +209,62 @@ def test_page_in_a_browser(address, place):
         window.wait_for_selector("#match-heat img")
         assert errors == []
         chromium.close()
+
+
+# --- requests of others -----------------------------------------------------------------------------------------------
+
+
+def answer_of(own: str = "127.0.0.1", path: str = "/", body: bytes = b"", **headers: str) -> tuple[int, int]:
+    """The status of a request to the middleware, and the number of body bytes that reach the application."""
+    received = []
+
+    async def app(scope, receive, send):
+        more = True
+        while more:
+            message = await receive()
+            received.append(message.get("body", b""))
+            more = message.get("more_body", False)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    messages, sent = [{"type": "http.request", "body": body[i : i + 100_000], "more_body": True}
+                      for i in range(0, len(body), 100_000)] + [{"type": "http.request", "body": b""}], []  # fmt: skip
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    named = [(name.replace("_", "-").encode(), value.encode("latin1")) for name, value in headers.items()]
+    asyncio.run(OnlyOwnRequests(app, own)({"type": "http", "path": path, "headers": named}, receive, send))
+    return sent[0]["status"], sum(map(len, received))
+
+
+@pytest.mark.parametrize(
+    ("host", "headers", "status"),
+    [
+        ("127.0.0.1", dict(host="127.0.0.1:7860"), 200),
+        ("127.0.0.1", dict(host="localhost:7860", origin="http://localhost:7860"), 200),
+        ("127.0.0.1", dict(host="[::1]:7860"), 200),
+        ("127.0.0.1", dict(host="evil.example:7860"), 403),
+        ("127.0.0.1", dict(host="127.0.0.1.evil.example"), 403),
+        ("127.0.0.1", dict(host="evil.example:7860", origin="http://evil.example:7860"), 403),
+        ("127.0.0.1", dict(host="127.0.0.1:7860", origin="http://evil.example"), 403),
+        ("127.0.0.1", dict(host="127.0.0.1:7860", origin="null"), 403),
+        ("127.0.0.1", dict(host="127.0.0.1:7860", sec_fetch_site="cross-site", sec_fetch_mode="cors"), 403),
+        ("127.0.0.1", dict(host="127.0.0.1:7860", sec_fetch_site="cross-site", sec_fetch_mode="navigate"), 200),
+        ("127.0.0.1", {}, 403),
+        ("0.0.0.0", dict(host="192.168.1.7:7860"), 200),
+        ("0.0.0.0", dict(host="evil.example"), 403),
+        ("127.0.0.1", dict(host="127.0.0.1", content_length="-1"), 403),
+        ("127.0.0.1", dict(host="127.0.0.1", content_length=str(10**12)), 413),
+    ],
+)
+def test_requests_of_other_sites_are_refused(host, headers, status):
+    assert answer_of(host, **headers)[0] == status
+
+
+def test_bodies_without_a_length_are_bounded():
+    _, received = answer_of(body=b"x" * 30_000_000, host="127.0.0.1", path="/gradio_api/call/classify")
+    assert received <= MAX_BODY
+    assert answer_of(body=b"x" * 100_000, host="127.0.0.1") == (200, 100_000)

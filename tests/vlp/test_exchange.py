@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_blip, tiny_model
+from conftest import tiny_blip, tiny_model, tiny_pair
+from huggingface_hub import ModelCard
 from processes import Program
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -572,3 +573,15 @@ def test_the_command_line(tmp_path):
     assert code == 0 and "Wrote " in output, output
     code, output = Program(tmp_path / "2.txt", main, argv=[*command[:2], other, "--to", "transformers"]).wait()
     assert code == 1 and "error: transformers has no class for VlpBlipForPreTraining" in output
+
+
+@pytest.mark.parametrize("to", ["vlp", "transformers", "open_clip"])
+def test_licence_goes_along(tmp_path, to):
+    model, processor = tiny_pair()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "without", to)
+    assert not (tmp_path / "without/README.md").exists()
+    (tmp_path / "source/README.md").write_text("---\nlicense: mit\n---\n\n# Model\n")
+    convert(tmp_path / "source", tmp_path / "with", to)
+    assert ModelCard.load(tmp_path / "with/README.md").data.license == "mit"

@@ -203,3 +203,29 @@ def test_vectors_are_stored_as_float16_of_unit_length(model, pictures, tmp_path)
     torch.testing.assert_close(vectors.float().norm(dim=1), torch.ones(6), atol=2e-3, rtol=0)
     with pytest.raises(NoIndexError, match="contains no index"):
         Index(pictures)
+
+
+@pytest.mark.parametrize("name", ["pictures.parquet", "embeddings.safetensors"])
+def test_pipes_in_an_index_are_reported(model, pictures, tmp_path, name):
+    build(pictures, tmp_path / "index", model)
+    (tmp_path / "index" / name).unlink()
+    os.mkfifo(tmp_path / "index" / name)
+    with pytest.raises(NoIndexError, match=f"damaged: {name}: is missing, or is not a file"):
+        Index(tmp_path / "index")
+
+
+def test_queries_of_another_width_are_reported(model, pictures, tmp_path):
+    build(pictures, tmp_path / "index", model)
+    with pytest.raises(NoIndexError, match="embeddings of 24 numbers, and its model of 3: build it again"):
+        Index(tmp_path / "index").search(torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 5000, "nope/nope", "\x1b[31mx"])
+def test_model_of_an_index_that_cannot_be_loaded_is_named(model, pictures, tmp_path, monkeypatch, name):
+    build(pictures, tmp_path / "index", model)
+    facts = json.loads((tmp_path / "index/index.json").read_text())
+    (tmp_path / "index/index.json").write_text(json.dumps(facts | {"model": name}))
+    monkeypatch.setattr(sys, "argv", ["vlp-index", "search", str(tmp_path / "index"), "red"])
+    with pytest.raises(SystemExit, match="error: The model of the index .*index: ") as error:
+        main()
+    assert len(str(error.value)) < 500 and str(error.value).isprintable()

@@ -49,9 +49,10 @@ def add_lora(model: PreTrainedModel, rank: int, base: str) -> None:
     from peft import LoraConfig
 
     targets = BLIP2_TARGETS if isinstance(model.config, VlpBlip2Config) else TARGETS
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, base_model_name_or_path=public_name(base))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": "vlp"}
     model.add_adapter(config)
+    config.base_model_name_or_path = public_name(base)  # add_adapter has put the path there
 
 
 def note_base(output_dir: str, base: str) -> None:

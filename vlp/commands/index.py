@@ -32,7 +32,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import ArgumentError, CommandParser, UserError, brief, printable, reported_errors
+from ..errors import (
+    ArgumentError,
+    CommandParser,
+    UserError,
+    brief,
+    printable,
+    reported_errors,
+)
 from ..files import check_output, foreign_file, glob_escape, remove_own, usable_path, write_whole, written_files
 from ..inference import Predictor, load
 from ..processing.pictures import PictureError, extensions, read_picture
@@ -106,7 +113,15 @@ class Index:
 
         Returns:
             At most `top_k` pictures, best first.
+
+        Raises:
+            NoIndexError: if the query has another width than the embeddings of the index.
         """
+        if query.numel() != self.embeddings.shape[1]:
+            raise NoIndexError(
+                f"The index {printable(self.folder, 120)} has embeddings of {self.embeddings.shape[1]} numbers, and "
+                f"its model of {query.numel()}: build it again with `vlp-index build`."
+            )
         query, count = query.float().flatten(), min(top_k, len(self))
         near = self.candidates(query, min(4 * count, len(self)), probes)
         best = (self.embeddings[near].float() @ query).topk(min(count, len(near)))  # re-ranked in float32
@@ -151,6 +166,9 @@ def read_index(folder: Path) -> tuple[dict, pa.Table, Tensor]:
         facts = json.loads((folder / name).read_text(encoding="utf-8"))
         if not isinstance(facts, dict) or not isinstance(facts.get("model"), str):
             raise ValueError("it names no model")
+        for name in ("pictures.parquet", "embeddings.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError("is missing, or is not a file")
         name = "pictures.parquet"
         table = pq.read_table(folder / name, memory_map=True)
         wanted = {"path": pa.types.is_string, "size": pa.types.is_integer, "changed": pa.types.is_integer}
@@ -479,7 +497,10 @@ def search(options) -> None:
             f"--top_k must be at least 1 and --probes at least 0, got {options.top_k} and {options.probes}."
         )
     index = Index(usable_path(options.index, "INDEX"))
-    predictor = load(index.facts["model"], "embed")
+    try:
+        predictor = load(index.facts["model"], "embed")
+    except ArgumentError as error:
+        raise NoIndexError(f"The model of the index {printable(options.index, 120)}: {brief(error)[:300]}") from error
     if index.facts.get("identity") != identity_of(predictor):
         raise NoIndexError(
             f"The model {printable(index.facts['model'], 120)} is not the one that the index was built with: build it "
