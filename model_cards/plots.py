@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import printable
+
 RIGHT, WRONG = "#1a7f37", "#57606a"
 
 
@@ -58,12 +60,12 @@ def plot_examples(examples: list[dict], path: Path, columns: int = 4) -> None:
         axis.axis("off")
     for axis, example in zip(axes.flat, examples, strict=False):
         axis.imshow(example["image"])
-        axis.set_title(example["label"], fontsize=9, fontweight="bold", wrap=True, parse_math=False)
+        axis.set_title(printable(example["label"]), fontsize=9, fontweight="bold", wrap=True, parse_math=False)
         for line, (name, probability, right) in enumerate(example["predictions"]):
             colour = RIGHT if right else WRONG
             short = name if len(name) <= 26 else name[:25] + "…"
             share = "" if probability is None else f"  {100 * probability:.0f} %"
-            axis.text(0.5, -0.06 - 0.11 * line, short + share, color=colour, fontsize=8,
+            axis.text(0.5, -0.06 - 0.11 * line, printable(short) + share, color=colour, fontsize=8,
                       ha="center", va="top", transform=axis.transAxes, parse_math=False)  # fmt: skip
     figure.tight_layout()
     figure.savefig(path)
@@ -88,7 +90,8 @@ def plot_confusion(pairs: list[tuple[int, int]], names: list[str], path: Path, m
     place = {number: index for index, number in enumerate(shown)}
     counts, totals = Counter(pairs), Counter(right for right, _ in pairs)
     table = [[counts[row, column] / max(totals[row], 1) for column in place] for row in place]
-    labels = [names[number] if len(names[number]) <= 28 else names[number][:27] + "…" for number in shown]
+    labels = [printable(names[number]) for number in shown]
+    labels = [label if len(label) <= 28 else label[:27] + "…" for label in labels]
     side = 2.5 + 0.3 * len(labels)
     figure, axis = plt.subplots(figsize=(side + 1, side), dpi=90)
     image = axis.imshow(table, cmap="Blues", vmin=0, vmax=1)
@@ -123,7 +126,7 @@ def plot_retrieval(rows: list[tuple[str, list]], path: Path) -> None:
             axis.set_yticks([])
             axis.imshow(image.convert("RGB"))
             axis.spines[:].set(color=RIGHT if right else "#d0d7de", linewidth=3 if right else 0.5)
-        line[0].set_title(f"“{text}”", fontsize=9, fontweight="bold", loc="left", parse_math=False)
+        line[0].set_title(f"“{printable(text)}”", fontsize=9, fontweight="bold", loc="left", parse_math=False)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
@@ -141,6 +144,7 @@ def plot_heatmaps(rows: list[tuple], path: Path, most: int = 6) -> None:
     columns = 1 + max(1, min(most, max(len(heat.words) for _, _, heat in rows)))
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.4 * columns, 1.7 * len(rows)), dpi=90, squeeze=False)
     for line, (image, label, heat) in zip(axes, rows, strict=True):
+        label = printable(label)
         for axis in line:
             axis.axis("off")
         picture = image.convert("RGB")
@@ -151,7 +155,7 @@ def plot_heatmaps(rows: list[tuple], path: Path, most: int = 6) -> None:
         for axis, word, grid in zip(line[1:], heat.words, heat.maps, strict=False):
             axis.imshow(picture.convert("L"), cmap="gray", extent=extent)
             axis.imshow(grid.float().cpu().numpy(), cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
-            axis.set_title(word, fontsize=8, parse_math=False)
+            axis.set_title(printable(word), fontsize=8, parse_math=False)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

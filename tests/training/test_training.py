@@ -380,13 +380,14 @@ def run_in_process(pairs, folder, *words) -> Program:
     )
 
 
-def test_run_resumes_after_ctrl_c(pairs, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_run_resumes_after_a_signal(pairs, tmp_path, number):
     folder = tmp_path / "run"
     process = run_in_process(pairs, folder, "--save_steps", "20")
     deadline = time.time() + 120
     while not states(state_folder(folder)) and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     code, output = process.wait(60)
     assert code == 0, output
     assert "Interrupted at step" in output and "--resume_from_checkpoint latest" in output
@@ -396,6 +397,36 @@ def test_run_resumes_after_ctrl_c(pairs, tmp_path):
     code, output = process.wait(120)
     assert code == 0 and f"step {step}." in output, output
     assert (folder / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_run_ends_with_its_launcher(pairs, tmp_path):
+    """The signal goes to `accelerate launch` alone, which does not pass it on: the run saves its state and ends."""
+    folder = tmp_path / "run"
+    options = vars(arguments(pairs, folder, max_train_steps=100_000, save_steps=20))
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(options))
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [accelerate, "launch", "--cpu", "training", "clip", "--config", tmp_path / "options.yaml"]
+    with (tmp_path / "out.txt").open("w") as out:
+        launcher = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=out, stderr=out)
+        deadline = time.time() + 240
+        while not states(state_folder(folder)) and time.time() < deadline:
+            time.sleep(0.2)
+        launcher.terminate()
+        launcher.wait(60)
+    deadline = time.time() + 60
+    while "Interrupted at step" not in (tmp_path / "out.txt").read_text() and time.time() < deadline:
+        time.sleep(0.2)
+    with files.locked(state_folder(folder), "--output_dir"):  # no process holds it any more
+        output = (tmp_path / "out.txt").read_text()
+    step = int(states(state_folder(folder))[-1].name.removeprefix("step-"))
+    assert f"Interrupted at step {step}." in output, output
+
+
+def test_second_run_in_the_same_folder_is_refused(pairs, tmp_path):
+    with files.locked(state_folder(tmp_path / "run"), "--output_dir"):
+        with pytest.raises(ArgumentError, match="another run is using it"):
+            train(arguments(pairs, tmp_path / "run"))
 
 
 def test_accelerate_launch_command_of_readme(pairs, tmp_path):
