@@ -48,7 +48,7 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
     folder = usable_path(arguments.output_dir, "--output_dir") if arguments.output_dir else default
     check_results(folder, arguments, Path(model) if folder == default and Path(model).is_dir() else folder)
     table = load_rows(arguments.dataset, arguments.split, arguments.image_column, arguments.image_root,
-                      arguments.dataset_config_name, "--dataset")  # fmt: skip
+                      arguments.dataset_config_name, "--dataset", arguments.second_image_column)  # fmt: skip
     pictures = prepare_data(table, arguments, state)
     predictor = load(model, use_of(arguments), state.device, getattr(torch, arguments.dtype))
     outcome = evaluate_task(predictor, pictures)

@@ -17,12 +17,14 @@ def load_data(arguments: TrainingArguments) -> tuple:
     """
     name, rows, eval_rows = arguments.dataset_name, None, None
     class_column = getattr(arguments, "class_column", None)  # CLIP only: zero-shot classification
+    second = getattr(arguments, "second_image_column", "second_image")  # BLIP only: nlvr
     if is_shards(name):
         check_shards(arguments)
     else:
         rows = load_rows(
-            name, arguments.train_split, arguments.image_column, arguments.image_root, arguments.dataset_config_name
-        )
+            name, arguments.train_split, arguments.image_column, arguments.image_root, arguments.dataset_config_name,
+            second_image_column=second,
+        )  # fmt: skip
         for column in arguments.caption_column.split(","):
             require_text(rows, column, name, "--caption_column")
         for column in (arguments.tag_column or "").split(",") if arguments.tag_share else ():
@@ -36,7 +38,9 @@ def load_data(arguments: TrainingArguments) -> tuple:
         image_column = arguments.eval_image_column or arguments.image_column
         config = None if arguments.eval_dataset_name else arguments.dataset_config_name
         option = "--eval_dataset_name" if arguments.eval_dataset_name else "--dataset_name"
-        eval_rows = load_rows(eval_name, arguments.eval_split, image_column, arguments.image_root, config, option)
+        eval_rows = load_rows(
+            eval_name, arguments.eval_split, image_column, arguments.image_root, config, option, second
+        )
         if image_column != arguments.image_column:
             eval_rows = eval_rows.rename_column(image_column, arguments.image_column)
         if not class_column:

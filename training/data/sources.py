@@ -26,7 +26,7 @@ def is_shards(name: str) -> bool:
 
 def load_rows(
     name: str, split: str, image_column: str, image_root: str | None = None, config: str | None = None,
-    option: str = "--dataset_name",
+    option: str = "--dataset_name", second_image_column: str = "second_image",
 ):  # fmt: skip
     """Load a split of a data set without decoding its images.
 
@@ -37,9 +37,11 @@ def load_rows(
         image_root: folder that image paths start from; None: the folder of the data.
         config: configuration of a hub data set.
         option: the option that names the data, for error messages.
+        second_image_column: column with a second image, of data that has one.
 
     Returns:
-        A `datasets.Dataset` with {"bytes": ..., "path": ...} in `image_column`.
+        A `datasets.Dataset` with {"bytes": ..., "path": ...} in `image_column`, and in `second_image_column` if there
+        is one.
 
     Raises:
         ArgumentError: if the data, the split or the column does not exist, or the data is empty.
@@ -49,7 +51,8 @@ def load_rows(
     path = Path(name) if name == EMOJI else usable_path(name, option)
     told = printable(name, 120)
     if path.suffix in TABLES:
-        rows = load_table(path, split, image_column, Path(image_root) if image_root else path.parent, option)
+        rows = load_table(path, split, image_column, Path(image_root) if image_root else path.parent, option,
+                          second_image_column)  # fmt: skip
     elif name != EMOJI and path.exists() and not path.is_dir():
         raise ArgumentError(f"{option} {told} is {kind_of(path)} that is not read; expected {KINDS}.")
     else:
@@ -58,10 +61,18 @@ def load_rows(
     require_column(rows, image_column, told)
     if not len(rows):
         raise ArgumentError(f"{told}, split {split!r}, has no rows.")
-    return with_images(rows, image_column, Path(image_root) if image_root else path, told, path.is_dir())
+    base = Path(image_root) if image_root else path
+    rows = with_images(rows, image_column, base, told, path.is_dir(), "--image_column")
+    second = rows.features.get(second_image_column)
+    images = isinstance(second, datasets.Image) or getattr(second, "dtype", "") in ("string", "large_string", "binary")
+    if second_image_column != image_column and images:
+        rows = with_images(rows, second_image_column, base, told, path.is_dir(), "--second_image_column")
+    return rows
 
 
-def with_images(rows: datasets.Dataset, column: str, base: Path, name: str, is_folder: bool) -> datasets.Dataset:
+def with_images(
+    rows: datasets.Dataset, column: str, base: Path, name: str, is_folder: bool, option: str
+) -> datasets.Dataset:
     """Cast a column to images that are not decoded.
 
     Args:
@@ -70,6 +81,7 @@ def with_images(rows: datasets.Dataset, column: str, base: Path, name: str, is_f
         base: folder that paths start from, in a folder of data.
         name: name of the data, for error messages.
         is_folder: whether the data is a folder, whose paths are relative; those of a table are already complete.
+        option: the option that names the column, for error messages.
 
     Raises:
         ArgumentError: if the column holds neither images, their bytes, nor paths.
@@ -86,7 +98,7 @@ def with_images(rows: datasets.Dataset, column: str, base: Path, name: str, is_f
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ArgumentError(
-            f"--image_column {printable(column, 60)} of {name} must hold images, their bytes or their paths: "
+            f"{option} {printable(column, 60)} of {name} must hold images, their bytes or their paths: "
             f"{brief(error)[:160]}"
         ) from error
 
@@ -165,8 +177,9 @@ def load_with_datasets(
 
 
 def load_table(
-    path: Path, split: str, image_column: str, image_root: Path, option: str = "--dataset_name"
-) -> datasets.Dataset:
+    path: Path, split: str, image_column: str, image_root: Path, option: str = "--dataset_name",
+    second_image_column: str = "second_image",
+) -> datasets.Dataset:  # fmt: skip
     """Load a split of a CSV, TSV, JSON or JSONL file.
 
     The JSON formats of COCO and Karpathy give the columns image, caption and image_id. If there is a column `split`, it
@@ -177,6 +190,8 @@ def load_table(
         split: the split to load.
         image_column: column with the paths of the images.
         image_root: folder that image paths start from.
+        option: the option that names the file, for error messages.
+        second_image_column: column with the paths of second images, of tables that have one.
 
     Raises:
         ArgumentError: if the file does not exist or cannot be read, or the split or the column does not exist.
@@ -226,8 +241,9 @@ def load_table(
             f"{printable(repr(table[image_column][row]), 60)}; expected the path of a picture."
         )
     table[image_column] = [path_of(name, image_root) for name in table[image_column]]
-    if "second_image" in table and all(isinstance(name, str) or name is None for name in table["second_image"]):
-        table["second_image"] = [path_of(name, image_root) for name in table["second_image"]]
+    second = second_image_column
+    if second in table and all(isinstance(name, str) or name is None for name in table[second]):
+        table[second] = [path_of(name, image_root) for name in table[second]]
     return datasets.Dataset.from_dict({text_of(name): column_of(values) for name, values in table.items()})
 
 

@@ -471,3 +471,34 @@ def test_rows_that_are_all_bad_end_the_run_in_one_line(tmp_path, workers):
     with pytest.raises(BadDataError, match="a URL, which is not downloaded.*img2dataset") as error:
         next(batches_of(loader))
     assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["csv", "paths in parquet", "images in parquet"])
+def test_second_images_are_read_as_the_first_ones(tmp_path, monkeypatch, kind):
+    """Their paths start from the same folder, whatever the column's name and the working directory."""
+    paths = {"left": [], "right": [], "caption": ["a", "b"]}
+    for number, colour in enumerate(("red", "green", "blue", "white")):
+        (tmp_path / f"{colour}.png").write_bytes(picture(colour))
+        paths["left" if number % 2 == 0 else "right"].append(f"{colour}.png")
+    name = tmp_path / "pairs.csv"
+    if kind == "csv":
+        datasets.Dataset.from_dict(paths).to_csv(str(name))
+    else:
+        name = tmp_path
+        (tmp_path / "data").mkdir()
+        rows = datasets.Dataset.from_dict(paths)
+        if kind == "images in parquet":
+            for side in ("left", "right"):
+                rows = rows.map(lambda row, side=side: {side: str(tmp_path / row[side])})
+                rows = rows.cast_column(side, datasets.Image())
+        rows.to_parquet(str(tmp_path / "data/train-00000-of-00001.parquet"))
+    monkeypatch.chdir("/")
+    loaded = load_rows(str(name), "train", "left", second_image_column="right")
+    colours = [[picture_of(row, side).getpixel((0, 0)) for side in ("left", "right")] for row in loaded]
+    assert colours == [[(255, 0, 0), (0, 128, 0)], [(0, 0, 255), (255, 255, 255)]]
+
+
+def test_columns_that_only_have_the_name_of_second_images_are_left_alone(tmp_path):
+    (tmp_path / "red.png").write_bytes(picture("red"))
+    (tmp_path / "pairs.json").write_text(json.dumps([{"image": "red.png", "caption": "red", "second_image": 5}]))
+    assert load_rows(str(tmp_path / "pairs.json"), "train", "image")[0]["second_image"] == 5
