@@ -12,7 +12,7 @@ from ..configuration.vision import VlpModifiedResNetConfig
 from .base import VlpPreTrainedModel
 from .losses import draw_hard_negatives, matching_loss, same_pairs, smooth_targets, soft_contrastive_loss
 from .med import LMHead, MedModel, Memory, begin_with, next_token_loss
-from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput
+from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput, compared, with_pooled
 from .resnet import ModifiedResNet
 from .vit import BlipViT
 
@@ -132,12 +132,7 @@ class VlpBlipDualEncoder(VlpBlipPreTrainedModel):
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         flags = self.output_flags(output_hidden_states, output_attentions)
         output = self.text_model(input_ids, mask, pooled_only=pooled_only, pack=pooled_only, **flags)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=None if pooled_only else output.last_hidden_state,
-            pooler_output=self.text_proj(output.last_hidden_state[:, 0]),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        return with_pooled(output, self.text_proj, pooled_only)
 
 
 class MatchesPairs:
@@ -266,86 +261,68 @@ class VlpBlipForPreTraining(VlpBlipMatcher):
         vision = self.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **flags)
         words = self.get_text_features(input_ids, mask, pooled_only=True, return_dict=True, **flags)
         image, text = F.normalize(vision.pooler_output, dim=-1), F.normalize(words.pooler_output, dim=-1)
-        output = pre_training_output(image @ text.T / self.temp, image, text, vision, words)
-        if not return_loss:
-            return output
-        negatives, found = compare_within_batch(output, input_ids, caption_ids, image_ids, self.training)
-        memory = self.text_model.memory_of(vision.last_hidden_state)
-        itm_logits = self.itm_logits(input_ids, mask, memory, *negatives)
-        return add_losses(output, itm_logits, found, self.lm_loss(input_ids, memory))
-
-
-def pre_training_output(logits: Tensor, image: Tensor, text: Tensor, vision, words) -> VlpBlipPreTrainingOutput:
-    """Collect the embeddings of B pairs, without losses.
-
-    Args:
-        logits: (B, B) similarities of images and texts, divided by the temperature.
-        image, text: the embeddings, of unit length.
-        vision, words: the outputs of `get_image_features` and `get_text_features`.
-    """
-    return VlpBlipPreTrainingOutput(
-        logits_per_image=logits,
-        logits_per_text=logits.T,
-        image_embeds=image,
-        text_embeds=text,
-        text_model_output=words,
-        vision_model_output=vision,
-    )
+        logits, losses = image @ text.T / self.temp, {}
+        if return_loss:
+            loss_itc, negatives, found = compare_within_batch(logits, input_ids, caption_ids, image_ids, self.training)
+            memory = self.text_model.memory_of(vision.last_hidden_state)
+            itm_logits = self.itm_logits(input_ids, mask, memory, *negatives)
+            losses = three_losses(loss_itc, itm_logits, found, self.lm_loss(input_ids, memory))
+        return compared(VlpBlipPreTrainingOutput, logits, image, text, vision, words, **losses)
 
 
 def compare_within_batch(
-    output: VlpBlipPreTrainingOutput,
+    logits: Tensor,
     input_ids: Tensor,
     caption_ids: Tensor | None,
     image_ids: Tensor | None,
     training: bool,
     label_smoothing: float = 0.0,
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """Compute the ITC loss within a batch, and draw hard negatives from it.
 
     Args:
-        output: gives `logits_per_image` (B, B), and gets `loss_itc`.
+        logits: (B, B) similarities of images and texts, divided by the temperature.
         input_ids, caption_ids, image_ids: as for `VlpBlipForPreTraining.forward`.
         training: draw the negatives at random; otherwise the same ones in every call.
         label_smoothing: label smoothing of the ITC targets.
 
     Returns:
-        The indices (B,) of the negative image of each text and of the negative text of each image; and a mask (B,),
-        True if a row has a negative.
+        The loss; the indices (B,) of the negative image of each text and of the negative text of each image; and a mask
+        (B,), True if a row has a negative.
     """
     if caption_ids is None:
         caption_ids = (
             (input_ids[:, None] == input_ids).all(dim=-1).int().argmax(dim=1)
         )  # the index of the first equal caption
-    logits = output.logits_per_image
     same = same_pairs(caption_ids) if image_ids is None else same_pairs(caption_ids, image_ids)
     targets = smooth_targets(same, label_smoothing)
-    output.loss_itc = (soft_contrastive_loss(logits, targets) + soft_contrastive_loss(logits.T, targets)) / 2
+    loss = (soft_contrastive_loss(logits, targets) + soft_contrastive_loss(logits.T, targets)) / 2
     with torch.no_grad():
         uniform = (
             torch.rand(2, len(logits), device=logits.device) if training else logits.new_full((2, len(logits)), 0.5)
         )
         image_negatives, found = draw_hard_negatives(logits.T.float(), same, uniform[0])
         text_negatives, _ = draw_hard_negatives(logits.float(), same, uniform[1])
-    return (image_negatives, text_negatives), found
+    return loss, (image_negatives, text_negatives), found
 
 
-def add_losses(
-    output: VlpBlipPreTrainingOutput, itm_logits: Tensor, found: Tensor, loss_lm: Tensor
-) -> VlpBlipPreTrainingOutput:
-    """Add the ITM loss, the LM loss and the sum of the three losses to an output.
+def three_losses(loss_itc: Tensor, itm_logits: Tensor, found: Tensor, loss_lm: Tensor) -> dict[str, Tensor]:
+    """The losses and the ITM logits, as fields of `VlpBlipPreTrainingOutput`.
 
     Args:
-        output: has `loss_itc`.
+        loss_itc: the ITC loss.
         itm_logits: (3 B, 2), see `MatchesPairs.itm_logits`.
         found: (B,) bool, True if a row has a negative.
         loss_lm: the language modelling loss.
     """
-    output.itm_logits = itm_logits[: len(found)]
-    output.loss_itm = matching_loss(itm_logits.float(), *matching_labels(found, found))
-    output.loss_lm = loss_lm
-    output.loss = output.loss_itc + output.loss_itm + output.loss_lm
-    return output
+    loss_itm = matching_loss(itm_logits.float(), *matching_labels(found, found))
+    return {
+        "loss": loss_itc + loss_itm + loss_lm,
+        "loss_itc": loss_itc,
+        "loss_itm": loss_itm,
+        "loss_lm": loss_lm,
+        "itm_logits": itm_logits[: len(found)],
+    }
 
 
 def matching_labels(image_found: Tensor, text_found: Tensor) -> tuple[Tensor, Tensor]:
@@ -402,12 +379,5 @@ class VlpBlipForImageTextRetrieval(VlpBlipMatcher):
         words = self.get_text_features(input_ids, attention_mask, pooled_only=True, return_dict=True, **flags)
         image_embeds, text_embeds = F.normalize(vision.pooler_output, dim=-1), F.normalize(words.pooler_output, dim=-1)
         logits = image_embeds @ text_embeds.T / self.temp  # (B, T)
-        return VlpBlipRetrievalOutput(
-            itm_logits=self.match(input_ids, attention_mask, self.text_model.memory_of(vision.last_hidden_state)),
-            logits_per_image=logits,
-            logits_per_text=logits.T,
-            image_embeds=image_embeds,
-            text_embeds=text_embeds,
-            text_model_output=words,
-            vision_model_output=vision,
-        )
+        itm_logits = self.match(input_ids, attention_mask, self.text_model.memory_of(vision.last_hidden_state))
+        return compared(VlpBlipRetrievalOutput, logits, image_embeds, text_embeds, vision, words, itm_logits=itm_logits)

@@ -14,10 +14,10 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.blip2 import VlpBlip2Config
 from ..configuration.vision import VlpModifiedResNetConfig, VlpViTConfig
 from .base import VlpPreTrainedModel
-from .blip import MatchesPairs, add_losses, compare_within_batch, pre_training_output
+from .blip import MatchesPairs, compare_within_batch, three_losses
 from .losses import language_modelling_loss
 from .med import LMHead, Memory, begin_with
-from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput
+from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput, compared, with_pooled
 from .qformer import QFormerModel
 from .resnet import ModifiedResNet
 from .vit import BlipViT, ViT
@@ -210,12 +210,7 @@ class VlpBlip2Matcher(MatchesPairs, VlpBlip2PreTrainedModel):
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         flags = self.output_flags(output_hidden_states, output_attentions)
         output = self.qformer(input_ids=input_ids, attention_mask=mask, pooled_only=pooled_only, **flags)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=None if pooled_only else output.last_hidden_state,
-            pooler_output=self.text_proj(output.last_hidden_state[:, 0]),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        return with_pooled(output, self.text_proj, pooled_only)
 
     def match(self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory) -> Tensor:
         """Compute ITM logits of texts and images, averaged over the queries.
@@ -325,14 +320,14 @@ class VlpBlip2ForPreTraining(VlpBlip2Matcher):
         vision.pooler_output = self.vision_proj(self.query(memory, past_key_values=cache).last_hidden_state)
         words = self.get_text_features(input_ids, mask, pooled_only=True, return_dict=True, **flags)
         image, text = F.normalize(vision.pooler_output, dim=-1), F.normalize(words.pooler_output, dim=-1)
-        output = pre_training_output(best_query(image, text) / self.temp, image, text, vision, words)
-        if not return_loss:
-            return output
-        negatives, found = compare_within_batch(
-            output, input_ids, caption_ids, image_ids, self.training, label_smoothing
-        )
-        itm_logits = self.itm_logits(input_ids, mask, memory, *negatives)
-        return add_losses(output, itm_logits, found, self.lm_loss(input_ids, cache))
+        logits, losses = best_query(image, text) / self.temp, {}
+        if return_loss:
+            loss_itc, negatives, found = compare_within_batch(
+                logits, input_ids, caption_ids, image_ids, self.training, label_smoothing
+            )
+            itm_logits = self.itm_logits(input_ids, mask, memory, *negatives)
+            losses = three_losses(loss_itc, itm_logits, found, self.lm_loss(input_ids, cache))
+        return compared(VlpBlipPreTrainingOutput, logits, image, text, vision, words, **losses)
 
 
 def best_query(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
@@ -387,12 +382,5 @@ class VlpBlip2ForImageTextRetrieval(VlpBlip2Matcher):
         words = self.get_text_features(input_ids, attention_mask, pooled_only=True, return_dict=True, **flags)
         image_embeds, text_embeds = F.normalize(vision.pooler_output, dim=-1), F.normalize(words.pooler_output, dim=-1)
         logits = best_query(image_embeds, text_embeds) / self.temp  # (B, T)
-        return VlpBlipRetrievalOutput(
-            itm_logits=self.match(input_ids, attention_mask, memory),
-            logits_per_image=logits,
-            logits_per_text=logits.T,
-            image_embeds=image_embeds,
-            text_embeds=text_embeds,
-            text_model_output=words,
-            vision_model_output=vision,
-        )
+        itm_logits = self.match(input_ids, attention_mask, memory)
+        return compared(VlpBlipRetrievalOutput, logits, image_embeds, text_embeds, vision, words, itm_logits=itm_logits)

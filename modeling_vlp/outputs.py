@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
@@ -110,3 +110,42 @@ class VlpBlipRetrievalOutput(ModelOutput):
 
     def to_tuple(self) -> tuple:
         return nested_tuple(self)
+
+
+def with_pooled(output: ModelOutput, projection: nn.Module, pooled_only: bool) -> BaseModelOutputWithPooling:
+    """The output of a text encoder, with its first token projected as `pooler_output` (T, E).
+
+    Args:
+        output: has the `last_hidden_state` (T, N, D); (T, 1, D) if `pooled_only`, which is then left out.
+        projection: from D to E.
+        pooled_only: whether the encoder computed only the first token in its last layer.
+    """
+    return BaseModelOutputWithPooling(
+        last_hidden_state=None if pooled_only else output.last_hidden_state,
+        pooler_output=projection(output.last_hidden_state[:, 0]),
+        hidden_states=output.hidden_states,
+        attentions=output.attentions,
+    )
+
+
+def compared(
+    kind: type[ModelOutput], logits: Tensor, image: Tensor, text: Tensor, vision, words, **more: Tensor
+) -> ModelOutput:
+    """The output of a model that compares B images with T texts.
+
+    Args:
+        kind: the class of the output.
+        logits: (B, T) similarities, divided by the temperature.
+        image, text: the embeddings, of unit length.
+        vision, words: the outputs of `get_image_features` and `get_text_features`.
+        more: further fields.
+    """
+    return kind(
+        logits_per_image=logits,
+        logits_per_text=logits.T,
+        image_embeds=image,
+        text_embeds=text,
+        text_model_output=words,
+        vision_model_output=vision,
+        **more,
+    )

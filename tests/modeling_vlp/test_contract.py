@@ -1,5 +1,7 @@
 """What transformers expects of its models, beyond its common tests (see tests/contract)."""
 
+import dataclasses
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -196,3 +198,14 @@ def test_max_length_means_the_same_as_in_transformers():
         options |= {"eos_token_id": None}
         new = theirs.generate(pixels, with_queries, **options).shape[1] - with_queries.shape[1]
         assert ours.generate(pixels, ids, **options).shape[1] - ids.shape[1] == new
+
+
+@pytest.mark.parametrize("make", [tiny_blip, tiny_blip2])
+def test_tuples_begin_with_the_loss(make):
+    """The order of a tuple is that of the output's fields, whatever the order in which they are computed."""
+    model, batch = make().eval(), tiny_blip_batch()
+    batch["input_ids"] = batch["input_ids"].clamp(max=90)
+    output = model(**batch)
+    fields = [field.name for field in dataclasses.fields(output) if field.name in output]
+    assert list(output) == fields and list(output)[0] == "loss"
+    assert torch.equal(model(**batch, return_dict=False)[0], output.loss)
