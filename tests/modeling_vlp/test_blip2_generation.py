@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-from vlp.modeling_vlp.blip2_generation import language_model_source, load_language_model
+from vlp.modeling_vlp.language_model import language_model_source, load_language_model
 
 import vlp
 

@@ -25,8 +25,8 @@ from transformers import (
     Blip2ForImageTextRetrieval,
     Blip2Processor,
 )
-from vlp.modeling_vlp.blip2_generation import load_language_model
 from vlp.modeling_vlp.exchange.places import ExchangeError
+from vlp.modeling_vlp.language_model import load_language_model
 
 import vlp
 from vlp.conversion import convert

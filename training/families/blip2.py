@@ -15,15 +15,10 @@ from ...errors import ArgumentError, brief
 from ...loading import load_auto_tokenizer, load_model, load_processor, load_weights, read_config
 from ...modeling_vlp.base import adopt
 from ...modeling_vlp.blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
-from ...modeling_vlp.blip2_generation import (
-    ALLOWED,
-    PACKAGE,
-    VlpBlip2ForConditionalGeneration,
-    language_model_source,
-    load_language_model,
-)
+from ...modeling_vlp.blip2_generation import VlpBlip2ForConditionalGeneration
 from ...modeling_vlp.exchange import lavis
 from ...modeling_vlp.exchange.places import ExchangeError, import_state
+from ...modeling_vlp.language_model import ALLOWED, PACKAGE, language_model_source, load_language_model
 from ...processing.blip import VlpBlipProcessor, token_ids
 from ...processing.blip2 import VlpBlip2Processor
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
