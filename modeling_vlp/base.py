@@ -71,6 +71,11 @@ class VlpPreTrainedModel(PublishesCode, PreTrainedModel):
         return {name: getattr(self.config, name) if flag is None else flag for name, flag in flags.items()}
 
 
+def loaded(kind: type[PreTrainedModel], source: "str | PreTrainedModel", **kwargs) -> PreTrainedModel:
+    """A model that is given, or that of a folder or hub name; `kwargs` are options of `from_pretrained`."""
+    return source if isinstance(source, PreTrainedModel) else kind.from_pretrained(source, **kwargs)
+
+
 def adopt(model: PreTrainedModel, find) -> PreTrainedModel:
     """Initialise a model from the tensors of another checkpoint.
 

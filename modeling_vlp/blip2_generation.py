@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput, find_adapter_config_file
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip2 import VlpBlip2Config
-from .base import adopt
+from .base import adopt, loaded
 from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
 from .language_model import load_language_model, plain_config
 
@@ -130,19 +130,19 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
 
     @classmethod
     def from_pre_training(
-        cls, name: str, language_model: PreTrainedModel, language_model_name_or_path: str | None = None,
+        cls, name: str | VlpBlip2ForPreTraining, language_model: PreTrainedModel, language_model_name_or_path=None,
         language_model_file: str | None = None, language_model_revision: str | None = None, **kwargs,
     ) -> "VlpBlip2ForConditionalGeneration":  # fmt: skip
         """Initialise the model from a stage-1 model; the projection is newly initialised.
 
         Args:
-            name: folder or hub name of a `VlpBlip2ForPreTraining` checkpoint.
+            name: a `VlpBlip2ForPreTraining`, or the folder or hub name of one.
             language_model: the language model to attach.
             language_model_name_or_path, language_model_file, language_model_revision: where `from_pretrained` will load
                 the language model from.
             kwargs: options of `from_pretrained` of the stage-1 model.
         """
-        source = VlpBlip2ForPreTraining.from_pretrained(name, **kwargs)
+        source = loaded(VlpBlip2ForPreTraining, name, **kwargs)
         config = VlpBlip2Config(**source.config.to_dict())
         config.text_config = plain_config(language_model)
         config.language_model_name_or_path = language_model_name_or_path

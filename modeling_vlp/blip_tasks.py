@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.blip import VlpBlipConfig
 from ..configuration.text import VlpBlipTextConfig
 from .attention import Attention
-from .base import VlpPreTrainedModel, adopt
+from .base import VlpPreTrainedModel, adopt, loaded
 from .blip import VlpBlipForPreTraining, VlpBlipPreTrainedModel
 from .blip_captioner import with_length
 from .losses import weighted_answer_loss
@@ -121,16 +121,16 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel, GenerationMixin):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     @classmethod
-    def from_pre_training(cls, name: str, **kwargs) -> "VlpBlipForQuestionAnswering":
+    def from_pre_training(cls, name: str | VlpBlipForPreTraining, **kwargs) -> "VlpBlipForQuestionAnswering":
         """Initialise the model from a pre-trained model: the encoder from its encoder, the decoder from its decoder.
 
         The decoder's cross-attention is newly initialised if the image tower and the text model have different widths.
 
         Args:
-            name: folder or hub name of a `VlpBlipForPreTraining` checkpoint.
+            name: a `VlpBlipForPreTraining`, or the folder or hub name of one.
             kwargs: options of `from_pretrained`.
         """
-        source = VlpBlipForPreTraining.from_pretrained(name, **kwargs)
+        source = loaded(VlpBlipForPreTraining, name, **kwargs)
         model, given = cls(source.config), source.state_dict()
         return adopt(model, lambda own: given.get(own.removeprefix("answer_decoder.")))
 
@@ -324,16 +324,16 @@ class VlpBlipForVisualReasoning(VlpBlipPreTrainedModel):
             initialize_as_bert(layer.cross_attention, self.config.text_config)
 
     @classmethod
-    def from_pre_training(cls, name: str, **kwargs) -> "VlpBlipForVisualReasoning":
+    def from_pre_training(cls, name: str | VlpBlipForPreTraining, **kwargs) -> "VlpBlipForVisualReasoning":
         """Initialise the model from a pre-trained model.
 
         The cross-attentions to the two images start from the same weights.
 
         Args:
-            name: folder or hub name of a `VlpBlipForPreTraining` checkpoint.
+            name: a `VlpBlipForPreTraining`, or the folder or hub name of one.
             kwargs: options of `from_pretrained`.
         """
-        source = VlpBlipForPreTraining.from_pretrained(name, **kwargs)
+        source = loaded(VlpBlipForPreTraining, name, **kwargs)
         model, given = cls(source.config), source.state_dict()
         return adopt(model, lambda own: given.get(re.sub(r"\.attention[01]\.", ".attention.", own)))
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
@@ -247,8 +246,7 @@ def load_for_task(name: str, task: str) -> VlpBlipPreTrainedModel:
     option, kind = "--model_name_or_path", MODELS[task]
     saved = read_config(name, option).architectures[0]
     if hasattr(kind, "from_pre_training") and saved == VlpBlipForPreTraining.__name__:
-        load_model(VlpBlipForPreTraining, name, option)  # checks that it is complete
-        return kind.from_pre_training(name, dtype=torch.float32)
+        return kind.from_pre_training(load_model(VlpBlipForPreTraining, name, option))
     if saved != kind.__name__ and saved not in (kind.loads or ()):
         raise ArgumentError(
             f"{option} {printable(name, 120)} is a {saved}, which lacks weights that --task {task} needs: use a "

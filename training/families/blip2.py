@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from ...configuration.blip import VlpBlipConfig
 from ...configuration.blip2 import VlpBlip2Config
 from ...configuration.clip import VlpClipConfig
@@ -287,8 +285,8 @@ def make_stage_2_model(arguments: Blip2Arguments, processor) -> VlpBlip2ForCondi
     except (OSError, ValueError) as error:
         raise ArgumentError(f"--language_model_name_or_path: {brief(error)}") from error
     if name:
-        load_model(VlpBlip2ForPreTraining, name, "--model_name_or_path")  # checks that it is complete
-        return VlpBlip2ForConditionalGeneration.from_pre_training(name, language_model, dtype=torch.float32, **named)
+        source = load_model(VlpBlip2ForPreTraining, name, "--model_name_or_path")
+        return VlpBlip2ForConditionalGeneration.from_pre_training(source, language_model, **named)
     config = new_config(arguments)
     for field, value in named.items():
         setattr(config, field, value)
