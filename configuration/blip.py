@@ -40,11 +40,7 @@ class VlpBlipConfig(PreTrainedConfig):
         self.vision_config = vision_config_from(
             self.vision_config, (VlpBlipViTConfig, VlpModifiedResNetConfig), self.image_text_hidden_size, self
         )
-        if not isinstance(self.text_config, PreTrainedConfig):
-            width = {"encoder_hidden_size": self.vision_config.hidden_size}
-            given = {} if self.text_config is None else self.text_config
-            self.text_config = config_from(
-                width | given if isinstance(given, dict) else given, (VlpBlipTextConfig,), "text_config", self
-            )
+        width = {"encoder_hidden_size": self.vision_config.hidden_size}
+        self.text_config = config_from(self.text_config, (VlpBlipTextConfig,), "text_config", self, width)
         require_width(self, "text model", self.text_config.encoder_hidden_size, self.vision_config.hidden_size)
         super().__post_init__(**kwargs)

@@ -63,10 +63,9 @@ class VlpBlip2Config(PreTrainedConfig):
         own_dim = vision.get("projection_dim") if isinstance(vision, dict) else getattr(vision, "projection_dim", None)
         self.vision_config = vision_config_from(vision, TOWERS, own_dim or self.image_text_hidden_size, self)
         width = self.vision_config.hidden_size
-        if not isinstance(self.qformer_config, PreTrainedConfig):
-            given = {} if self.qformer_config is None else self.qformer_config
-            fields = {"encoder_hidden_size": width} | given if isinstance(given, dict) else given
-            self.qformer_config = config_from(fields, (VlpQFormerConfig,), "qformer_config", self)
+        self.qformer_config = config_from(
+            self.qformer_config, (VlpQFormerConfig,), "qformer_config", self, {"encoder_hidden_size": width}
+        )
         require_width(self, "Q-Former", self.qformer_config.encoder_hidden_size, width)
         if isinstance(self.text_config, dict):
             fields = dict(self.text_config)

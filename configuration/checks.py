@@ -126,7 +126,7 @@ def require_activation(config, name: str = "hidden_act") -> None:
         )
 
 
-def config_from(given, kinds: tuple[type, ...], field: str, owner, **more):
+def config_from(given, kinds: tuple[type, ...], field: str, owner, defaults: dict | None = None, **more):
     """Build the configuration of a part of a model.
 
     Args:
@@ -134,6 +134,7 @@ def config_from(given, kinds: tuple[type, ...], field: str, owner, **more):
         kinds: the allowed configuration classes. "model_type" in the dict selects one; the first is the default.
         field: name of the field, for the error message.
         owner: the configuration that contains the part.
+        defaults: fields that those of the dict override.
         more: further fields, which override those of the dict.
 
     Returns:
@@ -146,7 +147,7 @@ def config_from(given, kinds: tuple[type, ...], field: str, owner, **more):
         return given
     if not isinstance(given, dict) and given is not None:
         raise ValueError(f"{type(owner).__name__}: {field} must be a configuration or its fields, got {shown(given)}.")
-    fields, known = dict(given or {}), {kind.model_type: kind for kind in kinds}
+    fields, known = (defaults or {}) | dict(given or {}), {kind.model_type: kind for kind in kinds}
     name = fields.pop("model_type", kinds[0].model_type)
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"{type(owner).__name__}: {field} has model_type {name!r}; expected one of {sorted(known)}.")

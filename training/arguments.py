@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ArgumentError, brief, printable
+from ..errors import ArgumentError, brief, is_valid, printable
 from ..processing.pictures import MAX_PIXELS
 from ..processing.prompts import TEMPLATES
 
@@ -357,7 +357,7 @@ def check_values(arguments) -> None:
             if name == "seed" and value < 0:
                 raise ArgumentError(f"--seed must not be negative, got {value}.")
         if isinstance(value, str):
-            if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
+            if not is_valid(value):
                 raise ArgumentError(
                     f"--{name} contains a NUL or a character that is not valid UTF-8: {printable(value, 60)}."
                 )

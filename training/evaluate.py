@@ -44,23 +44,24 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.device.type == "cpu":
         use_cpu_well(max(1, cpu_cores() // state.num_processes))
-    default = Path(model) / "evaluations" if Path(model).is_dir() else Path("runs/evaluations") / Path(model).name
+    local = Path(model) if Path(model).is_dir() else None
+    default = local / "evaluations" if local else Path("runs/evaluations") / Path(model).name
     folder = usable_path(arguments.output_dir, "--output_dir") if arguments.output_dir else default
-    check_results(folder, arguments, Path(model) if folder == default and Path(model).is_dir() else folder)
+    root = local if local and folder == default else folder  # whose list of files has the results
+    check_results(folder, arguments, root)
     table = load_rows(arguments.dataset, arguments.split, arguments.image_column, arguments.image_root,
                       arguments.dataset_config_name, "--dataset", arguments.second_image_column)  # fmt: skip
     pictures = prepare_data(table, arguments, state)
     predictor = load(model, use_of(arguments), state.device, getattr(torch, arguments.dtype))
     outcome = evaluate_task(predictor, pictures)
-    name = Path(model).name if Path(model).is_dir() else model
+    name = local.name if local else model
     results = results_of(name, type(predictor.model).__name__, pictures, outcome, state.device.type)
     if state.is_main_process:
-        root = Path(model) if folder == default and Path(model).is_dir() else folder
         path = write_results(folder, results, pictures, outcome, root)
         print(evaluation_table(results))
         more = " and .png" if outcome.confusion else ""
         print(f"Results written to {printable(path)}, with .md{more} files next to it.")
-        if root == Path(model) and (root / RESULTS).is_file():
+        if root == local and (root / RESULTS).is_file():
             update_card(root)
     state.wait_for_everyone()
     return results

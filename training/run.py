@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import reported_errors
 from ..files import check_output, locked, state_folder
+from ..loading import not_finite
 from ..model_cards.card import shown
 from .arguments import TrainingArguments
 from .command_line import parse_command_line
@@ -84,9 +85,8 @@ def run_to_the_end(arguments: TrainingArguments, family: Family) -> None:
 
 def require_finite(model: PreTrainedModel) -> None:
     """Raise FloatingPointError, with the name of a tensor, if a weight is not finite."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FloatingPointError(f"{name} is not finite, so the model is not published: lower --learning_rate.")
+    if name := not_finite(model):
+        raise FloatingPointError(f"{name} is not finite, so the model is not published: lower --learning_rate.")
 
 
 def published_model(run: Run) -> PreTrainedModel:
@@ -148,7 +148,7 @@ def ends_with_its_launcher() -> Iterator[None]:
                 return
 
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch`
-    if launched and hasattr(os, "getppid"):
+    if launched:
         threading.Thread(target=watch, daemon=True).start()
     try:
         yield

@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from transformers.utils import logging as transformers_logging
 
 from ..errors import ArgumentError, printable
-from ..files import check_output, start_anew, state_folder
+from ..files import start_anew, state_folder
 from ..modeling_vlp.resnet import ModifiedResNet
 from ..processing.augmentation import PerImage, ToPixelValues, strong_augmentation
 from .arguments import TrainingArguments
@@ -47,7 +47,6 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
         ArgumentError: if an option is wrong.
         ResumeError: if the state to resume from belongs to another model or recipe.
     """
-    check_output(arguments.output_dir, sources=sources_of(arguments))
     if arguments.push_to_hub:
         check_access()
     if arguments.lora_rank:

@@ -53,6 +53,7 @@ from .files import (
 from .loading import (
     ADAPTERS,
     check_files,
+    holds_model,
     licence_of,
     load_auto_tokenizer,
     load_bert_tokenizer,
@@ -144,7 +145,7 @@ def read_source(source: Path, options) -> Checkpoint:
         raise ExchangeError(f"{source}: no such file or folder.")
     if (source / "open_clip_config.json").is_file():
         return from_open_clip(source)
-    if not any((source / name).is_file() for name in ("config.json", ADAPTERS)):
+    if not holds_model(source):
         raise ExchangeError(
             f"{source} contains neither config.json nor open_clip_config.json: pass a file of weights instead."
         )
@@ -599,11 +600,12 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
         value = getattr(given, name)
         if value is not None and not 1 <= value <= LARGEST:
             raise ArgumentError(f"--{name} must be from 1 to {LARGEST:,}, got {brief(str(value))[:40]}.")
+    place = usable_path(source, "SOURCE")
     try:
-        found = read_source(usable_path(source, "SOURCE"), given)
+        found = read_source(place, given)
     except ExchangeError as error:
         raise ExchangeError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
-    found.licence, found.source = licence_of(usable_path(source, "SOURCE")), printable(Path(source).name)
+    found.licence, found.source = licence_of(place), printable(Path(source).name)
     if given.tokenizer:
         found.tokenizer = tokenizer_of(found, given.tokenizer)
     if given.image_size:

@@ -56,6 +56,11 @@ def shown_as_it_is(character: str) -> bool:
     return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or character == "\u200d"
 
 
+def is_valid(text: str) -> bool:
+    """Whether a text has neither a NUL nor a lone half of a surrogate pair, which no file and no tokenizer takes."""
+    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text)
+
+
 def brief(error: BaseException | str, most: int = LONGEST) -> str:
     """The message of an error on one line of at most `most` characters."""
     lines = (line.strip() for line in str(error).replace("\r", "\n").split("\n"))

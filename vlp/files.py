@@ -40,14 +40,10 @@ def state_folder(output_dir: str | Path) -> Path:
 
 def digest(path: Path) -> str:
     """A digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32] if sys.version_info >= (3, 11) else _digest(file)
-
-
-def _digest(file) -> str:
     found = hashlib.blake2b()
-    for chunk in iter(lambda: file.read(1 << 20), b""):
-        found.update(chunk)
+    with path.open("rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            found.update(chunk)
     return found.hexdigest()[:32]
 
 
@@ -89,6 +85,24 @@ def is_own(folder: Path, path: Path) -> bool:
     """Whether vlp wrote a file of a folder, and nobody has changed it since."""
     known = written_files(folder).get(path.relative_to(folder).as_posix())
     return known is not None and path.is_file() and not path.is_symlink() and digest(path) == known
+
+
+def require_own(folder: Path, path: Path, choice: str = "folder") -> None:
+    """Check that a file of a folder may be replaced; it need not exist.
+
+    Args:
+        folder: the folder whose list has the file.
+        path: the file.
+        choice: what else to choose, for the error message.
+
+    Raises:
+        ArgumentError: if vlp did not write it, or it was changed since.
+    """
+    if os.path.lexists(path) and not is_own(folder, path):
+        told = printable(path, 200)
+        raise ArgumentError(
+            f"{told} was not written by vlp, or was changed since: move it, or choose another {choice}."
+        )
 
 
 def foreign_file(folder: Path) -> Path | None:
@@ -232,9 +246,8 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> Path:
     while place.is_symlink() or (place.exists() and (not place.is_dir() or foreign_file(place))):
         place, number = target.with_name(f"{target.name}-{number}"), number + 1
     if place.is_dir() and any(place.iterdir()):
-        old = written_files(place)
         exchange(fresh, place)
-        remove_own(fresh, [fresh / name for name in old])
+        remove_written(fresh)
         give_back(fresh, place)
     else:
         os.rename(fresh, place)  # an empty folder is replaced
@@ -280,6 +293,11 @@ def exchange(first: Path, second: Path) -> None:
     os.rename(between, first)
 
 
+def remove_written(folder: Path) -> None:
+    """Remove the files of a folder that its list has, and then the folder if nothing else is left in it."""
+    remove_own(folder, [folder / name for name in written_files(folder)])
+
+
 def remove_own(folder: Path, files: Iterable[Path]) -> None:
     """Remove files that vlp wrote, and then the folder if nothing else is left in it."""
     for path in [*files, folder / WRITTEN]:
@@ -308,8 +326,8 @@ def remove_unfinished(target: Path) -> None:
             continue
         with contextlib.suppress(OSError), (folder / WRITTEN).open("r+") as mark:
             lock(mark)
-            if known := written_files(folder):  # it was complete, or had its place before
-                remove_own(folder, [folder / name for name in known])
+            if written_files(folder):  # it was complete, or had its place before
+                remove_written(folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -326,8 +344,7 @@ def write_file(path: Path, content: str | bytes) -> None:
         ArgumentError: if there is a file of this name that vlp did not write, or that was changed since.
     """
     folder = path.parent
-    if os.path.lexists(path) and not is_own(folder, path):
-        raise ArgumentError(f"{path} was not written by vlp, or was changed since: move it, or choose another folder.")
+    require_own(folder, path)
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / f"{UNFINISHED}{os.getpid()}"
     fresh.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -378,7 +395,7 @@ def start_anew(folder: Path) -> None:
     if not earlier:
         return
     for state in states(previous):
-        remove_state(state)
+        remove_written(state)
     for state in earlier:
         previous.mkdir(parents=True, exist_ok=True)
         goal = previous / state.name
@@ -389,8 +406,3 @@ def start_anew(folder: Path) -> None:
 def states(folder: Path) -> list[Path]:
     """The valid states in a folder, oldest first."""
     return sorted(path.parent for path in folder.glob(f"step-*/{STATE_FILE}"))
-
-
-def remove_state(state: Path) -> None:
-    """Remove a state: the files that vlp wrote, and the folder if nothing else is in it."""
-    remove_own(state, [state / name for name in written_files(state)])

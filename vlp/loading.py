@@ -42,6 +42,21 @@ LFS = b"version https://git-lfs"
 NO_CODE = {"trust_remote_code": False}
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder has a model or adapters."""
+    return (folder / "config.json").is_file() or (folder / ADAPTERS).is_file()
+
+
+def holds_adapters(folder: Path) -> bool:
+    """Whether a folder has adapters instead of a model."""
+    return (folder / ADAPTERS).is_file() and not (folder / "config.json").is_file()
+
+
+def told_of(name: str | Path, option: str) -> str:
+    """The name of a model in messages, after the option that gave it, if there is one."""
+    return f"{option} {printable(name, 120)}".strip()
+
+
 # --- what is wrong with a folder --------------------------------------------------------------------------------------
 
 
@@ -57,7 +72,7 @@ def explained(name: str | Path, what: str, option: str = "") -> Iterator[None]:
     Raises:
         UnsupportedModelError: if anything fails.
     """
-    told = f"{option} {printable(name, 120)}".strip()
+    told = told_of(name, option)
     try:
         if Path(name).is_dir():
             check_files(Path(name), told)
@@ -181,12 +196,12 @@ def read_config(name: str | Path, option: str = "") -> PreTrainedConfig:
     Raises:
         UnsupportedModelError: if there is no such model, or its configuration cannot be read.
     """
-    folder, told = Path(name), f"{option} {printable(name, 120)}".strip()
+    folder, told = Path(name), told_of(name, option)
     if not str(name).strip():
         raise UnsupportedModelError(f"{option or 'the model'} must be a folder or a hub name.")
     usable_path(name, option or "the model")
     with explained(name, "the configuration", option):
-        if folder.is_dir() and (folder / ADAPTERS).is_file() and not (folder / "config.json").is_file():
+        if holds_adapters(folder):
             config = read_config(base_of(folder), f"{told}, base model")
             config.architectures = [trained_class(folder) or config.architectures[0]]
             return config
@@ -221,7 +236,7 @@ def row_of(name: str | Path, config: PreTrainedConfig, option: str = "") -> Arch
     try:
         return architecture(config.architectures[0])
     except KeyError as error:
-        told = f"{option} {printable(name, 120)}".strip()
+        told = told_of(name, option)
         raise UnsupportedModelError(f"{told}: {printable(error.args[0], 300)}") from None
 
 
@@ -238,12 +253,12 @@ def load_model(kind: type, name: str | Path, option: str = "", **kwargs) -> PreT
         UnsupportedModelError: if it cannot be loaded, weights are missing, or some are not finite.
     """
     folder = Path(name)
-    if folder.is_dir() and (folder / ADAPTERS).is_file() and not (folder / "config.json").is_file():
+    if holds_adapters(folder):
         return load_adapted(folder, option, **kwargs)
     with explained(name, "the model", option), quiet():
         options = {"dtype": torch.float32} | (NO_CODE if not issubclass(kind, PreTrainedModel) else {}) | kwargs
         model, info = kind.from_pretrained(name, output_loading_info=True, **options)
-    told = f"{option} {printable(name, 120)}".strip()
+    told = told_of(name, option)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("language_model."))
     if missing:
         raise UnsupportedModelError(
@@ -258,16 +273,21 @@ def load_weights(name: str | Path, option: str = "") -> dict[str, Tensor]:
     """Load the tensors in the file model.safetensors of a model. Raises UnsupportedModelError if it cannot be read."""
     with explained(name, "model.safetensors", option):
         if (Path(name) / ADAPTERS).is_file():
-            told = f"{option} {printable(name, 120)}".strip()
+            told = told_of(name, option)
             raise UnsupportedModelError(f"{told} has adapters: merge them with their base model by vlp-convert first.")
         return load_file(cached_file(str(name), "model.safetensors"))
 
 
 def require_finite(model: nn.Module, told: str) -> None:
     """Raise UnsupportedModelError, with the name of a tensor, if a weight is not finite."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UnsupportedModelError(f"{told}: {name} has values that are not finite, so the model cannot be used.")
+    if name := not_finite(model):
+        raise UnsupportedModelError(f"{told}: {name} has values that are not finite, so the model cannot be used.")
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """The name of a weight that is not finite; None if all are."""
+    weights = ((name, tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point())
+    return next((name for name, tensor in weights if not torch.isfinite(tensor).all()), None)
 
 
 def load_processor(name: str | Path, option: str = ""):
@@ -295,7 +315,7 @@ def load_auto_tokenizer(name: str | Path, option: str = "", **kwargs):
         tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE, **kwargs)
         if not hasattr(tokenizer, "backend_tokenizer") or len(tokenizer) == 0:
             raise UnsupportedModelError(
-                f"{option} {printable(name, 120)}: there is no tokenizer.json, or its vocabulary is empty."
+                f"{told_of(name, option)}: there is no tokenizer.json, or its vocabulary is empty."
             )
         return tokenizer
 

@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import free_port, tiny_blip, tiny_pair
 from PIL import Image
 from test_data import picture
@@ -268,3 +269,12 @@ def test_bodies_without_a_length_are_bounded():
     _, received = answer_of(body=b"x" * 30_000_000, host="127.0.0.1", path="/gradio_api/call/classify")
     assert received <= MAX_BODY
     assert answer_of(body=b"x" * 100_000, host="127.0.0.1") == (200, 100_000)
+
+
+def test_index_of_another_model_of_the_same_name_is_reported(demo, place, monkeypatch):
+    demo.build(CLIP, ".", lambda *done: None)
+    monkeypatch.setattr(
+        type(demo.predictor(CLIP, "embed")), "embed_texts", lambda self, texts: torch.ones(len(texts), 3)
+    )
+    with pytest.raises(DemoError, match="built with another model of this name: build it again"):
+        demo.search(CLIP, ".", "a red square", None)

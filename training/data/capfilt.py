@@ -162,11 +162,10 @@ def prepare(folder: Path, arguments: CapFiltArguments) -> None:
     options, path = publishable(dataclasses.asdict(arguments)), folder / OPTIONS_FILE
     if path.is_file():
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            check_object = dict(saved)
+            saved = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, RecursionError) as error:
             raise ResumeError(f"{printable(path, 160)} is damaged: remove the folder, or choose another.") from error
-        if differences := compare(check_object, options):
+        if differences := compare(saved, options):
             shown = "; ".join(printable(line, 90) for line in differences[:3])
             raise ResumeError(f"{printable(folder, 160)} was created with other options: {shown}.")
         return

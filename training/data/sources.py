@@ -95,8 +95,6 @@ def with_images(
             raise ArgumentError(f"its type is {feature.dtype}")
         return rows.cast_column(column, datasets.Image(decode=False))
     except Exception as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
         raise ArgumentError(
             f"{option} {printable(column, 60)} of {name} must hold images, their bytes or their paths: "
             f"{brief(error)[:160]}"

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import ArgumentError, printable
-from ...files import is_own, kind_of, list_files, usable_path
+from ...files import kind_of, list_files, require_own, usable_path
 from ...inference import predictor_of
 from ...model_cards.card import evaluation_table
 from ...model_cards.plots import plot_confusion
@@ -118,12 +118,7 @@ def check_results(folder: Path, arguments: EvaluationArguments, root: Path) -> N
     if os.path.lexists(folder) and not folder.is_dir():
         raise ArgumentError(f"--output_dir {printable(folder, 120)} is {kind_of(folder)}, not a folder.")
     for suffix in (".json", ".md", ".png"):
-        path = folder / f"{file_name(arguments)}{suffix}"
-        if os.path.lexists(path) and not is_own(root, path):
-            raise ArgumentError(
-                f"{printable(path, 200)} was not written by vlp, or was changed since: move it, or choose another "
-                "--output_dir."
-            )
+        require_own(root, folder / f"{file_name(arguments)}{suffix}", "--output_dir")
 
 
 def write_results(

@@ -194,9 +194,8 @@ def number_labels(values: list, names: list[str] | None, column: str) -> tuple[l
             f"--class_column {column}: labels range from {min(given)} to {max(given)}, for {len(names)} names."
         )
     # No prompt can tell classes of the same name apart, so they are one class.
-    distinct = list(dict.fromkeys(names))
-    numbers = [distinct.index(name) for name in names]
-    return [None if value in (None, -1) else numbers[value] for value in values], distinct
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [None if value in (None, -1) else numbers[names[value]] for value in values], list(numbers)
 
 
 def transposed(found: list[tuple]) -> list[list]:

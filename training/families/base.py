@@ -67,11 +67,6 @@ def check_fields(given: dict, kind: type) -> None:
     Raises:
         ArgumentError: if a field does not exist; the message suggests the closest name.
     """
-    if not isinstance(given, dict):
-        raise ArgumentError(
-            f'--model: {kind.__name__} needs an object of fields, such as {{"hidden_size": 256}}, not '
-            f"{printable(repr(given), 60)}."
-        )
     known = [item.name for item in dataclasses.fields(kind)] + ["model_type"]
     for name in given:
         if name not in known:

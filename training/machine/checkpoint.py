@@ -20,7 +20,7 @@ from ...files import (
     exchange,
     kind_of,
     list_files,
-    remove_state,
+    remove_written,
     state_folder,
     states,
     synchronise,
@@ -101,13 +101,13 @@ def save_state(
             synchronise(fresh)
             if target.is_dir():
                 exchange(fresh, target)
-                remove_state(fresh)
+                remove_written(fresh)
             else:
                 os.rename(fresh, target)
         except OSError as problem:
             errors = [str(problem)]
         for old in states(folder)[:-keep]:
-            remove_state(old)
+            remove_written(old)
     if accelerator.is_main_process and errors:
         shutil.rmtree(fresh, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -214,7 +214,7 @@ def load_state(
     if accelerator.is_main_process and path.parent == state_folder(output_dir).absolute():
         for later in states(path.parent):
             if later.name > path.name:
-                remove_state(later)
+                remove_written(later)
     return saved
 
 

@@ -24,10 +24,10 @@ from datasets.utils.py_utils import iter_batched
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-from ..errors import ArgumentError, CommandParser, UserError, brief, printable, reported_errors
+from ..errors import ArgumentError, CommandParser, UserError, brief, is_valid, printable, reported_errors
 from ..files import kind_of, usable_path
 from ..inference import BlipPredictor, Predictor, load
-from ..loading import ADAPTERS
+from ..loading import holds_model
 from ..model_cards.plots import overlay
 from ..modeling_vlp.heatmaps import matching_maps
 from ..processing.pictures import PictureError, read_picture, to_rgb
@@ -62,9 +62,9 @@ class Demo:
 
     def models(self) -> list[str]:
         """The folders of all models, shipped or trained, relative to the root."""
-        names = ("config.json", ADAPTERS)
-        found = {path.parent for place in ("model_cards", "runs") for name in names
-                 for path in self.root.glob(f"{place}/*/{name}")}  # fmt: skip
+        found = [
+            path for place in ("model_cards", "runs") for path in self.root.glob(f"{place}/*") if holds_model(path)
+        ]
         return [path.relative_to(self.root).as_posix() for path in sorted(found)]
 
     def predictor(self, name: str, use: str) -> Predictor:
@@ -78,7 +78,7 @@ class Demo:
             DemoError: if there is no such model, or it does not support the use.
         """
         folder = inside(self.root, name, "models")
-        if not any((folder / file).is_file() for file in ("config.json", ADAPTERS)):
+        if not holds_model(folder):
             listed = ", ".join(self.models()[:8]) or "none"
             raise DemoError(f"{printable(name, 120)} is not a model folder; choose from {listed}.")
         try:
@@ -164,16 +164,18 @@ class Demo:
             raise DemoError("There is no index of this folder for this model yet: build it first.") from None
         predictor = self.predictor(model, "embed")
         require_text(words, "The query", MAX_CHARACTERS)
-        if index.embeddings.shape[1] != predictor.embed_texts(["a"]).shape[1]:
-            raise DemoError("The index was built with another model of this name: build it again.")
         if words.strip():
             query = predictor.embed_texts([bounded(words)])[0]
         elif picture:
             query = predictor.embed_images([opened(picture)])[0]
         else:
             raise DemoError("Enter a query, or choose a picture.")
+        try:
+            hits = index.search(query, RESULTS)
+        except NoIndexError:
+            raise DemoError("The index was built with another model of this name: build it again.") from None
         shown = []
-        for hit in index.search(query, RESULTS):
+        for hit in hits:
             try:
                 path = inside(self.pictures, str(inside(self.pictures, folder, "pictures") / hit.path), "pictures")
                 image = to_rgb(read_picture(path, MAX_PIXELS))
@@ -265,7 +267,6 @@ def inside(root: Path, name: str, what: str) -> Path:
     require_text(name, f"The folder of {what}", MAX_CHARACTERS)
     try:
         path = (root / (name or ".")).resolve()
-        os.path.lexists(path)
         path.exists()
     except (OSError, ValueError, RuntimeError):
         raise DemoError(f"{printable(name, 120)} is not the name of a folder.") from None
@@ -318,7 +319,7 @@ def require_text(value: object, what: str, most: int) -> str:
         raise DemoError(f"{what} must be a text.")
     if len(value) > most:
         raise DemoError(f"{what} has {len(value):,} characters; the maximum is {most:,}.")
-    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
+    if not is_valid(value):
         raise DemoError(f"{what} contains a character that is not valid.")
     return value
 
@@ -521,7 +522,7 @@ def serve(options: argparse.Namespace) -> None:
     """
     if not 0 < options.port < 65536:
         raise ArgumentError(f"--port must be from 1 to 65535, got {printable(options.port, 40)}.")
-    if not options.host.strip() or any("\ud800" <= character <= "\udfff" for character in options.host):
+    if not options.host.strip() or not is_valid(options.host):
         raise ArgumentError(f"--host must be an address, such as 127.0.0.1; got {printable(repr(options.host), 60)}.")
     if options.auth is not None and not all(options.auth.partition(":")):
         raise ArgumentError("--auth must be USER:PASSWORD.")

@@ -40,7 +40,7 @@ from ..errors import (
     printable,
     reported_errors,
 )
-from ..files import check_output, foreign_file, glob_escape, remove_own, usable_path, write_whole, written_files
+from ..files import check_output, foreign_file, glob_escape, remove_written, usable_path, write_whole
 from ..inference import Predictor, load
 from ..processing.pictures import PictureError, extensions, read_picture
 from ..training.data.rows import describe
@@ -297,7 +297,7 @@ def build(
         raise NoIndexError(f"No picture in {folder} can be read: {describe(skipped)}.")
     save(target, kept, known.take(kept), model, folder, faiss, identity)
     for part in known.parts:
-        remove_own(part, [part / name for name in written_files(part)])
+        remove_written(part)
     return skipped
 
 
