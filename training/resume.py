@@ -53,7 +53,7 @@ def resume(run: Run, path: Path) -> None:
         group.update(values)
     run.progress = progress_of(facts["progress"], path)
     run.bad_rows.causes = {key: cause for key, cause in facts["bad_rows"]}
-    run.accelerator.print(f"Resumed from {path}, step {run.progress.step}.")
+    run.accelerator.print(f"Resumed from {printable(path)}, step {run.progress.step}.")
 
 
 def progress_of(saved: dict, path: Path) -> Progress:

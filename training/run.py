@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
-from ..errors import reported_errors
+from ..errors import brief, printable, reported_errors
 from ..files import check_output, locked, state_folder
 from ..loading import not_finite
 from ..model_cards.card import shown
@@ -127,9 +127,9 @@ def save(run: Run) -> bool:
     try:
         path = save_state(run.accelerator, folder, step, state_facts(run), arguments.save_total_limit, run.average)
     except OSError as error:
-        run.accelerator.print(f"warning: {error}")
+        run.accelerator.print(f"warning: {brief(error)}")
         return False
-    run.accelerator.print(f"State saved to {path}.")
+    run.accelerator.print(f"State saved to {printable(path)}.")
     return True
 
 
