@@ -18,6 +18,7 @@ from .arguments import TrainingArguments
 from .data.batches import BadRows, Batch
 from .evaluation.pictures import Pictures
 from .machine.optim import learning_rate_factor
+from .machine.sharding import gathered
 from .objectives.base import Objective
 
 
@@ -105,7 +106,8 @@ def train_step(run: Run, share_done: float) -> dict[str, Tensor]:
             run.optimizer.zero_grad()
     run.objective.after_step()
     if run.average is not None:
-        run.average.update_parameters(run.model)
+        with gathered(run.model.parameters()):
+            run.average.update_parameters(run.model)
     run.progress.step += 1
     return {name: loss.detach() for name, loss in losses.items()}
 

@@ -21,6 +21,7 @@ from .evaluation.results import metrics_of, results_of, write_results
 from .evaluation.tasks import Outcome
 from .loop import Run
 from .machine.checkpoint import store_matrices
+from .machine.hardware import precision_of
 from .machine.hub import push
 
 
@@ -88,7 +89,7 @@ def collect_results(run: Run, model: PreTrainedModel, metrics: dict[str, float])
         "losses": progress.losses,
         "bad_rows": run.bad_rows.describe(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "precision": run.accelerator.mixed_precision,
+        "precision": precision_of(run.accelerator),
         "processes": run.accelerator.num_processes,
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cores,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -91,10 +91,9 @@ def require_finite(model: PreTrainedModel) -> None:
 
 def published_model(run: Run) -> PreTrainedModel:
     """Return the model to publish: the averaged one if there is one; every process must call this."""
-    deepspeed = run.accelerator.distributed_type == DistributedType.DEEPSPEED
-    if run.accelerator.is_fsdp2 or deepspeed:
-        return whole_model(run.model, deepspeed)
-    return run.average.module if run.average is not None else run.model
+    model = run.average.module if run.average is not None else run.model
+    sharded = run.accelerator.is_fsdp2 or run.accelerator.distributed_type == DistributedType.DEEPSPEED
+    return whole_model(model) if sharded else model
 
 
 def log_metrics(run: Run, model: PreTrainedModel, resamples: int) -> list[Outcome]:

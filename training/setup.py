@@ -26,10 +26,10 @@ from .families import Family
 from .loop import Run
 from .machine.adapters import add_lora, check_lora, freeze_statistics, note_base
 from .machine.checkpoint import find_state
-from .machine.hardware import cpu_cores, make_accelerator, start_trackers, use_cpu_well
+from .machine.hardware import cpu_cores, make_accelerator, precision_of, start_trackers, use_cpu_well
 from .machine.hub import check_access
 from .machine.optim import make_optimizer, parameter_groups
-from .machine.sharding import let_layers_precompute, make_shardable, repeated_layers
+from .machine.sharding import let_layers_precompute, make_shardable, repeated_layers, size_of
 from .resume import resume
 
 
@@ -171,10 +171,10 @@ def make_run(
 def describe_run(run: Run) -> None:
     """Print the model, the hardware and the data of a run."""
     arguments, accelerator = run.arguments, run.accelerator
-    count = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
+    count = size_of(run.model) / 1e6
     pairs = "shards" if run.rows is None else f"{len(run.rows):,} training pairs"
     evaluated = f"{run.evaluations[0].used:,} evaluation pairs" if run.evaluations else "no evaluation"
-    print(f"Model: {count:.1f} M parameters, precision {accelerator.mixed_precision}.")
+    print(f"Model: {count:.1f} M parameters, precision {precision_of(accelerator)}.")
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     print(f"Hardware: {accelerator.device.type}, {processes}, {torch.get_num_threads()} CPU threads per process.")
     print(f"Data: {printable(arguments.dataset_name, 200)}, {pairs}, {evaluated}.")

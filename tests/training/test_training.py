@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -47,7 +48,7 @@ from vlp.training.evaluate import evaluate
 from vlp.training.evaluation.arguments import EvaluationArguments
 from vlp.training.evaluation.results import evaluate_model, metrics_of
 from vlp.training.families.clip import CLIP, ClipArguments
-from vlp.training.machine import hardware, hub
+from vlp.training.machine import checkpoint, hardware, hub
 from vlp.training.machine.optim import learning_rate_factor, levels_below_top, make_optimizer, parameter_groups
 from vlp.training.objectives.clip import ClipObjective
 from vlp.training.run import main, require_finite, train
@@ -479,23 +480,70 @@ def test_sharded_run_matches_unsharded_and_resumes_exactly(pairs, tmp_path):
 
 def test_unsupported_sharding_options_raise(pairs, tmp_path, monkeypatch):
     for sharded, options, message in ((True, {"ema_decay": 0.9}, "--ema_decay"), (False, {}, "fsdp_version: 2")):
-        state = SimpleNamespace(is_fsdp2=sharded, distributed_type=DistributedType.FSDP)
+        state = SimpleNamespace(is_fsdp2=sharded, distributed_type=DistributedType.FSDP, num_processes=1)
         monkeypatch.setattr(hardware, "Accelerator", lambda state=state, **given: state)
         with pytest.raises(ArgumentError, match=message):
             train(arguments(pairs, tmp_path / "run", **options))
 
 
-def test_deepspeed_config_receives_batch_size(pairs, tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_run_matches_one_process_and_resumes_exactly(pairs, tmp_path, stage):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install deepspeed)")
+    options = dict(augmentation="none", max_train_steps=4, save_steps=2, save_total_limit=5, ema_decay=0.5)
+    train(arguments(pairs, tmp_path / "one", **options))
+    settings = {"distributed_type": "DEEPSPEED", "num_machines": 1, "num_processes": 2, "deepspeed_config": {
+        "zero_stage": stage, "gradient_accumulation_steps": 1}, "compute_environment": "LOCAL_MACHINE"}  # fmt: skip
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(settings))
+
+    def launch(**more) -> dict:
+        config = tmp_path / "config.yaml"
+        two = arguments(pairs, tmp_path / "two", per_device_train_batch_size=8, **options, **more)
+        config.write_text(yaml.safe_dump(vars(two)))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
+        subprocess.run([*command, "-m", "vlp.training", "clip", "--config", str(config)], check=True, timeout=400,
+                       env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})  # fmt: skip
+        return load_file(tmp_path / "two" / "model.safetensors")
+
+    first = launch()
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["contrastive"] == pytest.approx(b["contrastive"], rel=1e-4)
+    for name, value in load_file(tmp_path / "one" / "model.safetensors").items():
+        assert_close(first[name], value, rtol=1e-2, atol=1e-4, msg=name)  # AdamW amplifies rounding errors
+    second = launch(resume_from_checkpoint=str(states(state_folder(tmp_path / "two"))[0]))
+    assert_close(second, first, rtol=0, atol=0)
+
+
+class Runs:
+    """A pickle of this object writes a file when it is executed."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_pickles_in_states_are_not_executed_whatever_reads_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state": Runs()}, "state.pt")
+    with checkpoint.weights_only(SimpleNamespace(distributed_type=DistributedType.NO)):
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load("state.pt", weights_only=False)  # as DeepSpeed does
+    assert not Path("executed").exists() and checkpoint.FORCE_WEIGHTS_ONLY not in os.environ
+
+
+def test_deepspeed_config_is_completed(pairs, tmp_path, monkeypatch):
     plugin = SimpleNamespace(deepspeed_config={"train_micro_batch_size_per_gpu": "auto"})
     state = SimpleNamespace(
         is_fsdp2=False, distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin),
         num_processes=1,
     )  # fmt: skip
     monkeypatch.setattr(hardware, "Accelerator", lambda **given: state)
-    assert hardware.make_accelerator(arguments(pairs, tmp_path / "run")) is state
-    assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 16
+    assert hardware.make_accelerator(arguments(pairs, tmp_path / "run", mixed_precision="bf16")) is state
+    config = plugin.deepspeed_config
+    assert config["train_micro_batch_size_per_gpu"] == 16 and config["bf16"] == {"enabled": False}
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and hardware.precision_of(state) == "bf16"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ArgumentError, match="each needs a GPU of its own"):
+    with pytest.raises(ArgumentError, match="2 processes were started, but Accelerate connects only 1 of them"):
         hardware.make_accelerator(arguments(pairs, tmp_path / "run"))
 
 

@@ -1,13 +1,15 @@
 """Save and load training states, and convert the weight matrices of a published model to another data type."""
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -29,6 +31,7 @@ from ...files import (
 )
 
 AVERAGE_FILE = "average.safetensors"
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # read by torch.load
 
 
 @torch.no_grad()
@@ -206,7 +209,8 @@ def load_state(
             shown = "; ".join(printable(line, 90) for line in differences[:3])
             raise ResumeError(f"{path} belongs to another {name.split('_')[0]}: {shown}{more}.")
     try:
-        accelerator.load_state(str(path))
+        with weights_only(accelerator):
+            accelerator.load_state(str(path))
         if average is not None:
             average.load_state_dict(load_file(path / AVERAGE_FILE))
     except Exception as error:
@@ -216,6 +220,27 @@ def load_state(
             if later.name > path.name:
                 remove_written(later)
     return saved
+
+
+@contextlib.contextmanager
+def weights_only(accelerator: Accelerator) -> Iterator[None]:
+    """Make every `torch.load` read tensors and plain values alone; DeepSpeed would execute pickles."""
+    classes = []
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed.runtime.fp16 import loss_scaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        classes = [loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum, fragment_address]
+    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(classes):
+            yield
+    finally:
+        os.environ.pop(FORCE_WEIGHTS_ONLY)
+        if before is not None:
+            os.environ[FORCE_WEIGHTS_ONLY] = before
 
 
 def compare(saved: dict, current: dict, prefix: str = "") -> list[str]:

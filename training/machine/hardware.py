@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from transformers.integrations import unset_hf_deepspeed_config
 
 from ...errors import ArgumentError
 from ...files import state_folder
@@ -29,13 +30,16 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
         precision = "bf16" if computes_in_bfloat16() else "no"
     # If only part of the model is trained at first, DDP must not wait for the gradients of the rest.
     partly = getattr(arguments, "contrastive_share", 0.0) > 0
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=partly)]
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # else Accelerate does not connect CPU processes
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
             log_with=None if arguments.report_to == "none" else arguments.report_to,
             project_dir=str(state_folder(arguments.output_dir)),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=partly)],
+            kwargs_handlers=handlers,
         )
     except ValueError as error:
         raise ArgumentError(f"--mixed_precision {precision}, --report_to {arguments.report_to}: {error}") from error
@@ -47,14 +51,41 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ArgumentError("FSDP 1 is not supported: set fsdp_version: 2 in Accelerate's configuration.")
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise ArgumentError(
+            f"{started} processes were started, but Accelerate connects only {accelerator.num_processes} of them: "
+            "choose num_processes, distributed_type and use_cpu in its configuration for this machine."
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        started = int(os.environ.get("WORLD_SIZE", 1))
-        if started != accelerator.num_processes:
-            raise ArgumentError(f"{started} processes were started; with DeepSpeed, each needs a GPU of its own.")
-        # Accelerate does not prepare the data loader, so it cannot know the batch size.
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
+        configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, arguments, precision)
     return accelerator
+
+
+def configure_deepspeed(config: dict, arguments: TrainingArguments, precision: str) -> None:
+    """Complete DeepSpeed's configuration.
+
+    Weights stay in float32 and computations are autocast, as they are without DeepSpeed; DeepSpeed's own "bf16" and
+    "fp16" cast all weights, but not the inputs. Models are built whole in each process, and divided afterwards.
+
+    Args:
+        config: DeepSpeed's configuration, changed in place.
+        arguments: options of the run.
+        precision: "no", "bf16" or "fp16".
+    """
+    config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size  # Accelerate cannot know it
+    if precision != "no":
+        config[precision] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]}
+    unset_hf_deepspeed_config()
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    """Return the precision of a run's computations: "no" (float32), "bf16" or "fp16"."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator.mixed_precision
+    autocast = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {})
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(autocast.get("dtype"), "no")
 
 
 def start_trackers(arguments: TrainingArguments, accelerator: Accelerator) -> None:

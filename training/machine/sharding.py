@@ -1,7 +1,10 @@
-"""FSDP2: prepare a model and its objective for sharding, and gather the model again."""
+"""FSDP2 and DeepSpeed: prepare a model and its objective for sharding, and gather the model again."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -40,22 +43,49 @@ def let_layers_precompute(objective: nn.Module) -> None:
             register_fsdp_forward_method(module, "keys_values")
 
 
-def whole_model(model: PreTrainedModel, by_deepspeed: bool = False) -> PreTrainedModel:
+@contextlib.contextmanager
+def gathered(parameters: Iterable[nn.Parameter], changed: bool = False) -> Iterator[None]:
+    """Gather the parameters that DeepSpeed's ZeRO-3 divides; every process must call this.
+
+    Args:
+        parameters: parameters to read or change. Without ZeRO-3, nothing is done.
+        changed: whether the block changes them, in the same way in each process.
+
+    Yields:
+        Once; until the end of the block, each process has all values.
+    """
+    divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not divided:
+        yield
+        return
+    import deepspeed
+
+    # DeepSpeed keeps small parameters whole between steps, and expects to find them so.
+    kept = [parameter for parameter in divided if parameter.ds_status.name == "AVAILABLE"]
+    with deepspeed.zero.GatheredParameters(divided, modifier_rank=0 if changed else None):
+        yield
+    if kept:
+        kept[0].all_gather(param_list=kept)
+
+
+def size_of(model: nn.Module) -> int:
+    """Return the number of parameters of a model, divided or not."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def whole_model(model: PreTrainedModel) -> PreTrainedModel:
     """Gather a sharded model; every process must call this.
 
     Args:
-        model: sharded model.
-        by_deepspeed: whether DeepSpeed divides it, and not FSDP2.
+        model: model that FSDP2 or DeepSpeed may divide, or a whole one that was prepared for them.
 
     Returns:
         A copy with all parameters, in evaluation mode, to evaluate or save.
     """
-    if not by_deepspeed:
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     else:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):  # does nothing unless ZeRO-3 divides them
+        with gathered(model.parameters()):
             state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     language_model = getattr(model, "language_model", None)
     extra = [] if language_model is None else [type(language_model)(language_model.config)]
@@ -65,6 +95,7 @@ def whole_model(model: PreTrainedModel, by_deepspeed: bool = False) -> PreTraine
     return copy.to(next(iter(state.values())).device)
 
 
-def number(value: Tensor) -> float:
-    """Convert a tensor with one element, sharded or not, to a float; every process must call this."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).item()
+def number(parameter: nn.Parameter) -> float:
+    """Convert a parameter with one element, sharded or not, to a float; every process must call this."""
+    with torch.no_grad(), gathered([parameter]):
+        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).item()

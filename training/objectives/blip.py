@@ -6,7 +6,7 @@ from torch import Tensor
 from ...modeling_vlp.blip import VlpBlipMatcher, matching_labels
 from ...modeling_vlp.losses import draw_hard_negatives, matching_loss, soft_contrastive_loss, soft_targets, unit_length
 from ...modeling_vlp.med import Memory
-from ..machine.sharding import number
+from ..machine.sharding import gathered, number
 from .base import Objective
 from .contrastive import contrastive_loss
 from .distributed import JoinedBatch, weigh_by_count
@@ -53,7 +53,8 @@ class BlipObjective(Objective):
     def before_step(self, step: int, share_done: float = 1.0) -> None:
         """Update the teacher and alpha, and seed the draws. Called once per optimiser step, not per batch."""
         self.contrastive_only = share_done < self.contrastive_share
-        self.model.clamp_temperature()
+        with gathered([self.model.temp], changed=True):
+            self.model.clamp_temperature()
         self.teacher.follow(self.model)
         self.alpha_now.fill_(self.alpha * min(1.0, step / self.alpha_steps if self.alpha_steps else 1.0))
         self.draws.manual_seed(self.seed * 1_000_003 + step)
@@ -67,7 +68,7 @@ class BlipObjective(Objective):
 
     def facts(self) -> dict[str, float]:
         """Values to log in addition to the losses."""
-        return {"temperature": number(self.model.temp.detach()), "alpha": self.alpha_now.item()}
+        return {"temperature": number(self.model.temp), "alpha": self.alpha_now.item()}
 
     def forward(
         self,

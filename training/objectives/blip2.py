@@ -16,7 +16,7 @@ from ...modeling_vlp.losses import (
     unit_length,
 )
 from ...modeling_vlp.med import Memory
-from ..machine.sharding import number
+from ..machine.sharding import gathered, number
 from .base import Objective
 from .distributed import JoinedBatch, weigh_by_count
 
@@ -54,12 +54,13 @@ class Blip2Objective(Objective):
     def before_step(self, step: int, share_done: float = 1.0) -> None:
         """Clamp the temperature and seed the draws of this step."""
         self.contrastive_only = share_done < self.contrastive_share
-        self.model.clamp_temperature()
+        with gathered([self.model.temp], changed=True):
+            self.model.clamp_temperature()
         self.draws.manual_seed(self.seed * 1_000_003 + step)
 
     def facts(self) -> dict[str, float]:
         """Values to log in addition to the losses."""
-        return {"temperature": number(self.model.temp.detach())}
+        return {"temperature": number(self.model.temp)}
 
     def forward(
         self,

@@ -1,11 +1,13 @@
 """CLIP's objective, and SigLIP's."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from ...modeling_vlp.clip import VlpClipModel
 from ...modeling_vlp.losses import unit_length
-from ..machine.sharding import number
+from ..machine.sharding import gathered, number
 from .base import Objective
 from .contrastive import contrastive_loss, sigmoid_loss
 from .distributed import JoinedBatch
@@ -52,11 +54,12 @@ class ClipObjective(Objective):
 
     def after_step(self) -> None:
         """Clamp the scale."""
-        self.model.clamp_logit_scale()
+        with gathered([self.model.logit_scale], changed=True):
+            self.model.clamp_logit_scale()
 
     def facts(self) -> dict[str, float]:
         """Values to log in addition to the losses."""
-        return {"logit_scale": number(self.model.logit_scale.detach().exp())}
+        return {"logit_scale": math.exp(number(self.model.logit_scale))}
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor

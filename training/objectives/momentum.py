@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...modeling_vlp.blip import VlpBlipDualEncoder, VlpBlipMatcher
 from ...modeling_vlp.losses import unit_length
+from ..machine.sharding import gathered
 
 # Shapes: B pairs, K keys (the batch, then the queue), Q queue, E embedding
 
@@ -54,7 +55,8 @@ class Teacher(nn.Module):
         """Update the moving average with the student's weights. Called once per optimiser step."""
         student = dict(model.named_parameters())
         names, own = zip(*self.model.named_parameters(), strict=True)
-        torch._foreach_lerp_(list(own), [student[name].detach() for name in names], 1 - self.momentum)
+        with gathered([student[name] for name in names]), gathered(own, changed=True):
+            torch._foreach_lerp_(list(own), [student[name].detach() for name in names], 1 - self.momentum)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
