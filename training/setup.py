@@ -32,6 +32,8 @@ from .machine.optim import make_optimizer, parameter_groups
 from .machine.sharding import let_layers_precompute, make_shardable, repeated_layers, size_of
 from .resume import resume
 
+LARGEST_BATCH = 10  # times the number of rows, in one optimiser step
+
 
 def set_up(arguments: TrainingArguments, family: Family) -> Run:
     """Build everything that a run needs, and resume it from a training state if the options name one.
@@ -75,6 +77,7 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
     if arguments.resume_from_checkpoint:
         state = find_state(arguments.resume_from_checkpoint, arguments.output_dir)
     check_learnable(arguments, rows)
+    check_batch(arguments, rows, accelerator.num_processes)
     if accelerator.is_main_process:
         describe_run(run)
         if state is None:
@@ -113,6 +116,17 @@ def check_learnable(arguments: TrainingArguments, rows: Dataset | None) -> None:
         raise ArgumentError(
             f"There is nothing to learn from {printable(arguments.dataset_name, 120)}: all {len(rows):,} rows have the "
             f"caption {printable(repr(next(iter(found))), 80)}. Choose another column with --caption_column."
+        )
+
+
+def check_batch(arguments: TrainingArguments, rows: Dataset | None, processes: int) -> None:
+    """Raise ArgumentError if one optimiser step would see the data many times, which is almost certainly a mistake."""
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
+    if rows is not None and batch > LARGEST_BATCH * max(len(rows), 1000):
+        raise ArgumentError(
+            f"--per_device_train_batch_size {arguments.per_device_train_batch_size} x --gradient_accumulation_steps "
+            f"{arguments.gradient_accumulation_steps} x {processes} processes is {batch:,} pairs for each step, but "
+            f"the data has {len(rows):,} rows: choose a smaller batch."
         )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -314,6 +315,9 @@ def test_capfilt_keeps_matching_captions_and_resumes(web, tuned, tmp_path, pairs
     shards[1].unlink()
     capfilt(settings)  # as after an interruption: only the missing shard is computed again, with the same result
     assert {path.name: path.read_bytes() for path in shards} == before
+    twin = shutil.copytree(settings.captioner, tmp_path / "elsewhere" / Path(settings.captioner).name)
+    with pytest.raises(ResumeError, match="created with other options: another folder of"):
+        capfilt(dataclasses.replace(settings, captioner=str(twin)))
     with pytest.raises(ResumeError, match="created with other options: top_p was 0.9 and is now 0.5"):
         capfilt(dataclasses.replace(settings, top_p=0.5))
     train(arguments(tmp_path / "new", tmp_path / "again", eval_split=None, max_train_steps=2))

@@ -500,7 +500,13 @@ def test_deepspeed_run_matches_one_process_and_resumes_exactly(pairs, tmp_path, 
         config = tmp_path / "config.yaml"
         two = arguments(pairs, tmp_path / "two", per_device_train_batch_size=8, **options, **more)
         config.write_text(yaml.safe_dump(vars(two)))
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(tmp_path / "accelerate.yaml"),
+        ]
         subprocess.run([*command, "-m", "vlp.training", "clip", "--config", str(config)], check=True, timeout=400,
                        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})  # fmt: skip
         return load_file(tmp_path / "two" / "model.safetensors")
@@ -545,6 +551,15 @@ def test_deepspeed_config_is_completed(pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ArgumentError, match="2 processes were started, but Accelerate connects only 1 of them"):
         hardware.make_accelerator(arguments(pairs, tmp_path / "run"))
+
+
+def test_batches_far_larger_than_the_data_are_refused(pairs, tmp_path):
+    for options in ({"per_device_train_batch_size": 1_000_000}, {"gradient_accumulation_steps": 100_000}):
+        with pytest.raises(
+            ArgumentError, match="pairs for each step, but the data has .* rows: choose a smaller batch"
+        ):
+            train(arguments(pairs, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
 
 
 def test_tracker_that_is_not_installed_is_refused(pairs, tmp_path):

@@ -5,6 +5,7 @@ wrong captions that the captioner generated (table 13 of the paper).
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections import Counter
@@ -29,6 +30,7 @@ from .rows import BadRow, CaptionChooser, describe, picture_id, picture_of
 from .sources import is_shards, load_rows, require_text
 
 OPTIONS_FILE = "capfilt.json"
+DIGEST = "options_digest"  # of all options as they were given
 CARD = """---
 configs:
 - config_name: default
@@ -159,13 +161,19 @@ def prepare(folder: Path, arguments: CapFiltArguments) -> None:
         ResumeError: if the options differ; the message lists the differences.
         ArgumentError: if the folder holds other files.
     """
-    options, path = publishable(dataclasses.asdict(arguments)), folder / OPTIONS_FILE
+    options, path = dataclasses.asdict(arguments), folder / OPTIONS_FILE
+    given = digest_of(options)
+    options = publishable(options)
     if path.is_file():
         try:
             saved = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, RecursionError) as error:
             raise ResumeError(f"{printable(path, 160)} is damaged: remove the folder, or choose another.") from error
-        if differences := compare(saved, options):
+        digest = saved.pop(DIGEST, given)
+        differences = compare(saved, options)
+        if digest != given and not differences:
+            differences = ["another folder of --dataset_name, --image_root, --captioner or --filter"]
+        if differences:
             shown = "; ".join(printable(line, 90) for line in differences[:3])
             raise ResumeError(f"{printable(folder, 160)} was created with other options: {shown}.")
         return
@@ -177,7 +185,14 @@ def prepare(folder: Path, arguments: CapFiltArguments) -> None:
     for name in ("data", "dropped"):
         (folder / name).mkdir(parents=True)
     (folder / "README.md").write_text(CARD % options["dataset_name"])
-    path.write_text(json.dumps(options, indent=1) + "\n")
+    path.write_text(json.dumps(options | {DIGEST: given}, indent=1) + "\n")
+
+
+def digest_of(options: dict) -> str:
+    """Return a digest of the options as given. Published names leave out local paths, so two models could share one."""
+    whole = {name: os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
+             for name, value in options.items() if name != "output_dir"}  # fmt: skip
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def make_shard(models: CapFilt, rows, target: Path, dropped: Path, arguments: CapFiltArguments) -> Counter:
