@@ -4,23 +4,29 @@ import math
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checks import config_from, require_finite, require_positive
+from .checks import config_from, require_finite, require_fraction, require_positive
 from .text import VlpClipTextConfig, VlpSiglipTextConfig
-from .vision import VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig, vision_config_from
+from .towers import VlpTextTowerConfig, VlpVisionTowerConfig
+from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig, vision_config_from
 
-VISION = (VlpViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig)
-TEXT = (VlpClipTextConfig, VlpSiglipTextConfig)
+VISION = (VlpViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpBlipViTConfig, VlpVisionTowerConfig)
+TEXT = (VlpClipTextConfig, VlpSiglipTextConfig, VlpTextTowerConfig)
 
 
 class VlpClipConfig(PreTrainedConfig):
     """Configuration of a `VlpClipModel`.
 
     Args:
-        vision_config: a `VlpViTConfig`, `VlpModifiedResNetConfig` or `VlpSiglipViTConfig`, or a dict of its fields, in
-            which "model_type" selects the class (default: `VlpViTConfig`).
-        text_config: a `VlpClipTextConfig` or `VlpSiglipTextConfig`, or a dict of its fields, in which "model_type"
-            selects the class (default: `VlpClipTextConfig`).
+        vision_config: a `VlpViTConfig`, `VlpModifiedResNetConfig`, `VlpSiglipViTConfig`, `VlpBlipViTConfig`, or a
+            `VlpVisionTowerConfig` for any image encoder of transformers; or a dict of its fields, in which "model_type"
+            selects the class (default: `VlpViTConfig`).
+        text_config: a `VlpClipTextConfig`, `VlpSiglipTextConfig`, or a `VlpTextTowerConfig` for any text encoder of
+            transformers; or a dict of its fields, in which "model_type" selects the class (default:
+            `VlpClipTextConfig`).
         projection_dim: width of the shared embedding space; with SigLIP's image tower, it must equal the tower's width.
+        projection_hidden_size: width of the hidden layer of the projections; None: the projections are linear, as in
+            CLIP. A ResNet and SigLIP's image tower project in their pooling, which does not change.
+        projection_dropout: dropout probability (0 to 1) of that hidden layer.
         logit_scale_init_value: natural logarithm of the initial logit scale: ln(1/0.07) for CLIP, ln(10) for SigLIP.
         logit_bias_init_value: initial bias of the sigmoid loss (-10 for SigLIP); None for a model without a bias.
 
@@ -37,11 +43,16 @@ class VlpClipConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
+    projection_hidden_size: int | None = None
+    projection_dropout: float = 0.0
     logit_scale_init_value: float = math.log(1 / 0.07)
     logit_bias_init_value: float | None = None
 
     def __post_init__(self, **kwargs):
         require_positive(self, "projection_dim")
+        if self.projection_hidden_size is not None:
+            require_positive(self, "projection_hidden_size")
+        require_fraction(self, "projection_dropout")
         require_finite(self, "logit_scale_init_value")
         self.logit_scale_init_value = float(self.logit_scale_init_value)
         if self.logit_bias_init_value is not None:

@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig
 from ..architectures import architecture
 from ..configuration.blip import VlpBlipConfig
 from ..configuration.blip2 import VlpBlip2Config
+from ..configuration.clip import VlpClipConfig
+from ..configuration.towers import VlpTextTowerConfig, VlpVisionTowerConfig
 from ..configuration.vision import VlpModifiedResNetConfig
 from ..errors import ArgumentError, printable
 from ..loading import read_config
@@ -371,6 +373,8 @@ def describe_architecture(config: PreTrainedConfig) -> list[tuple[str, str]]:
     if isinstance(vision, VlpModifiedResNetConfig):
         tower = f"ModifiedResNet, {'-'.join(map(str, vision.depths))} blocks, stem {vision.embedding_size}, "
         tower += f"last stage {vision.hidden_size}, attention pooling"
+    elif isinstance(vision, VlpVisionTowerConfig):
+        tower = f"{kind_of_tower(vision)}, {vision.hidden_size} features, pooling: {vision.pooling}"
     else:
         tower = f"ViT, {layers(vision.num_hidden_layers)} of {vision.hidden_size}, {vision.num_attention_heads} heads, "
         tower += f"patches of {vision.patch_size} px, {vision.hidden_act}"
@@ -378,17 +382,30 @@ def describe_architecture(config: PreTrainedConfig) -> list[tuple[str, str]]:
     if isinstance(config, VlpBlip2Config):
         return [("Image tower", f"{tower}{', frozen' if config.freeze_vision else ''}"), *describe_qformer(config)]
     text = config.text_config
+    if isinstance(text, VlpTextTowerConfig):
+        words = f"{kind_of_tower(text)}, {text.hidden_size} features, pooling: {text.pooling}, "
+        words += f"{text.vocab_size} tokens, at most {text.max_position_embeddings} per caption"
+        return [("Image tower", tower), ("Text tower", words), shared_space(config)]
     size = f"{layers(text.num_hidden_layers)} of {text.hidden_size}, {text.num_attention_heads} heads, "
     size += f"{text.hidden_act}, {text.vocab_size} tokens, at most {text.max_position_embeddings} per caption"
     if isinstance(config, VlpBlipConfig):
         kind, width = "Mixture of encoder and decoder (MED)", config.image_text_hidden_size
     else:
         kind, width = "Causal Transformer", config.projection_dim
-    return [
-        ("Image tower", tower),
-        ("Text tower", f"{kind}, {size}"),
-        ("Shared space", f"{width} dimensions"),
-    ]
+    space = shared_space(config) if isinstance(config, VlpClipConfig) else ("Shared space", f"{width} dimensions")
+    return [("Image tower", tower), ("Text tower", f"{kind}, {size}"), space]
+
+
+def kind_of_tower(config: VlpVisionTowerConfig | VlpTextTowerConfig) -> str:
+    """What a tower of transformers is: its model type, or timm's name of it."""
+    return getattr(config.tower, "architecture", None) or config.tower.model_type
+
+
+def shared_space(config: VlpClipConfig) -> tuple[str, str]:
+    """The row for the shared space of a CLIP."""
+    hidden = config.projection_hidden_size
+    more = f", projections with a hidden layer of {hidden}" if hidden else ""
+    return "Shared space", f"{config.projection_dim} dimensions{more}"
 
 
 def describe_qformer(config: VlpBlip2Config) -> list[tuple[str, str]]:

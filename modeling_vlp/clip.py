@@ -10,7 +10,8 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.clip import VlpClipConfig
 from ..configuration.text import VlpSiglipTextConfig
-from ..configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig
+from ..configuration.towers import VlpTextTowerConfig, VlpVisionTowerConfig
+from ..configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig
 from .base import VlpPreTrainedModel
 from .known_texts import KnownTexts
 from .losses import clip_loss, siglip_loss
@@ -18,11 +19,30 @@ from .outputs import VlpClipOutput
 from .resnet import ModifiedResNet
 from .siglip import SiglipTextTransformer, SiglipViT
 from .text import TextTransformer
-from .vit import ViT
+from .towers import TextTower, VisionTower
+from .vit import BlipViT, ViT
 
 MAX_LOGIT_SCALE = math.log(100)
+# By model type: if the code is loaded from a model's folder, a class can exist twice.
+VISION_TOWERS = {VlpModifiedResNetConfig.model_type: ModifiedResNet, VlpSiglipViTConfig.model_type: SiglipViT,
+                 VlpBlipViTConfig.model_type: BlipViT, VlpVisionTowerConfig.model_type: VisionTower}  # fmt: skip
+TEXT_TOWERS = {VlpSiglipTextConfig.model_type: SiglipTextTransformer, VlpTextTowerConfig.model_type: TextTower}
+PROJECTED = (VlpModifiedResNetConfig.model_type, VlpSiglipViTConfig.model_type)  # towers whose pooling projects
 
 # Shapes: B images, T captions, N tokens, C channels, S image side, E embedding
+
+
+class ProjectionHead(nn.Sequential):
+    """A projection with one hidden layer: (..., width) -> (..., size)."""
+
+    def __init__(self, width: int, hidden_size: int, size: int, dropout: float):
+        super().__init__(
+            nn.LayerNorm(width),
+            nn.Linear(width, hidden_size),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_size, size, bias=False),
+        )
 
 
 class VlpClipModel(VlpPreTrainedModel):
@@ -42,21 +62,25 @@ class VlpClipModel(VlpPreTrainedModel):
     def __init__(self, config: VlpClipConfig):
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
-        # By model type: if the code is loaded from a model's folder, a class can exist twice.
-        towers = {VlpModifiedResNetConfig.model_type: ModifiedResNet, VlpSiglipViTConfig.model_type: SiglipViT}
-        is_siglip = text.model_type == VlpSiglipTextConfig.model_type
-        self.vision_model = towers.get(vision.model_type, ViT)._from_config(vision)
-        self.text_model = (SiglipTextTransformer if is_siglip else TextTransformer)._from_config(text)
+        self.vision_model = VISION_TOWERS.get(vision.model_type, ViT)._from_config(vision)
+        self.text_model = TEXT_TOWERS.get(text.model_type, TextTransformer)._from_config(text)
         self.visual_projection = nn.Identity()  # the ResNet and SigLIP need none after attention pooling
-        if vision.model_type not in towers:
-            self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=is_siglip)
+        if vision.model_type not in PROJECTED:
+            self.visual_projection = self.projection(vision.hidden_size)
+        self.text_projection = self.projection(text.hidden_size, text.model_type == VlpSiglipTextConfig.model_type)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.logit_bias = None
         if config.logit_bias_init_value is not None:
             self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value))
         self.known_texts = KnownTexts()
         self.post_init()
+
+    def projection(self, width: int, bias: bool = False) -> nn.Module:
+        """Build a projection from a tower's width to the shared space."""
+        config = self.config
+        if config.projection_hidden_size is None:
+            return nn.Linear(width, config.projection_dim, bias=bias)
+        return ProjectionHead(width, config.projection_hidden_size, config.projection_dim, config.projection_dropout)
 
     def initialize(self) -> None:
         for projection in (self.visual_projection, self.text_projection):
@@ -69,10 +93,10 @@ class VlpClipModel(VlpPreTrainedModel):
             init.constant_(self.logit_bias, self.config.logit_bias_init_value)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.embeddings.token_embedding
+        return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.embeddings.token_embedding = value
+        self.text_model.set_input_embeddings(value)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -152,6 +152,9 @@ class TrainingArguments:
         shown=True,
     )
     learning_rate: float = option(5e-4, "peak learning rate", shown=True)
+    tower_learning_rate: float | None = option(
+        None, "peak learning rate of the towers, for pre-trained ones; --learning_rate if not given", shown=True
+    )
     weight_decay: float = option(
         0.2, "weight decay of matrices; not applied to gains, biases, logit scale and position embeddings", shown=True
     )
@@ -235,6 +238,7 @@ class TrainingArguments:
             "save_minutes",
             "shard_size",
             "num_threads",
+            "tower_learning_rate",
         ):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ArgumentError(f"--{name} must be positive, got {getattr(self, name)}.")
@@ -244,7 +248,7 @@ class TrainingArguments:
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "num_workers", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
-        if self.max_length < 3:
+        if self.max_length is not None and self.max_length < 3:
             raise ArgumentError(f"--max_length must be at least 3 (start, one token, end), got {self.max_length}.")
         if self.adam_beta1 == 1 or self.adam_beta2 == 1 or self.ema_decay == 1:
             raise ArgumentError(
@@ -295,7 +299,7 @@ class TrainingArguments:
 
 def require_at_least_one(arguments, *names: str) -> None:
     for name in names:
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ArgumentError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
 
 
@@ -323,6 +327,7 @@ MOST: dict[str, float] = {
     "batch_size": 1_000_000,
     "gradient_accumulation_steps": 1_000_000,
     "micro_batch_size": 1_000_000,
+    "cached_views": 1000,
     "queue_size": 10_000_000,
     "num_beams": 1000,
     "eval_num_beams": 1000,

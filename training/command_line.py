@@ -28,14 +28,19 @@ class Task:
         arguments: dataclass of its options.
         recipe: name of its default recipe.
         text: short description for --help.
+        recipe_with_towers: name of the default recipe if an option of TOWERS is given; None: the same one.
     """
 
     arguments: type
     recipe: str
     text: str
+    recipe_with_towers: str | None = None
 
 
-TASKS = {family.name: Task(family.arguments, family.recipe, family.text) for family in FAMILIES.values()} | {
+TOWERS = ("image_tower", "text_tower", "vision_tower")
+TASKS = {
+    each.name: Task(each.arguments, each.recipe, each.text, each.recipe_with_towers) for each in FAMILIES.values()
+} | {  # fmt: skip
     "capfilt": Task(
         CapFiltArguments, "capfilt", "Caption web images and filter captions with fine-tuned BLIPs (CapFilt)"
     ),
@@ -58,7 +63,10 @@ def parse(arguments: list[str], task: str = "clip"):
         SystemExit: if an option is unknown, as argparse does.
     """
     parser = build_parser(task)
-    recipe = parser.parse_known_args(arguments)[0].config
+    given = parser.parse_known_args(arguments)[0]
+    recipe = given.config
+    if recipe == TASKS[task].recipe and any(getattr(given, name, None) for name in TOWERS):
+        recipe = TASKS[task].recipe_with_towers or recipe
     values = read_recipe(recipe, TASKS[task].arguments)
     parser.set_defaults(**values)
     parsed = vars(parser.parse_args(arguments))

@@ -1,5 +1,6 @@
 """Set up a run: data, processor, model, objective, optimiser and batches."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from ..processing.augmentation import PerImage, ToPixelValues, strong_augmentati
 from .arguments import TrainingArguments
 from .data.batches import BadRows, Collator, batches_of, train_loader
 from .data.build import load_data
+from .data.cached_pairs import CachedPairs, compute_pairs
 from .data.rows import CaptionChooser, make_chooser, stable_id, texts_of
 from .data.samples import DrawSampler, PairDataset, SampleMaker
 from .data.shards import ShardDataset, expand
@@ -87,8 +89,12 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
     if state is not None:
         resume(run, state)
     collator = Collator(processor, arguments.max_length, getattr(arguments, "prompt", ""))
-    dataset, sampler = make_dataset(run, make_maker(run, family, chooser))
-    run.batches = batches_of(train_loader(arguments, dataset, sampler, collator))
+    maker = make_maker(run, family, chooser)
+    dataset, sampler = make_dataset(run, maker)
+    if getattr(arguments, "cache_features", False):
+        run.batches = cached_pairs(run, maker, collator).batches(sampler, arguments.per_device_train_batch_size)
+    else:
+        run.batches = batches_of(train_loader(arguments, dataset, sampler, collator))
     return run
 
 
@@ -151,7 +157,9 @@ def make_run(
         make_shardable(objective)
     if accelerator.is_fsdp2:
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = repeated_layers(objective)
-    groups = parameter_groups(model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay)
+    groups = parameter_groups(
+        model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay, arguments.tower_learning_rate
+    )
     optimizer = make_optimizer(groups, arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon)
     average = None
     objective.to(accelerator.device)
@@ -196,8 +204,13 @@ def describe_run(run: Run) -> None:
 
 def to_pixel_values(arguments: TrainingArguments, image_processor) -> Callable[[Tensor], Tensor]:
     """Return the function that augments and normalises batches on the device; cached features are left as they are."""
-    if getattr(arguments, "cache_vision_features", False):
+    if getattr(arguments, "cache_vision_features", False) or getattr(arguments, "cache_features", False):
         return lambda states: states
+    return augmentation_on_device(arguments, image_processor)
+
+
+def augmentation_on_device(arguments: TrainingArguments, image_processor) -> ToPixelValues:
+    """Return the function that augments and normalises batches of images on the device."""
     augment = strong_augmentation if arguments.augmentation == "strong" else None
     return ToPixelValues(image_processor.image_mean, image_processor.image_std, augment)
 
@@ -246,6 +259,24 @@ def per_image(arguments: TrainingArguments, processor) -> PerImage:
         return PerImage(arguments.image_size, "random", arguments.crop_scale, arguments.horizontal_flip,
                         arguments.random_augment)  # fmt: skip
     return PerImage(arguments.image_size, "middle" if processor.image_processor.do_center_crop else "squeeze")
+
+
+def cached_pairs(run: Run, maker: SampleMaker, collator: Collator) -> CachedPairs:
+    """Run the locked towers on all rows, unless that was done before; the main process does it, the others wait."""
+    arguments, accelerator, model = run.arguments, run.accelerator, run.model
+    names = ("augmentation", "crop_scale", "horizontal_flip", "random_augment", "image_size", "max_length",
+             "image_column", "max_image_pixels", "seed")  # fmt: skip
+    facts = {name: getattr(arguments, name) for name in names} | {
+        "chooser": dataclasses.asdict(maker.chooser), "images": run.processor.image_processor.to_dict(),
+        "precision": precision_of(accelerator), "tokenizer": run.processor.tokenizer.backend_tokenizer.to_str(),
+    }  # fmt: skip
+    with accelerator.main_process_first(), accelerator.autocast():
+        folder = compute_pairs(
+            run.rows, maker, collator, arguments.cached_views, model.vision_model,
+            model.text_model if arguments.lock_text_tower else None,
+            augmentation_on_device(arguments, run.processor.image_processor), facts, arguments.seed,
+        )  # fmt: skip
+    return CachedPairs(folder)
 
 
 def make_dataset(run: Run, maker: SampleMaker) -> tuple[PairDataset | ShardDataset, Sampler | None]:

@@ -23,6 +23,7 @@ from .configuration.blip import VlpBlipConfig
 from .configuration.blip2 import VlpBlip2Config
 from .configuration.clip import VlpClipConfig
 from .configuration.text import VlpBlipTextConfig, VlpClipTextConfig, VlpQFormerConfig, VlpSiglipTextConfig
+from .configuration.towers import VlpTextTowerConfig, VlpVisionTowerConfig
 from .configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig
 from .modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTraining
 from .modeling_vlp.blip2 import VlpBlip2ForImageTextRetrieval, VlpBlip2ForPreTraining
@@ -62,7 +63,9 @@ __all__ = [
     "VlpQFormerConfig",
     "VlpSiglipTextConfig",
     "VlpSiglipViTConfig",
+    "VlpTextTowerConfig",
     "VlpViTConfig",
+    "VlpVisionTowerConfig",
 ]
 
 PIPELINE = "vlp.processing.pipeline.VlpZeroShotImageClassificationPipeline"  # by name, to import it only when used
@@ -124,7 +127,8 @@ MODEL_TYPES = [
 ]
 TOWERS = (
     VlpViTConfig, VlpSiglipViTConfig, VlpBlipViTConfig, VlpModifiedResNetConfig,
-    VlpClipTextConfig, VlpSiglipTextConfig, VlpBlipTextConfig, VlpQFormerConfig,
+    VlpClipTextConfig, VlpSiglipTextConfig, VlpBlipTextConfig, VlpQFormerConfig, VlpVisionTowerConfig,
+    VlpTextTowerConfig,
 )  # fmt: skip
 
 

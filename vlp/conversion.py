@@ -11,6 +11,7 @@ Preprocessing and tokenizer are converted too if the source has them.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import tempfile
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, snapshot_download
 from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -33,14 +34,16 @@ from transformers import (
     SiglipImageProcessor,
     SiglipProcessor,
 )
+from transformers.utils import cached_file
 
 from .architectures import ARCHITECTURES, architecture
 from .configuration.clip import VlpClipConfig
 from .configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig
-from .errors import ArgumentError, brief, printable
+from .errors import ArgumentError, UnsupportedModelError, brief, printable
 from .files import (
     TEACHER_FILE,
     UNFINISHED,
+    cache_folder,
     check_new_file,
     check_output,
     current_umask,
@@ -62,6 +65,7 @@ from .loading import (
     load_processor,
     read_config,
     row_of,
+    told_of,
 )
 from .modeling_vlp.blip2_generation import PREFIX
 from .modeling_vlp.clip import VlpClipModel
@@ -74,6 +78,8 @@ from .processing.blip2 import VlpBlip2Processor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.tokenizer import VlpClipTokenizer
 
+CONVERTED = ("blip", "blip-2", "clip", "siglip")  # model types of transformers that vlp has an architecture for
+OPEN_CLIP = "open_clip_config.json"
 LARGEST = 4096  # image size, number of tokens and number of heads
 SINGLE_FILES = ("openai", "salesforce", "lavis")  # targets that are a file, not a folder
 TARGETS = ("vlp", "transformers", "open_clip", "openai", "salesforce", "lavis")
@@ -568,6 +574,55 @@ def save_pickle(content: dict, target: Path) -> None:
             raise
     os.chmod(file.name, 0o666 & ~current_umask())
     os.rename(file.name, target)
+
+
+# --- cache ------------------------------------------------------------------------------------------------------------
+
+
+def own_copy(name: str | Path, option: str = "") -> str:
+    """The folder of a model in vlp's format: the model itself, or a converted copy in the cache folder.
+
+    Models of transformers that vlp has no architecture for are returned as they are.
+
+    Args:
+        name: folder or hub name of a model of vlp, transformers or open_clip, or a file of weights.
+        option: the option that named it, for error messages.
+
+    Raises:
+        UnsupportedModelError: if there is no such model, or it cannot be converted.
+    """
+    place, told = Path(name), told_of(name, option)
+    is_open_clip = (place / "open_clip_config.json").is_file() or (not place.exists() and on_hub(str(name), OPEN_CLIP))
+    if not is_open_clip and not place.is_file():
+        kind = read_config(name, option)
+        if kind.model_type.startswith("vlp_") or not is_convertible(kind):
+            return str(name)
+    try:
+        if not place.exists():
+            place = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+        files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.is_file())
+        facts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+        target = cache_folder() / "converted" / f"{Path(name).name}-{key}"
+        if not (target / "config.json").is_file():
+            print(f"Converting {printable(name, 120)} to vlp's format, once.")
+            convert(place, target)
+    except (ExchangeError, OSError) as error:
+        raise UnsupportedModelError(f"{told}: {brief(error)[:300]}") from error
+    return str(target)
+
+
+def is_convertible(config: PreTrainedConfig) -> bool:
+    """Whether vlp has an architecture for a model of transformers."""
+    return config.model_type in CONVERTED
+
+
+def on_hub(name: str, file: str) -> bool:
+    """Whether a repository of the hub has a file, in the cache or, if the hub can be reached, there."""
+    return name.count("/") == 1 and cached_file(
+        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    ) is not None  # fmt: skip
 
 
 # --- command line -------------------------------------------------------------------------------------------------

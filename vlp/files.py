@@ -38,6 +38,11 @@ def state_folder(output_dir: str | Path) -> Path:
 # --- what vlp wrote ---------------------------------------------------------------------------------------------------
 
 
+def cache_folder() -> Path:
+    """The folder for what can be computed again: the environment variable VLP_CACHE, or ~/.cache/vlp."""
+    return Path(os.environ.get("VLP_CACHE", Path.home() / ".cache" / "vlp"))
+
+
 def digest(path: Path) -> str:
     """A digest of a file's content."""
     found = hashlib.blake2b()

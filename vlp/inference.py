@@ -6,12 +6,9 @@
 Evaluation, the search index, CapFilt and the demo all predict through these classes.
 """
 
-import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -22,7 +19,7 @@ from transformers import (
 )
 
 from .architectures import architecture_of
-from .conversion import convert
+from .conversion import own_copy
 from .errors import ArgumentError, UnsupportedModelError, printable
 from .loading import load_model, load_processor, read_config, row_of
 from .modeling_vlp.blip import VlpBlipForPreTraining
@@ -30,7 +27,6 @@ from .modeling_vlp.blip2 import VlpBlip2PreTrainedModel, best_query
 from .modeling_vlp.blip2_generation import VlpBlip2ForConditionalGeneration
 from .modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from .modeling_vlp.clip import VlpClipModel
-from .modeling_vlp.exchange.places import ExchangeError
 from .modeling_vlp.losses import unit_length
 from .modeling_vlp.med import Memory
 from .modeling_vlp.resnet import ModifiedResNet
@@ -38,7 +34,6 @@ from .processing.pictures import to_rgb
 
 # Shapes: B images, T texts, Q queries, M image tokens, D width, E embedding
 
-CONVERTED = ("blip", "blip-2", "clip", "siglip")  # model types of transformers that are converted to vlp's on loading
 LACKS = {
     "embed": "it does not embed images and texts in one space",
     "match": "it has no matching head (ITM); BLIP and BLIP-2 have one",
@@ -393,7 +388,7 @@ def load(name: str | Path, use: str, device: str | torch.device = "cpu", dtype=t
     """Load a model with its processor for one use.
 
     Args:
-        name: folder or hub name of a model of vlp or transformers.
+        name: folder or hub name of a model of vlp, transformers or open_clip; the latter two are converted once.
         use: one of `architectures.USES`.
         device: where to put the model.
         dtype: the dtype of its weights.
@@ -401,11 +396,10 @@ def load(name: str | Path, use: str, device: str | torch.device = "cpu", dtype=t
     Raises:
         UnsupportedModelError: if there is no such model, or it does not support the use.
     """
+    name = own_copy(name)
     config = read_config(name)
     if config.model_type.startswith("vlp_"):
         predictor = load_vlp(name, config, use)
-    elif config.model_type in CONVERTED:
-        predictor = load_converted(name, use)
     else:
         predictor = load_transformers(name, config, use)
     predictor.model.to(device, dtype)
@@ -427,17 +421,6 @@ def load_vlp(name: str | Path, config, use: str) -> Predictor:
     if kind is None:
         raise unsupported(f"{printable(name, 120)}, a {config.architectures[0]},", use)
     return predictor_of(load_model(kind, name), load_processor(name), use)
-
-
-def load_converted(name: str | Path, use: str) -> Predictor:
-    """Load a model of transformers whose architecture vlp has, and convert it to vlp's class."""
-    try:
-        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name)))
-        with tempfile.TemporaryDirectory() as place:
-            convert(folder, Path(place) / "model")
-            return load_vlp(Path(place) / "model", read_config(Path(place) / "model"), use)
-    except (ExchangeError, LocalEntryNotFoundError) as error:
-        raise UnsupportedModelError(f"{name}: {error}") from error
 
 
 def load_transformers(name: str | Path, config, use: str) -> Predictor:

@@ -313,7 +313,9 @@ def load_auto_tokenizer(name: str | Path, option: str = "", **kwargs):
     """Load a fast tokenizer. Raises UnsupportedModelError if there is none, or it cannot be loaded."""
     with explained(name, "the tokenizer", option):
         tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE, **kwargs)
-        if not hasattr(tokenizer, "backend_tokenizer") or len(tokenizer) == 0:
+        files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
+        empty = Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files)
+        if empty or not hasattr(tokenizer, "backend_tokenizer") or len(tokenizer) == 0:
             raise UnsupportedModelError(
                 f"{told_of(name, option)}: there is no tokenizer.json, or its vocabulary is empty."
             )

@@ -12,16 +12,12 @@ from datasets.utils.py_utils import iter_batched
 from torch import Tensor
 from tqdm import tqdm
 
+from ...files import cache_folder
 from ...modeling_vlp.blip2 import VlpBlip2PreTrainedModel
 from .rows import BadRow, picture_of
 from .samples import SampleMaker
 
 # Shapes: R rows, M tokens per image, D width of the tower
-
-
-def cache_folder() -> Path:
-    """The cache folder: the environment variable VLP_CACHE, or ~/.cache/vlp."""
-    return Path(os.environ.get("VLP_CACHE", Path.home() / ".cache" / "vlp"))
 
 
 def key_of(model: VlpBlip2PreTrainedModel, processor, rows, image_column: str) -> str:

@@ -35,6 +35,7 @@ class Family(Generic[A]):
         name: command that trains it.
         text: description for --help.
         recipe: default recipe.
+        recipe_with_towers: default recipe with pre-trained towers; None: the same one.
         arguments: dataclass of its options.
         config: (arguments, tokenizer or None) -> configuration of a new model. Raises ArgumentError if it is invalid.
         processor: (arguments, rows or None for shards, chooser) -> processor with a loaded or newly trained tokenizer.
@@ -55,6 +56,7 @@ class Family(Generic[A]):
     objective: Callable[[A, PreTrainedModel, ProcessorMixin, float | None], Objective]
     evaluation: Callable[[A, datasets.Dataset, datasets.Dataset | None], list[Pictures]]
     samples: Callable[[A, datasets.Dataset | None, PreTrainedModel, ProcessorMixin, SampleMaker], SampleMaker]
+    recipe_with_towers: str | None = None
 
 
 def check_fields(given: dict, kind: type) -> None:

@@ -8,19 +8,26 @@ from typing import Literal
 
 from ...configuration.clip import TEXT, VISION, VlpClipConfig
 from ...configuration.text import VlpClipTextConfig
+from ...configuration.towers import IMAGE_POOLING, TEXT_POOLING
 from ...configuration.vision import VlpViTConfig
+from ...conversion import own_copy
 from ...errors import ArgumentError, brief, printable
-from ...loading import load_auto_tokenizer, load_model, load_processor, load_weights, read_config
-from ...modeling_vlp.clip import VlpClipModel
+from ...loading import load_auto_tokenizer, load_model, load_processor
+from ...modeling_vlp.clip import PROJECTED, VlpClipModel
+from ...modeling_vlp.towers import lock
 from ...processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from ...processing.prompts import CLASS_NAMES, TEMPLATES
 from ...processing.tokenizer import VlpClipTokenizer
+from ...towers import Start, text_start, vision_start, with_side
 from ..arguments import TrainingArguments, option, require_at_least_one, require_one_of
 from ..data.rows import CaptionChooser, caption_texts
 from ..data.samples import SampleMaker
+from ..data.sources import is_shards
 from ..evaluation.pictures import Pictures
 from ..objectives.clip import ClipObjective
 from .base import Family, check_fields, evaluation_tasks, parts_of_model, possible_model, require_model_type
+
+PROJECTIONS = ("visual_projection", "text_projection")
 
 
 @dataclass(kw_only=True)
@@ -33,14 +40,54 @@ class ClipArguments(TrainingArguments):
         "let a newly trained tokenizer fix broken Unicode and HTML in captions, as OpenAI's tokenizer does",
         bound=True,
     )
+    image_size: int | None = option(
+        224, "side of the images, in pixels; a loaded model keeps its own; none: that of --image_tower"
+    )
+    max_length: int | None = option(
+        77,
+        "maximum number of tokens in a caption, including start and end; none: that of --text_tower",
+        bound=True,
+    )
     image_tower: str | None = option(
-        None, "folder or hub name of a vlp or transformers CLIP to initialise the image tower from"
+        None,
+        "folder or hub name of a model whose image tower to start from: an image encoder of transformers or timm, or a "
+        "CLIP, SigLIP, BLIP or BLIP-2 of any supported format; it brings its sizes and its preprocessing",
     )
     text_tower: str | None = option(
-        None, "folder or hub name of a vlp or transformers CLIP to initialise the text tower from"
+        None,
+        "folder or hub name of a model whose text tower to start from: a text encoder of transformers or "
+        "sentence-transformers, or a CLIP or SigLIP; it brings its sizes and its tokenizer",
     )
-    lock_image_tower: bool = option(False, "freeze the image tower and its projection (LiT)", bound=True, shown=True)
-    lock_text_tower: bool = option(False, "freeze the text tower and its projection", bound=True, shown=True)
+    image_pooling: str | None = option(
+        None, f"pooling of --image_tower: {', '.join(IMAGE_POOLING)} (its own); that of the source if not given"
+    )
+    text_pooling: str | None = option(
+        None, f"pooling of --text_tower: {', '.join(TEXT_POOLING)} (its own); that of the source if not given"
+    )
+    lock_image_tower: bool = option(
+        False, "freeze the image tower (LiT), and its projection if that was trained before", bound=True, shown=True
+    )
+    lock_text_tower: bool = option(
+        False, "freeze the text tower, and its projection if that was trained before", bound=True, shown=True
+    )
+    unlock_image_layers: int = option(
+        0, "with --lock_image_tower: train this many of its last layers or stages, and what follows them", bound=True
+    )
+    unlock_text_layers: int = option(
+        0, "with --lock_text_tower: train this many of its last layers, and what follows them", bound=True
+    )
+    cache_features: bool = option(
+        False,
+        "compute the output of locked towers once, and keep it in the cache folder; needs --lock_image_tower; the text "
+        "tower's output is kept if that is locked too",
+    )
+    cached_views: int = option(
+        1,
+        "with --cache_features: number of augmented versions of each image and of its caption, of which an epoch uses "
+        "one each",
+        bound=True,
+        shown=True,
+    )
     patch_dropout: float | None = option(
         None,
         "share of patches (0 to 1) that a vision transformer drops in training; the model's setting if not given",
@@ -70,10 +117,29 @@ class ClipArguments(TrainingArguments):
         require_one_of("eval_templates", self.eval_templates, tuple(TEMPLATES))
         if self.class_names:
             require_one_of("class_names", self.class_names, tuple(CLASS_NAMES))
-        if self.lock_image_tower and self.lock_text_tower:
+        if self.lock_image_tower and self.lock_text_tower and self.model_name_or_path and not (
+            self.unlock_image_layers or self.unlock_text_layers
+        ):  # fmt: skip
             raise ArgumentError("Nothing is left to train: --lock_image_tower and --lock_text_tower lock both towers.")
-        if self.text_tower and not self.tokenizer_name:
-            raise ArgumentError("--text_tower needs --tokenizer_name, the tokenizer that the tower was trained with.")
+        for each in ("image", "text"):
+            layers, locked = getattr(self, f"unlock_{each}_layers"), getattr(self, f"lock_{each}_tower")
+            if layers < 0 or (layers and not locked):
+                raise ArgumentError(f"--unlock_{each}_layers {layers} needs --lock_{each}_tower, and must be positive.")
+            if getattr(self, f"{each}_pooling") and not getattr(self, f"{each}_tower"):
+                raise ArgumentError(f"--{each}_pooling needs --{each}_tower.")
+        if self.image_size is None and not self.image_tower:
+            self.image_size = 224
+        if self.max_length is None and not self.text_tower:
+            self.max_length = 77
+        if self.cache_features and (not self.lock_image_tower or self.unlock_image_layers or self.unlock_text_layers):
+            raise ArgumentError("--cache_features needs --lock_image_tower, and no unlocked layers: features change.")
+        if self.cache_features and (self.cache_images or self.lora_rank or self.micro_batch_size):
+            raise ArgumentError("--cache_features does not go with --cache_images, --lora_rank or --micro_batch_size.")
+        if self.cache_features and (is_shards(self.dataset_name) or self.num_workers):
+            raise ArgumentError("--cache_features needs random access to the rows: no shards, and --num_workers 0.")
+        require_at_least_one(self, "cached_views")
+        if self.cached_views > 1 and not self.cache_features:
+            raise ArgumentError(f"--cached_views {self.cached_views} needs --cache_features.")
         if self.model_name_or_path and (self.image_tower or self.text_tower):
             raise ArgumentError("--model_name_or_path loads both towers: omit --image_tower and --text_tower.")
 
@@ -90,10 +156,16 @@ def make_processor(arguments: ClipArguments, rows, chooser: CaptionChooser) -> V
         ArgumentError: if the tokenizer does not suit CLIP, or cannot be trained because the data are shards.
     """
     if arguments.model_name_or_path:
-        require_model_type(arguments.model_name_or_path, VlpClipConfig.model_type)
-        return load_processor(arguments.model_name_or_path, "--model_name_or_path")
+        name = own_copy(arguments.model_name_or_path, "--model_name_or_path")
+        require_model_type(name, VlpClipConfig.model_type)
+        return load_processor(name, "--model_name_or_path")
+    vision, text = starts_of(arguments)
     side = arguments.image_size
     images = VlpClipImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    if vision is not None:
+        images = VlpClipImageProcessor(**with_side(vision.images(), side))
+    if text is not None:
+        return VlpClipProcessor(images, text.tokenizer(arguments.max_length))
     name, length = arguments.tokenizer_name, arguments.max_length
     if name and name.endswith(".gz"):
         tokenizer = read_merges(name, length)
@@ -137,6 +209,26 @@ def check_tokenizer(tokenizer, name: str | None) -> None:
         raise ArgumentError(f"--tokenizer_name {name} does not end each caption with exactly one end token.")
 
 
+def starts_of(arguments: ClipArguments) -> tuple[Start | None, Start | None]:
+    """Find the towers to start from, and copy the image size and the length that they set to the arguments.
+
+    Returns:
+        The start of the image tower and that of the text tower; None for a tower that is trained from scratch.
+    """
+    vision = text = None
+    if arguments.image_tower:
+        vision = vision_start(
+            arguments.image_tower, "--image_tower", arguments.image_pooling, arguments.image_size
+        )  # fmt: skip
+        arguments.image_size = arguments.image_size or vision.config.image_size
+    if arguments.text_tower:
+        text = text_start(
+            arguments.text_tower, "--text_tower", arguments.text_pooling, arguments.max_length, arguments.tokenizer_name
+        )  # fmt: skip
+        arguments.max_length = text.config.max_position_embeddings
+    return vision, text
+
+
 def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
     """Build the configuration of a new model.
 
@@ -148,8 +240,9 @@ def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
         ArgumentError: if the options do not give a valid configuration.
     """
     fields = parts_of_model(arguments, "vision_config", "text_config")
-    text = fields["text_config"]
-    fields["vision_config"].setdefault("image_size", arguments.image_size)
+    vision_source, text_source = starts_of(arguments)
+    vision, text = fields["vision_config"], fields["text_config"]
+    vision.setdefault("image_size", arguments.image_size)
     text["max_position_embeddings"] = arguments.max_length
     if tokenizer is not None:
         text["vocab_size"] = len(tokenizer)
@@ -157,10 +250,16 @@ def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
     if arguments.loss == "sigmoid":  # SigLIP, section 3.2
         fields = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0} | fields
     kinds = {kind.model_type: kind for kind in (*VISION, *TEXT)}
-    vision = kinds.get(str(fields["vision_config"].get("model_type")), VlpViTConfig)
+    vision_kind = kinds.get(str(vision.get("model_type")), VlpViTConfig)
     text_kind = kinds.get(str(text.get("model_type")), VlpClipTextConfig)
-    for part, kind in ((fields, VlpClipConfig), (fields["vision_config"], vision), (text, text_kind)):
+    for part, kind in ((fields, VlpClipConfig), (vision, vision_kind), (text, text_kind)):
         check_fields(part, kind)
+    if vision_source is not None:
+        fields["vision_config"] = vision_source.config
+        if vision_source.config.model_type in PROJECTED:  # it projects to the shared space itself
+            fields["projection_dim"] = vision_source.shared_space[0]
+    if text_source is not None:
+        fields["text_config"] = text_source.config
     with possible_model():
         return VlpClipConfig(**fields)
 
@@ -172,8 +271,9 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
         ArgumentError: if the model cannot be built, or if --loss or --patch_dropout does not suit it.
     """
     if arguments.model_name_or_path:
-        require_model_type(arguments.model_name_or_path, VlpClipConfig.model_type)
-        model = load_model(VlpClipModel, arguments.model_name_or_path, "--model_name_or_path")
+        name = own_copy(arguments.model_name_or_path, "--model_name_or_path")
+        require_model_type(name, VlpClipConfig.model_type)
+        model = load_model(VlpClipModel, name, "--model_name_or_path")
         arguments.image_size = model.config.vision_config.image_size
         arguments.max_length = model.config.text_config.max_position_embeddings
         arguments.vocab_size = model.config.text_config.vocab_size
@@ -183,9 +283,14 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
     if (arguments.loss == "sigmoid") != (model.logit_bias is not None):
         has = "has a" if model.logit_bias is not None else "has no"
         raise ArgumentError(f"--loss {arguments.loss} does not suit the model, which {has} logit_bias (SigLIP).")
-    for tower, source in (("vision_model", arguments.image_tower), ("text_model", arguments.text_tower)):
-        if source:
-            load_tower(model, tower, source)
+    for start, projection in zip(starts_of(arguments), PROJECTIONS, strict=True):
+        if start is not None:
+            start.load_into(model, projection if start.brings_projection(model.config) else None)
+    if arguments.image_tower and model.config.vision_config.image_size != arguments.image_size:
+        try:
+            model.vision_model.resize_images(arguments.image_size)
+        except ValueError as error:
+            raise ArgumentError(f"--image_size {arguments.image_size}: {brief(error)[:200]}") from error
     if arguments.patch_dropout is not None:
         if not hasattr(model.config.vision_config, "patch_dropout"):
             raise ArgumentError("--patch_dropout needs a vision transformer; a ResNet has no patches.")
@@ -196,11 +301,29 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
 
 
 def make_objective(arguments: ClipArguments, model: VlpClipModel, processor, steps_per_epoch) -> ClipObjective:
+    """Lock the towers and return the objective.
+
+    Raises:
+        ArgumentError: if more layers are to be unlocked than there are.
+    """
+    for each, tower, start, name in zip(
+        ("image", "text"), (model.vision_model, model.text_model), starts_of(arguments), PROJECTIONS, strict=True
+    ):
+        if getattr(arguments, f"lock_{each}_tower"):
+            layers = getattr(arguments, f"unlock_{each}_layers")
+            try:
+                lock(tower, layers)
+            except ValueError as error:
+                raise ArgumentError(f"--unlock_{each}_layers: {error}.") from error
+            if not layers and (start is None or start.brings_projection(model.config)):
+                getattr(model, name).requires_grad_(False)
+    if not any(parameter.requires_grad for name, parameter in model.named_parameters() if "logit_" not in name):
+        raise ArgumentError("Nothing is left to train: both towers and their projections are locked.")
     return ClipObjective(
         model,
         exclude_duplicates=arguments.exclude_duplicates,
-        lock_image_tower=arguments.lock_image_tower,
-        lock_text_tower=arguments.lock_text_tower,
+        cached_images=arguments.cache_features,
+        cached_texts=arguments.cache_features and arguments.lock_text_tower,
         micro_batch_size=arguments.micro_batch_size,
     )
 
@@ -216,49 +339,6 @@ def make_evaluation(arguments: ClipArguments, rows, train_rows) -> list[Pictures
     return evaluation_tasks(arguments, rows, tasks)
 
 
-def load_tower(model: VlpClipModel, tower: str, source: str) -> None:
-    """Initialise a tower, and its projection if the shapes match, from a vlp or transformers CLIP.
-
-    Both libraries use the same tensor names.
-
-    Args:
-        model: model to change.
-        tower: "vision_model" or "text_model".
-        source: folder or hub name of the CLIP.
-
-    Raises:
-        ArgumentError: if the tower has another architecture.
-    """
-    option = {"vision_model": "--image_tower", "text_model": "--text_tower"}[tower]
-    theirs = getattr(read_config(source, option), tower.replace("_model", "_config"), None)
-    if theirs is None:
-        raise ArgumentError(
-            f"{option} {printable(source, 120)} has no {tower}; expected a CLIP of vlp or transformers."
-        )
-    tensors = load_weights(source, option)
-    ours = getattr(model.config, tower.replace("_model", "_config"))
-    for field in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # settings that do not show in the shapes
-        if getattr(theirs, field, None) != getattr(ours, field, None):
-            raise ArgumentError(
-                f"{source} has a different {tower}: {field} is {getattr(theirs, field, None)}, and "
-                f"{getattr(ours, field, None)} in this model."
-            )
-    projection = {"vision_model": "visual_projection.weight", "text_model": "text_projection.weight"}[tower]
-    wanted = {name: value for name, value in model.state_dict().items() if name.startswith(f"{tower}.")}
-    missing = sorted(wanted.keys() - tensors.keys())
-    wrong = [f"{name} is {tuple(tensors[name].shape)}, and {tuple(value.shape)} in this model"
-             for name, value in wanted.items() if name in tensors and tensors[name].shape != value.shape]  # fmt: skip
-    if missing or wrong:
-        raise ArgumentError(
-            f"{source} has a different {tower}: {'; '.join(wrong[:3] + [f'{n} is missing' for n in missing[:3]])}."
-        )
-    state = {name: tensors[name] for name in wanted}
-    if projection in tensors and projection in model.state_dict():
-        if tensors[projection].shape == model.state_dict()[projection].shape:
-            state[projection] = tensors[projection]
-    model.load_state_dict(state, strict=False)
-
-
 def make_samples(arguments: ClipArguments, rows, model, processor, maker: SampleMaker) -> SampleMaker:
     """Return the maker of image-caption pairs."""
     return maker
@@ -268,6 +348,7 @@ CLIP = Family(
     name="clip",
     text="Train CLIP on pairs of images and captions, evaluate it, and save a publishable folder",
     recipe="clip-emoji",
+    recipe_with_towers="clip-towers",
     arguments=ClipArguments,
     config=new_config,
     processor=make_processor,

@@ -6,14 +6,21 @@ import re
 import torch
 from torch import nn
 
+from ...modeling_vlp.towers import layers_of
+
 # Position embeddings and the class token are added to activations like biases, so they are not decayed.
 NO_DECAY = re.compile(r"position(al)?_embedding|class_embedding|logit_scale|logit_bias")
+TOWER = re.compile(r"(vision|text)_model\.")
 
 MAX_TEMPERATURE_RATE = 3e-4  # the peak learning rate of BLIP's pre-training
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    tower_learning_rate: float | None = None,
 ) -> list[dict]:
     """Group the trainable parameters for AdamW by learning rate and weight decay.
 
@@ -24,6 +31,7 @@ def parameter_groups(
         learning_rate: peak learning rate of the top layers.
         weight_decay: weight decay of matrices.
         layer_decay: factor on the learning rate from each layer to the one below.
+        tower_learning_rate: peak learning rate of the towers; None: `learning_rate`.
 
     Returns:
         Parameter groups; "peak_lr" is the learning rate before the schedule.
@@ -33,7 +41,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         decay = 0.0 if parameter.ndim < 2 or NO_DECAY.search(name) else weight_decay
-        rate = learning_rate * layer_decay ** levels_below_top(model, name)
+        peak = tower_learning_rate if tower_learning_rate and TOWER.match(name) else learning_rate
+        rate = peak * layer_decay ** levels_below_top(model, name)
         if name == "temp":  # not a logarithm: a higher rate would make it jump across its whole range
             rate = min(rate, MAX_TEMPERATURE_RATE)
         group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": decay})
@@ -50,7 +59,20 @@ def levels_below_top(model: nn.Module, name: str) -> int:
     if match := re.search(r"vision_model\.(layer(\d+)|conv\d|bn\d)\.", name):
         stages = len(model.get_submodule(name[: name.index("vision_model") + 12]).config.depths)
         return stages + 1 - int(match[2] or 0)
+    if match := re.match(r"(vision|text)_model(?=\.model\.)", name):  # a tower of transformers
+        return levels_in(model.get_submodule(match[0]), model.get_parameter(name))
     return 0
+
+
+def levels_in(tower: nn.Module, parameter: nn.Parameter) -> int:
+    """Return a parameter's distance from the top of a tower whose layers are found by their size."""
+    layers = layers_of(tower)
+    for number, layer in enumerate(layers):
+        if any(parameter is own for own in layer.parameters()):
+            return len(layers) - number
+    first = next((own for layer in layers for own in layer.parameters()), None)
+    before = next((own for own in tower.parameters() if own is parameter or own is first), None)
+    return len(layers) + 1 if before is parameter else 0
 
 
 def depth(tower: nn.Module) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...modeling_vlp.clip import VlpClipModel
 from ...modeling_vlp.losses import unit_length
+from ...modeling_vlp.towers import frozen_parts
 from ..machine.sharding import gathered, number
 from .base import Objective
 from .contrastive import contrastive_loss, sigmoid_loss
@@ -17,15 +18,16 @@ from .micro_batches import in_micro_batches
 class ClipObjective(Objective):
     """Contrastive loss over the joined batch of all processes: softmax (CLIP), or sigmoid if the model has a bias.
 
+    Parts of the model that are frozen, such as locked towers (LiT, arXiv:2111.07991), stay in evaluation mode.
+
     The result is that of one process with the joined batch, except that a ResNet's batch norm uses the statistics of
     each process's own images.
 
     Args:
         model: the model to train.
         exclude_duplicates: rows that share a caption or an image are not negatives of each other.
-        lock_image_tower: freeze the image tower and its projection (LiT, arXiv:2111.07991), with its batch norm and
-            dropout in evaluation mode.
-        lock_text_tower: freeze the text tower and its projection in the same way.
+        cached_images: `pixel_values` are the pooled outputs of the image tower, (B, D), which is locked.
+        cached_texts: `input_ids` are the pooled outputs of the text tower, (T, D), which is locked.
         micro_batch_size: rows that a tower processes at a time; they are recomputed in the backward pass (GradCache).
             None: all at once.
     """
@@ -34,21 +36,19 @@ class ClipObjective(Objective):
         self,
         model: VlpClipModel,
         exclude_duplicates: bool = True,
-        lock_image_tower: bool = False,
-        lock_text_tower: bool = False,
+        cached_images: bool = False,
+        cached_texts: bool = False,
         micro_batch_size: int | None = None,
     ):
         super().__init__()
         self.model = model
         self.exclude_duplicates, self.micro_batch_size = exclude_duplicates, micro_batch_size
-        locked = (["vision_model", "visual_projection"] if lock_image_tower else []) + (
-            ["text_model", "text_projection"] if lock_text_tower else []
-        )
-        self.locked = [getattr(model, name).requires_grad_(False) for name in locked]
+        self.cached_images, self.cached_texts = cached_images, cached_texts
+        self.frozen = frozen_parts(model)
 
     def train(self, mode: bool = True) -> "ClipObjective":
         super().train(mode)
-        for module in self.locked:
+        for module in self.frozen:  # their batch norm and dropout, too
             module.eval()
         return self
 
@@ -67,8 +67,8 @@ class ClipObjective(Objective):
         """Compute the loss of a batch.
 
         Args:
-            pixel_values: (B, C, S, S).
-            input_ids: (T, N), the distinct texts.
+            pixel_values: (B, C, S, S), or cached features (B, D).
+            input_ids: (T, N), the distinct texts, or cached features (T, D).
             text_index: (B,), the row of `input_ids` that belongs to each image.
             caption_ids: (B,) integers that are equal for equal captions.
             image_ids: (B,) integers that are equal for equal images.
@@ -86,9 +86,13 @@ class ClipObjective(Objective):
             return {"contrastive": contrastive_loss(image, text, scale, batch, ids)}
 
     def embed_images(self, pixel_values: Tensor) -> Tensor:
-        """Embed images (B, C, S, S) as (B, E) of unit length."""
+        """Embed images (B, C, S, S), or their cached features (B, D), as (B, E) of unit length."""
+        if self.cached_images:
+            return unit_length(self.model.visual_projection(pixel_values))
         return unit_length(self.model.get_image_features(pixel_values, pooled_only=True).pooler_output)
 
     def embed_texts(self, input_ids: Tensor) -> Tensor:
-        """Embed texts (T, N) as (T, E) of unit length."""
+        """Embed texts (T, N), or their cached features (T, D), as (T, E) of unit length."""
+        if self.cached_texts:
+            return unit_length(self.model.text_projection(input_ids))
         return unit_length(self.model.get_text_features(input_ids, pooled_only=True, pack=True).pooler_output)
