@@ -4,15 +4,19 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .checks import config_from, require_positive, require_width
 from .text import VlpBlipTextConfig
+from .towers import VlpVisionTowerConfig
 from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, vision_config_from
+
+VISION = (VlpBlipViTConfig, VlpModifiedResNetConfig, VlpVisionTowerConfig)
 
 
 class VlpBlipConfig(PreTrainedConfig):
     """Configuration of the `VlpBlip...` models.
 
     Args:
-        vision_config: a `VlpBlipViTConfig` or `VlpModifiedResNetConfig`, or a dict of its fields, in which "model_type"
-            selects the class (default: `VlpBlipViTConfig`).
+        vision_config: a `VlpBlipViTConfig`, a `VlpModifiedResNetConfig`, or a `VlpVisionTowerConfig` for any image
+            encoder of transformers; or a dict of its fields, in which "model_type" selects the class (default:
+            `VlpBlipViTConfig`).
         text_config: a `VlpBlipTextConfig` or a dict of its fields. If a dict or None, `encoder_hidden_size` defaults to
             the width of the image tower.
         image_text_hidden_size: width of the shared image-text embedding space (ITC).
@@ -37,9 +41,7 @@ class VlpBlipConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         require_positive(self, "image_text_hidden_size", "temperature_init_value")
-        self.vision_config = vision_config_from(
-            self.vision_config, (VlpBlipViTConfig, VlpModifiedResNetConfig), self.image_text_hidden_size, self
-        )
+        self.vision_config = vision_config_from(self.vision_config, VISION, self.image_text_hidden_size, self)
         width = {"encoder_hidden_size": self.vision_config.hidden_size}
         self.text_config = config_from(self.text_config, (VlpBlipTextConfig,), "text_config", self, width)
         require_width(self, "text model", self.text_config.encoder_hidden_size, self.vision_config.hidden_size)

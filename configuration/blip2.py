@@ -4,18 +4,19 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .checks import config_from, require_fraction, require_positive, require_width
 from .text import VlpQFormerConfig
-from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpViTConfig, vision_config_from
+from .towers import VlpVisionTowerConfig
+from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig, vision_config_from
 
-TOWERS = (VlpBlipViTConfig, VlpViTConfig, VlpModifiedResNetConfig)
+TOWERS = (VlpBlipViTConfig, VlpViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpVisionTowerConfig)
 
 
 class VlpBlip2Config(PreTrainedConfig):
     """Configuration of the `VlpBlip2...` models.
 
     Args:
-        vision_config: a `VlpBlipViTConfig`, `VlpViTConfig` or `VlpModifiedResNetConfig`, or a dict of its fields, in
-            which "model_type" selects the class (default: `VlpBlipViTConfig`). If None, the paper's EVA-CLIP ViT-g
-            without its last layer.
+        vision_config: a `VlpBlipViTConfig`, `VlpViTConfig`, `VlpModifiedResNetConfig` or `VlpSiglipViTConfig`, or a
+            `VlpVisionTowerConfig` for any image encoder of transformers; or a dict of its fields, in which "model_type"
+            selects the class (default: `VlpBlipViTConfig`). If None, the paper's EVA-CLIP ViT-g without its last layer.
         qformer_config: a `VlpQFormerConfig` or a dict of its fields. If a dict or None, `encoder_hidden_size` defaults
             to the width of the image tower.
         text_config: configuration of the language model; None in stage 1, which has no language model.

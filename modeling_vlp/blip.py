@@ -8,12 +8,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip import VlpBlipConfig
+from ..configuration.towers import VlpVisionTowerConfig
 from ..configuration.vision import VlpModifiedResNetConfig
 from .base import VlpPreTrainedModel
 from .losses import draw_hard_negatives, matching_loss, same_pairs, smooth_targets, soft_contrastive_loss
 from .med import LMHead, MedModel, Memory, begin_with, next_token_loss
 from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput, compared, with_pooled
 from .resnet import ModifiedResNet
+from .towers import VisionTower
 from .vit import BlipViT
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
@@ -32,8 +34,10 @@ class VlpBlipPreTrainedModel(VlpPreTrainedModel):
 
     def __init__(self, config: VlpBlipConfig, encoder: bool = True, decoder: bool = True, cross: bool = True):
         super().__init__(config)
-        self.is_resnet = config.vision_config.model_type == VlpModifiedResNetConfig.model_type
-        self.vision_model = (ModifiedResNet if self.is_resnet else BlipViT)._from_config(config.vision_config)
+        kinds = {VlpModifiedResNetConfig.model_type: ModifiedResNet, VlpVisionTowerConfig.model_type: VisionTower}
+        kind = kinds.get(config.vision_config.model_type, BlipViT)
+        self.is_resnet = kind is ModifiedResNet
+        self.vision_model = kind._from_config(config.vision_config)
         self.text_model = MedModel._from_config(config.text_config, encoder=encoder, decoder=decoder, cross=cross)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip2 import VlpBlip2Config
-from ..configuration.vision import VlpModifiedResNetConfig, VlpViTConfig
+from ..configuration.towers import VlpVisionTowerConfig
+from ..configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig
 from .base import VlpPreTrainedModel
 from .blip import MatchesPairs, compare_within_batch, three_losses
 from .losses import language_modelling_loss
@@ -20,6 +21,8 @@ from .med import LMHead, Memory, begin_with
 from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput, compared, with_pooled
 from .qformer import QFormerModel
 from .resnet import ModifiedResNet
+from .siglip import SiglipViT
+from .towers import VisionTower
 from .vit import BlipViT, ViT
 
 # Shapes: B images, T texts, Q queries, N tokens of a text, M tokens of an image, C channels, S image side, D width,
@@ -42,7 +45,8 @@ class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
 
     def __init__(self, config: VlpBlip2Config, text: bool):
         super().__init__(config)
-        kinds = {VlpModifiedResNetConfig.model_type: ModifiedResNet, VlpViTConfig.model_type: ViT}
+        kinds = {VlpModifiedResNetConfig.model_type: ModifiedResNet, VlpViTConfig.model_type: ViT,
+                 VlpSiglipViTConfig.model_type: SiglipViT, VlpVisionTowerConfig.model_type: VisionTower}  # fmt: skip
         kind = kinds.get(config.vision_config.model_type, BlipViT)
         self.vision_model = kind._from_config(config.vision_config)
         self.vision_norm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_norm_eps)

@@ -6,9 +6,11 @@ from typing import Literal
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
-from ...configuration.blip import VlpBlipConfig
+from ...configuration.blip import VISION, VlpBlipConfig
 from ...configuration.text import VlpBlipTextConfig
+from ...configuration.towers import IMAGE_POOLING
 from ...configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig
+from ...conversion import own_copy
 from ...errors import ArgumentError, brief, printable
 from ...files import TEACHER_FILE, state_folder
 from ...loading import load_bert_tokenizer, load_model, load_processor, read_config
@@ -16,6 +18,7 @@ from ...modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTrai
 from ...modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from ...modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
 from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, token_ids, train_tokenizer, with_blip_tokens
+from ...towers import Start, vision_start, with_side
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
 from ..data.rows import CaptionChooser, caption_texts, texts_of
 from ..data.samples import QuestionMaker, ReasoningMaker, SampleMaker
@@ -33,12 +36,16 @@ from .base import (
     possible_model,
     require_model_type,
 )
+from .bert import load_bert, text_fields
 
 
 @dataclass(kw_only=True)
 class BlipArguments(TrainingArguments):
     """Options of BLIP. The defaults are those of salesforce/BLIP, configs/pretrain.yaml."""
 
+    image_size: int | None = option(
+        224, "side of the images, in pixels; a loaded model keeps its own; none: that of --vision_tower"
+    )
     max_length: int = option(30, "maximum number of tokens in a caption, including start and end", bound=True)
     vocab_size: int = option(30524, "vocabulary size of the tokenizer that is trained on the captions")
     crop_scale: float = option(
@@ -58,6 +65,18 @@ class BlipArguments(TrainingArguments):
     num_train_epochs: float = option(20.0, "epochs, if neither --max_train_steps nor --max_train_minutes is given")
 
     # BLIP
+    vision_tower: str | None = option(
+        None,
+        "folder or hub name of a model whose image tower to start from: an image encoder of transformers or timm (the "
+        "paper: a ViT or DeiT), or a BLIP; it brings its sizes and its preprocessing",
+    )
+    vision_pooling: str | None = option(
+        None, f"pooling of --vision_tower: {', '.join(IMAGE_POOLING)} (its own); that of the source if not given"
+    )
+    bert_name_or_path: str | None = option(
+        None,
+        "hub name or folder of a BERT to initialise the text model from; it brings its sizes and its tokenizer",
+    )
     task: Literal["pretrain", "captioning", "retrieval", "vqa", "nlvr"] = option(
         "pretrain",
         "pretrain (contrastive, matching and captioning losses), or the task to fine-tune for; vqa: questions about an "
@@ -113,6 +132,12 @@ class BlipArguments(TrainingArguments):
         super().__post_init__()
         if self.fine_tune_image_size and not self.model_name_or_path:
             raise ArgumentError("--fine_tune_image_size needs --model_name_or_path, the model to fine-tune.")
+        if self.image_size is None and not self.vision_tower:
+            self.image_size = 224
+        if self.model_name_or_path and (self.vision_tower or self.bert_name_or_path):
+            raise ArgumentError("--model_name_or_path loads all parts: omit --vision_tower and --bert_name_or_path.")
+        if self.vision_pooling and not self.vision_tower:
+            raise ArgumentError("--vision_pooling needs --vision_tower.")
         if self.prompt and self.task != "captioning":
             raise ArgumentError(
                 f"--prompt {self.prompt!r} can only be used with --task captioning, not with {self.task}."
@@ -144,10 +169,33 @@ def make_processor(arguments: BlipArguments, rows, chooser: CaptionChooser) -> V
         ArgumentError: if the model is not a BLIP, or the tokenizer cannot be loaded or trained.
     """
     if arguments.model_name_or_path:
-        require_model_type(arguments.model_name_or_path, VlpBlipConfig.model_type)
-        return load_processor(arguments.model_name_or_path, "--model_name_or_path")
+        name = own_copy(arguments.model_name_or_path, "--model_name_or_path")
+        require_model_type(name, VlpBlipConfig.model_type)
+        return load_processor(name, "--model_name_or_path")
+    start = start_of(arguments)
     images = VlpBlipImageProcessor(size={"height": arguments.image_size, "width": arguments.image_size})
-    return VlpBlipProcessor(images, make_tokenizer(arguments, arguments.tokenizer_name, rows, chooser))
+    if start is not None:
+        images = VlpBlipImageProcessor(**with_side(start.images(), arguments.image_size))
+    name = arguments.tokenizer_name or arguments.bert_name_or_path
+    return VlpBlipProcessor(images, make_tokenizer(arguments, name, rows, chooser))
+
+
+def start_of(arguments: BlipArguments) -> Start | None:
+    """Find the image tower to start from, and copy the image size that it sets to the arguments; None without one.
+
+    Raises:
+        ArgumentError: if BLIP cannot use the tower.
+    """
+    if not arguments.vision_tower:
+        return None
+    start = vision_start(arguments.vision_tower, "--vision_tower", arguments.vision_pooling, arguments.image_size)
+    if not isinstance(start.config, VISION):
+        raise ArgumentError(
+            f"--vision_tower {printable(arguments.vision_tower, 120)} has a {start.config.model_type}, which has no "
+            "normalised states for texts to attend to; expected an image encoder, or a BLIP."
+        )
+    arguments.image_size = arguments.image_size or start.config.image_size
+    return start
 
 
 def make_tokenizer(arguments: TrainingArguments, name: str | None, rows, chooser: CaptionChooser):
@@ -187,13 +235,20 @@ def new_config(arguments: BlipArguments, tokenizer=None) -> VlpBlipConfig:
     """
     fields = parts_of_model(arguments, "vision_config", "text_config")
     vision, text = fields["vision_config"], fields["text_config"]
+    start = start_of(arguments)
     vision.setdefault("image_size", arguments.image_size)
+    if arguments.bert_name_or_path:
+        text |= text_fields(arguments.bert_name_or_path)
     is_resnet = vision.get("model_type") == VlpModifiedResNetConfig.model_type
     kinds = (VlpBlipConfig, VlpModifiedResNetConfig if is_resnet else VlpBlipViTConfig, VlpBlipTextConfig)
     for part, kind in zip((fields, vision, text), kinds, strict=True):
         check_fields(part, kind)
     if tokenizer is not None:
         text |= token_ids(tokenizer)
+    if start is not None:
+        fields["vision_config"] = start.config
+        if isinstance(start.config, VlpModifiedResNetConfig):
+            fields["image_text_hidden_size"] = start.config.projection_dim
     with possible_model():
         config = VlpBlipConfig(**fields)
     if config.text_config.max_position_embeddings < arguments.max_length:
@@ -212,7 +267,7 @@ def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlip
     """
     kind = MODELS[arguments.task]
     if arguments.model_name_or_path:
-        model = load_for_task(arguments.model_name_or_path, arguments.task)
+        model = load_for_task(own_copy(arguments.model_name_or_path, "--model_name_or_path"), arguments.task)
         if arguments.fine_tune_image_size:
             try:
                 fields = model.config.vision_config.to_dict() | {"image_size": arguments.fine_tune_image_size}
@@ -227,6 +282,12 @@ def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlip
     else:
         with possible_model():
             model = kind(new_config(arguments, processor.tokenizer))
+        if (start := start_of(arguments)) is not None:
+            start.load_into(model)
+            if model.config.vision_config.image_size != arguments.image_size:
+                model.vision_model.resize_images(arguments.image_size)
+        if arguments.bert_name_or_path:
+            load_bert(model, arguments.bert_name_or_path)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -334,6 +395,7 @@ BLIP = Family(
     name="blip",
     text="Pre-train or fine-tune BLIP on images and texts, evaluate it, and save a publishable folder",
     recipe="blip-emoji",
+    recipe_with_towers="blip-towers",
     arguments=BlipArguments,
     config=new_config,
     processor=make_processor,

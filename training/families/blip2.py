@@ -6,10 +6,11 @@ from typing import Literal
 
 from ...configuration.blip import VlpBlipConfig
 from ...configuration.blip2 import VlpBlip2Config
-from ...configuration.clip import VlpClipConfig
 from ...configuration.text import VlpQFormerConfig
+from ...configuration.towers import VlpVisionTowerConfig
 from ...configuration.vision import VlpViTConfig
-from ...errors import ArgumentError, brief
+from ...conversion import own_copy
+from ...errors import ArgumentError, brief, printable
 from ...loading import load_auto_tokenizer, load_model, load_processor, load_weights, read_config
 from ...modeling_vlp.base import adopt
 from ...modeling_vlp.blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
@@ -17,8 +18,9 @@ from ...modeling_vlp.blip2_generation import VlpBlip2ForConditionalGeneration
 from ...modeling_vlp.exchange import lavis
 from ...modeling_vlp.exchange.places import ExchangeError, import_state
 from ...modeling_vlp.language_model import ALLOWED, PACKAGE, language_model_source, load_language_model
-from ...processing.blip import VlpBlipProcessor, token_ids
+from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, token_ids
 from ...processing.blip2 import VlpBlip2Processor
+from ...towers import vision_start
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
 from ..data.features import FeatureMaker, Features, compute_features
 from ..data.rows import CaptionChooser
@@ -66,7 +68,8 @@ class Blip2Arguments(TrainingArguments):
     )
     vision_tower: str | None = option(
         None,
-        "folder or hub name of a vlp CLIP or BLIP that provides the image tower; ignored with --model_name_or_path",
+        "folder or hub name of a model that provides the image tower: an image encoder of transformers or timm, or a "
+        "CLIP, SigLIP or BLIP of any supported format; ignored with --model_name_or_path",
     )
     vision_layers_left_out: int = option(0, "number of final vision transformer layers to drop; 1 in the paper")
     freeze_vision: bool = option(True, "freeze the image tower; the paper trains it only when fine-tuning")
@@ -152,7 +155,7 @@ def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> 
     Raises:
         ArgumentError: if the model, the image tower or the tokenizer cannot be used.
     """
-    name = arguments.model_name_or_path
+    name = own_copy(arguments.model_name_or_path, "--model_name_or_path") if arguments.model_name_or_path else None
     if name:
         require_model_type(name, VlpBlip2Config.model_type)
         processor = load_processor(name, "--model_name_or_path")
@@ -160,8 +163,9 @@ def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> 
             return processor
         images = processor.image_processor
     else:
-        images = load_processor(arguments.vision_tower, "--vision_tower").image_processor
-        arguments.image_size = tower_config(arguments.vision_tower).image_size
+        start = vision_start(arguments.vision_tower, "--vision_tower")
+        images = VlpBlipImageProcessor(**start.images())
+        arguments.image_size = start.config.image_size
     if arguments.stage == 2:
         return VlpBlip2Processor(images, language_tokenizer(arguments))
     tokenizer_name = arguments.tokenizer_name or arguments.bert_name_or_path
@@ -192,14 +196,6 @@ def reference_to(arguments: Blip2Arguments) -> VlpBlip2Config:
     )
 
 
-def tower_config(name: str):
-    """Load the configuration of the image tower of a CLIP or BLIP. Raises ArgumentError if there is none."""
-    config = read_config(name, "--vision_tower")
-    if config.model_type not in (VlpClipConfig.model_type, VlpBlipConfig.model_type):
-        raise ArgumentError(f"--vision_tower {name} is a {config.model_type}; expected a vlp CLIP or BLIP.")
-    return config.vision_config
-
-
 def new_config(arguments: Blip2Arguments, tokenizer=None) -> VlpBlip2Config:
     """Build the configuration of a new model.
 
@@ -214,7 +210,13 @@ def new_config(arguments: Blip2Arguments, tokenizer=None) -> VlpBlip2Config:
     qformer = fields["qformer_config"]
     check_fields(fields, VlpBlip2Config)
     check_fields(qformer, VlpQFormerConfig)
-    vision = tower_config(arguments.vision_tower).to_dict()
+    start = vision_start(arguments.vision_tower, "--vision_tower")
+    if isinstance(start.config, VlpVisionTowerConfig) and arguments.vision_layers_left_out:
+        raise ArgumentError(
+            f"--vision_layers_left_out {arguments.vision_layers_left_out} is only for towers of vlp; "
+            f"{printable(arguments.vision_tower, 120)} is a {start.config.tower.model_type}."
+        )
+    vision = start.config.to_dict()
     if vision["model_type"] == VlpViTConfig.model_type or arguments.vision_layers_left_out:
         vision["final_norm"] = False  # CLIP only normalises the class token; a layer in the middle has no final norm
     if arguments.vision_layers_left_out:
@@ -246,7 +248,7 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
     Raises:
         ArgumentError: if the model cannot be built, or the language model cannot be loaded.
     """
-    name = arguments.model_name_or_path
+    name = own_copy(arguments.model_name_or_path, "--model_name_or_path") if arguments.model_name_or_path else None
     if arguments.stage == 1 and name:
         model = load_model(VlpBlip2ForPreTraining, name, "--model_name_or_path")
         model.config.freeze_vision = arguments.freeze_vision
@@ -274,7 +276,7 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
 
 def make_stage_2_model(arguments: Blip2Arguments, processor) -> VlpBlip2ForConditionalGeneration:
     """Build or load the model of stage 2. Raises ArgumentError if its language model cannot be loaded."""
-    name = arguments.model_name_or_path
+    name = own_copy(arguments.model_name_or_path, "--model_name_or_path") if arguments.model_name_or_path else None
     named = {name: getattr(arguments, name) for name in LANGUAGE_MODEL_FIELDS}
     try:
         if name and read_config(name, "--model_name_or_path").architectures[0] == (
@@ -296,21 +298,8 @@ def make_stage_2_model(arguments: Blip2Arguments, processor) -> VlpBlip2ForCondi
 
 
 def load_tower(model: VlpBlip2PreTrainedModel, name: str) -> None:
-    """Load the image tower of a CLIP or BLIP into a model; layers that the model drops are ignored.
-
-    Args:
-        model: model to change.
-        name: folder or hub name of the CLIP or BLIP.
-
-    Raises:
-        ArgumentError: if weights are missing.
-    """
-    tensors = load_weights(name, "--vision_tower")
-    state = {key: value for key, value in tensors.items() if key.startswith("vision_model.")}
-    own = {key for key in model.state_dict() if key.startswith("vision_model.")}
-    if missing := sorted(own - state.keys()):
-        raise ArgumentError(f"--vision_tower {name} lacks {', '.join(missing[:3])}.")
-    model.load_state_dict({key: state[key] for key in own}, strict=False)
+    """Load the image tower of another model; layers that this model drops are ignored."""
+    vision_start(name, "--vision_tower").load_into(model)
 
 
 def load_bert(model: VlpBlip2ForPreTraining, name: str) -> None:

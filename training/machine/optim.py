@@ -31,7 +31,7 @@ def parameter_groups(
         learning_rate: peak learning rate of the top layers.
         weight_decay: weight decay of matrices.
         layer_decay: factor on the learning rate from each layer to the one below.
-        tower_learning_rate: peak learning rate of the towers; None: `learning_rate`.
+        tower_learning_rate: peak learning rate of the towers, cross-attention excepted; None: `learning_rate`.
 
     Returns:
         Parameter groups; "peak_lr" is the learning rate before the schedule.
@@ -41,7 +41,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         decay = 0.0 if parameter.ndim < 2 or NO_DECAY.search(name) else weight_decay
-        peak = tower_learning_rate if tower_learning_rate and TOWER.match(name) else learning_rate
+        is_old = TOWER.match(name) and "cross_attention" not in name
+        peak = tower_learning_rate if tower_learning_rate and is_old else learning_rate
         rate = peak * layer_decay ** levels_below_top(model, name)
         if name == "temp":  # not a logarithm: a higher rate would make it jump across its whole range
             rate = min(rate, MAX_TEMPERATURE_RATE)
