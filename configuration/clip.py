@@ -24,9 +24,10 @@ class VlpClipConfig(PreTrainedConfig):
             transformers; or a dict of its fields, in which "model_type" selects the class (default:
             `VlpClipTextConfig`).
         projection_dim: width of the shared embedding space; with SigLIP's image tower, it must equal the tower's width.
-        projection_hidden_size: width of the hidden layer of the projections; None: the projections are linear, as in
-            CLIP. A ResNet and SigLIP's image tower project in their pooling, which does not change.
-        projection_dropout: dropout probability (0 to 1) of that hidden layer.
+        visual_projection_hidden_size, text_projection_hidden_size: width of a hidden layer in the projection; None: the
+            projection is linear, as in CLIP. A ResNet and SigLIP's image tower project in their pooling instead.
+        projection_dropout: dropout probability (0 to 1) in the projections, which then begin with a LayerNorm, as those
+            with a hidden layer do; for small data on locked towers.
         logit_scale_init_value: natural logarithm of the initial logit scale: ln(1/0.07) for CLIP, ln(10) for SigLIP.
         logit_bias_init_value: initial bias of the sigmoid loss (-10 for SigLIP); None for a model without a bias.
 
@@ -43,15 +44,17 @@ class VlpClipConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
-    projection_hidden_size: int | None = None
+    visual_projection_hidden_size: int | None = None
+    text_projection_hidden_size: int | None = None
     projection_dropout: float = 0.0
     logit_scale_init_value: float = math.log(1 / 0.07)
     logit_bias_init_value: float | None = None
 
     def __post_init__(self, **kwargs):
         require_positive(self, "projection_dim")
-        if self.projection_hidden_size is not None:
-            require_positive(self, "projection_hidden_size")
+        for name in ("visual_projection_hidden_size", "text_projection_hidden_size"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
         require_fraction(self, "projection_dropout")
         require_finite(self, "logit_scale_init_value")
         self.logit_scale_init_value = float(self.logit_scale_init_value)

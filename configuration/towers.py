@@ -4,7 +4,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .checks import require_positive, shown
 
-IMAGE_POOLING = ("pooler", "cls", "mean", "max")
+IMAGE_POOLING = ("pooler", "cls", "mean", "max", "stages")
+MOST_TOKENS = 512  # of a caption
 TEXT_POOLING = ("mean", "cls", "max", "eos", "pooler")
 
 
@@ -34,7 +35,9 @@ class VlpVisionTowerConfig(VlpTowerConfig):
     """Configuration of an image tower that is a model of transformers, such as a DINOv2, a ConvNeXt or one of timm.
 
     Args: as for `VlpTowerConfig`; the defaults of `hidden_size` and `tower` are those of a `ViTConfig`, and:
-        pooling: "pooler", "cls" (the first position), or "mean" or "max" over the patches or cells.
+        pooling: "pooler", "cls" (the first position), "mean" or "max" over the patches or cells, or "stages": the
+            model's own pooled output after the means of all its hidden states, for pictures unlike those that it was
+            trained on.
         image_size: side of the images in pixels.
     """
 
@@ -91,3 +94,11 @@ def tower_from(given: dict | PreTrainedConfig, owner: PreTrainedConfig) -> PreTr
             f"{shown(given)}."
         )
     return CONFIG_MAPPING[name].from_dict(dict(given))
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """The number of tokens that a text encoder has positions for; RoBERTa's begin after its padding token's id."""
+    most = getattr(config, "max_position_embeddings", None) or MOST_TOKENS
+    counts_from_padding = config.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet",
+                                                "xmod", "longformer", "roberta-prelayernorm", "esm")  # fmt: skip
+    return most - (config.pad_token_id or 0) - 1 if counts_from_padding else most

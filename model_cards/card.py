@@ -403,9 +403,11 @@ def kind_of_tower(config: VlpVisionTowerConfig | VlpTextTowerConfig) -> str:
 
 def shared_space(config: VlpClipConfig) -> tuple[str, str]:
     """The row for the shared space of a CLIP."""
-    hidden = config.projection_hidden_size
-    more = f", projections with a hidden layer of {hidden}" if hidden else ""
-    return "Shared space", f"{config.projection_dim} dimensions{more}"
+    parts = [f"{config.projection_dim} dimensions"]
+    for each in ("visual", "text"):
+        if hidden := getattr(config, f"{each}_projection_hidden_size"):
+            parts.append(f"a hidden layer of {hidden} in the {each} projection")
+    return "Shared space", ", ".join(parts)
 
 
 def describe_qformer(config: VlpBlip2Config) -> list[tuple[str, str]]:

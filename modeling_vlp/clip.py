@@ -33,16 +33,21 @@ PROJECTED = (VlpModifiedResNetConfig.model_type, VlpSiglipViTConfig.model_type) 
 
 
 class ProjectionHead(nn.Sequential):
-    """A projection with one hidden layer: (..., width) -> (..., size)."""
+    """A projection with a LayerNorm, dropout, and a hidden layer if one is wanted: (..., width) -> (..., size).
 
-    def __init__(self, width: int, hidden_size: int, size: int, dropout: float):
+    It is computed in the precision of its weights, without autocast: trained in bfloat16, it learnt next to nothing
+    that held for new pictures (13 % instead of 49 % of the drawings in the recipe clip-emoji-towers).
+    """
+
+    def __init__(self, width: int, hidden_size: int | None, size: int, dropout: float):
+        hidden = [nn.Linear(width, hidden_size), nn.GELU()] if hidden_size else []
         super().__init__(
-            nn.LayerNorm(width),
-            nn.Linear(width, hidden_size),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden_size, size, bias=False),
+            nn.LayerNorm(width), *hidden, nn.Dropout(dropout), nn.Linear(hidden_size or width, size, bias=False)
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self[-1].weight.dtype))
 
 
 class VlpClipModel(VlpPreTrainedModel):
@@ -66,8 +71,9 @@ class VlpClipModel(VlpPreTrainedModel):
         self.text_model = TEXT_TOWERS.get(text.model_type, TextTransformer)._from_config(text)
         self.visual_projection = nn.Identity()  # the ResNet and SigLIP need none after attention pooling
         if vision.model_type not in PROJECTED:
-            self.visual_projection = self.projection(vision.hidden_size)
-        self.text_projection = self.projection(text.hidden_size, text.model_type == VlpSiglipTextConfig.model_type)
+            self.visual_projection = self.projection(vision.hidden_size, config.visual_projection_hidden_size)
+        has_bias = text.model_type == VlpSiglipTextConfig.model_type
+        self.text_projection = self.projection(text.hidden_size, config.text_projection_hidden_size, has_bias)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.logit_bias = None
         if config.logit_bias_init_value is not None:
@@ -75,12 +81,12 @@ class VlpClipModel(VlpPreTrainedModel):
         self.known_texts = KnownTexts()
         self.post_init()
 
-    def projection(self, width: int, bias: bool = False) -> nn.Module:
+    def projection(self, width: int, hidden_size: int | None, bias: bool = False) -> nn.Module:
         """Build a projection from a tower's width to the shared space."""
-        config = self.config
-        if config.projection_hidden_size is None:
-            return nn.Linear(width, config.projection_dim, bias=bias)
-        return ProjectionHead(width, config.projection_hidden_size, config.projection_dim, config.projection_dropout)
+        size, dropout = self.config.projection_dim, self.config.projection_dropout
+        if hidden_size is None and not dropout:
+            return nn.Linear(width, size, bias=bias)
+        return ProjectionHead(width, hidden_size, size, dropout)
 
     def initialize(self) -> None:
         for projection in (self.visual_projection, self.text_projection):

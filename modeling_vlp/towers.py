@@ -65,6 +65,8 @@ class VisionTower(Tower):
         resample = resample or side != getattr(self.config.tower, "image_size", side)
         if resample and "interpolate_pos_encoding" in parameters_of(type(self.model).forward):
             inputs["interpolate_pos_encoding"] = True
+        if self.config.pooling == "stages":
+            flags = flags | {"output_hidden_states": True}
         output = self.run(inputs, flags)
         states = output.last_hidden_state
         cells = states.flatten(2).transpose(1, 2) if states.ndim == 4 else states  # (B, D, H, W) -> (B, N, D)
@@ -77,10 +79,14 @@ class VisionTower(Tower):
 
     def pool(self, output, cells: Tensor, size: torch.Size) -> Tensor:
         """Pool the outputs of all positions (B, N, D) to (B, D); `size` is that of the images."""
-        if self.config.pooling == "pooler":
+        if self.config.pooling in ("pooler", "stages"):
             if getattr(output, "pooler_output", None) is None:
                 raise ValueError(f"A {self.config.tower.model_type} has no pooled output: choose another pooling.")
-            return output.pooler_output.flatten(1)
+            pooled = output.pooler_output.flatten(1)
+            if self.config.pooling == "pooler":
+                return pooled
+            means = [x.mean(dim=(2, 3)) if x.ndim == 4 else x.mean(dim=1) for x in output.hidden_states]
+            return torch.cat([*means, pooled], dim=1)
         if self.config.pooling == "cls":
             return cells[:, 0]
         patches = cells[:, tokens_before(self.config.tower, cells.shape[1], size) :]
@@ -222,7 +228,7 @@ def pooling_option(config: PreTrainedConfig, pooling: str) -> dict[str, bool]:
     """The option that builds transformers' model without a pooling layer; empty if it is used or there is none."""
     kind = AutoModel._model_mapping[type(config)]
     can = isinstance(kind, type) and "add_pooling_layer" in parameters_of(kind.__init__)
-    return {"add_pooling_layer": False} if can and pooling != "pooler" else {}
+    return {"add_pooling_layer": False} if can and pooling not in ("pooler", "stages") else {}
 
 
 def parameters_of(function) -> set[str]:

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +34,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipImageProcessor,
     SiglipProcessor,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
 )
 from transformers.utils import cached_file
 
 from .architectures import ARCHITECTURES, architecture
 from .configuration.clip import VlpClipConfig
+from .configuration.towers import VlpVisionTowerConfig
 from .configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig
 from .errors import ArgumentError, UnsupportedModelError, brief, printable
 from .files import (
@@ -78,8 +82,15 @@ from .processing.blip2 import VlpBlip2Processor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.tokenizer import VlpClipTokenizer
 
-CONVERTED = ("blip", "blip-2", "clip", "siglip")  # model types of transformers that vlp has an architecture for
+CONVERTED = (
+    "blip",
+    "blip-2",
+    "clip",
+    "siglip",
+    "vision-text-dual-encoder",
+)  # model types of transformers that vlp has an architecture for
 OPEN_CLIP = "open_clip_config.json"
+HUB_NAME = re.compile(r"[\w][\w.-]*/[\w.-]+")
 LARGEST = 4096  # image size, number of tokens and number of heads
 SINGLE_FILES = ("openai", "salesforce", "lavis")  # targets that are a file, not a folder
 TARGETS = ("vlp", "transformers", "open_clip", "openai", "salesforce", "lavis")
@@ -188,7 +199,11 @@ def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
         ExchangeError: if vlp has no such architecture, or the tensors do not fit it.
     """
     name = name_of_peer((config.architectures or ["none"])[0])
-    ours, state = peer.config_from(config), weights_of(folder)
+    if (config.architectures or [None])[0] == peer.DUAL_ENCODER_CLASS:  # its parts' files have names of their own
+        state = load_model(VisionTextDualEncoderModel, folder, "SOURCE").state_dict()
+    else:
+        state = weights_of(folder)
+    ours = peer.config_from(config)
     words = "text_decoder.bert.embeddings.word_embeddings.weight"
     if words in state:  # input and output embeddings are tied and stored once
         state.setdefault("text_decoder.cls.predictions.decoder.weight", state[words])
@@ -210,7 +225,7 @@ def name_of_peer(theirs: str) -> str:
     Raises:
         ExchangeError: if vlp has no such architecture.
     """
-    if theirs == "SiglipModel":
+    if theirs in ("SiglipModel", peer.DUAL_ENCODER_CLASS):
         return VlpClipModel.__name__
     # If two of our classes have the same peer, the later row wins: it has no language modelling head, like the peer.
     found = {row.peer: row.model.__name__ for row in ARCHITECTURES if row.peer}
@@ -345,6 +360,8 @@ def default_images(config: PreTrainedConfig) -> VlpClipImageProcessor:
     """The default preprocessing of OpenAI, BLIP or SigLIP, for a model's image size."""
     side = config.vision_config.image_size
     square = {"height": side, "width": side}
+    if config.vision_config.model_type == VlpVisionTowerConfig.model_type:
+        return VlpClipImageProcessor(size=square, do_center_crop=False)
     if config.model_type != VlpClipConfig.model_type:
         return VlpBlipImageProcessor(size=square)
     if config.vision_config.model_type == VlpSiglipViTConfig.model_type:
@@ -431,6 +448,8 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
         state, left_out = export_state(found.tensors, peer.rules_of(found.config, found.architecture))
         write_whole(target, lambda fresh: save_transformers(found, config, state, fresh))
         return left_out
+    if peer.has_foreign_tower(found.config):
+        raise ExchangeError(f"{to} has no {found.architecture} with towers of transformers: use --to transformers.")
     if to in ("salesforce", "lavis"):
         is_blip2 = found.architecture.startswith("VlpBlip2") and to == "lavis"
         rules = lavis.rules_of(found.config) if is_blip2 else salesforce.RULES.get(found.architecture)
@@ -483,11 +502,18 @@ def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State,
         state: the tensors, with transformers' names.
         folder: an existing folder.
     """
-    config.save_pretrained(folder)
-    save_tensors(state, folder / "model.safetensors")
+    if peer.has_foreign_tower(found.config):
+        model = VisionTextDualEncoderModel(config)
+        model.load_state_dict(state)
+        model.save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+        save_tensors(state, folder / "model.safetensors")
     save_licence(found, folder, "transformers")
     kinds = (CLIPImageProcessor, CLIPProcessor) if found.is_clip else (BlipImageProcessor, BlipProcessor)
-    if found.is_clip and peer.is_siglip(found.config):
+    if found.is_clip and peer.has_foreign_tower(found.config):
+        kinds = (CLIPImageProcessor, VisionTextDualEncoderProcessor)
+    elif found.is_clip and peer.is_siglip(found.config):
         kinds = (SiglipImageProcessor, SiglipProcessor)
     images = kinds[0](**image_options(found.images))
     if found.tokenizer is None:
@@ -496,6 +522,8 @@ def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State,
         tokenizer = found.tokenizer if found.has_language_model else plain_tokenizer(found.tokenizer)
         queries = found.config.num_query_tokens if found.has_language_model else None
         Blip2Processor(images, tokenizer, queries).save_pretrained(folder)
+    elif kinds[1] is VisionTextDualEncoderProcessor:
+        kinds[1](images, found.tokenizer).save_pretrained(folder)
     else:
         kinds[1](images, plain_tokenizer(found.tokenizer)).save_pretrained(folder)
 
@@ -599,7 +627,7 @@ def own_copy(name: str | Path, option: str = "") -> str:
             return str(name)
     try:
         if not place.exists():
-            place = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+            place = downloaded(str(name))
         files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.is_file())
         facts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
@@ -610,6 +638,14 @@ def own_copy(name: str | Path, option: str = "") -> str:
     except (ExchangeError, OSError) as error:
         raise UnsupportedModelError(f"{told}: {brief(error)[:300]}") from error
     return str(target)
+
+
+def downloaded(name: str) -> Path:
+    """Download the files of a repository of the hub that a conversion needs, and return their folder."""
+    folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]))
+    if not any(folder.glob("*.safetensors")):
+        snapshot_download(name, allow_patterns=["*.bin", "*.bin.index.json"])
+    return folder
 
 
 def is_convertible(config: PreTrainedConfig) -> bool:
@@ -656,6 +692,9 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
         if value is not None and not 1 <= value <= LARGEST:
             raise ArgumentError(f"--{name} must be from 1 to {LARGEST:,}, got {brief(str(value))[:40]}.")
     place = usable_path(source, "SOURCE")
+    if not place.exists() and HUB_NAME.fullmatch(str(source)):
+        read_config(source, "SOURCE")  # says what is wrong with the name
+        place = downloaded(str(source))
     try:
         found = read_source(place, given)
     except ExchangeError as error:

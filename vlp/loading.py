@@ -90,14 +90,23 @@ def explained(name: str | Path, what: str, option: str = "") -> Iterator[None]:
         elif "size mismatch" in text or "mismatched" in text:
             reason = "its weights have other shapes than its configuration says: download it again, or convert it anew"
         elif not Path(name).exists() and isinstance(error, (OSError, ValueError)):
-            reason = (
-                "there is no such folder, and no model of this name on the hub could be loaded (HF_HUB_OFFLINE=1 is "
-                "set: the hub is not asked)" if os.environ.get("HF_HUB_OFFLINE") == "1" else
-                "there is no such folder, and no such model on the hub, or the hub cannot be reached"
-            )  # fmt: skip
+            reason = f"there is no such folder, and {hub_says(text)}"
         else:
             reason = brief(f"{type(error).__name__}: {text}")[:200]
         raise UnsupportedModelError(f"{told}: {what} cannot be loaded: {reason}.") from error
+
+
+def hub_says(text: str) -> str:
+    """Why a model could not be had from the hub, from the message of transformers."""
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return "no model of this name is in the cache (HF_HUB_OFFLINE=1 is set: the hub is not asked)"
+    if "gated" in text:
+        return "the model on the hub is gated: accept its terms on its page, then log in with `hf auth login`"
+    if "is not a valid model identifier" in text or "Repository Not Found" in text:
+        return "no such model is on the hub, or it is private: log in with `hf auth login`"
+    if "connect" in text or "connection" in text:
+        return "the hub cannot be reached: check the connection, or set HF_HUB_OFFLINE=1 to use the cache alone"
+    return "the hub has no such model, or cannot be reached"
 
 
 def check_files(folder: Path, told: str) -> None:

@@ -17,7 +17,14 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file
 
 from .configuration.clip import VlpClipConfig
-from .configuration.towers import IMAGE_POOLING, TEXT_POOLING, VlpTextTowerConfig, VlpVisionTowerConfig
+from .configuration.towers import (
+    IMAGE_POOLING,
+    MOST_TOKENS,
+    TEXT_POOLING,
+    VlpTextTowerConfig,
+    VlpVisionTowerConfig,
+    positions_of,
+)
 from .conversion import image_options, own_copy
 from .errors import ArgumentError, UnsupportedModelError, brief, printable
 from .loading import (
@@ -37,7 +44,6 @@ IMAGE_ENCODERS = {
 TEXT_ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "clip_text_model"}
 # Vision transformers whose published weights include no pooled output; beit averages its patches.
 AT_CLASS_TOKEN = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_mae", "vit_msn")
-MOST_TOKENS = 512  # of a caption
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class Start:
         option: the option that named it, for error messages.
         config: our configuration of the tower.
         part: "vision_model" or "text_model", if it is a part of a model of vlp; None if it is a model of its own.
-        shared_space: width of the space and of the hidden layer of the projection, if it is a part of a CLIP.
+        shared_space: what the shape of the projection depends on, if it is a part of a CLIP; the width of the space
+            comes first.
         tokenizer_name: folder or hub name of a tokenizer to use instead of the source's.
     """
 
@@ -57,12 +64,12 @@ class Start:
     option: str
     config: PreTrainedConfig
     part: str | None = None
-    shared_space: tuple[int, int | None] | None = None
+    shared_space: tuple | None = None
     tokenizer_name: str | None = None
 
     def brings_projection(self, config: VlpClipConfig) -> bool:
         """Whether the source has a projection that a CLIP with this configuration can use."""
-        return self.shared_space == (config.projection_dim, config.projection_hidden_size)
+        return self.shared_space is not None and self.shared_space == space_of(config)
 
     def images(self) -> dict:
         """The options of an image processor that prepares images as the source does."""
@@ -105,11 +112,12 @@ class Start:
         model.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
 
 
-def space_of(config: PreTrainedConfig) -> tuple[int, int | None] | None:
-    """The width of the shared space of a CLIP, and of the hidden layer of its projections; None for other models."""
+def space_of(config: PreTrainedConfig) -> tuple | None:
+    """What the shapes of a CLIP's projections depend on, besides the towers; None for other models."""
     if not isinstance(config, VlpClipConfig):
         return None
-    return config.projection_dim, config.projection_hidden_size
+    hidden = (config.visual_projection_hidden_size, config.text_projection_hidden_size)
+    return config.projection_dim, *hidden, bool(config.projection_dropout)
 
 
 # --- image towers -----------------------------------------------------------------------------------------------------
@@ -271,14 +279,6 @@ def text_start(
 
 def own_pooling(config: PreTrainedConfig) -> str:
     return "pooler" if config.model_type == "clip_text_model" else "mean"
-
-
-def positions_of(config: PreTrainedConfig) -> int:
-    """The number of tokens that a text encoder has positions for; RoBERTa's begin after its padding token's id."""
-    most = getattr(config, "max_position_embeddings", None) or MOST_TOKENS
-    counts_from_padding = config.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet",
-                                                "xmod", "longformer", "roberta-prelayernorm", "esm")  # fmt: skip
-    return most - (config.pad_token_id or 0) - 1 if counts_from_padding else most
 
 
 @torch.no_grad()

@@ -2,11 +2,19 @@
 
 import math
 
-from transformers import Blip2Config, BlipConfig, CLIPConfig, PreTrainedConfig, SiglipConfig
+from transformers import (
+    Blip2Config,
+    BlipConfig,
+    CLIPConfig,
+    PreTrainedConfig,
+    SiglipConfig,
+    VisionTextDualEncoderConfig,
+)
 
 from ...configuration.blip import VlpBlipConfig
 from ...configuration.blip2 import VlpBlip2Config
 from ...configuration.clip import VlpClipConfig
+from ...configuration.towers import VlpTextTowerConfig, VlpVisionTowerConfig, positions_of
 from ..exchange import lavis, salesforce
 from .places import ExchangeError, Rule
 
@@ -19,6 +27,12 @@ SIGLIP = (
     ),
     *CLIP,
 )
+
+DUAL_ENCODER = (
+    Rule(r"(vision|text)_model\.model\.(\S+)", r"\1_model.\2"),
+    Rule(r"((?:visual|text)_projection\.weight|logit_scale)", r"\1"),
+)
+DUAL_ENCODER_CLASS = "VisionTextDualEncoderModel"
 
 BLIP_VISION = (
     Rule(r"vision_model\.embeddings\.class_embedding", "vision_model.embeddings.class_embedding", leading=2),
@@ -74,6 +88,8 @@ def rules_of(config: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, architectur
     if isinstance(config, VlpBlip2Config):
         return BLIP2
     if isinstance(config, VlpClipConfig):
+        if has_foreign_tower(config):
+            return DUAL_ENCODER
         return SIGLIP if is_siglip(config) else CLIP
     return (*BLIP_VISION, *HEADS, *salesforce.TEXTS[architecture])
 
@@ -92,6 +108,8 @@ def is_siglip(ours: PreTrainedConfig) -> bool:
 
 def config_from(theirs: CLIPConfig | BlipConfig | Blip2Config) -> VlpClipConfig | VlpBlipConfig | VlpBlip2Config:
     """Convert transformers' configuration to ours."""
+    if isinstance(theirs, VisionTextDualEncoderConfig):
+        return dual_encoder_config_from(theirs)
     vision = pick(theirs.vision_config, VISION_FIELDS)
     if isinstance(theirs, Blip2Config):
         return blip2_config_from(theirs, vision)
@@ -108,6 +126,58 @@ def config_from(theirs: CLIPConfig | BlipConfig | Blip2Config) -> VlpClipConfig 
     return VlpBlipConfig(
         vision_config=vision, text_config=text, image_text_hidden_size=theirs.image_text_hidden_size
     )  # fmt: skip
+
+
+def has_foreign_tower(ours: PreTrainedConfig) -> bool:
+    """Whether a tower of a model of ours is a model of transformers."""
+    return isinstance(ours.vision_config, VlpVisionTowerConfig) or isinstance(
+        getattr(ours, "text_config", None), VlpTextTowerConfig
+    )
+
+
+def has_heads(ours: VlpClipConfig) -> bool:
+    """Whether a projection of a CLIP of ours is more than one linear layer."""
+    hidden = (ours.visual_projection_hidden_size, ours.text_projection_hidden_size)
+    return hidden != (None, None) or bool(ours.projection_dropout)
+
+
+def dual_encoder_config_from(theirs: VisionTextDualEncoderConfig) -> VlpClipConfig:
+    """Convert the configuration of a VisionTextDualEncoderModel to ours."""
+    vision, text = theirs.vision_config, theirs.text_config
+    return VlpClipConfig(
+        vision_config=VlpVisionTowerConfig(
+            tower=vision, hidden_size=vision.hidden_size, pooling="pooler",
+            image_size=getattr(vision, "image_size", None) or 224,
+        ),
+        text_config=VlpTextTowerConfig(
+            tower=text, hidden_size=text.hidden_size, pooling="pooler", max_position_embeddings=positions_of(text),
+            vocab_size=text.vocab_size, pad_token_id=text.pad_token_id or 0,
+        ),
+        projection_dim=theirs.projection_dim, logit_scale_init_value=theirs.logit_scale_init_value,
+    )  # fmt: skip
+
+
+def dual_encoder_config_to(ours: VlpClipConfig) -> VisionTextDualEncoderConfig:
+    """Convert our configuration to that of a VisionTextDualEncoderModel.
+
+    Raises:
+        ExchangeError: if that class does not support the model.
+    """
+    towers = (ours.vision_config, ours.text_config)
+    wrong = [f"a {tower.model_type}" for tower in towers if not hasattr(tower, "tower")]
+    wrong += [f"the pooling {tower.pooling}" for tower in towers if getattr(tower, "pooling", "pooler") != "pooler"]
+    wrong += ["projections with more than one layer"] * has_heads(ours)
+    wrong += ["a logit_bias"] * (ours.logit_bias_init_value is not None)
+    if wrong:
+        raise ExchangeError(
+            "transformers' VisionTextDualEncoder joins two models of transformers by linear projections of their own "
+            f"pooled outputs; this model has {', '.join(wrong)}. Bundle it with its code instead."
+        )
+    theirs = VisionTextDualEncoderConfig.from_vision_text_configs(
+        ours.vision_config.tower, ours.text_config.tower, projection_dim=ours.projection_dim
+    )
+    theirs.architectures = [DUAL_ENCODER_CLASS]
+    return theirs
 
 
 def siglip_config_from(theirs: SiglipConfig, vision: dict) -> VlpClipConfig:
@@ -204,6 +274,10 @@ def config_to(
     """
     if ours.vision_config.model_type == "vlp_modified_resnet":
         raise ExchangeError("transformers has no ModifiedResNet.")
+    if isinstance(ours, VlpClipConfig) and has_foreign_tower(ours):
+        return dual_encoder_config_to(ours)
+    if has_foreign_tower(ours):
+        raise ExchangeError(f"transformers' {peer} has a vision transformer of its own; this model has another tower.")
     vision = pick(ours.vision_config, VISION_FIELDS)
     if isinstance(ours, VlpBlip2Config):
         theirs = blip2_config_to(ours, peer == "Blip2ForConditionalGeneration", image_token_id)
@@ -214,6 +288,8 @@ def config_to(
     elif isinstance(ours, VlpClipConfig):
         if ours.logit_bias_init_value is not None:
             raise ExchangeError("transformers' CLIPModel has no logit_bias.")
+        if has_heads(ours) or ours.vision_config.model_type == "vlp_blip_vit":
+            raise ExchangeError("transformers' CLIPModel has linear projections and CLIP's own vision transformer.")
         text = pick(ours.text_config, CLIP_TEXT_FIELDS)
         theirs = CLIPConfig(vision_config=vision, text_config=text, projection_dim=ours.projection_dim)
     else:

@@ -16,16 +16,27 @@ from transformers import (
     CLIPImageProcessor,
     ConvNextImageProcessorPil,
     PreTrainedTokenizerFast,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
     ViTImageProcessorPil,
     pipeline,
 )
+from vlp.modeling_vlp.exchange.places import ExchangeError
 from vlp.modeling_vlp.towers import frozen_parts, layers_of, lock
 from vlp.processing.clip import VlpClipImageProcessor
 from vlp.training.machine.optim import levels_below_top
 
 import vlp
+from vlp.conversion import convert
 from vlp.errors import ArgumentError, UnsupportedModelError
+from vlp.inference import load
 from vlp.towers import foreign_image_options, text_start, vision_start
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 PATCHES = {"image_size": 32, "patch_size": 8}
@@ -62,14 +73,14 @@ IMAGES = {
     "timm_wrapper": ({"architecture": "test_vit"}, own),
 }
 VOCABULARY = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "red", "green", "blue", "square", "two", "dogs"]
-WORDS = SIZES | {"vocab_size": 20, "max_position_embeddings": 24, "pad_token_id": 0}
+WORDS = SIZES | {"vocab_size": 20, "max_position_embeddings": 48, "pad_token_id": 0}
 TEXTS = {
     "bert": WORDS,
     "roberta": WORDS,
     "xlm-roberta": WORDS,
     "camembert": WORDS,
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 20, "pad_token_id": 0,
-                   "max_position_embeddings": 24},
+                   "max_position_embeddings": 48},
     "mpnet": WORDS,
     "modernbert": WORDS | {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
     "electra": WORDS | {"embedding_size": 32},
@@ -236,6 +247,18 @@ def test_pooling_of_sentence_encoders_is_read_and_can_be_set(tmp_path):
         assert_close(model.text_model(tokens["input_ids"]).pooler_output, value, rtol=1e-5, atol=1e-5)
 
 
+def test_stages_are_pooled_on_request(tmp_path):
+    theirs = image_folder("convnext", tmp_path)
+    start = vision_start(str(tmp_path), "--image_tower", "stages")
+    assert start.config.hidden_size == 8 + 8 + 16 + 24 + 32 + 32  # the stem, four stages, the pooled output
+    model, _ = joined(vision=start)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        output = theirs(pixels, output_hidden_states=True)
+        expected = [states.mean((2, 3)) for states in output.hidden_states] + [output.pooler_output]
+        assert_close(model.vision_model(pixels).pooler_output, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
+
+
 def test_preprocessing_equals_that_of_the_source(tmp_path):
     rng = torch.Generator().manual_seed(0)
     noise = Image.fromarray(torch.randint(0, 255, (7, 9, 3), generator=rng, dtype=torch.uint8).numpy())
@@ -266,7 +289,7 @@ def test_wrong_starts_are_refused_by_name(tmp_path):
         (text_start, "vit", {}, "vit is a vit, not a text encoder"),
         (text_start, "llama", {}, "llama is a llama, not a text encoder"),
         (text_start, "silent", {}, "silent: .*tokenizer"),
-        (text_start, "bert", {"max_length": 99}, "--max_length 99 is above the 24 tokens"),
+        (text_start, "bert", {"max_length": 99}, "--max_length 99 is above the 48 tokens"),
         (text_start, "bert", {"pooling": "sum"}, "the text pooling must be one of mean, cls"),
         (vision_start, "vit", {"pooling": "sum"}, "the image pooling must be one of pooler, cls"),
         (vision_start, "nothing", {}, "nothing: the configuration cannot be loaded: there is no such folder"),
@@ -299,3 +322,42 @@ def test_towers_of_vlp_and_their_projection(tmp_path):
     start.load_into(copy, "visual_projection")
     assert torch.equal(copy.visual_projection.weight, model.visual_projection.weight)
     assert not torch.equal(copy.text_projection.weight, model.text_projection.weight)
+
+
+def test_dual_encoders_of_transformers_both_ways(tmp_path):
+    vision, text = image_folder("vit", tmp_path / "vit"), text_folder("bert", tmp_path / "bert")
+    theirs = VisionTextDualEncoderModel.from_vision_text_pretrained(
+        str(tmp_path / "vit"), str(tmp_path / "bert"), projection_dim=16
+    ).eval()
+    with torch.no_grad():
+        for head in (theirs.visual_projection, theirs.text_projection):
+            head.weight.normal_()
+    images = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    theirs.save_pretrained(tmp_path / "theirs")
+    VisionTextDualEncoderProcessor(images, tokenizer()).save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    ours, processor = AutoModel.from_pretrained(tmp_path / "ours"), AutoProcessor.from_pretrained(tmp_path / "ours")
+    assert type(ours) is vlp.VlpClipModel and vision and text
+    inputs = processor(images=Image.new("RGB", (40, 40), "red"), text=CAPTIONS, return_tensors="pt")
+    names = ("input_ids", "attention_mask", "pixel_values")
+    with torch.no_grad():
+        expected = theirs(**{name: inputs[name] for name in names}).logits_per_image
+        assert_close(ours(**inputs).logits_per_image, expected, rtol=1e-5, atol=1e-5)
+    convert(tmp_path / "ours", tmp_path / "back", to="transformers")
+    back = VisionTextDualEncoderModel.from_pretrained(tmp_path / "back").eval()
+    with torch.no_grad():
+        assert_close(back(**{name: inputs[name] for name in names}).logits_per_image, expected, rtol=1e-5, atol=1e-5)
+    predictor = load(str(tmp_path / "theirs"), "embed")  # converted into the cache folder
+    assert type(predictor.model) is vlp.VlpClipModel
+    with pytest.raises(ExchangeError, match="open_clip has no VlpClipModel with towers of transformers"):
+        convert(tmp_path / "ours", tmp_path / "open", to="open_clip")
+
+
+def test_export_says_what_a_dual_encoder_lacks(tmp_path):
+    text_folder("bert", tmp_path / "bert")
+    model, processor = joined(text=text_start(str(tmp_path / "bert"), "--text_tower"), text_projection_hidden_size=8)
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    message = "this model has a vlp_vit, the pooling mean, projections with more than one layer"
+    with pytest.raises(ExchangeError, match=message):
+        convert(tmp_path / "ours", tmp_path / "theirs", to="transformers")

@@ -63,7 +63,7 @@ class CachedPairs:
         while True:
             rows, epochs = np.array(list(itertools.islice(draws, size))).T  # (B,) each
             view = (epochs + epochs // views) % views
-            texts, text_index = np.unique(self.text_of[view, rows], return_inverse=True)
+            texts, text_index = in_order(self.text_of[view, rows])
             tokens = self.texts[texts]  # (T, D) or (T, N)
             if tokens.dtype != np.float32:
                 tokens = tokens[:, : (tokens != self.texts[0, -1]).any(axis=0).sum() or 1]
@@ -76,6 +76,15 @@ class CachedPairs:
                 skipped=skipped,
             )
             skipped = []
+
+
+def in_order(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values (T,) in the order of their first appearance, and the index of each of the values (B,)."""
+    distinct, first, index = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return distinct[order], rank[index]
 
 
 @torch.inference_mode()

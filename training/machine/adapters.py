@@ -11,7 +11,11 @@ from ...files import state_folder, write_file
 from ...loading import BASE_FILE, read_config
 from ..arguments import TrainingArguments, public_name
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of every attention, in every tower
+# The projections of every attention, in every tower; the second line names those of towers of transformers and timm.
+TARGETS = [
+    *("q_proj", "k_proj", "v_proj", "out_proj"),
+    *("o_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin", "out_lin", "q", "k", "v", "qkv", "Wqkv", "Wo"),
+]
 # For BLIP-2: the image tower is frozen, and language models name their projections differently.
 BLIP2_TARGETS = r"(qformer|language_model)\..*\.([qkv]_proj|o_proj|out_proj|[qkvo])"
 

@@ -37,7 +37,12 @@ def history(folder) -> list[float]:
 def test_cached_run_equals_the_run_with_towers(pairs, tower, tmp_path, texts):  # noqa: F811
     more = {"text_tower": tower, "lock_text_tower": True} if texts else {}
     options = LOCKED | more | dict(image_tower=tower, image_size=32, augmentation="none", save_steps=3)
-    options["model"] = {"projection_dim": 16, "projection_hidden_size": 24, "text_config": RESNET["text_config"]}
+    options["model"] = {
+        "projection_dim": 16,
+        "visual_projection_hidden_size": 24,
+        "projection_dropout": 0.1,
+        "text_config": RESNET["text_config"],
+    }
     for name, cached in (("without", False), ("with", True)):
         train(arguments(pairs, tmp_path / name, cache_features=cached, **options))
     assert_close(history(tmp_path / "with"), history(tmp_path / "without"), rtol=1e-5, atol=1e-6)
