@@ -13,7 +13,7 @@ LAUNCH := $(BIN)/accelerate launch --num_machines 1 --dynamo_backend no --mixed_
 .PHONY: help venv venv-dev readme train train-blip train-blip2 train-towers train-blip-towers cards demo docs test test-all test-transformers check bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
 
 venv: $(VENV)/installed ## create a virtual environment and install vlp
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import ArgumentError, printable
 from ..files import start_anew, state_folder
+from ..loading import text_of
 from ..modeling_vlp.resnet import ModifiedResNet
 from ..processing.augmentation import PerImage, ToPixelValues, strong_augmentation
 from .arguments import TrainingArguments
@@ -262,19 +263,22 @@ def per_image(arguments: TrainingArguments, processor) -> PerImage:
 
 
 def cached_pairs(run: Run, maker: SampleMaker, collator: Collator) -> CachedPairs:
-    """Run the locked towers on all rows, unless that was done before; the main process does it, the others wait."""
+    """Run the locked towers on all rows, unless that was done before; the main process does it, the others wait.
+
+    The views do not depend on --seed, so that runs with other seeds share them.
+    """
     arguments, accelerator, model = run.arguments, run.accelerator, run.model
     names = ("augmentation", "crop_scale", "horizontal_flip", "random_augment", "image_size", "max_length",
-             "image_column", "max_image_pixels", "seed")  # fmt: skip
+             "image_column", "max_image_pixels")  # fmt: skip
     facts = {name: getattr(arguments, name) for name in names} | {
         "chooser": dataclasses.asdict(maker.chooser), "images": run.processor.image_processor.to_dict(),
-        "precision": precision_of(accelerator), "tokenizer": run.processor.tokenizer.backend_tokenizer.to_str(),
+        "precision": precision_of(accelerator), "tokenizer": text_of(run.processor.tokenizer),
     }  # fmt: skip
     with accelerator.main_process_first(), accelerator.autocast():
         folder = compute_pairs(
-            run.rows, maker, collator, arguments.cached_views, model.vision_model,
+            run.rows, dataclasses.replace(maker, seed=0), collator, arguments.cached_views, model.vision_model,
             model.text_model if arguments.lock_text_tower else None,
-            augmentation_on_device(arguments, run.processor.image_processor), facts, arguments.seed,
+            augmentation_on_device(arguments, run.processor.image_processor), facts,
         )  # fmt: skip
     return CachedPairs(folder)
 

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import cached_file, logging
+from transformers.utils.generic import is_timm_config_dict
 
 from .architectures import Architecture, architecture
 from .errors import UnsupportedModelError, UserError, brief, printable
@@ -224,13 +225,15 @@ def read_config(name: str | Path, option: str = "") -> PreTrainedConfig:
         if folder.is_dir():
             content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             kind = content.get("model_type")
-            if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            if (not isinstance(kind, str) or kind not in CONFIG_MAPPING) and not is_timm_config_dict(content):
                 shown = "none" if kind is None else printable(repr(kind), 60)
                 raise UnsupportedModelError(
                     f"{told}: config.json has the model_type {shown}, which this version of vlp and transformers does "
                     "not know; expected vlp_clip, vlp_blip, vlp_blip2 or one of transformers."
                 )
         config = AutoConfig.from_pretrained(name, **NO_CODE)
+        if config.model_type == "timm_wrapper" and not config.architectures:  # as timm's own files are
+            config.architectures = ["TimmWrapperModel"]
         names = config.architectures
         if not isinstance(names, (list, tuple)) or not names or not isinstance(names[0], str):
             raise UnsupportedModelError(
@@ -318,17 +321,28 @@ def load_image_processor(name: str | Path, option: str = "", **kwargs):
         return AutoImageProcessor.from_pretrained(name, **NO_CODE, **kwargs)
 
 
-def load_auto_tokenizer(name: str | Path, option: str = "", **kwargs):
-    """Load a fast tokenizer. Raises UnsupportedModelError if there is none, or it cannot be loaded."""
+def load_auto_tokenizer(name: str | Path, option: str = "", fast: bool = True, **kwargs):
+    """Load a tokenizer, if `fast` one of the tokenizers library.
+
+    Raises:
+        UnsupportedModelError: if there is none, or it cannot be loaded.
+    """
     with explained(name, "the tokenizer", option):
         tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE, **kwargs)
         files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
         empty = Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files)
-        if empty or not hasattr(tokenizer, "backend_tokenizer") or len(tokenizer) == 0:
+        if empty or len(tokenizer) == 0 or (fast and not hasattr(tokenizer, "backend_tokenizer")):
             raise UnsupportedModelError(
                 f"{told_of(name, option)}: there is no tokenizer.json, or its vocabulary is empty."
             )
         return tokenizer
+
+
+def text_of(tokenizer) -> str:
+    """Everything that a tokenizer's output depends on, as text."""
+    if hasattr(tokenizer, "backend_tokenizer"):
+        return tokenizer.backend_tokenizer.to_str()
+    return json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), repr(tokenizer.init_kwargs)])
 
 
 def load_bert_tokenizer(name: str | Path, option: str = ""):

@@ -80,9 +80,11 @@ class Start:
     def tokenizer(self, max_length: int):
         """The tokenizer of the source, or the one given instead."""
         if self.tokenizer_name:
-            tokenizer = load_auto_tokenizer(self.tokenizer_name, "--tokenizer_name", model_max_length=max_length)
+            tokenizer = load_auto_tokenizer(
+                self.tokenizer_name, "--tokenizer_name", fast=False, model_max_length=max_length
+            )
         else:
-            tokenizer = load_auto_tokenizer(self.name, self.option, model_max_length=max_length)
+            tokenizer = load_auto_tokenizer(self.name, self.option, fast=False, model_max_length=max_length)
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         return tokenizer
 
@@ -261,7 +263,9 @@ def text_start(
         )
     if pooling is not None and pooling not in TEXT_POOLING:
         raise ArgumentError(f"the text pooling must be one of {', '.join(TEXT_POOLING)}, got {pooling!r}.")
-    tokenizer = load_auto_tokenizer(tokenizer_name or name, "--tokenizer_name" if tokenizer_name else option)
+    tokenizer = load_auto_tokenizer(
+        tokenizer_name or name, "--tokenizer_name" if tokenizer_name else option, fast=False
+    )
     if tokenizer.pad_token_id is None:
         raise UnsupportedModelError(f"{told} has a tokenizer without a padding token.")
     positions = positions_of(config)

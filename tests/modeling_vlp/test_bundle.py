@@ -9,12 +9,14 @@ import pytest
 import torch
 from conftest import BLIP_TEXT, QFORMER, TOWERS, VIT, save_language_model, tiny_pair, with_larger_weights
 from PIL import Image
+from test_towers import image_folder, joined, text_folder
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from vlp.modeling_vlp.exchange.bundle import add_code
 from vlp.processing.blip import token_ids, train_tokenizer
 
 import vlp
+from vlp.towers import text_start, vision_start
 
 LOAD_MODEL = """
 import json, sys
@@ -60,6 +62,18 @@ def expected(model, processor) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         image = model.eval().get_image_features(inputs["pixel_values"]).pooler_output
         return image, model.get_text_features(inputs["input_ids"]).pooler_output
+
+
+def test_clip_of_foreign_towers_loads_without_vlp(tmp_path):
+    image_folder("dinov2", tmp_path / "image"), text_folder("bert", tmp_path / "text")
+    start, words = vision_start(str(tmp_path / "image"), ""), text_start(str(tmp_path / "text"), "")
+    model, processor = joined(start, words, text_projection_hidden_size=8, projection_dropout=0.1)
+    model.save_pretrained(tmp_path / "clip")
+    processor.save_pretrained(tmp_path / "clip")
+    assert "modeling_vlp_towers.py" in add_code(tmp_path / "clip")
+    result = run_without_vlp(tmp_path / "clip", tmp_path)
+    for name, value in zip(("image", "text"), expected(model, processor), strict=True):
+        assert_close(result[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tower", ["vit", "resnet"])

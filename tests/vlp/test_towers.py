@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TEXT, VIT, tiny_pair
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import (
@@ -247,6 +248,22 @@ def test_pooling_of_sentence_encoders_is_read_and_can_be_set(tmp_path):
         assert_close(model.text_model(tokens["input_ids"]).pooler_output, value, rtol=1e-5, atol=1e-5)
 
 
+def test_phobert_with_its_own_tokenizer(tmp_path):
+    text_folder("roberta", tmp_path / "text")
+    for path in (tmp_path / "text").glob("*token*"):
+        path.unlink()
+    (tmp_path / "text" / "vocab.txt").write_text("".join(f"{word}</w> 9\n" for word in ("một", "ô", "vuông", "đỏ")))
+    (tmp_path / "text" / "bpe.codes").write_text("#version: 0.2\n")
+    settings = {"tokenizer_class": "PhobertTokenizer", "model_max_length": 20}
+    (tmp_path / "text" / "tokenizer_config.json").write_text(json.dumps(settings))
+    start = text_start(str(tmp_path / "text"), "--text_tower")
+    model, processor = joined(text=start)
+    assert type(processor.tokenizer).__name__ == "PhobertTokenizer" and start.config.pad_token_id == 1
+    ids = processor.tokenize(["một ô vuông", "đỏ"], 20)["input_ids"]
+    assert ids[1, -1] == 1 and ids.max() < 20
+    check_uses(model, processor, tmp_path)
+
+
 def test_stages_are_pooled_on_request(tmp_path):
     theirs = image_folder("convnext", tmp_path)
     start = vision_start(str(tmp_path), "--image_tower", "stages")
@@ -257,6 +274,26 @@ def test_stages_are_pooled_on_request(tmp_path):
         output = theirs(pixels, output_hidden_states=True)
         expected = [states.mean((2, 3)) for states in output.hidden_states] + [output.pooler_output]
         assert_close(model.vision_model(pixels).pooler_output, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_files_of_timm_itself_are_read(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed (pip install timm)")
+    torch.manual_seed(0)
+    theirs = timm.create_model("test_convnext", num_classes=5).eval()
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    facts = {"input_size": [3, 160, 160], "mean": [0.4] * 3, "std": [0.3] * 3, "crop_pct": 0.9}
+    config = {"architecture": "test_convnext", "num_classes": 5, "pretrained_cfg": facts}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    start = vision_start(str(tmp_path), "--image_tower")
+    model, _ = joined(vision=start)
+    pixels = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        expected = theirs.forward_head(theirs.forward_features(pixels), pre_logits=True)
+        found = model.vision_model(pixels)
+    assert start.config.image_size == 160 and start.images()["size"] == {"shortest_edge": 177}
+    states = theirs.forward_features(pixels).flatten(2).transpose(1, 2)
+    assert_close(found.last_hidden_state, states, rtol=1e-5, atol=1e-5)
+    assert found.pooler_output.shape == expected.shape and found.pooler_output.std() > 0
 
 
 def test_preprocessing_equals_that_of_the_source(tmp_path):

@@ -42,6 +42,7 @@ from ..errors import (
 )
 from ..files import check_output, foreign_file, glob_escape, remove_written, usable_path, write_whole
 from ..inference import Predictor, load
+from ..loading import text_of
 from ..processing.pictures import PictureError, extensions, read_picture
 from ..training.data.rows import describe
 
@@ -308,7 +309,7 @@ def identity_of(predictor: Predictor) -> str:
         found.update(name.encode())
         found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for part in (predictor.processor.image_processor, predictor.processor.tokenizer):
-        text = part.to_json_string() if hasattr(part, "to_json_string") else part.backend_tokenizer.to_str()
+        text = part.to_json_string() if hasattr(part, "to_json_string") else text_of(part)
         found.update(text.encode(errors="surrogatepass"))
     return found.hexdigest()
 

@@ -59,10 +59,10 @@ def test_features_are_computed_once_and_anew_when_something_changes(pairs, tower
     monkeypatch.setattr(cached_pairs, "embed_texts", lambda *given: calls.append(1) or compute(*given))
     options = LOCKED | dict(image_tower=tower, image_size=32, cache_features=True, augmentation="strong")
     options["model"] = {"projection_dim": 16, "text_config": RESNET["text_config"]}
-    for more, count in (({}, 1), ({}, 1), ({"learning_rate": 1e-4}, 1), ({"seed": 1}, 2), ({"cached_views": 3}, 3)):
+    for more, count in (({}, 1), ({}, 1), ({"learning_rate": 1e-4}, 1), ({"seed": 1}, 1), ({"cached_views": 3}, 2)):
         train(arguments(pairs, tmp_path / "run", **options | more))
         assert len(calls) == count
-    assert len(list((tmp_path / "cache" / "features").iterdir())) == 3
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 2
 
 
 def test_epochs_combine_all_views(tmp_path):
