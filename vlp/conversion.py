@@ -227,6 +227,7 @@ def name_of_peer(theirs: str) -> str:
     """
     if theirs in ("SiglipModel", peer.DUAL_ENCODER_CLASS):
         return VlpClipModel.__name__
+    theirs = {"Blip2Model": "Blip2ForConditionalGeneration"}.get(theirs, theirs)  # the same parts
     # If two of our classes have the same peer, the later row wins: it has no language modelling head, like the peer.
     found = {row.peer: row.model.__name__ for row in ARCHITECTURES if row.peer}
     if theirs not in found:
@@ -619,7 +620,7 @@ def own_copy(name: str | Path, option: str = "") -> str:
     Raises:
         UnsupportedModelError: if there is no such model, or it cannot be converted.
     """
-    place, told = Path(name), told_of(name, option)
+    place, told = usable_path(name or ".", option or "the model"), told_of(name, option)
     is_open_clip = (place / "open_clip_config.json").is_file() or (not place.exists() and on_hub(str(name), OPEN_CLIP))
     if not is_open_clip and not place.is_file():
         kind = read_config(name, option)

@@ -218,7 +218,7 @@ def blip2_config_from(theirs: Blip2Config, vision: dict) -> VlpBlip2Config:
         theirs: transformers' configuration.
         vision: the fields of its vision configuration that ours has too.
     """
-    has_language_model = theirs.architectures[0] == "Blip2ForConditionalGeneration"
+    has_language_model = theirs.architectures[0] in ("Blip2ForConditionalGeneration", "Blip2Model")
     qformer = pick(theirs.qformer_config, QFORMER_FIELDS)
     qformer["bos_token_id"] = min(30522, qformer["vocab_size"] - 1)  # [DEC] follows BERT's vocabulary
     qformer["eos_token_id"] = min(102, qformer["vocab_size"] - 1)

@@ -17,9 +17,10 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def test_recipe_names():
-    assert NAMES == ["blip-captioning", "blip-emoji", "blip-nlvr", "blip-retrieval", "blip-vit-b-16", "blip-vit-l-16",
-                     "blip-vqa", "blip2-emoji", "blip2-emoji-2", "blip2-stage-1", "blip2-stage-2",
-                     "capfilt", "clip-emoji", "clip-emoji-vit", "rn101", "rn50", "rn50x4", "shards", "vit-b-16",
+    assert NAMES == ["blip-captioning", "blip-emoji", "blip-emoji-towers", "blip-nlvr", "blip-retrieval",
+                     "blip-towers", "blip-vit-b-16", "blip-vit-l-16", "blip-vqa", "blip2-emoji", "blip2-emoji-2",
+                     "blip2-stage-1", "blip2-stage-2", "capfilt", "clip-emoji", "clip-emoji-towers", "clip-emoji-vit",
+                     "clip-towers", "rn101", "rn50", "rn50x4", "shards", "vit-b-16",
                      "vit-b-32", "vit-l-14"]  # fmt: skip
 
 
@@ -130,8 +131,10 @@ def test_invalid_yaml_files_raise(tmp_path, content, message):
         (["--learning_rate", "-1"], "must be positive, got -1.0"),
         (["--warmup_steps", "-1"], "must not be negative, got -1"),
         (["--tag_share", "1.5"], "between 0 and 1, got 1.5"),
-        (["--lock_image_tower", "--lock_text_tower"], "Nothing is left to train"),
-        (["--text_tower", "x"], "needs --tokenizer_name"),
+        (["--lock_image_tower"], "--lock_image_tower needs --image_tower or --model_name_or_path"),
+        (["--unlock_text_layers", "2"], "--unlock_text_layers 2 needs --lock_text_tower"),
+        (["--image_pooling", "cls"], "--image_pooling needs --image_tower"),
+        (["--tower_learning_rate", "0"], "--tower_learning_rate must be positive"),
         (["--eval_split", "train"], "is the training split"),
         (["--adam_beta2", "1"], "must be below 1"),
         (["--push_to_hub"], "needs --hub_model_id"),

@@ -327,7 +327,7 @@ def test_invalid_options_raise(pairs, towers, stage_1, tmp_path):
             arguments(pairs, tmp_path / "x", **changes)
     for changes, message in (
         (dict(vision_tower=str(tmp_path)), f"--vision_tower {tmp_path}"),
-        (dict(vision_tower=str(stage_1)), "is a vlp_blip2; expected a vlp CLIP or BLIP"),
+        (dict(vision_tower=str(stage_1), vision_layers_left_out=9), "leaves no layer of the tower"),
         (dict(model_name_or_path=clip), "is a vlp_clip, not a vlp_blip2"),
         (dict(model_name_or_path=str(stage_1), stage=2, language_model_name_or_path="package:no_such_llm"),
          "package no_such_llm, which is not installed"),

@@ -23,6 +23,7 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
+    Blip2Model,
     Blip2Processor,
 )
 from vlp.modeling_vlp.exchange.places import ExchangeError
@@ -289,3 +290,14 @@ def test_missing_tensors_are_named(tmp_path):
     ):
         convert(tmp_path / "theirs.pth", tmp_path / "ours", vision_heads=4, text_heads=4)
     assert not (tmp_path / "ours").exists()
+
+
+def test_the_bare_model_of_transformers_is_converted(tmp_path):
+    config = peer("opt").config
+    torch.manual_seed(0)
+    theirs = Blip2Model(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    ours = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert torch.equal(ours.query_tokens, theirs.query_tokens)
+    assert torch.equal(ours.language_projection.weight, theirs.language_projection.weight)

@@ -125,6 +125,10 @@ class ClipArguments(TrainingArguments):
             layers, locked = getattr(self, f"unlock_{each}_layers"), getattr(self, f"lock_{each}_tower")
             if layers < 0 or (layers and not locked):
                 raise ArgumentError(f"--unlock_{each}_layers {layers} needs --lock_{each}_tower, and must be positive.")
+            if locked and not (getattr(self, f"{each}_tower") or self.model_name_or_path):
+                raise ArgumentError(
+                    f"--lock_{each}_tower needs --{each}_tower or --model_name_or_path: a new tower must be trained."
+                )
             if getattr(self, f"{each}_pooling") and not getattr(self, f"{each}_tower"):
                 raise ArgumentError(f"--{each}_pooling needs --{each}_tower.")
         if self.image_size is None and not self.image_tower:
