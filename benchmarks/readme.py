@@ -61,7 +61,7 @@ WORDS = {
     },
 }
 
-DOCUMENTS = (*WORDS, "docs/scaling.md", "docs/evaluation.md")
+DOCUMENTS = (*WORDS, "docs/scaling.md", "docs/evaluation.md", "docs/towers.md")
 
 
 def results_block(words: dict) -> str:
@@ -121,6 +121,29 @@ def search_block(words: dict) -> str:
     )  # fmt: skip
 
 
+def towers_block() -> str:
+    """The table of the results of `make train-towers` and `make train-blip-towers` over several seeds."""
+    known, titles = json.loads((ROOT / "benchmarks/emoji_seeds.json").read_text()), WORDS["README.md"]["rows"]
+    lines = []
+    for name in sorted(known):
+        seeds, summary = known[name]["seeds"], known[name]["summary"]
+        first = next(iter(seeds.values()))
+        lines += [
+            f"`{name}`, {len(seeds)} seeds, {first['steps']:,} steps of training on {first['hardware']} in "
+            f"{first['precision'].replace('no', 'float32')}, on the design that training never saw:",
+            "",
+            "| metric | mean | lowest | highest |",
+            "| --- | --- | --- | --- |",
+        ]
+        for metric, title in titles.items():
+            if metric in summary:
+                unit = "" if metric == "cider" else " %"
+                cells = [f"{100 * summary[metric][part]:.1f}{unit}" for part in ("mean", "min", "max")]
+                lines.append(f"| {title.format(classes=format(first['classes'], ','))} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 def between(text: str, name: str, content: str) -> str:
     """Replace the content between the markers `<!-- name -->` and `<!-- end of name -->`."""
     block = f"<!-- {name} -->\n{content}\n<!-- end of {name} -->"
@@ -134,6 +157,8 @@ def render(name: str) -> str:
         words = WORDS[name]
         text = between(between(text, "models", models_block(words)), "search", search_block(words))
         return between(text, "results", results_block(words))
+    if name == "docs/towers.md":
+        return between(text, "results", towers_block())
     if name == "docs/evaluation.md":
         return between(text, "search", search_block(WORDS["README.md"]))
     result = json.loads((ROOT / "benchmarks/scaling.json").read_text())

@@ -126,7 +126,9 @@ class TrainingArguments:
     )
     vocab_size: int = option(49408, "vocabulary size of the tokenizer that is trained on the captions")
     model_name_or_path: str | None = option(
-        None, "folder or hub name of a vlp model to fine-tune or to continue training; it brings its processor"
+        None,
+        "folder or hub name of a model to fine-tune or to continue training, of vlp, transformers or open_clip; it "
+        "brings its processor",
     )
     lora_rank: int = option(
         0,

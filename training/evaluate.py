@@ -1,4 +1,4 @@
-"""Evaluate a vlp or transformers model on any data set: `accelerate launch -m vlp.training.evaluate MODEL ...`.
+"""Evaluate a vlp, transformers or open_clip model on any data set: `accelerate launch -m vlp.training.evaluate MODEL ...`.
 
     accelerate launch -m vlp.training.evaluate model_cards/clip-emoji --dataset emoji --task zero-shot
     accelerate launch -m vlp.training.evaluate OWNER/MODEL --dataset captions.json --task retrieval --rerank_top_k 16
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="accelerate launch -m vlp.training.evaluate", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", help="folder or hub name of a vlp or transformers model")
+    parser.add_argument("model", metavar="MODEL", help="folder or hub name of a vlp, transformers or open_clip model")
     add_options(parser, EvaluationArguments)
     return parser
 

@@ -94,6 +94,16 @@ def parts_of(model) -> dict[str, tuple[Callable, list[str], list[str]]]:
     return parts
 
 
+def example_texts(config) -> Tensor:
+    """Token ids (2, 5) of texts without padding, for a text model with this configuration."""
+    if hasattr(config, "tower"):  # an encoder of transformers: any tokens but the padding
+        ids = [number for number in range(config.vocab_size) if number != config.pad_token_id][:5]
+        return torch.tensor([ids, ids])
+    ids = torch.full((2, 5), config.eos_token_id)
+    ids[:, 0] = config.bos_token_id
+    return ids
+
+
 def export(model, target: Path) -> list[str]:
     """Export the parts of a model to a folder, completely or not at all.
 
@@ -109,11 +119,10 @@ def export(model, target: Path) -> list[str]:
     """
     check_output(target, "TARGET")
     model, vision, text = model.eval(), model.config.vision_config, model.config.text_config
-    ids = torch.full((2, 5), text.eos_token_id)
-    ids[:, 0] = text.bos_token_id
+    channels = getattr(getattr(vision, "tower", vision), "num_channels", 3)
     examples = {
-        "pixel_values": torch.zeros(2, vision.num_channels, vision.image_size, vision.image_size),
-        "input_ids": ids,
+        "pixel_values": torch.zeros(2, channels, vision.image_size, vision.image_size),
+        "input_ids": example_texts(text),
     }
     parts, dynamic = parts_of(model), torch.export.Dim.DYNAMIC
     with torch.no_grad():
