@@ -1,4 +1,4 @@
-"""Evaluate a vlp, transformers or open_clip model on any data set: `accelerate launch -m vlp.training.evaluate MODEL ...`.
+"""Evaluate a model of vlp, transformers or open_clip: `accelerate launch -m vlp.training.evaluate MODEL ...`.
 
     accelerate launch -m vlp.training.evaluate model_cards/clip-emoji --dataset emoji --task zero-shot
     accelerate launch -m vlp.training.evaluate OWNER/MODEL --dataset captions.json --task retrieval --rerank_top_k 16

@@ -153,6 +153,7 @@ def vision_start(name: str, option: str, pooling: str | None = None, image_size:
         raise ArgumentError(f"the image pooling must be one of {', '.join(IMAGE_POOLING)}, got {pooling!r}.")
     side = image_size or side_of_options(foreign_image_options(name, option))
     pooling = pooling or default_pooling(config)
+    config.num_labels = 2  # the classes of a classifier are no part of the tower
     tower = VlpVisionTowerConfig(tower=config, hidden_size=1, pooling=pooling, image_size=side)
     tower.hidden_size = width_of(tower, told)
     return Start(name, option, tower)

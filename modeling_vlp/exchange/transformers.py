@@ -166,6 +166,8 @@ def dual_encoder_config_to(ours: VlpClipConfig) -> VisionTextDualEncoderConfig:
     towers = (ours.vision_config, ours.text_config)
     wrong = [f"a {tower.model_type}" for tower in towers if not hasattr(tower, "tower")]
     wrong += [f"the pooling {tower.pooling}" for tower in towers if getattr(tower, "pooling", "pooler") != "pooler"]
+    if hasattr(towers[0], "tower") and getattr(towers[0].tower, "hidden_size", None) != towers[0].hidden_size:
+        wrong.append(f"a {towers[0].tower.model_type}, whose configuration has no hidden_size")
     wrong += ["projections with more than one layer"] * has_heads(ours)
     wrong += ["a logit_bias"] * (ours.logit_bias_init_value is not None)
     if wrong:

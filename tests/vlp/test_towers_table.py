@@ -82,7 +82,8 @@ USES: dict[str, Callable] = {
     "bundle": bundled,
     "`--to transformers`": exported_to_transformers,
 }
-WHY = {"LoRA": "no attention", "`--to transformers`": "pooling of its own"}
+WHY = {"a tower without attention": "no attention", "has no hidden_size": "not by that class",
+       "the pooling": "pooling of its own"}  # fmt: skip
 
 
 def row_of(kind: str, folder: Path) -> str:
@@ -95,12 +96,12 @@ def row_of(kind: str, folder: Path) -> str:
         start, words = vision_start(str(folder / "text"), "", "pooler"), text_start(str(folder / "source"), "")
     model, processor = joined(start, words)
     cells = []
-    for name, use in USES.items():
+    for use in USES.values():
         try:
             use(model, processor, folder)
             cells.append("yes")
-        except NotImplementedError:
-            cells.append(WHY[name])
+        except NotImplementedError as error:
+            cells.append(next(short for reason, short in WHY.items() if reason in str(error)))
     what = "image" if kind in IMAGES else "text"
     return f"| `{kind}` ({what}) | {' | '.join(cells)} |"
 

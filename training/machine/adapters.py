@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...configuration.blip2 import VlpBlip2Config
-from ...errors import ArgumentError
+from ...errors import ArgumentError, printable
 from ...files import state_folder, write_file
 from ...loading import BASE_FILE, read_config
 from ..arguments import TrainingArguments, public_name
@@ -25,6 +25,11 @@ def check_lora(arguments: TrainingArguments) -> None:
     base = arguments.model_name_or_path
     if not base:
         raise ArgumentError("--lora_rank needs --model_name_or_path, the model to add the adapters to.")
+    if not read_config(base, "--model_name_or_path").model_type.startswith("vlp_"):
+        raise ArgumentError(
+            f"--lora_rank publishes adapters, which refer to a base model in vlp's format: convert "
+            f"{printable(base, 120)} with vlp-convert first, and give the result."
+        )
     needed, what = arguments.own_parts() or (None, "")
     if needed and needed not in read_config(base, "--model_name_or_path").architectures:
         raise ArgumentError(
