@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from test_towers import CAPTIONS, image_folder, text_folder
-from test_training import pairs  # noqa: F401  # the fixture
+from test_training import pairs, run_in_processes  # noqa: F401  # the fixture
 from torch.testing import assert_close
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, pipeline
 from vlp.training.command_line import parse
@@ -75,6 +75,18 @@ def test_clip_from_two_towers(pairs, tmp_path, image):  # noqa: F811
     assert not build(tmp_path / "pictures", tmp_path / "index", str(tmp_path / "run"))
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"{image}, " in card and "xlm-roberta, 32 features, pooling: mean" in card
+
+
+def test_two_processes_train_towers_with_unused_parameters(pairs, tmp_path):  # noqa: F811
+    image_folder("dinov2", tmp_path / "image"), text_folder("bert", tmp_path / "text")  # DINOv2 has a mask token
+    towers = {"image_tower": str(tmp_path / "image"), "text_tower": str(tmp_path / "text"), "lock_text_tower": True}
+    train(clip_options(pairs, tmp_path / "one", **towers))
+    two = clip_options(pairs, tmp_path / "two", **towers | {"per_device_train_batch_size": 8})
+    run_in_processes(2, two, tmp_path)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert two["processes"] == 2
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["contrastive"] == pytest.approx(b["contrastive"], rel=1e-3)
 
 
 def test_adapters_on_towers_of_transformers(pairs, tmp_path):  # noqa: F811

@@ -16,6 +16,8 @@ from ...errors import ArgumentError
 from ...files import state_folder
 from ..arguments import TrainingArguments
 
+PRE_TRAINED = ("image_tower", "text_tower", "vision_tower", "model_name_or_path")  # options that name models
+
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     """Create the accelerator of a run.
@@ -28,8 +30,10 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     precision = arguments.mixed_precision
     if precision == "auto":
         precision = "bf16" if computes_in_bfloat16() else "no"
-    # If only part of the model is trained at first, DDP must not wait for the gradients of the rest.
-    partly = getattr(arguments, "contrastive_share", 0.0) > 0
+    # If only part of the model is trained at first, DDP must not wait for the gradients of the rest. Pre-trained towers
+    # can have parameters that are never used, such as DINOv2's mask token.
+    given = (getattr(arguments, name, None) for name in PRE_TRAINED)
+    partly = getattr(arguments, "contrastive_share", 0.0) > 0 or any(given)
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=partly)]
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
         handlers.append(InitProcessGroupKwargs(backend="gloo"))  # else Accelerate does not connect CPU processes
