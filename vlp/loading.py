@@ -302,6 +302,13 @@ def not_finite(model: nn.Module) -> str | None:
     return next((name for name, tensor in weights if not torch.isfinite(tensor).all()), None)
 
 
+def hash_weights(digest, module: nn.Module) -> None:
+    """Feed the names and values of all weights of a module to a hash of hashlib."""
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
 def load_processor(name: str | Path, option: str = ""):
     """Load the processor of a model, or that of the base model of adapters.
 

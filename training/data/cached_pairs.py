@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ...errors import BadDataError
 from ...files import cache_folder
+from ...loading import hash_weights
 from .batches import Batch, Collator
 from .rows import BadRow
 from .samples import SampleMaker
@@ -97,7 +98,6 @@ def compute_pairs(
     texts: nn.Module | None,
     to_pixel_values: Callable[[Tensor], Tensor],
     facts: dict,
-    seed: int = 0,
     batch_size: int = 128,
 ) -> Path:
     """Run the towers on all views of all rows, unless that was done before.
@@ -111,7 +111,6 @@ def compute_pairs(
         texts: the text tower, in evaluation mode; None: texts are only tokenized.
         to_pixel_values: augments and normalises images (B, C, S, S) on the device.
         facts: everything else that the features depend on, which must fit into JSON.
-        seed: seed of the augmentation on the device.
         batch_size: images or texts at a time.
 
     Returns:
@@ -120,7 +119,7 @@ def compute_pairs(
     Raises:
         BadDataError: if no row can be used.
     """
-    facts = facts | {"views": views, "seed": seed, "rows": rows._fingerprint, "texts": texts is not None}
+    facts = facts | {"views": views, "rows": rows._fingerprint, "texts": texts is not None}
     folder = cache_folder() / "features" / key_of([images] + ([texts] if texts is not None else []), facts)
     if (folder / FACTS).is_file():
         return folder
@@ -133,7 +132,7 @@ def compute_pairs(
     bar = tqdm(total=views * len(rows), desc="Features of the locked towers", unit="image")
     for view in range(views):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed + view)
+            torch.manual_seed(view)
             for first in range(0, len(rows), batch_size):
                 numbers, samples = [], []
                 for number in range(first, min(first + batch_size, len(rows))):
@@ -202,7 +201,5 @@ def key_of(towers: list[nn.Module], facts: dict) -> str:
     digest = blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16)
     for tower in towers:
         digest.update(tower.config.to_json_string().encode())
-        for name, value in sorted(tower.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        hash_weights(digest, tower)
     return digest.hexdigest()

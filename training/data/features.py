@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...files import cache_folder
+from ...loading import hash_weights
 from ...modeling_vlp.blip2 import VlpBlip2PreTrainedModel
 from .rows import BadRow, picture_of
 from .samples import SampleMaker
@@ -23,9 +24,7 @@ from .samples import SampleMaker
 def key_of(model: VlpBlip2PreTrainedModel, processor, rows, image_column: str) -> str:
     """A hash of the tower, the preprocessing and the rows, which names the cache file."""
     digest = blake2b(digest_size=16)
-    for name, value in sorted(model.vision_model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    hash_weights(digest, model.vision_model)
     digest.update(model.config.vision_config.to_json_string().encode())
     digest.update(processor.image_processor.to_json_string().encode())
     digest.update(f"{rows._fingerprint} {image_column}".encode())

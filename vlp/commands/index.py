@@ -42,7 +42,7 @@ from ..errors import (
 )
 from ..files import check_output, foreign_file, glob_escape, remove_written, usable_path, write_whole
 from ..inference import Predictor, load
-from ..loading import text_of
+from ..loading import hash_weights, text_of
 from ..processing.pictures import PictureError, extensions, read_picture
 from ..training.data.rows import describe
 
@@ -305,9 +305,7 @@ def build(
 def identity_of(predictor: Predictor) -> str:
     """A hash of a model's weights and preprocessing: embeddings of another model are never reused or searched."""
     found = blake2b(digest_size=16)
-    for name, value in sorted(predictor.model.state_dict().items()):
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    hash_weights(found, predictor.model)
     for part in (predictor.processor.image_processor, predictor.processor.tokenizer):
         text = part.to_json_string() if hasattr(part, "to_json_string") else text_of(part)
         found.update(text.encode(errors="surrogatepass"))
