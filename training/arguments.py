@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..conversion import own_copy
 from ..errors import ArgumentError, brief, is_valid, printable
 from ..processing.pictures import MAX_PIXELS
 from ..processing.prompts import TEMPLATES
@@ -289,6 +291,11 @@ class TrainingArguments:
             raise ArgumentError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub.")
         if self.hold_out and "=" not in self.hold_out:
             raise ArgumentError(f"--hold_out must be COLUMN=VALUE, got {self.hold_out!r}.")
+
+    @functools.cached_property
+    def base_model(self) -> str | None:
+        """The model of --model_name_or_path in vlp's format, converted if it is another one; None without one."""
+        return own_copy(self.model_name_or_path, "--model_name_or_path") if self.model_name_or_path else None
 
     def own_parts(self) -> tuple[str, str] | None:
         """Name the architecture if the task adds weights that a pre-trained model does not have.

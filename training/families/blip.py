@@ -1,5 +1,7 @@
 """The BLIP family."""
 
+import copy
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +12,6 @@ from ...configuration.blip import VISION, VlpBlipConfig
 from ...configuration.text import VlpBlipTextConfig
 from ...configuration.towers import IMAGE_POOLING
 from ...configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig
-from ...conversion import own_copy
 from ...errors import ArgumentError, brief, printable
 from ...files import TEACHER_FILE, state_folder
 from ...loading import load_bert_tokenizer, load_model, load_processor, read_config
@@ -147,6 +148,24 @@ class BlipArguments(TrainingArguments):
         if self.alpha_epochs < 0:
             raise ArgumentError(f"--alpha_epochs must not be negative, got {self.alpha_epochs}.")
 
+    @functools.cached_property
+    def start(self) -> Start | None:
+        """The start of the image tower, found once; the image size that it sets is copied to the options.
+
+        Raises:
+            ArgumentError: if BLIP cannot use the tower.
+        """
+        if not self.vision_tower:
+            return None
+        start = vision_start(self.vision_tower, "--vision_tower", self.vision_pooling, self.image_size)
+        if not isinstance(start.config, VISION):
+            raise ArgumentError(
+                f"--vision_tower {printable(self.vision_tower, 120)} has a {start.config.model_type}, which has no "
+                "normalised states for texts to attend to; expected an image encoder, or a BLIP."
+            )
+        self.image_size = self.image_size or start.config.image_size
+        return start
+
     def own_parts(self) -> tuple[str, str] | None:
         kind = {"vqa": VlpBlipForQuestionAnswering, "nlvr": VlpBlipForVisualReasoning}.get(self.task)
         return None if kind is None else (kind.__name__, f"--task {self.task}")
@@ -169,33 +188,14 @@ def make_processor(arguments: BlipArguments, rows, chooser: CaptionChooser) -> V
         ArgumentError: if the model is not a BLIP, or the tokenizer cannot be loaded or trained.
     """
     if arguments.model_name_or_path:
-        name = own_copy(arguments.model_name_or_path, "--model_name_or_path")
-        require_model_type(name, VlpBlipConfig.model_type)
-        return load_processor(name, "--model_name_or_path")
-    start = start_of(arguments)
+        require_model_type(arguments.base_model, VlpBlipConfig.model_type)
+        return load_processor(arguments.base_model, "--model_name_or_path")
+    start = arguments.start
     images = VlpBlipImageProcessor(size={"height": arguments.image_size, "width": arguments.image_size})
     if start is not None:
         images = VlpBlipImageProcessor(**with_side(start.images(), arguments.image_size))
     name = arguments.tokenizer_name or arguments.bert_name_or_path
     return VlpBlipProcessor(images, make_tokenizer(arguments, name, rows, chooser))
-
-
-def start_of(arguments: BlipArguments) -> Start | None:
-    """Find the image tower to start from, and copy the image size that it sets to the arguments; None without one.
-
-    Raises:
-        ArgumentError: if BLIP cannot use the tower.
-    """
-    if not arguments.vision_tower:
-        return None
-    start = vision_start(arguments.vision_tower, "--vision_tower", arguments.vision_pooling, arguments.image_size)
-    if not isinstance(start.config, VISION):
-        raise ArgumentError(
-            f"--vision_tower {printable(arguments.vision_tower, 120)} has a {start.config.model_type}, which has no "
-            "normalised states for texts to attend to; expected an image encoder, or a BLIP."
-        )
-    arguments.image_size = arguments.image_size or start.config.image_size
-    return start
 
 
 def make_tokenizer(arguments: TrainingArguments, name: str | None, rows, chooser: CaptionChooser):
@@ -235,7 +235,7 @@ def new_config(arguments: BlipArguments, tokenizer=None) -> VlpBlipConfig:
     """
     fields = parts_of_model(arguments, "vision_config", "text_config")
     vision, text = fields["vision_config"], fields["text_config"]
-    start = start_of(arguments)
+    start = arguments.start
     vision.setdefault("image_size", arguments.image_size)
     if arguments.bert_name_or_path:
         text |= text_fields(arguments.bert_name_or_path)
@@ -246,7 +246,7 @@ def new_config(arguments: BlipArguments, tokenizer=None) -> VlpBlipConfig:
     if tokenizer is not None:
         text |= token_ids(tokenizer)
     if start is not None:
-        fields["vision_config"] = start.config
+        fields["vision_config"] = copy.deepcopy(start.config)
         if isinstance(start.config, VlpModifiedResNetConfig):
             fields["image_text_hidden_size"] = start.config.projection_dim
     with possible_model():
@@ -267,7 +267,7 @@ def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlip
     """
     kind = MODELS[arguments.task]
     if arguments.model_name_or_path:
-        model = load_for_task(own_copy(arguments.model_name_or_path, "--model_name_or_path"), arguments.task)
+        model = load_for_task(arguments.base_model, arguments.task)
         if arguments.fine_tune_image_size:
             try:
                 fields = model.config.vision_config.to_dict() | {"image_size": arguments.fine_tune_image_size}
@@ -282,7 +282,7 @@ def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlip
     else:
         with possible_model():
             model = kind(new_config(arguments, processor.tokenizer))
-        if (start := start_of(arguments)) is not None:
+        if (start := arguments.start) is not None:
             start.load_into(model)
             if model.config.vision_config.image_size != arguments.image_size:
                 model.vision_model.resize_images(arguments.image_size)

@@ -1,5 +1,6 @@
 """The BLIP-2 family."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,6 @@ from ...configuration.blip2 import VlpBlip2Config
 from ...configuration.text import VlpQFormerConfig
 from ...configuration.towers import VlpVisionTowerConfig
 from ...configuration.vision import VlpViTConfig
-from ...conversion import own_copy
 from ...errors import ArgumentError, brief, printable
 from ...loading import load_auto_tokenizer, load_model, load_processor, load_weights, read_config
 from ...modeling_vlp.base import adopt
@@ -20,7 +20,7 @@ from ...modeling_vlp.exchange.places import ExchangeError, import_state
 from ...modeling_vlp.language_model import ALLOWED, PACKAGE, language_model_source, load_language_model
 from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, token_ids
 from ...processing.blip2 import VlpBlip2Processor
-from ...towers import vision_start
+from ...towers import Start, vision_start
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
 from ..data.features import FeatureMaker, Features, compute_features
 from ..data.rows import CaptionChooser
@@ -139,6 +139,11 @@ class Blip2Arguments(TrainingArguments):
         if self.vision_layers_left_out < 0:
             raise ArgumentError(f"--vision_layers_left_out must not be negative, got {self.vision_layers_left_out}.")
 
+    @functools.cached_property
+    def start(self) -> Start:
+        """The start of the image tower, found once."""
+        return vision_start(self.vision_tower, "--vision_tower")
+
     def own_parts(self) -> tuple[str, str] | None:
         return (VlpBlip2ForConditionalGeneration.__name__, "--stage 2") if self.stage == 2 else None
 
@@ -155,7 +160,7 @@ def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> 
     Raises:
         ArgumentError: if the model, the image tower or the tokenizer cannot be used.
     """
-    name = own_copy(arguments.model_name_or_path, "--model_name_or_path") if arguments.model_name_or_path else None
+    name = arguments.base_model
     if name:
         require_model_type(name, VlpBlip2Config.model_type)
         processor = load_processor(name, "--model_name_or_path")
@@ -163,9 +168,8 @@ def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> 
             return processor
         images = processor.image_processor
     else:
-        start = vision_start(arguments.vision_tower, "--vision_tower")
-        images = VlpBlipImageProcessor(**start.images())
-        arguments.image_size = start.config.image_size
+        images = VlpBlipImageProcessor(**arguments.start.images())
+        arguments.image_size = arguments.start.config.image_size
     if arguments.stage == 2:
         return VlpBlip2Processor(images, language_tokenizer(arguments))
     tokenizer_name = arguments.tokenizer_name or arguments.bert_name_or_path
@@ -210,7 +214,7 @@ def new_config(arguments: Blip2Arguments, tokenizer=None) -> VlpBlip2Config:
     qformer = fields["qformer_config"]
     check_fields(fields, VlpBlip2Config)
     check_fields(qformer, VlpQFormerConfig)
-    start = vision_start(arguments.vision_tower, "--vision_tower")
+    start = arguments.start
     if isinstance(start.config, VlpVisionTowerConfig) and arguments.vision_layers_left_out:
         raise ArgumentError(
             f"--vision_layers_left_out {arguments.vision_layers_left_out} is only for towers of vlp; "
@@ -248,7 +252,7 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
     Raises:
         ArgumentError: if the model cannot be built, or the language model cannot be loaded.
     """
-    name = own_copy(arguments.model_name_or_path, "--model_name_or_path") if arguments.model_name_or_path else None
+    name = arguments.base_model
     if arguments.stage == 1 and name:
         model = load_model(VlpBlip2ForPreTraining, name, "--model_name_or_path")
         model.config.freeze_vision = arguments.freeze_vision
@@ -256,7 +260,7 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
     elif arguments.stage == 1:
         with possible_model():
             model = VlpBlip2ForPreTraining(new_config(arguments, processor))
-        load_tower(model, arguments.vision_tower)
+        arguments.start.load_into(model)
         if arguments.bert_name_or_path:
             load_bert(model, arguments.bert_name_or_path)
     else:
@@ -276,7 +280,7 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
 
 def make_stage_2_model(arguments: Blip2Arguments, processor) -> VlpBlip2ForConditionalGeneration:
     """Build or load the model of stage 2. Raises ArgumentError if its language model cannot be loaded."""
-    name = own_copy(arguments.model_name_or_path, "--model_name_or_path") if arguments.model_name_or_path else None
+    name = arguments.base_model
     named = {name: getattr(arguments, name) for name in LANGUAGE_MODEL_FIELDS}
     try:
         if name and read_config(name, "--model_name_or_path").architectures[0] == (
@@ -293,13 +297,8 @@ def make_stage_2_model(arguments: Blip2Arguments, processor) -> VlpBlip2ForCondi
     for field, value in named.items():
         setattr(config, field, value)
     model = VlpBlip2ForConditionalGeneration(config, language_model)
-    load_tower(model, arguments.vision_tower)
+    arguments.start.load_into(model)
     return model
-
-
-def load_tower(model: VlpBlip2PreTrainedModel, name: str) -> None:
-    """Load the image tower of another model; layers that this model drops are ignored."""
-    vision_start(name, "--vision_tower").load_into(model)
 
 
 def load_bert(model: VlpBlip2ForPreTraining, name: str) -> None:

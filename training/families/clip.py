@@ -1,5 +1,7 @@
 """The CLIP family."""
 
+import copy
+import functools
 import math
 import zlib
 from dataclasses import dataclass
@@ -10,7 +12,6 @@ from ...configuration.clip import TEXT, VISION, VlpClipConfig
 from ...configuration.text import VlpClipTextConfig
 from ...configuration.towers import IMAGE_POOLING, TEXT_POOLING
 from ...configuration.vision import VlpViTConfig
-from ...conversion import own_copy
 from ...errors import ArgumentError, brief, printable
 from ...loading import load_auto_tokenizer, load_model, load_processor
 from ...modeling_vlp.clip import PROJECTED, VlpClipModel
@@ -147,6 +148,23 @@ class ClipArguments(TrainingArguments):
         if self.model_name_or_path and (self.image_tower or self.text_tower):
             raise ArgumentError("--model_name_or_path loads both towers: omit --image_tower and --text_tower.")
 
+    @functools.cached_property
+    def starts(self) -> tuple[Start | None, Start | None]:
+        """The starts of the image tower and of the text tower; None for a tower that is trained from scratch.
+
+        They are found once; the image size and the length that they set are copied to the options.
+        """
+        vision = text = None
+        if self.image_tower:
+            vision = vision_start(self.image_tower, "--image_tower", self.image_pooling, self.image_size)
+            self.image_size = self.image_size or vision.config.image_size
+        if self.text_tower:
+            text = text_start(
+                self.text_tower, "--text_tower", self.text_pooling, self.max_length, self.tokenizer_name
+            )  # fmt: skip
+            self.max_length = text.config.max_position_embeddings
+        return vision, text
+
 
 def make_processor(arguments: ClipArguments, rows, chooser: CaptionChooser) -> VlpClipProcessor:
     """Load the processor of the model to fine-tune, or build a new one; see `Family.processor`.
@@ -160,10 +178,9 @@ def make_processor(arguments: ClipArguments, rows, chooser: CaptionChooser) -> V
         ArgumentError: if the tokenizer does not suit CLIP, or cannot be trained because the data are shards.
     """
     if arguments.model_name_or_path:
-        name = own_copy(arguments.model_name_or_path, "--model_name_or_path")
-        require_model_type(name, VlpClipConfig.model_type)
-        return load_processor(name, "--model_name_or_path")
-    vision, text = starts_of(arguments)
+        require_model_type(arguments.base_model, VlpClipConfig.model_type)
+        return load_processor(arguments.base_model, "--model_name_or_path")
+    vision, text = arguments.starts
     side = arguments.image_size
     images = VlpClipImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     if vision is not None:
@@ -213,26 +230,6 @@ def check_tokenizer(tokenizer, name: str | None) -> None:
         raise ArgumentError(f"--tokenizer_name {name} does not end each caption with exactly one end token.")
 
 
-def starts_of(arguments: ClipArguments) -> tuple[Start | None, Start | None]:
-    """Find the towers to start from, and copy the image size and the length that they set to the arguments.
-
-    Returns:
-        The start of the image tower and that of the text tower; None for a tower that is trained from scratch.
-    """
-    vision = text = None
-    if arguments.image_tower:
-        vision = vision_start(
-            arguments.image_tower, "--image_tower", arguments.image_pooling, arguments.image_size
-        )  # fmt: skip
-        arguments.image_size = arguments.image_size or vision.config.image_size
-    if arguments.text_tower:
-        text = text_start(
-            arguments.text_tower, "--text_tower", arguments.text_pooling, arguments.max_length, arguments.tokenizer_name
-        )  # fmt: skip
-        arguments.max_length = text.config.max_position_embeddings
-    return vision, text
-
-
 def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
     """Build the configuration of a new model.
 
@@ -244,7 +241,7 @@ def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
         ArgumentError: if the options do not give a valid configuration.
     """
     fields = parts_of_model(arguments, "vision_config", "text_config")
-    vision_source, text_source = starts_of(arguments)
+    vision_source, text_source = arguments.starts
     vision, text = fields["vision_config"], fields["text_config"]
     vision.setdefault("image_size", arguments.image_size)
     text["max_position_embeddings"] = arguments.max_length
@@ -259,11 +256,11 @@ def new_config(arguments: ClipArguments, tokenizer=None) -> VlpClipConfig:
     for part, kind in ((fields, VlpClipConfig), (vision, vision_kind), (text, text_kind)):
         check_fields(part, kind)
     if vision_source is not None:
-        fields["vision_config"] = vision_source.config
+        fields["vision_config"] = copy.deepcopy(vision_source.config)
         if vision_source.config.model_type in PROJECTED:  # it projects to the shared space itself
             fields["projection_dim"] = vision_source.shared_space[0]
     if text_source is not None:
-        fields["text_config"] = text_source.config
+        fields["text_config"] = copy.deepcopy(text_source.config)
     with possible_model():
         return VlpClipConfig(**fields)
 
@@ -275,9 +272,8 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
         ArgumentError: if the model cannot be built, or if --loss or --patch_dropout does not suit it.
     """
     if arguments.model_name_or_path:
-        name = own_copy(arguments.model_name_or_path, "--model_name_or_path")
-        require_model_type(name, VlpClipConfig.model_type)
-        model = load_model(VlpClipModel, name, "--model_name_or_path")
+        require_model_type(arguments.base_model, VlpClipConfig.model_type)
+        model = load_model(VlpClipModel, arguments.base_model, "--model_name_or_path")
         arguments.image_size = model.config.vision_config.image_size
         arguments.max_length = model.config.text_config.max_position_embeddings
         arguments.vocab_size = model.config.text_config.vocab_size
@@ -287,7 +283,7 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
     if (arguments.loss == "sigmoid") != (model.logit_bias is not None):
         has = "has a" if model.logit_bias is not None else "has no"
         raise ArgumentError(f"--loss {arguments.loss} does not suit the model, which {has} logit_bias (SigLIP).")
-    for start, projection in zip(starts_of(arguments), PROJECTIONS, strict=True):
+    for start, projection in zip(arguments.starts, PROJECTIONS, strict=True):
         if start is not None:
             start.load_into(model, projection if start.brings_projection(model.config) else None)
     if arguments.image_tower and model.config.vision_config.image_size != arguments.image_size:
@@ -311,7 +307,7 @@ def make_objective(arguments: ClipArguments, model: VlpClipModel, processor, ste
         ArgumentError: if more layers are to be unlocked than there are.
     """
     for each, tower, start, name in zip(
-        ("image", "text"), (model.vision_model, model.text_model), starts_of(arguments), PROJECTIONS, strict=True
+        ("image", "text"), (model.vision_model, model.text_model), arguments.starts, PROJECTIONS, strict=True
     ):
         if getattr(arguments, f"lock_{each}_tower"):
             layers = getattr(arguments, f"unlock_{each}_layers")
