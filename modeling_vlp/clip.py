@@ -14,6 +14,7 @@ from ..configuration.towers import VlpTextTowerConfig, VlpVisionTowerConfig
 from ..configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig
 from .base import VlpPreTrainedModel
 from .known_texts import KnownTexts
+from .layers import ProjectionHead
 from .losses import clip_loss, siglip_loss
 from .outputs import VlpClipOutput
 from .resnet import ModifiedResNet
@@ -30,24 +31,6 @@ TEXT_TOWERS = {VlpSiglipTextConfig.model_type: SiglipTextTransformer, VlpTextTow
 PROJECTED = (VlpModifiedResNetConfig.model_type, VlpSiglipViTConfig.model_type)  # towers whose pooling projects
 
 # Shapes: B images, T captions, N tokens, C channels, S image side, E embedding
-
-
-class ProjectionHead(nn.Sequential):
-    """A projection with a LayerNorm, dropout, and a hidden layer if one is wanted: (..., width) -> (..., size).
-
-    It is computed in the precision of its weights, without autocast: trained in bfloat16, it learnt next to nothing
-    that held for new pictures (13 % instead of 49 % of the drawings in the recipe clip-emoji-towers).
-    """
-
-    def __init__(self, width: int, hidden_size: int | None, size: int, dropout: float):
-        hidden = [nn.Linear(width, hidden_size), nn.GELU()] if hidden_size else []
-        super().__init__(
-            nn.LayerNorm(width), *hidden, nn.Dropout(dropout), nn.Linear(hidden_size or width, size, bias=False)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self[-1].weight.dtype))
 
 
 class VlpClipModel(VlpPreTrainedModel):

@@ -168,3 +168,21 @@ def require_image_size(pixel_values: Tensor, image_size: int, multiple: int, int
         )
     if height % multiple or width % multiple:
         raise ValueError(f"The images are {height} x {width} pixels; both sides must be multiples of {multiple}.")
+
+
+class ProjectionHead(nn.Sequential):
+    """A projection with a LayerNorm, dropout, and a hidden layer if one is wanted: (..., width) -> (..., size).
+
+    It is computed in the precision of its weights, without autocast: trained in bfloat16, it learnt next to nothing
+    that held for new pictures (13 % instead of 49 % of the drawings in the recipe clip-emoji-towers).
+    """
+
+    def __init__(self, width: int, hidden_size: int | None, size: int, dropout: float):
+        hidden = [nn.Linear(width, hidden_size), nn.GELU()] if hidden_size else []
+        super().__init__(
+            nn.LayerNorm(width), *hidden, nn.Dropout(dropout), nn.Linear(hidden_size or width, size, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self[-1].weight.dtype))
