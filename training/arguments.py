@@ -52,8 +52,9 @@ class TrainingArguments:
     # Data
     dataset_name: str = option(
         EMOJI,
-        'training data: "emoji" (included in the package), a hub name, a folder (datasets or imagefolder), a .csv, '
-        ".tsv, .json or .jsonl file, or .tar shards such as data/{000..099}.tar; several shard sources, joined by ::",
+        'training data: "emoji" (included in the package), a hub name, a folder, a .csv, .tsv, .json, '
+        ".jsonl, .parquet or .arrow file or several (docs/own-data.md), or .tar shards such as data/{000..099}.tar; "
+        "several files or shard sources, joined by ::",
         bound=True,
     )
     dataset_config_name: str | None = option(None, "configuration of a hub data set", bound=True)
@@ -77,6 +78,9 @@ class TrainingArguments:
     )
     image_root: str | None = option(
         None, "folder that image paths are relative to; the folder of the data file if not given"
+    )
+    encoding: str | None = option(
+        None, "encoding of a table, such as cp1252 or utf-16; UTF-8 if not given, or what its byte order mark says"
     )
     shard_weights: str | None = option(
         None, "sampling weights of the shard sources, joined by ::, such as 2::1; equal if not given", bound=True

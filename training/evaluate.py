@@ -50,7 +50,8 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
     root = local if local and folder == default else folder  # whose list of files has the results
     check_results(folder, arguments, root)
     table = load_rows(arguments.dataset, arguments.split, arguments.image_column, arguments.image_root,
-                      arguments.dataset_config_name, "--dataset", arguments.second_image_column)  # fmt: skip
+                      arguments.dataset_config_name, "--dataset", arguments.second_image_column,
+                      arguments.caption_column, arguments.encoding)  # fmt: skip
     pictures = prepare_data(table, arguments, state)
     predictor = load(model, use_of(arguments), state.device, getattr(torch, arguments.dtype))
     outcome = evaluate_task(predictor, pictures)

@@ -23,7 +23,7 @@ def load_data(arguments: TrainingArguments) -> tuple:
     else:
         rows = load_rows(
             name, arguments.train_split, arguments.image_column, arguments.image_root, arguments.dataset_config_name,
-            second_image_column=second,
+            second_image_column=second, caption_column=arguments.caption_column, encoding=arguments.encoding,
         )  # fmt: skip
         for column in arguments.caption_column.split(","):
             require_text(rows, column, name, "--caption_column")
@@ -39,8 +39,9 @@ def load_data(arguments: TrainingArguments) -> tuple:
         config = None if arguments.eval_dataset_name else arguments.dataset_config_name
         option = "--eval_dataset_name" if arguments.eval_dataset_name else "--dataset_name"
         eval_rows = load_rows(
-            eval_name, arguments.eval_split, image_column, arguments.image_root, config, option, second
-        )
+            eval_name, arguments.eval_split, image_column, arguments.image_root, config, option, second,
+            arguments.caption_column, arguments.encoding,
+        )  # fmt: skip
         if image_column != arguments.image_column:
             eval_rows = eval_rows.rename_column(image_column, arguments.image_column)
         if not class_column:

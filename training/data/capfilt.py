@@ -53,6 +53,7 @@ class CapFiltArguments:
     image_column: str = option("image", "column with the images, or with their paths")
     caption_column: str = option("caption", "column with one web caption or a list of them")
     image_root: str | None = option(None, "folder that image paths start from; that of the data file if not given")
+    encoding: str | None = option(None, "encoding of a table, such as cp1252; UTF-8 if not given")
     max_image_pixels: int = option(MAX_PIXELS, "larger images, in pixels, are skipped as decompression bombs")
     captioner: str | None = option(None, "folder or hub name of a BLIP fine-tuned with --task captioning")
     filter: str | None = option(None, "folder or hub name of a BLIP fine-tuned with --task retrieval")
@@ -133,7 +134,8 @@ def capfilt(arguments: CapFiltArguments) -> None:
         use_cpu_well(max(1, cpu_cores() // state.num_processes))
     if is_shards(arguments.dataset_name):
         raise ArgumentError("CapFilt needs random access to the rows: --dataset_name cannot be shards.")
-    rows = load_rows(arguments.dataset_name, arguments.train_split, arguments.image_column, arguments.image_root)
+    rows = load_rows(arguments.dataset_name, arguments.train_split, arguments.image_column, arguments.image_root,
+                     caption_column=arguments.caption_column, encoding=arguments.encoding)  # fmt: skip
     require_text(rows, arguments.caption_column, arguments.dataset_name, "--caption_column")
     folder = usable_path(arguments.output_dir, "--output_dir")
     if state.is_main_process:

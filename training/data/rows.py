@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -14,6 +15,9 @@ from ...errors import BadDataError, printable
 from ...processing.pictures import MAX_PIXELS, PictureError, content_of, read_picture
 from ...processing.prompts import TEMPLATES, prompts_for
 from ..arguments import TrainingArguments
+
+MOST_ENTRIES = 100_000  # files and folders that are looked through for one that is missing
+TEXT_FIELDS = ("answer", "caption", "raw", "text", "sentence")  # of a caption or an answer that is an object
 
 
 class BadRow(ValueError):
@@ -28,9 +32,14 @@ class BadRow(ValueError):
         self.example = example
 
 
+DOWNLOAD = (
+    "pictures are not downloaded in training; download them once into shards: img2dataset --url_list TABLE "
+    "--input_format csv --url_col URL_COLUMN --caption_col CAPTION_COLUMN --output_format webdataset --output_folder "
+    "shards --image_size 384, then --dataset_name 'shards/{00000..00009}.tar'"
+)
 ADVICE = {
     "missing image file": "paths start from the folder of the data, or from --image_root",
-    "a URL, which is not downloaded": "download the pictures first, for example with img2dataset",
+    "a URL, which is not downloaded": DOWNLOAD,
     "empty caption": "choose the column with --caption_column",
     "no image": "choose the column with --image_column",
     "no answer": "choose the column with --answer_column",
@@ -47,8 +56,40 @@ def unusable(what: str, causes: Counter, example: str = "") -> BadDataError:
         example: the first thing that was tried, such as the path of a file.
     """
     first = f" The first: {printable(example, 160)}." if example else ""
-    advice = next((f" Advice: {ADVICE[cause]}." for cause, _ in causes.most_common() if cause in ADVICE), "")
+    cause = next((cause for cause, _ in causes.most_common() if cause in ADVICE), None)
+    advice = f" Advice: {ADVICE[cause]}." if cause else ""
+    if cause == "missing image file" and (root := root_of(example)) is not None:
+        advice = f" It would be found with --image_root {printable(root, 160)}."
     return BadDataError(f"{what}: {describe(causes)}.{first}{advice}")
+
+
+def root_of(missing: str) -> Path | None:
+    """The folder to start paths from so that a missing file is found: its name is looked for near by.
+
+    Args:
+        missing: path that was tried.
+
+    Returns:
+        The folder; None if there is no such file in the nearest folder that exists, or below it.
+    """
+    path, entries = Path(missing), 0
+    if not path.is_absolute():
+        return None
+    near = next(parent for parent in path.parents if parent.is_dir())
+    if near == Path(near.anchor):
+        return None
+    for place, folders, files in os.walk(near):
+        folders.sort()
+        if path.name in files:
+            found = Path(place, path.name).parts
+            same = (
+                next(n for n in range(1, len(found) + 1) if n == len(path.parts) or found[-n:] != path.parts[-n:]) - 1
+            )
+            return Path(*found[: len(found) - same])
+        entries += len(folders) + len(files)
+        if entries > MOST_ENTRIES:
+            return None
+    return None
 
 
 def picture_of(row: dict, column: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -73,8 +114,15 @@ def picture_of(row: dict, column: str, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 
 def texts_of(value: Any) -> list[str]:
-    """The non-empty texts of a cell, which holds a text or a list of texts, without surrounding white space."""
+    """The non-empty texts of a cell, without surrounding white space.
+
+    The cell holds a text, an object with a text, such as VQAv2's answers, or a list of these.
+    """
     values = value if isinstance(value, list) else [value]
+    values = [
+        next((each[field] for field in TEXT_FIELDS if field in each), None) if isinstance(each, dict) else each
+        for each in values
+    ]
     # A lone half of a surrogate pair, which JSON may contain, is no character; tokenizers refuse it.
     texts = (text.encode("utf-8", "replace").decode().strip() for text in values if isinstance(text, str))
     return [text for text in texts if text]

@@ -56,6 +56,7 @@ class ShardsArguments:
     image_column: str = option("image", "column with the images or their paths; all other columns are stored as JSON")
     caption_column: str = option("caption", "column with the captions; the first caption is also stored as text")
     image_root: str | None = option(None, "folder that image paths start from; that of the data file if not given")
+    encoding: str | None = option(None, "encoding of a table, such as cp1252; UTF-8 if not given")
     samples_per_shard: int = option(1000, "samples per shard; training needs a shard per worker of each process")
     seed: int = option(0, "seed of the order of the samples")
     output_dir: str | None = option(None, "folder for the shards and their index; runs/shards if not given")
@@ -396,7 +397,7 @@ def write_shards(arguments: ShardsArguments) -> None:
     check_output(arguments.output_dir, sources=[arguments.dataset_name, arguments.image_root])
     rows = load_rows(
         arguments.dataset_name, arguments.train_split, arguments.image_column, arguments.image_root,
-        arguments.dataset_config_name,
+        arguments.dataset_config_name, caption_column=arguments.caption_column, encoding=arguments.encoding,
     ).shuffle(seed=arguments.seed)  # fmt: skip
     for column in arguments.caption_column.split(","):
         require_text(rows, column, arguments.dataset_name, "--caption_column")

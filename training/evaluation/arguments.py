@@ -23,6 +23,7 @@ class EvaluationArguments:
     image_column: str = option("image", "column with the images, or with their paths")
     second_image_column: str = option("second_image", "nlvr: column with the image on the right")
     image_root: str | None = option(None, "folder that image paths start from; that of the data file if not given")
+    encoding: str | None = option(None, "encoding of a table, such as cp1252; UTF-8 if not given")
     caption_column: str = option(
         "caption", "column with a caption or a list of captions, or several columns joined by commas; vqa: the question"
     )
