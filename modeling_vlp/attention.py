@@ -7,6 +7,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .linear import Linear
 
+MOST_PLAIN = 512  # tokens up to which matrix products are faster
+
 # Shapes: B batch, N tokens, M tokens of another sequence, D width, H heads
 
 
@@ -18,6 +20,46 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    """Compute softmax attention with PyTorch's kernel, or with plain matrix products where that kernel is slow.
+
+    In bfloat16 on a CPU, the kernel's backward pass is slow: 384 texts of 8 tokens that attend to 25 patches take ten
+    times as long as with matrix products, and 197 tokens twice as long (benchmarks/attention.py).
+
+    Args:
+        query: (B, H, N, D / H).
+        key, value: (B, H, M, D / H).
+        mask: boolean, broadcast to (B, H, N, M), False for what is not attended to; None: everything is.
+        dropout: probability with which weights are dropped.
+        is_causal: attend to earlier positions only; `mask` must be None.
+
+    Returns:
+        (B, H, N, D / H).
+    """
+    if not plain_is_faster(query, mask):
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
+    weights = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+    if is_causal:
+        mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
+    if mask is not None:
+        weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
+    return nn.functional.dropout(weights.softmax(dim=-1).to(value.dtype), p=dropout) @ value
+
+
+def plain_is_faster(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether matrix products are faster than PyTorch's kernel for a query, and can be used."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and query.requires_grad
+        and query.shape[-2] <= MOST_PLAIN
+        and (mask is None or mask.dtype == torch.bool)
+        and not torch.compiler.is_compiling()
+    )
 
 
 class Packing:
@@ -130,17 +172,16 @@ class Attention(nn.Module):
         if query.shape[0] != key.shape[0]:
             query = query.reshape(key.shape[0], -1, shape[-1])
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attend(
-            self,
-            self.heads(query),
-            key,
-            value,
-            attention_mask,
-            scaling=self.head_dim**-0.5,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            is_causal=self.is_causal,
-            **kwargs,
-        )
+        query, dropout = self.heads(query), self.config.attention_dropout if self.training else 0.0
+        if self.config._attn_implementation == "sdpa" and plain_is_faster(query, attention_mask):
+            causal = self.is_causal and attention_mask is None and query.shape[-2] > 1
+            output = attention(query, key, value, attention_mask, dropout, causal).transpose(1, 2)
+            weights = None
+        else:
+            output, weights = attend(
+                self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, dropout=dropout,
+                is_causal=self.is_causal, **kwargs,
+            )  # fmt: skip
         output = output.reshape(shape)
         return self.out_proj(output if packing is None else packing.pack(output)), weights
 
@@ -158,10 +199,6 @@ class Attention(nn.Module):
         Returns:
             (B, 1, D).
         """
-        output = nn.functional.scaled_dot_product_attention(
-            self.heads(self.q_proj(query_state)),
-            *self.keys_values(hidden_states, packing),
-            attn_mask=visible,
-            dropout_p=self.config.attention_dropout if self.training else 0.0,
-        )
-        return self.out_proj(output.transpose(1, 2).flatten(2))
+        query, (key, value) = self.heads(self.q_proj(query_state)), self.keys_values(hidden_states, packing)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return self.out_proj(attention(query, key, value, visible, dropout).transpose(1, 2).flatten(2))

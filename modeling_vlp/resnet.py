@@ -6,6 +6,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration.vision import VlpModifiedResNetConfig
+from .attention import attention
 from .base import VlpPreTrainedModel
 from .layers import interpolate_grid, require_image_size, resample_table
 from .outputs import ResNetOutput
@@ -86,8 +87,7 @@ class AttentionPool2d(nn.Module):
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))
         )
-        out = nn.functional.scaled_dot_product_attention(query, key, value)
-        return out.transpose(1, 2).flatten(1)  # (B, D)
+        return attention(query, key, value).transpose(1, 2).flatten(1)  # (B, D)
 
     def project(self, attended: Tensor) -> Tensor:
         return self.c_proj(attended)  # (B, D) -> (B, E)
