@@ -4,7 +4,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .checks import config_from, require_fraction, require_positive, require_width
 from .text import VlpQFormerConfig
-from .towers import VlpVisionTowerConfig
+from .towers import VlpVisionTowerConfig, states_size
 from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig, vision_config_from
 
 TOWERS = (VlpBlipViTConfig, VlpViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpVisionTowerConfig)
@@ -63,7 +63,7 @@ class VlpBlip2Config(PreTrainedConfig):
         # A ResNet has its own projection, in its attention pooling, which may have any width.
         own_dim = vision.get("projection_dim") if isinstance(vision, dict) else getattr(vision, "projection_dim", None)
         self.vision_config = vision_config_from(vision, TOWERS, own_dim or self.image_text_hidden_size, self)
-        width = self.vision_config.hidden_size
+        width = states_size(self.vision_config)
         self.qformer_config = config_from(
             self.qformer_config, (VlpQFormerConfig,), "qformer_config", self, {"encoder_hidden_size": width}
         )

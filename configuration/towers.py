@@ -39,6 +39,7 @@ class VlpVisionTowerConfig(VlpTowerConfig):
             model's own pooled output after the means of all its hidden states, for pictures unlike those that it was
             trained on.
         image_size: side of the images in pixels.
+        states_size: width of the outputs of all positions, which BLIP's texts attend to; None: `hidden_size`.
     """
 
     model_type = "vlp_vision_tower"
@@ -49,10 +50,13 @@ class VlpVisionTowerConfig(VlpTowerConfig):
     hidden_size: int = 768
     pooling: str = "cls"
     image_size: int = 224
+    states_size: int | None = None
 
     def __post_init__(self, **kwargs):
         self.tower = self.tower or {"model_type": "vit"}
         require_positive(self, "image_size")
+        if self.states_size is not None:
+            require_positive(self, "states_size")
         super().__post_init__(**kwargs)
 
 
@@ -94,6 +98,11 @@ def tower_from(given: dict | PreTrainedConfig, owner: PreTrainedConfig) -> PreTr
             f"{shown(given)}."
         )
     return CONFIG_MAPPING[name].from_dict(dict(given))
+
+
+def states_size(config: PreTrainedConfig) -> int:
+    """The width of the states of an image tower, which differs from that of its pooled output for some towers."""
+    return getattr(config, "states_size", None) or config.hidden_size
 
 
 def positions_of(config: PreTrainedConfig) -> int:

@@ -11,6 +11,7 @@ from ..configuration.blip import VlpBlipConfig
 from ..configuration.towers import VlpVisionTowerConfig
 from ..configuration.vision import VlpModifiedResNetConfig
 from .base import VlpPreTrainedModel
+from .layers import make_projection
 from .losses import draw_hard_negatives, matching_loss, same_pairs, smooth_targets, soft_contrastive_loss
 from .med import LMHead, MedModel, Memory, begin_with, next_token_loss
 from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput, compared, with_pooled
@@ -80,7 +81,8 @@ class VlpBlipDualEncoder(VlpBlipPreTrainedModel):
         super().__init__(config, encoder, decoder, cross)
         self.vision_proj = nn.Identity()  # the ResNet's attention pooling includes the projection
         if not self.is_resnet:
-            self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.image_text_hidden_size)
+            sizes = config.vision_config.hidden_size, config.image_text_hidden_size
+            self.vision_proj = make_projection(*sizes, config.vision_projection_hidden_size, config.projection_dropout)
         self.text_proj = nn.Linear(config.text_config.hidden_size, config.image_text_hidden_size)
         if type(self) is VlpBlipDualEncoder:
             self.post_init()

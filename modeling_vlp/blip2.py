@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip2 import VlpBlip2Config
-from ..configuration.towers import VlpVisionTowerConfig
+from ..configuration.towers import VlpVisionTowerConfig, states_size
 from ..configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig
 from .base import VlpPreTrainedModel
 from .blip import MatchesPairs, compare_within_batch, three_losses
@@ -49,7 +49,7 @@ class VlpBlip2PreTrainedModel(VlpPreTrainedModel):
                  VlpSiglipViTConfig.model_type: SiglipViT, VlpVisionTowerConfig.model_type: VisionTower}  # fmt: skip
         kind = kinds.get(config.vision_config.model_type, BlipViT)
         self.vision_model = kind._from_config(config.vision_config)
-        self.vision_norm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_norm_eps)
+        self.vision_norm = nn.LayerNorm(states_size(config.vision_config), eps=config.vision_norm_eps)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.qformer_config.hidden_size))
         self.qformer = QFormerModel._from_config(config.qformer_config, text=text)
         self.freeze()

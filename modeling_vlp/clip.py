@@ -14,7 +14,7 @@ from ..configuration.towers import VlpTextTowerConfig, VlpVisionTowerConfig
 from ..configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig
 from .base import VlpPreTrainedModel
 from .known_texts import KnownTexts
-from .layers import ProjectionHead
+from .layers import make_projection
 from .losses import clip_loss, siglip_loss
 from .outputs import VlpClipOutput
 from .resnet import ModifiedResNet
@@ -49,27 +49,24 @@ class VlpClipModel(VlpPreTrainedModel):
 
     def __init__(self, config: VlpClipConfig):
         super().__init__(config)
-        vision, text = config.vision_config, config.text_config
+        vision, text, size = config.vision_config, config.text_config, config.projection_dim
         self.vision_model = VISION_TOWERS.get(vision.model_type, ViT)._from_config(vision)
         self.text_model = TEXT_TOWERS.get(text.model_type, TextTransformer)._from_config(text)
         self.visual_projection = nn.Identity()  # the ResNet and SigLIP need none after attention pooling
         if vision.model_type not in PROJECTED:
-            self.visual_projection = self.projection(vision.hidden_size, config.visual_projection_hidden_size)
+            self.visual_projection = make_projection(
+                vision.hidden_size, size, config.visual_projection_hidden_size, config.projection_dropout, bias=False
+            )
         has_bias = text.model_type == VlpSiglipTextConfig.model_type
-        self.text_projection = self.projection(text.hidden_size, config.text_projection_hidden_size, has_bias)
+        self.text_projection = make_projection(
+            text.hidden_size, size, config.text_projection_hidden_size, config.projection_dropout, has_bias
+        )
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.logit_bias = None
         if config.logit_bias_init_value is not None:
             self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value))
         self.known_texts = KnownTexts()
         self.post_init()
-
-    def projection(self, width: int, hidden_size: int | None, bias: bool = False) -> nn.Module:
-        """Build a projection from a tower's width to the shared space."""
-        size, dropout = self.config.projection_dim, self.config.projection_dropout
-        if hidden_size is None and not dropout:
-            return nn.Linear(width, size, bias=bias)
-        return ProjectionHead(width, hidden_size, size, dropout)
 
     def initialize(self) -> None:
         for projection in (self.visual_projection, self.text_projection):

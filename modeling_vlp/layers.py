@@ -186,3 +186,10 @@ class ProjectionHead(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self[-1].weight.dtype))
+
+
+def make_projection(width: int, size: int, hidden_size: int | None, dropout: float, bias: bool = True) -> nn.Module:
+    """Build a projection from a tower's width to a shared space: linear, or a `ProjectionHead`."""
+    if hidden_size is None and not dropout:
+        return nn.Linear(width, size, bias=bias)
+    return ProjectionHead(width, hidden_size, size, dropout)

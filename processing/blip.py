@@ -114,6 +114,44 @@ def _word_piece_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
     return tokenizer
 
 
+def with_used_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Cut the vocabulary of a WordPiece tokenizer down to what some texts use, and to ASCII letters and digits.
+
+    These texts are tokenized as before; other words become smaller pieces.
+
+    Args:
+        tokenizer: a BERT tokenizer; it is not changed.
+        texts: the texts.
+
+    Returns:
+        A new tokenizer, in which the tokens keep their order.
+
+    Raises:
+        ValueError: if the tokenizer has no word pieces.
+    """
+    backend = tokenizer.backend_tokenizer
+    if not isinstance(backend.model, models.WordPiece):
+        raise ValueError(f"a tokenizer of type {type(backend.model).__name__}; expected WordPiece, as BERT has")
+    names = {name: getattr(tokenizer, f"{name}_token") for name in ("pad", "unk", "cls", "sep", "mask")}
+    names = {name: token for name, token in names.items() if token is not None}
+    used = {number for text in texts for number in tokenizer(clean_caption(text))["input_ids"]}
+    vocabulary = sorted(backend.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+    kept = [
+        token for token, number in vocabulary
+        if number in used or token in names.values() or (token.isascii() and len(token.removeprefix("##")) == 1)
+    ]  # fmt: skip
+    numbers = {token: number for number, token in enumerate(kept)}
+    smaller = Tokenizer(models.WordPiece(numbers, unk_token=names["unk"]))
+    smaller.normalizer, smaller.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    smaller.decoder = backend.decoder
+    smaller.post_processor = processors.BertProcessing(
+        (names["sep"], numbers[names["sep"]]), (names["cls"], numbers[names["cls"]])
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=smaller, **{f"{name}_token": token for name, token in names.items()}
+    )
+
+
 def with_blip_tokens(tokenizer: PreTrainedTokenizerFast, max_length: int) -> PreTrainedTokenizerFast:
     """Add BLIP's special tokens: [DEC] as the start token and [ENC]; [SEP] is the end token.
 

@@ -277,8 +277,9 @@ def cached_pairs(run: Run, maker: SampleMaker, collator: Collator) -> CachedPair
     with accelerator.main_process_first(), accelerator.autocast():
         folder = compute_pairs(
             run.rows, dataclasses.replace(maker, seed=0), collator, arguments.cached_views, model.vision_model,
-            model.text_model if arguments.lock_text_tower else None,
+            model.text_model if getattr(arguments, "lock_text_tower", False) else None,
             augmentation_on_device(arguments, run.processor.image_processor), facts,
+            with_states=hasattr(model, "memory_of"),  # texts attend to them
         )  # fmt: skip
     return CachedPairs(folder)
 

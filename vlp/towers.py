@@ -155,7 +155,7 @@ def vision_start(name: str, option: str, pooling: str | None = None, image_size:
     pooling = pooling or default_pooling(config)
     config.num_labels = 2  # the classes of a classifier are no part of the tower
     tower = VlpVisionTowerConfig(tower=config, hidden_size=1, pooling=pooling, image_size=side)
-    tower.hidden_size = width_of(tower, told)
+    tower.hidden_size, tower.states_size = widths_of(tower, told)
     return Start(name, option, tower)
 
 
@@ -173,8 +173,8 @@ def side_of_options(options: dict) -> int:
 
 
 @torch.no_grad()
-def width_of(config: VlpVisionTowerConfig, told: str) -> int:
-    """The width of an image tower's pooled output, found without weights.
+def widths_of(config: VlpVisionTowerConfig, told: str) -> tuple[int, int]:
+    """The widths of an image tower's pooled output and of its states, found without weights.
 
     Raises:
         UnsupportedModelError: if it has no such output, or does not accept images of this size.
@@ -183,7 +183,8 @@ def width_of(config: VlpVisionTowerConfig, told: str) -> int:
         with torch.device("meta"):
             tower = VisionTower(config).eval()
             side, channels = config.image_size, getattr(config.tower, "num_channels", 3)
-            return tower(torch.empty(1, channels, side, side)).pooler_output.shape[-1]
+            output = tower(torch.empty(1, channels, side, side))
+            return output.pooler_output.shape[-1], output.last_hidden_state.shape[-1]
     except ImportError as error:
         raise UnsupportedModelError(f"{told} needs a package that is not installed: {brief(error)[:200]}") from None
     except Exception as error:

@@ -7,6 +7,7 @@ every view of an image meets every view of its text.
 
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +24,12 @@ from ...files import cache_folder
 from ...loading import hash_weights
 from .batches import Batch, Collator
 from .rows import BadRow
-from .samples import SampleMaker
+from .samples import Sample, SampleMaker
 
 FACTS = "facts.json"
 
-# Shapes: R rows, V views, U distinct texts, N tokens, D width of a tower, B batch, T texts of a batch
+# Shapes: R rows, V views, U distinct texts, N tokens, M positions of an image, P and D widths of a tower, B batch,
+# T texts of a batch
 
 
 class CachedPairs:
@@ -37,7 +39,8 @@ class CachedPairs:
         folder: the folder that `compute_pairs` returned.
 
     Attributes:
-        images: (V, R, D) pooled outputs of the image tower.
+        images: (V, R, P) pooled outputs of the image tower.
+        states: (V, R, M, D) states of the image tower; None if they were not kept.
         texts: (U, D) pooled outputs of the text tower, or (U, N) token ids, padded on the right.
         text_of: (V, R) index of a view's text.
         caption_ids: (V, R) integers, equal for equal captions.
@@ -49,6 +52,8 @@ class CachedPairs:
         facts = json.loads((folder / FACTS).read_text())
         self.bad = [(row, cause) for row, cause in facts["bad"]]
         self.images = np.load(folder / "images.npy", mmap_mode="r")
+        states = folder / "states.npy"
+        self.states = np.load(states, mmap_mode="r") if states.is_file() else None
         self.texts = np.load(folder / "texts.npy")
         self.text_of, self.caption_ids = np.load(folder / "text_of.npy"), np.load(folder / "caption_ids.npy")
         self.image_ids = np.load(folder / "image_ids.npy")
@@ -75,6 +80,9 @@ class CachedPairs:
                 caption_ids=torch.from_numpy(self.caption_ids[view, rows]),
                 image_ids=torch.from_numpy(self.image_ids[rows]),
                 skipped=skipped,
+                extra={}
+                if self.states is None
+                else {"image_states": torch.from_numpy(self.states[epochs % views, rows])},
             )
             skipped = []
 
@@ -98,6 +106,7 @@ def compute_pairs(
     texts: nn.Module | None,
     to_pixel_values: Callable[[Tensor], Tensor],
     facts: dict,
+    with_states: bool = False,
     batch_size: int = 128,
 ) -> Path:
     """Run the towers on all views of all rows, unless that was done before.
@@ -111,6 +120,7 @@ def compute_pairs(
         texts: the text tower, in evaluation mode; None: texts are only tokenized.
         to_pixel_values: augments and normalises images (B, C, S, S) on the device.
         facts: everything else that the features depend on, which must fit into JSON.
+        with_states: also keep the states of the image tower.
         batch_size: images or texts at a time.
 
     Returns:
@@ -118,60 +128,116 @@ def compute_pairs(
 
     Raises:
         BadDataError: if no row can be used.
+        OSError: if the disk has too little space.
     """
-    facts = facts | {"views": views, "rows": rows._fingerprint, "texts": texts is not None}
+    facts |= {"views": views, "rows": rows._fingerprint, "texts": texts is not None, "states": with_states}
     folder = cache_folder() / "features" / key_of([images] + ([texts] if texts is not None else []), facts)
     if (folder / FACTS).is_file():
         return folder
     fresh = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    device, known, bad, good, values = next(images.parameters()).device, {}, [], [], None
-    text_of = np.zeros((views, len(rows)), np.int64)
-    caption_ids, image_ids = np.zeros_like(text_of), np.zeros(len(rows), np.int64)
-    bar = tqdm(total=views * len(rows), desc="Features of the locked towers", unit="image")
-    for view in range(views):
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(view)
-            for first in range(0, len(rows), batch_size):
-                numbers, samples = [], []
-                for number in range(first, min(first + batch_size, len(rows))):
-                    try:
-                        samples.append(maker(rows[number], number, view))
-                        numbers.append(number)
-                    except BadRow as error:
-                        bad += [(number, str(error))] if view == 0 else []
-                bar.update(min(batch_size, len(rows) - first))
-                if not samples:
-                    continue
-                pixels = to_pixel_values(torch.stack([sample.pixels for sample in samples]).to(device))
-                found = images(pixels, pooled_only=True).pooler_output.float().cpu().numpy()
-                if values is None:
-                    shape = (views, len(rows), found.shape[1])
-                    values = np.lib.format.open_memmap(fresh / "images.npy", "w+", np.float32, shape)
-                values[view, numbers] = found
-                text_of[view, numbers] = [known.setdefault(sample.text, len(known)) for sample in samples]
-                caption_ids[view, numbers] = [sample.caption_id for sample in samples]
-                image_ids[numbers] = [sample.image_id for sample in samples]
-                good += numbers if view == 0 else []
-    bar.close()
-    if values is None:
-        shutil.rmtree(fresh)
-        raise BadDataError("No row can be used: see --image_column and --caption_column.")
-    for number, _ in bad:  # the next good row stands in, as in `PairDataset`
-        other = next((each for each in good if each > number), good[0])
-        for array in (values, text_of, caption_ids):
-            array[:, number] = array[:, other]
-        image_ids[number] = image_ids[other]
-    values.flush()
-    arrays = {"text_of": text_of, "caption_ids": caption_ids, "image_ids": image_ids,
-              "texts": embed_texts(list(known), collator, texts, device, batch_size)}  # fmt: skip
-    for name, array in arrays.items():
-        np.save(fresh / f"{name}.npy", array)
-    (fresh / FACTS).write_text(json.dumps({"bad": bad}))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(fresh, folder)
+    try:
+        pairs, device = PairWriter(fresh, views, len(rows)), next(images.parameters()).device
+        bar = tqdm(total=views * len(rows), desc="Features of the locked towers", unit="image")
+        for view in range(views):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(view)
+                for first in range(0, len(rows), batch_size):
+                    numbers = range(first, min(first + batch_size, len(rows)))
+                    samples = pairs.usable(rows, numbers, view, maker)
+                    bar.update(len(numbers))
+                    if samples:
+                        pixels = torch.stack([sample.pixels for sample in samples.values()]).to(device)
+                        output = images(to_pixel_values(pixels), pooled_only=not with_states)
+                        pairs.write(view, samples, output.pooler_output, states_of(output) if with_states else None)
+        bar.close()
+        pairs.finish(lambda known: embed_texts(known, collator, texts, device, batch_size))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return folder
+
+
+def states_of(output) -> Tensor:
+    """The outputs of all positions (B, M, D) that an image tower gives; a ResNet's are a grid."""
+    return output.as_sequence() if hasattr(output, "as_sequence") else output.last_hidden_state
+
+
+class PairWriter:
+    """Writes the features of pairs into the files that `CachedPairs` reads."""
+
+    def __init__(self, folder: Path, views: int, rows: int):
+        self.folder, self.views, self.rows = folder, views, rows
+        self.texts: dict[str, int] = {}  # each distinct text and its number
+        self.bad: dict[int, str] = {}
+        self.arrays = {name: np.zeros((views, rows), np.int64) for name in ("text_of", "caption_ids")}
+        self.image_ids, self.features = np.zeros(rows, np.int64), {}
+
+    def usable(self, rows, numbers: range, view: int, maker: SampleMaker) -> dict[int, Sample]:
+        """The samples of those rows that can be used; the others are noted."""
+        samples = {}
+        for number in numbers:
+            try:
+                samples[number] = maker(rows[number], number, view)
+            except BadRow as error:
+                self.bad.setdefault(number, str(error))
+        return samples
+
+    def write(self, view: int, samples: dict[int, Sample], pooled: Tensor, states: Tensor | None) -> None:
+        """Write a batch.
+
+        Args:
+            view: number of the view.
+            samples: the B samples by row number.
+            pooled: (B, P) outputs of the image tower.
+            states: (B, M, D), or None; kept in float16 if the tower ran in bfloat16, whose values fit there.
+        """
+        numbers = list(samples)
+        found = {"images": pooled.float()}
+        if states is not None:
+            found["states"] = states.half() if states.dtype == torch.bfloat16 else states
+        for name, value in found.items():
+            value = value.cpu().numpy()
+            if name not in self.features:
+                self.features[name] = self.open(name, value)
+            self.features[name][view, numbers] = value
+        texts = [self.texts.setdefault(sample.text, len(self.texts)) for sample in samples.values()]
+        self.arrays["text_of"][view, numbers] = texts
+        self.arrays["caption_ids"][view, numbers] = [sample.caption_id for sample in samples.values()]
+        self.image_ids[numbers] = [sample.image_id for sample in samples.values()]
+
+    def open(self, name: str, value: np.ndarray) -> np.memmap:
+        """Create the file for values like these of all rows and views. Raises OSError if the disk is too full."""
+        shape = (self.views, self.rows, *value.shape[1:])
+        size, free = math.prod(shape) * value.itemsize, shutil.disk_usage(self.folder).free
+        if size > free:
+            raise OSError(
+                f"The cached features need {size / 1e9:.1f} GB, but {self.folder.parent} has {free / 1e9:.1f} GB left: "
+                "lower --cached_views, or let VLP_CACHE name a folder on a larger disk."
+            )
+        return np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", value.dtype, shape)
+
+    def finish(self, embed: Callable[[list[str]], np.ndarray]) -> None:
+        """Write what is left; `embed` turns the distinct texts into the array that `CachedPairs.texts` describes.
+
+        Raises:
+            BadDataError: if no row can be used.
+        """
+        good = [number for number in range(self.rows) if number not in self.bad]
+        if not good:
+            raise BadDataError("No row can be used: see --image_column and --caption_column.")
+        for number in self.bad:  # the next good row stands in, as in `PairDataset`
+            other = next((each for each in good if each > number), good[0])
+            for array in (*self.features.values(), *self.arrays.values()):
+                array[:, number] = array[:, other]
+            self.image_ids[number] = self.image_ids[other]
+        for array in self.features.values():
+            array.flush()
+        for name, array in (self.arrays | {"image_ids": self.image_ids, "texts": embed(list(self.texts))}).items():
+            np.save(self.folder / f"{name}.npy", array)
+        (self.folder / FACTS).write_text(json.dumps({"bad": list(self.bad.items())}))
 
 
 def embed_texts(

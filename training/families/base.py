@@ -16,9 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ...errors import ArgumentError, UserError, brief, printable
 from ...loading import read_config
-from ..arguments import TrainingArguments
+from ..arguments import TrainingArguments, option, require_at_least_one
 from ..data.rows import CaptionChooser
 from ..data.samples import SampleMaker
+from ..data.sources import is_shards
 from ..evaluation.arguments import EvaluationArguments
 from ..evaluation.pictures import Pictures
 from ..evaluation.tasks import prepare_data
@@ -57,6 +58,37 @@ class Family(Generic[A]):
     evaluation: Callable[[A, datasets.Dataset, datasets.Dataset | None], list[Pictures]]
     samples: Callable[[A, datasets.Dataset | None, PreTrainedModel, ProcessorMixin, SampleMaker], SampleMaker]
     recipe_with_towers: str | None = None
+
+
+@dataclass(kw_only=True)
+class CachingArguments(TrainingArguments):
+    """Options of the families whose locked towers can run once instead of in every epoch."""
+
+    cache_features: bool = option(
+        False,
+        "compute the output of locked towers once, and keep it in the cache folder; the image tower must be locked",
+    )
+    cached_views: int = option(
+        1,
+        "with --cache_features: number of augmented versions of each image and of its caption, of which an epoch uses "
+        "one each",
+        bound=True,
+        shown=True,
+    )
+
+    def check_cache(self, locked: bool, option: str) -> None:
+        """Raise ArgumentError unless --cache_features fits the other options; `option` locks the image tower."""
+        require_at_least_one(self, "cached_views")
+        if not self.cache_features:
+            if self.cached_views > 1:
+                raise ArgumentError(f"--cached_views {self.cached_views} needs --cache_features.")
+            return
+        if not locked:
+            raise ArgumentError(f"--cache_features needs {option}: features of a tower that is trained change.")
+        if self.cache_images or self.lora_rank:
+            raise ArgumentError("--cache_features does not go with --cache_images or --lora_rank.")
+        if is_shards(self.dataset_name) or self.num_workers:
+            raise ArgumentError("--cache_features needs random access to the rows: no shards, and --num_workers 0.")
 
 
 def check_fields(given: dict, kind: type) -> None:

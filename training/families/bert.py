@@ -7,10 +7,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ...errors import ArgumentError, printable
-from ...loading import load_weights, read_config
+from ...loading import load_bert_tokenizer, load_weights, read_config
 from ...modeling_vlp.blip import VlpBlipPreTrainedModel
 
 OPTION = "--bert_name_or_path"
+WORDS = "embeddings.word_embeddings.weight"
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
          "hidden_act", "layer_norm_eps")  # fmt: skip
 NAMES = (  # BERT's names and those of MED; the self-attention of both modes starts from the same weights
@@ -53,7 +54,7 @@ def text_fields(name: str) -> dict:
 
 
 @torch.no_grad()
-def load_bert(model: VlpBlipPreTrainedModel, name: str) -> None:
+def load_bert(model: VlpBlipPreTrainedModel, name: str, tokenizer) -> None:
     """Copy a BERT into the text model; cross-attention and the tokens that BERT lacks keep their random weights.
 
     BERT's embedding of the first segment is added to its position embeddings, so the unimodal text encoder gives
@@ -62,6 +63,7 @@ def load_bert(model: VlpBlipPreTrainedModel, name: str) -> None:
     Args:
         model: model to change.
         name: folder or hub name of the BERT.
+        tokenizer: tokenizer of the model, which may have fewer tokens than that of the BERT, or some more at the end.
 
     Raises:
         ArgumentError: if it lacks weights.
@@ -74,10 +76,10 @@ def load_bert(model: VlpBlipPreTrainedModel, name: str) -> None:
     if segment is not None:
         tensors["embeddings.position_embeddings.weight"] = tensors["embeddings.position_embeddings.weight"] + segment[0]
     own, state = model.state_dict(), {}
+    if WORDS in tensors:
+        tensors[WORDS] = with_tokens(own[f"text_model.{WORDS}"], tensors[WORDS], tokenizer, name)
     for key, value in tensors.items():
-        for target in targets_of(key):
-            if target in own:
-                state[target] = fitted(value, own[target])
+        state |= {target: value for target in targets_of(key) if target in own}
     untouched = [key for key in own if key.startswith("text_model.") and key not in state and "cross_" not in key]
     if untouched or any(state[key].shape != own[key].shape for key in state):
         wrong = (untouched or [key for key in state if state[key].shape != own[key].shape])[0]
@@ -94,10 +96,17 @@ def targets_of(key: str) -> list[str]:
     return []
 
 
-def fitted(value: Tensor, own: Tensor) -> Tensor:
-    """A tensor of BERT; a table of embeddings is extended by our rows, or cut to them."""
-    if value.ndim != 2 or value.shape[1:] != own.shape[1:] or value.shape == own.shape:
-        return value
-    table, known = own.clone(), min(len(own), len(value))
-    table[:known] = value[:known]
+def with_tokens(own: Tensor, theirs: Tensor, tokenizer, name: str) -> Tensor:
+    """A table of word embeddings (W, D) with BERT's embeddings of the tokens that it knows, and our own of the others.
+
+    Args:
+        own: (W, D) our embeddings.
+        theirs: (V, D) those of BERT.
+        tokenizer: our tokenizer.
+        name: folder or hub name of the BERT.
+    """
+    table, numbers = own.clone(), load_bert_tokenizer(name, OPTION).get_vocab()
+    for token, row in tokenizer.get_vocab().items():
+        if numbers.get(token, len(theirs)) < len(theirs) and theirs.shape[1:] == own.shape[1:]:
+            table[row] = theirs[numbers[token]]
     return table

@@ -18,7 +18,14 @@ from ...loading import load_bert_tokenizer, load_model, load_processor, read_con
 from ...modeling_vlp.blip import VlpBlipForImageTextRetrieval, VlpBlipForPreTraining, VlpBlipPreTrainedModel
 from ...modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from ...modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
-from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, token_ids, train_tokenizer, with_blip_tokens
+from ...processing.blip import (
+    VlpBlipImageProcessor,
+    VlpBlipProcessor,
+    token_ids,
+    train_tokenizer,
+    with_blip_tokens,
+    with_used_tokens,
+)
 from ...towers import Start, vision_start, with_side
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
 from ..data.rows import CaptionChooser, caption_texts, texts_of
@@ -29,6 +36,7 @@ from ..objectives.blip import BlipObjective
 from ..objectives.blip_tasks import AnsweringObjective, CaptioningObjective, ReasoningObjective
 from ..objectives.momentum import Teacher
 from .base import (
+    CachingArguments,
     Family,
     check_fields,
     evaluation_tasks,
@@ -41,7 +49,7 @@ from .bert import load_bert, text_fields
 
 
 @dataclass(kw_only=True)
-class BlipArguments(TrainingArguments):
+class BlipArguments(CachingArguments):
     """Options of BLIP. The defaults are those of salesforce/BLIP, configs/pretrain.yaml."""
 
     image_size: int | None = option(
@@ -74,9 +82,17 @@ class BlipArguments(TrainingArguments):
     vision_pooling: str | None = option(
         None, f"pooling of --vision_tower: {', '.join(IMAGE_POOLING)} (its own); that of the source if not given"
     )
+    lock_vision_tower: bool = option(False, "freeze the image tower", bound=True, shown=True)
     bert_name_or_path: str | None = option(
         None,
-        "hub name or folder of a BERT to initialise the text model from; it brings its sizes and its tokenizer",
+        "hub name or folder of a BERT to initialise the text model from; it brings its sizes and its tokenizer; with "
+        "a smaller num_hidden_layers in `model`, only its first layers are used",
+    )
+    trim_vocabulary: bool = option(
+        False,
+        "keep only those tokens of --bert_name_or_path that the training captions use, besides letters and digits: a "
+        "smaller and faster model for captions of one domain",
+        bound=True,
     )
     task: Literal["pretrain", "captioning", "retrieval", "vqa", "nlvr"] = option(
         "pretrain",
@@ -139,6 +155,15 @@ class BlipArguments(TrainingArguments):
             raise ArgumentError("--model_name_or_path loads all parts: omit --vision_tower and --bert_name_or_path.")
         if self.vision_pooling and not self.vision_tower:
             raise ArgumentError("--vision_pooling needs --vision_tower.")
+        if self.lock_vision_tower and not (self.vision_tower or self.model_name_or_path):
+            raise ArgumentError(
+                "--lock_vision_tower needs --vision_tower or --model_name_or_path: a new tower must be trained."
+            )
+        self.check_cache(self.lock_vision_tower, "--lock_vision_tower")
+        if self.cache_features and self.task != "pretrain":
+            raise ArgumentError(f"--cache_features is for --task pretrain, not for --task {self.task}.")
+        if self.trim_vocabulary and not self.bert_name_or_path:
+            raise ArgumentError("--trim_vocabulary needs --bert_name_or_path.")
         if self.prompt and self.task != "captioning":
             raise ArgumentError(
                 f"--prompt {self.prompt!r} can only be used with --task captioning, not with {self.task}."
@@ -195,7 +220,16 @@ def make_processor(arguments: BlipArguments, rows, chooser: CaptionChooser) -> V
     if start is not None:
         images = VlpBlipImageProcessor(**with_side(start.images(), arguments.image_size))
     name = arguments.tokenizer_name or arguments.bert_name_or_path
-    return VlpBlipProcessor(images, make_tokenizer(arguments, name, rows, chooser))
+    tokenizer = make_tokenizer(arguments, name, rows, chooser)
+    if arguments.trim_vocabulary:
+        if rows is None:
+            raise ArgumentError("--trim_vocabulary reads all captions, which shards do not allow.")
+        try:
+            tokenizer = with_used_tokens(tokenizer, caption_texts(rows, chooser))
+        except ValueError as error:
+            raise ArgumentError(f"--trim_vocabulary: {error}.") from error
+        tokenizer = with_blip_tokens(tokenizer, arguments.max_length)
+    return VlpBlipProcessor(images, tokenizer)
 
 
 def make_tokenizer(arguments: TrainingArguments, name: str | None, rows, chooser: CaptionChooser):
@@ -238,7 +272,8 @@ def new_config(arguments: BlipArguments, tokenizer=None) -> VlpBlipConfig:
     start = arguments.start
     vision.setdefault("image_size", arguments.image_size)
     if arguments.bert_name_or_path:
-        text |= text_fields(arguments.bert_name_or_path)
+        fewer = {name: text[name] for name in ("num_hidden_layers",) if name in text}
+        text |= text_fields(arguments.bert_name_or_path) | fewer
     is_resnet = vision.get("model_type") == VlpModifiedResNetConfig.model_type
     kinds = (VlpBlipConfig, VlpModifiedResNetConfig if is_resnet else VlpBlipViTConfig, VlpBlipTextConfig)
     for part, kind in zip((fields, vision, text), kinds, strict=True):
@@ -287,7 +322,7 @@ def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlip
             if model.config.vision_config.image_size != arguments.image_size:
                 model.vision_model.resize_images(arguments.image_size)
         if arguments.bert_name_or_path:
-            load_bert(model, arguments.bert_name_or_path)
+            load_bert(model, arguments.bert_name_or_path, processor.tokenizer)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -317,6 +352,17 @@ def load_for_task(name: str, task: str) -> VlpBlipPreTrainedModel:
 
 
 def make_objective(arguments: BlipArguments, model, processor: VlpBlipProcessor, steps_per_epoch: float | None):
+    """Lock the image tower if that is wanted, and return the objective of the task."""
+    if arguments.lock_vision_tower:
+        model.vision_model.requires_grad_(False)
+    objective = objective_of(arguments, model, processor, steps_per_epoch)
+    if arguments.lock_vision_tower:
+        objective.frozen = [model.vision_model]
+    return objective
+
+
+def objective_of(arguments: BlipArguments, model, processor: VlpBlipProcessor, steps_per_epoch: float | None):
+    """Return the objective of the task."""
     if arguments.task == "captioning":
         prompt = processor.tokenize([arguments.prompt], arguments.max_length)["input_ids"]
         return CaptioningObjective(model, prompt_length=prompt.shape[1] - 1)

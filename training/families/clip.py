@@ -20,19 +20,26 @@ from ...processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from ...processing.prompts import CLASS_NAMES, TEMPLATES
 from ...processing.tokenizer import VlpClipTokenizer
 from ...towers import Start, text_start, vision_start, with_side
-from ..arguments import TrainingArguments, option, require_at_least_one, require_one_of
+from ..arguments import option, require_at_least_one, require_one_of
 from ..data.rows import CaptionChooser, caption_texts
 from ..data.samples import SampleMaker
-from ..data.sources import is_shards
 from ..evaluation.pictures import Pictures
 from ..objectives.clip import ClipObjective
-from .base import Family, check_fields, evaluation_tasks, parts_of_model, possible_model, require_model_type
+from .base import (
+    CachingArguments,
+    Family,
+    check_fields,
+    evaluation_tasks,
+    parts_of_model,
+    possible_model,
+    require_model_type,
+)
 
 PROJECTIONS = ("visual_projection", "text_projection")
 
 
 @dataclass(kw_only=True)
-class ClipArguments(TrainingArguments):
+class ClipArguments(CachingArguments):
     """Options of CLIP: two towers, trained to match the images and captions of a batch."""
 
     # CLIP
@@ -76,18 +83,6 @@ class ClipArguments(TrainingArguments):
     )
     unlock_text_layers: int = option(
         0, "with --lock_text_tower: train this many of its last layers, and what follows them", bound=True
-    )
-    cache_features: bool = option(
-        False,
-        "compute the output of locked towers once, and keep it in the cache folder; needs --lock_image_tower; the text "
-        "tower's output is kept if that is locked too",
-    )
-    cached_views: int = option(
-        1,
-        "with --cache_features: number of augmented versions of each image and of its caption, of which an epoch uses "
-        "one each",
-        bound=True,
-        shown=True,
     )
     patch_dropout: float | None = option(
         None,
@@ -136,15 +131,11 @@ class ClipArguments(TrainingArguments):
             self.image_size = 224
         if self.max_length is None and not self.text_tower:
             self.max_length = 77
-        if self.cache_features and (not self.lock_image_tower or self.unlock_image_layers or self.unlock_text_layers):
-            raise ArgumentError("--cache_features needs --lock_image_tower, and no unlocked layers: features change.")
-        if self.cache_features and (self.cache_images or self.lora_rank or self.micro_batch_size):
-            raise ArgumentError("--cache_features does not go with --cache_images, --lora_rank or --micro_batch_size.")
-        if self.cache_features and (is_shards(self.dataset_name) or self.num_workers):
-            raise ArgumentError("--cache_features needs random access to the rows: no shards, and --num_workers 0.")
-        require_at_least_one(self, "cached_views")
-        if self.cached_views > 1 and not self.cache_features:
-            raise ArgumentError(f"--cached_views {self.cached_views} needs --cache_features.")
+        self.check_cache(self.lock_image_tower, "--lock_image_tower")
+        if self.cache_features and (self.unlock_image_layers or self.unlock_text_layers or self.micro_batch_size):
+            raise ArgumentError(
+                "--cache_features does not go with unlocked layers, which change, or --micro_batch_size."
+            )
         if self.model_name_or_path and (self.image_tower or self.text_tower):
             raise ArgumentError("--model_name_or_path loads both towers: omit --image_tower and --text_tower.")
 

@@ -1,10 +1,25 @@
 """The interface between an objective and the training loop."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 
 class Objective(nn.Module):
-    """Base class of the objectives. The hooks that the training loop calls do nothing by default."""
+    """Base class of the objectives. The hooks that the training loop calls do nothing by default.
+
+    Attributes:
+        frozen: parts of the model that are frozen, such as locked towers (LiT, arXiv:2111.07991); they stay in
+            evaluation mode, with their batch norm and dropout.
+    """
+
+    frozen: Sequence[nn.Module] = ()
+
+    def train(self, mode: bool = True) -> "Objective":
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def before_step(self, step: int, share_done: float = 1.0) -> None:
         """Called before the first backward pass of an optimiser step.

@@ -78,6 +78,7 @@ class BlipObjective(Objective):
         caption_ids: Tensor,
         image_ids: Tensor,
         negatives: tuple[Tensor, Tensor] | None = None,
+        image_states: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the losses of a batch.
 
@@ -85,14 +86,21 @@ class BlipObjective(Objective):
             pixel_values, input_ids, text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
             negatives: the negative image of each text and the negative text of each image, (B,) each, as indices into
                 the joined batch; drawn if None.
+            image_states: (B, M, D), cached states of the image tower, which is locked; `pixel_values` are then its
+                cached pooled outputs, (B, P).
 
         Returns:
             {"itc", "itm", "lm"}, without "lm" if the model has no decoder; only "itc" during the first
             `contrastive_share` of the run.
         """
         model = self.model
-        vision = model.get_image_features(pixel_values, pooled_only=self.contrastive_only)
-        image = unit_length(vision.pooler_output)
+        cached = image_states is not None
+        if not cached:
+            vision = model.get_image_features(pixel_values, pooled_only=self.contrastive_only)
+            pooled, image_states = vision.pooler_output, vision.last_hidden_state
+        else:
+            pooled = model.vision_proj(pixel_values)
+        image = unit_length(pooled)
         text = unit_length(model.get_text_features(input_ids, pooled_only=True).pooler_output)[text_index]
         batch = JoinedBatch.of(text_index)
         if self.contrastive_only:  # without teacher and queue, which lag behind a student that learns fast
@@ -102,7 +110,7 @@ class BlipObjective(Objective):
         input_ids = input_ids[text_index]
         with torch.autocast(image.device.type, enabled=False):
             image_logits, text_logits, same, loss_itc = self.compare(
-                batch, image, text, *self.teacher(pixel_values, input_ids), caption_ids, image_ids
+                batch, image, text, *self.teacher(pixel_values, input_ids, cached), caption_ids, image_ids
             )
         with torch.no_grad():
             found = torch.ones_like(caption_ids, dtype=torch.bool), torch.ones_like(caption_ids, dtype=torch.bool)
@@ -111,8 +119,8 @@ class BlipObjective(Objective):
                     image_logits = image @ batch.gather(text).T / model.temp
                     text_logits = text @ batch.gather(image).T / model.temp
                 negatives, found = self.draw(batch, image_logits, text_logits, same)
-        memory = model.text_model.memory_of(vision.last_hidden_state)
-        itm_logits = self.match(batch, input_ids, vision.last_hidden_state, memory, *negatives)
+        memory = model.text_model.memory_of(image_states)
+        itm_logits = self.match(batch, input_ids, image_states, memory, *negatives)
         matches, counted = matching_labels(*found)
         with torch.autocast(image.device.type, enabled=False):
             loss_itm = weigh_by_count(matching_loss(itm_logits.float(), matches, counted), counted.sum())

@@ -18,8 +18,6 @@ from .micro_batches import in_micro_batches
 class ClipObjective(Objective):
     """Contrastive loss over the joined batch of all processes: softmax (CLIP), or sigmoid if the model has a bias.
 
-    Parts of the model that are frozen, such as locked towers (LiT, arXiv:2111.07991), stay in evaluation mode.
-
     The result is that of one process with the joined batch, except that a ResNet's batch norm uses the statistics of
     each process's own images.
 
@@ -45,12 +43,6 @@ class ClipObjective(Objective):
         self.exclude_duplicates, self.micro_batch_size = exclude_duplicates, micro_batch_size
         self.cached_images, self.cached_texts = cached_images, cached_texts
         self.frozen = frozen_parts(model)
-
-    def train(self, mode: bool = True) -> "ClipObjective":
-        super().train(mode)
-        for module in self.frozen:  # their batch norm and dropout, too
-            module.eval()
-        return self
 
     def after_step(self) -> None:
         """Clamp the scale."""

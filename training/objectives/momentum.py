@@ -17,7 +17,7 @@ class Teacher(nn.Module):
     """An exponential moving average of the two towers, always in evaluation mode, with a queue of its last features.
 
     Only batch norm uses the statistics of the batch, as in MoCo's key encoder: running statistics lag behind the
-    student's, and the features computed with them do not fit the student's.
+    student's, and the features computed with them do not fit the student's. Those of a locked image tower do fit.
 
     Args:
         model: the student, whose weights initialise the teacher. LoRA adapters are copied, and each of their matrices
@@ -29,6 +29,7 @@ class Teacher(nn.Module):
     def __init__(self, model: VlpBlipMatcher, momentum: float = 0.995, queue_size: int = 57600):
         super().__init__()
         self.momentum, self.queue_size = momentum, queue_size
+        self.locked = not any(parameter.requires_grad for parameter in model.vision_model.parameters())
         self.model = VlpBlipDualEncoder(model.config).to(model.dtype)
         for name, adapter in getattr(model, "peft_config", {}).items():  # the same as the student's
             self.model.add_adapter(adapter, name)
@@ -45,7 +46,7 @@ class Teacher(nn.Module):
 
     def train(self, mode: bool = True) -> "Teacher":
         super().train(False)
-        for module in self.modules():
+        for module in [] if self.locked else self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.train()
         return self
@@ -59,17 +60,21 @@ class Teacher(nn.Module):
             torch._foreach_lerp_(list(own), [student[name].detach() for name in names], 1 - self.momentum)
 
     @torch.no_grad()
-    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, cached: bool = False) -> tuple[Tensor, Tensor]:
         """Compute features of unit length.
 
         Args:
-            pixel_values: (B, C, S, S).
+            pixel_values: (B, C, S, S), or (B, P) cached outputs of the image tower.
             input_ids: (B, N).
+            cached: whether the image tower has run already.
 
         Returns:
             The features of the images and of the texts, (B, E) each.
         """
-        image = self.model.get_image_features(pixel_values, pooled_only=True).pooler_output
+        if cached:
+            image = self.model.vision_proj(pixel_values)
+        else:
+            image = self.model.get_image_features(pixel_values, pooled_only=True).pooler_output
         text = self.model.get_text_features(input_ids, pooled_only=True).pooler_output
         return unit_length(image), unit_length(text)
 

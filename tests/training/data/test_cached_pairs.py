@@ -8,8 +8,22 @@ import torch
 from safetensors.torch import load_file
 from test_training import RESNET, arguments, pairs  # noqa: F401  # the fixture
 from torch.testing import assert_close
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    ConvNextImageProcessor,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 from vlp.training.data import cached_pairs
 from vlp.training.data.cached_pairs import CachedPairs
+from vlp.training.families.blip import BlipArguments
 from vlp.training.run import train
 
 from vlp.errors import ArgumentError
@@ -89,7 +103,7 @@ def test_epochs_combine_all_views(tmp_path):
     ("options", "message"),
     [
         ({"lock_image_tower": False}, "needs --lock_image_tower"),
-        ({"unlock_image_layers": 1}, "and no unlocked layers"),
+        ({"unlock_image_layers": 1}, "does not go with unlocked layers"),
         ({"lora_rank": 2}, "does not go with"),
         ({"dataset_name": "a.tar"}, "no shards"),
         ({"cached_views": 0}, "--cached_views must be at least 1"),
@@ -106,3 +120,110 @@ def test_options_that_change_features_are_refused(pairs, tmp_path, options, mess
     } | options
     with pytest.raises(ArgumentError, match=message):
         arguments(given.pop("dataset_name"), tmp_path / "run", **given)
+
+
+# --- BLIP -------------------------------------------------------------------------------------------------------------
+
+TEXT_MODEL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "max_position_embeddings": 16, "initializer_range": 0.1, "hidden_dropout_prob": 0.0,
+              "attention_probs_dropout_prob": 0.0}  # fmt: skip
+
+
+def blip_arguments(dataset, folder, **options) -> BlipArguments:
+    defaults = dict(
+        dataset_name=str(dataset), output_dir=str(folder), image_size=32, max_length=12, vocab_size=64,
+        augmentation="none", per_device_train_batch_size=8, max_train_steps=6, learning_rate=1e-3, warmup_steps=2,
+        queue_size=24, momentum=0.9, logging_steps=1, mixed_precision="no", contrastive_share=0.2,
+        model={"image_text_hidden_size": 16, "text_config": TEXT_MODEL}, lock_vision_tower=True,
+    )  # fmt: skip
+    return BlipArguments(**defaults | options)
+
+
+@pytest.fixture
+def vit(tmp_path) -> str:
+    """A small ViT of transformers."""
+    config = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32,
+                       patch_size=8)  # fmt: skip
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    return str(tmp_path / "vit")
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_cached_blip_equals_the_run_with_the_tower(pairs, tower, vit, tmp_path, kind):  # noqa: F811
+    source = tower if kind == "resnet" else vit
+    for name, cached in (("without", False), ("with", True)):
+        train(blip_arguments(pairs, tmp_path / name, vision_tower=source, cache_features=cached))
+    losses = [
+        [[entry.get(loss) for loss in ("itc", "itm", "lm")] for entry in facts["history"]]
+        for facts in (json.loads((tmp_path / name / "results.json").read_text()) for name in ("with", "without"))
+    ]
+    assert losses[0][-1][2] is not None
+    assert_close(
+        torch.tensor([[value or 0 for value in entry] for entry in losses[0]]),
+        torch.tensor([[value or 0 for value in entry] for entry in losses[1]]),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    trained, before = load_file(tmp_path / "with" / "model.safetensors"), None
+    if kind == "vit":
+        before = load_file(f"{vit}/model.safetensors")
+        for name, value in before.items():
+            if f"vision_model.model.{name}" in trained:
+                assert torch.equal(trained[f"vision_model.model.{name}"], value), name
+        assert sum(f"vision_model.model.{name}" in trained for name in before) > 20
+
+
+def test_states_may_be_wider_than_what_is_pooled(pairs, tmp_path):  # noqa: F811
+    """The pooled output of `stages` is wider than the states that texts attend to."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path / "resnet")
+    model = {"image_text_hidden_size": 16, "vision_projection_hidden_size": 20, "projection_dropout": 0.1}
+    train(blip_arguments(
+        pairs, tmp_path / "run", vision_tower=str(tmp_path / "resnet"), vision_pooling="stages", cache_features=True,
+        cached_views=2, augmentation="strong", model=model | {"text_config": TEXT_MODEL},
+    ))  # fmt: skip
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    vision = config["vision_config"]
+    assert vision["states_size"] == 16 < vision["hidden_size"] and config["text_config"]["encoder_hidden_size"] == 16
+    model = AutoModel.from_pretrained(tmp_path / "run")
+    assert model.vision_proj[1].in_features == vision["hidden_size"] and model.vision_proj[1].out_features == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lock_vision_tower": False}, "needs --lock_vision_tower"),
+        ({"task": "captioning"}, "for --task pretrain"),
+        ({"cache_images": True}, "does not go with --cache_images"),
+        ({"cache_features": False, "vision_tower": None}, "a new tower must be trained"),
+        ({"trim_vocabulary": True}, "--trim_vocabulary needs --bert_name_or_path"),
+    ],
+)
+def test_options_of_blip_that_do_not_fit_are_refused(tmp_path, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        blip_arguments("x", tmp_path / "run", **{"vision_tower": "x", "cache_features": True} | options)
+
+
+def test_first_layers_of_a_bert_with_the_words_of_the_captions(pairs, tower, tmp_path):  # noqa: F811
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "unused", "a", "red", "card", "##s", "green", "blue", "!"]
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder)
+    bert = BertModel(BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+                                intermediate_size=64, max_position_embeddings=20))  # fmt: skip
+    bert.save_pretrained(folder)
+    train(blip_arguments(
+        pairs, tmp_path / "run", vision_tower=tower, bert_name_or_path=str(folder), trim_vocabulary=True,
+        max_train_steps=1, learning_rate=1e-9, model={"text_config": {"num_hidden_layers": 2}},
+    ))  # fmt: skip
+    model = AutoModel.from_pretrained(tmp_path / "run")
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "run").tokenizer
+    assert len(model.text_model.layers) == 2 and "unused" not in tokenizer.get_vocab()
+    for word in ("red", "card", "[CLS]"):
+        own = model.text_model.embeddings.word_embeddings.weight[tokenizer.convert_tokens_to_ids(word)]
+        assert_close(own, bert.embeddings.word_embeddings.weight[words.index(word)], rtol=0, atol=1e-5)
+    assert tokenizer("a red card")["input_ids"] == [
+        tokenizer.convert_tokens_to_ids(word) for word in ("[CLS]", "a", "red", "card", "[SEP]")
+    ]
