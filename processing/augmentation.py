@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,7 +11,9 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
 from .clip import resize_and_crop
-from .pictures import to_rgb
+from .pictures import MAX_PIXELS, read_picture, to_rgb
+
+Box = tuple[int, int, int, int]  # left, top, width, height
 
 # Shapes: B images, S side
 
@@ -31,16 +34,59 @@ class PerImage:
         self.side, self.crop, self.scale, self.flip = side, crop, scale, flip
         self.random_augment = random_augment
 
+    def read(self, source: Any, rng: random.Random, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        """Read a picture, crop it and resize it.
+
+        A JPEG of which the random crop is at least twice as large as the result is decoded at 1/2, 1/4 or 1/8 of its
+        size. The result differs by less than 2 of 255 on average from that of the whole picture (benchmarks/data.py).
+
+        Args:
+            source: as for `read_picture`.
+            rng: source of random numbers.
+            max_pixels: larger pictures are refused.
+
+        Raises:
+            PictureError: if it cannot be read.
+        """
+        if self.crop != "random":
+            return self(read_picture(source, max_pixels), rng)
+        drawn: list[tuple[int, int, Box]] = []
+
+        def share_needed(width: int, height: int) -> float:
+            drawn.append((width, height, random_box(width, height, rng, (self.scale, 1.0))))
+            return self.side / min(drawn[0][2][2:])
+
+        image = read_picture(source, max_pixels, share_needed)
+        if not drawn:  # not a JPEG
+            share_needed(*image.size)
+        return self.cropped(image, *drawn[0], rng)
+
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
         if self.crop == "middle":
             return resize_and_crop(image, self.side)
         if self.crop == "squeeze":
             return to_rgb(image).resize((self.side, self.side), Image.Resampling.BICUBIC)
-        left, top, width, height = random_box(image.width, image.height, rng, (self.scale, 1.0))
-        image = to_rgb(image)
-        image = tv.resized_crop(
-            image, top, left, height, width, [self.side, self.side], tv.InterpolationMode.BICUBIC, antialias=True
-        )
+        box = random_box(image.width, image.height, rng, (self.scale, 1.0))
+        return self.cropped(image, *image.size, box, rng)
+
+    def cropped(self, image: Image.Image, width: int, height: int, box: Box, rng: random.Random) -> Image.Image:
+        """Crop and augment an image.
+
+        Args:
+            image: the whole picture, perhaps smaller than it was.
+            width: original width.
+            height: original height.
+            box: the crop in the original picture.
+            rng: source of random numbers.
+        """
+        left, top, crop_width, crop_height = box
+        square, bicubic = (self.side, self.side), Image.Resampling.BICUBIC
+        if image.size == (width, height):
+            image = to_rgb(image.crop((left, top, left + crop_width, top + crop_height))).resize(square, bicubic)
+        else:
+            x, y = image.width / width, image.height / height
+            region = (left * x, top * y, (left + crop_width) * x, (top + crop_height) * y)
+            image = to_rgb(image).resize(square, bicubic, box=region)
         if self.flip and rng.random() < 0.5:
             image = tv.horizontal_flip(image)
         return random_augment(image, rng) if self.random_augment else image
@@ -87,9 +133,7 @@ OPERATIONS = (
 )
 
 
-def random_box(
-    width: int, height: int, rng: random.Random, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)
-) -> tuple[int, int, int, int]:
+def random_box(width: int, height: int, rng: random.Random, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)) -> Box:
     """Draw a random crop as torchvision's RandomResizedCrop does, with a given source of random numbers.
 
     Args:

@@ -356,3 +356,62 @@ def test_pipeline_does_not_affect_other_models(tmp_path):
                         tokenizer=tiny_pair()[1].tokenizer)  # fmt: skip
     given = classify.preprocess(transparent("red"), candidate_labels=["a"])["pixel_values"]
     assert torch.equal(given, images(transparent("red").convert("RGB"), return_tensors="pt")["pixel_values"])
+
+
+# --- training crops ---------------------------------------------------------------------------------------------------
+
+
+def shapes() -> Image.Image:
+    """Smooth colours at several scales, as in a photograph."""
+    rng, total = np.random.default_rng(0), np.zeros((480, 640, 3))
+    for size in (4, 16, 64):
+        coarse = Image.fromarray(rng.integers(0, 256, (size * 3 // 4, size, 3), np.uint8))
+        total += np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), float) / (3 * size**0.25)
+    return Image.fromarray(np.clip(total, 0, 255).astype(np.uint8))
+
+
+def photograph(width: int, height: int, orientation: int = 1, mode: str = "RGB") -> bytes:
+    """A JPEG with shapes of all sizes, upright as `width` x `height` once its EXIF orientation is applied."""
+    image = shapes().resize((width, height), Image.Resampling.BICUBIC)
+    if orientation == 6:  # stored turned by 90 degrees
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image.convert(mode).save(file, "JPEG", quality=90, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (641, 479), (2048, 1536), (300, 300), (3000, 280)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_training_crops_of_smaller_decoded_jpegs_are_close_to_the_exact_ones(width, height, orientation):
+    content, crop = photograph(width, height, orientation), PerImage(224, "random", flip=True)
+    for number in range(3):
+        exact = crop(read_picture(content), random.Random(number))
+        fast = crop.read(content, random.Random(number))
+        difference = np.abs(np.asarray(exact, float) - np.asarray(fast, float)).mean()
+        assert fast.size == (224, 224) and fast.mode == "RGB" and difference < 3
+
+
+def test_a_jpeg_is_decoded_smaller_only_if_the_crop_stays_large_enough():
+    sizes = []
+    for share in (1.0, 0.51, 0.5, 0.3, 0.25, 0.124):
+        sizes.append(read_picture(photograph(640, 480), draft=lambda *size, share=share: share).size)
+    assert sizes == [(640, 480), (640, 480), (320, 240), (320, 240), (160, 120), (80, 60)]
+    given = []
+    read_picture(photograph(640, 480, 6), draft=lambda *size: given.append(size) or 1.0)
+    assert given == [(640, 480)]  # upright
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_modes_of_jpegs(mode):
+    crop = PerImage(64, "random")
+    assert crop.read(photograph(640, 480, mode=mode), random.Random(0)).mode == "RGB"
+
+
+def test_other_formats_are_cropped_exactly_as_before():
+    file = io.BytesIO()
+    shapes().save(file, "PNG")
+    crop = PerImage(64, "random", random_augment=True, flip=True)
+    for number in range(3):
+        expected = crop(read_picture(file.getvalue()), random.Random(number))
+        assert crop.read(file.getvalue(), random.Random(number)).tobytes() == expected.tobytes()

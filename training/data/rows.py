@@ -3,7 +3,7 @@
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -40,6 +40,7 @@ DOWNLOAD = (
 ADVICE = {
     "missing image file": "paths start from the folder of the data, or from --image_root",
     "a URL, which is not downloaded": DOWNLOAD,
+    "a class number without a name": "name the classes with --class_names",
     "empty caption": "choose the column with --caption_column",
     "no image": "choose the column with --image_column",
     "no answer": "choose the column with --answer_column",
@@ -92,22 +93,25 @@ def root_of(missing: str) -> Path | None:
     return None
 
 
-def picture_of(row: dict, column: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def picture_of(
+    row: dict, column: str, max_pixels: int = MAX_PIXELS, read: Callable[[Any, int], Image.Image] = read_picture
+) -> Image.Image:
     """Read the picture of a row.
 
     Args:
         row: a row of the data set.
         column: the image column.
         max_pixels: larger pictures, in pixels, are refused as decompression bombs.
+        read: reads a picture of at most so many pixels, and raises PictureError if it cannot.
 
     Returns:
-        The picture, as `read_picture` returns it.
+        What `read` returned.
 
     Raises:
         BadRow: if it cannot be read.
     """
     try:
-        return read_picture(row.get(column), max_pixels)
+        return read(row.get(column), max_pixels)
     except PictureError as error:
         source = content_of(row.get(column))
         raise BadRow(str(error), "" if source is None or isinstance(source, bytes) else str(source)) from None

@@ -77,8 +77,10 @@ class SampleMaker:
         """
         pixels = None if self.cache is None else self.cache.get((key, column))
         if pixels is None:
-            image = picture_of(row, column, self.max_image_pixels)
-            pixels = tv.pil_to_tensor(self.per_image(image, rng))
+            image = picture_of(
+                row, column, self.max_image_pixels, lambda source, most: self.per_image.read(source, rng, most)
+            )
+            pixels = tv.pil_to_tensor(image)
             if self.cache is not None:
                 self.cache[key, column] = pixels
         return pixels
