@@ -82,11 +82,23 @@ class TrainingArguments:
     encoding: str | None = option(
         None, "encoding of a table, such as cp1252 or utf-16; UTF-8 if not given, or what its byte order mark says"
     )
+    streaming: bool = option(
+        False,
+        "read the training data row by row, without downloading and converting all of it first; for data sets of the "
+        "hub and for Parquet files; needs --tokenizer_name",
+        bound=True,
+    )
     shard_weights: str | None = option(
         None, "sampling weights of the shard sources, joined by ::, such as 2::1; equal if not given", bound=True
     )
     shard_size: int | None = option(
         None, "number of samples in all shards, to compute the length of an epoch; read from the index if there is one"
+    )
+    shard_image_key: str | None = option(
+        None, "endings of the images in shards, such as jpg,png, if not whatever is a picture", bound=True
+    )
+    shard_caption_key: str | None = option(
+        None, "endings of the captions in shards, such as alt.txt, if not those in .txt, .json or .cls", bound=True
     )
     hold_out: str | None = option(
         None, "COLUMN=VALUE: evaluate on the rows with this value instead of training on them", bound=True

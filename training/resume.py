@@ -22,10 +22,10 @@ def state_facts(run: Run) -> dict:
     recipe = {name: getattr(arguments, name) for name in names_of(arguments, "bound")}
     recipe["ema_decay"] = bool(arguments.ema_decay)
     progress = dataclasses.asdict(run.progress)
-    if is_shards(arguments.dataset_name):  # each stream of shards belongs to one worker of one process
-        recipe |= {"num_workers": arguments.num_workers, "processes": accelerator.num_processes}
+    if is_shards(arguments.dataset_name) or arguments.streaming:  # each process knows the positions of its own streams
         workers, rank = max(1, arguments.num_workers), accelerator.process_index
-        own = {number: place for number, place in run.progress.places.items() if int(number) // workers == rank}
+        everyone = workers * accelerator.num_processes
+        own = {n: place for n, place in run.progress.places.items() if int(n) % everyone // workers == rank}
         progress["places"] = {number: place for part in gather_object([own]) for number, place in part.items()}
     return {
         "model_config": run.model.config.to_dict(),

@@ -24,7 +24,8 @@ from .data.build import load_data
 from .data.cached_pairs import CachedPairs, compute_pairs
 from .data.rows import CaptionChooser, make_chooser, stable_id, texts_of
 from .data.samples import DrawSampler, PairDataset, SampleMaker
-from .data.shards import ShardDataset, expand
+from .data.shards import ShardDataset, expand, kinds_of
+from .data.streaming import load_stream
 from .families import Family
 from .loop import Run
 from .machine.adapters import add_lora, check_lora, freeze_statistics, note_base
@@ -289,11 +290,16 @@ def make_dataset(run: Run, maker: SampleMaker) -> tuple[PairDataset | ShardDatas
     arguments, rows = run.arguments, run.rows
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
     if rows is None:
-        sources = [expand(source) for source in arguments.dataset_name.split("::")]
+        sources = [load_stream(arguments)] if arguments.streaming else [
+            expand(source) for source in arguments.dataset_name.split("::")
+        ]  # fmt: skip
         weights = [float(weight) for weight in arguments.shard_weights.split("::")] if arguments.shard_weights else None
         batches = run.progress.samples // (arguments.per_device_train_batch_size * processes)
         places = run.progress.places
-        return ShardDataset(sources, weights, maker, arguments.seed, rank, processes, places, batches), None
+        return ShardDataset(
+            sources, weights, maker, arguments.seed, rank, processes, places, batches, arguments.num_workers,
+            kinds_of(arguments),
+        ), None  # fmt: skip
     column = rows[arguments.caption_column.split(",")[0]] if arguments.group_captions > 1 else None
     groups = None if column is None else [stable_id(str(value).lower()) for value in column]
     sampler = DrawSampler(

@@ -62,7 +62,7 @@ class Collator:
             image_ids=torch.tensor([sample.image_id for sample in samples]),
             skipped=[bad for sample in samples for bad in sample.skipped],
             extra=self.extra(samples),
-            place=samples[-1].place,
+            place={stream: place for sample in samples for stream, place in sample.place.items()},
         )
 
     def extra(self, samples: list[Sample]) -> dict[str, Tensor]:

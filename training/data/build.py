@@ -2,8 +2,10 @@
 
 from ...errors import ArgumentError
 from ..arguments import TrainingArguments
+from ..objectives.distributed import processes
 from .shards import check_shards
 from .sources import is_shards, load_rows, require_column, require_text
+from .streaming import check_stream
 
 
 def load_data(arguments: TrainingArguments) -> tuple:
@@ -18,7 +20,11 @@ def load_data(arguments: TrainingArguments) -> tuple:
     name, rows, eval_rows = arguments.dataset_name, None, None
     class_column = getattr(arguments, "class_column", None)  # CLIP only: zero-shot classification
     second = getattr(arguments, "second_image_column", "second_image")  # BLIP only: nlvr
-    if is_shards(name):
+    if arguments.streaming:
+        if is_shards(name):
+            raise ArgumentError("--streaming is for other data than shards, which are always streamed.")
+        check_stream(arguments, max(1, arguments.num_workers) * processes())
+    elif is_shards(name):
         check_shards(arguments)
     else:
         rows = load_rows(

@@ -1,7 +1,8 @@
 """WebDataset shards: write any data set as shards, and stream them so that a run can resume in the middle of one.
 
-In each epoch, the shards are shuffled and distributed among the streams. There is one stream per worker of each
-process, so each sample is read once per epoch. A stream shuffles the samples of a few shards (a window) at a time. The
+In each epoch, the shards are shuffled and distributed among the streams, so each sample is read once per epoch. The
+number of streams is fixed when a run starts; the workers of all processes share them evenly, and a run may be resumed
+with another number of workers and processes. A stream shuffles the samples of a few shards (a window) at a time. The
 position of a stream is three numbers per source: epoch, window in the epoch, and sample in the window.
 """
 
@@ -19,6 +20,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +30,21 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from ...errors import ArgumentError, BadDataError, brief, printable
+from ...errors import ArgumentError, BadDataError, ResumeError, brief, printable
 from ...files import check_output, write_whole
 from ...processing.pictures import PictureError, extensions, formats, picture_bytes
+from ...processing.prompts import CLASS_NAMES
 from ..arguments import EMOJI, TrainingArguments, check_values, option, require_at_least_one
 from ..objectives.distributed import processes
 from .rows import BadRow, describe, picture_id, texts_of, unusable
 from .samples import TRIES, Sample, SampleMaker
 from .sources import load_rows, require_text
+from .streaming import RowSource, StreamedRows
 
 INDEX = "index.json"
-WINDOW = 4  # shards per window, whose samples are shuffled together
+WINDOW = 4  # shards that a worker reads from at a time, whose samples are shuffled together
+STREAMS = 8  # least number of streams, if there are enough shards
+TEXTS = ("txt", "json", "cls")  # kinds of files that hold a caption
 EXTENSION = {"JPEG2000": "jp2", "MPO": "mpo", "SUN": "ras", "SPIDER": "spider"}  # if it differs from the format's name
 
 
@@ -208,6 +214,9 @@ def on_disk(path: str) -> Iterator[str]:
 def scan(shard: str, path: str) -> tuple[list[Member], str | None]:
     """List the samples of a tar from its headers.
 
+    The files of a sample share their name up to the first dot, as WebDataset says; or up to the last dot, if more
+    samples are complete that way, as in img.0001.jpg with img.0001.txt.
+
     Args:
         shard: name of the shard.
         path: its local file.
@@ -215,26 +224,58 @@ def scan(shard: str, path: str) -> tuple[list[Member], str | None]:
     Returns:
         The samples, without files that are truncated, and the error that ended the scan; None if there was none.
     """
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    size, problem = os.path.getsize(path), None
+    size, problem, found = os.path.getsize(path), None, []
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
-                folder, name = os.path.split(info.name)
-                key, _, kind = name.partition(".")
-                if info.isfile() and kind and 0 <= info.size <= size - info.offset_data:
-                    location = info.offset_data, info.size
-                    members.setdefault(os.path.join(folder, key), {})[kind.lower()] = location
+                if info.isfile() and 0 <= info.size <= size - info.offset_data:
+                    found.append((info.name, (info.offset_data, info.size)))
     except Exception as error:  # damaged headers can make tarfile raise anything
         problem = brief(error)[:200]
-    return [Member(shard, key, files) for key, files in members.items()], problem
+    first, last = (grouped(shard, found, by_last_dot) for by_last_dot in (False, True))
+    more = sum(map(is_complete, last)) > sum(map(is_complete, first))
+    return (last if more else first), problem
+
+
+def grouped(shard: str, found: list[tuple[str, tuple[int, int]]], by_last_dot: bool) -> list[Member]:
+    """Group the files of a tar into samples.
+
+    Args:
+        shard: name of the shard.
+        found: the name, and the offset and size, of each file.
+        by_last_dot: split names at their last dot, not at the first one.
+    """
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    for path, location in found:
+        folder, name = os.path.split(path)
+        key, _, kind = name.rpartition(".") if by_last_dot else name.partition(".")
+        if key and kind:
+            members.setdefault(os.path.join(folder, key), {})[kind.lower()] = location
+    return [Member(shard, key, files) for key, files in members.items()]
+
+
+def is_complete(member: Member) -> bool:
+    """Whether a sample has a picture and a text."""
+    return any(map(is_picture, member.files)) and any(kind in TEXTS for kind in member.files)
 
 
 # --- the streams ------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Window:
+    """The samples of a few shards, which stay open until `stack` is closed."""
+
+    members: list[Member]
+    files: dict[str, int]  # file descriptors by shard
+    broken: list[tuple[Any, str]]  # what was wrong with shards
+    stack: contextlib.ExitStack
+
+
 class Source:
     """One stream's share of the shards of a source; iterates over their samples without end.
+
+    While a window is read, the next one is opened in the background.
 
     Args:
         paths: all shards of the source, at least as many as there are streams.
@@ -242,10 +283,14 @@ class Source:
         stream: number of this stream.
         streams: number of streams.
         place: epoch, window and sample to start at; None: the beginning.
+        window: number of shards that are open at a time.
     """
 
-    def __init__(self, paths: list[str], seed: int, stream: int, streams: int, place: list[int] | None = None):
-        self.paths, self.seed, self.stream, self.streams = paths, seed, stream, streams
+    def __init__(
+        self, paths: list[str], seed: int, stream: int, streams: int, place: list[int] | None = None,
+        window: int = WINDOW,
+    ):  # fmt: skip
+        self.paths, self.seed, self.stream, self.streams, self.window = paths, seed, stream, streams, window
         self.place = place or [0, 0, 0]
         self.broken: list[tuple[Any, str]] = []
 
@@ -255,54 +300,68 @@ class Source:
         random.Random(f"{self.seed}-{epoch}").shuffle(order)
         first = (self.stream - epoch * len(order)) % self.streams  # continue where the last epoch ended
         own = order[first :: self.streams]
-        return [own[i : i + WINDOW] for i in range(0, len(own), WINDOW)]
+        return [own[i : i + self.window] for i in range(0, len(own), self.window)]
 
     def __iter__(self) -> Iterator[tuple[dict[str, bytes], str, int]]:
         """Yield the files of each sample by kind, its key, and the epoch. `place` then points to the next sample."""
-        empty = 0
-        while True:
-            epoch, window, start = self.place
-            windows = self.windows(epoch)
-            if window == len(windows):
-                self.place = [epoch + 1, 0, 0]
-                continue
-            with contextlib.ExitStack() as stack:
-                members, files = [], {}
-                for shard in windows[window]:
-                    members += self.open(shard, files, stack)
-                random.Random(f"{self.seed}-{epoch}-{window}-{self.stream}").shuffle(members)
-                empty = 0 if members else empty + 1
-                if empty > len(windows) + 1:  # a whole epoch
-                    last = f" The last: {printable(self.broken[-1][0], 200)}." if self.broken else ""
-                    raise BadDataError(f"None of {len(self.paths)} shards has a sample.{last}")
-                for number in range(start, len(members)):
-                    member = members[number]
-                    self.place = [epoch, window, number + 1]
-                    file = files[member.shard]
-                    content = {kind: os.pread(file, size, at) for kind, (at, size) in member.files.items()}
-                    yield content, f"{member.shard}/{member.key}", epoch
-            self.place = [epoch, window + 1, 0]
+        empty, ahead = 0, None
+        with ThreadPoolExecutor(1) as background:
+            try:
+                while True:
+                    epoch, number, start = self.place
+                    count = len(self.windows(epoch))
+                    if number == count:
+                        self.place = [epoch + 1, 0, 0]
+                        continue
+                    window = ahead.result() if ahead else self.open(epoch, number)
+                    following = (epoch, number + 1) if number + 1 < count else (epoch + 1, 0)
+                    ahead = background.submit(self.open, *following)
+                    with window.stack:
+                        self.broken += window.broken
+                        empty = 0 if window.members else empty + 1
+                        if empty > count + 1:  # a whole epoch
+                            last = f" The last: {printable(self.broken[-1][0], 200)}." if self.broken else ""
+                            raise BadDataError(f"None of {len(self.paths)} shards has a sample.{last}")
+                        for index in range(start, len(window.members)):
+                            member = window.members[index]
+                            self.place = [epoch, number, index + 1]
+                            file = window.files[member.shard]
+                            content = {kind: os.pread(file, size, at) for kind, (at, size) in member.files.items()}
+                            yield content, f"{member.shard}/{member.key}", epoch
+                    self.place = [epoch, number + 1, 0]
+            finally:
+                if ahead:
+                    ahead.result().stack.close()
 
-    def open(self, shard: str, files: dict[str, int], stack: contextlib.ExitStack) -> list[Member]:
-        """Open a shard for as long as its window is read, and list its samples. Errors go to `broken`."""
-        try:
-            path = stack.enter_context(on_disk(shard))
-            members, problem = scan(shard, path)
-            files[shard] = stack.enter_context(open(path, "rb")).fileno()
-        except Exception as error:  # fetching and decompressing can fail in any way
-            members, problem = [], brief(error)[:200]
-        if problem:
-            self.broken.append((f"shard {shard}: {problem}", "truncated or broken shard"))
-        return members
+    def open(self, epoch: int, number: int) -> Window:
+        """Open the shards of a window, and list its samples in their shuffled order."""
+        window = Window([], {}, [], contextlib.ExitStack())
+        windows = self.windows(epoch)
+        for shard in windows[number] if number < len(windows) else []:
+            try:
+                path = window.stack.enter_context(on_disk(shard))
+                members, problem = scan(shard, path)
+                file = window.stack.enter_context(open(path, "rb")).fileno()
+                if hasattr(os, "posix_fadvise"):  # the samples are read in random order
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+                window.files[shard] = file
+                window.members += members
+            except Exception as error:  # fetching and decompressing can fail in any way
+                problem = brief(error)[:200]
+            if problem:
+                window.broken.append((f"shard {shard}: {problem}", "truncated or broken shard"))
+        random.Random(f"{self.seed}-{epoch}-{number}-{self.stream}").shuffle(window.members)
+        return window
 
 
 class ShardDataset(IterableDataset):
     """An endless stream of pairs from WebDataset shards, shuffled anew each epoch.
 
-    `Sample.place` is the position of the stream after a sample, so that a run can resume with the next one.
+    `Sample.place` is the position of the sample's stream after it, so that a run can resume with the next one.
 
     Args:
-        sources: the shards of each source; a sample is an image file with a .txt or .json file.
+        sources: the shards of each source, in which a sample is an image file with a .txt, .json or .cls file; or a
+            data set that is streamed.
         weights: relative sampling weight of each source; None: equal weights.
         maker: makes the sample of a row.
         seed: seed of the order.
@@ -311,33 +370,84 @@ class ShardDataset(IterableDataset):
         places: the position to resume from, by stream number: `Sample.place` of the last sample of each stream. None:
             the beginning.
         first_batch: number of batches that this process has taken before; they come from its workers in turn.
+        workers: workers of each process.
+        kinds: which files to read.
     """
 
     def __init__(
-        self, sources: list[list[str]], weights: list[float] | None, maker: SampleMaker, seed: int, rank: int = 0,
-        processes: int = 1, places: dict[str, dict] | None = None, first_batch: int = 0,
+        self, sources: list, weights: list[float] | None, maker: SampleMaker, seed: int, rank: int = 0,
+        processes: int = 1, places: dict[str, dict] | None = None, first_batch: int = 0, workers: int = 1,
+        kinds: "Kinds | None" = None,
     ):  # fmt: skip
         self.sources, self.weights = sources, weights or [1.0] * len(sources)
         self.maker, self.seed, self.rank, self.processes = maker, seed, rank, processes
-        self.places, self.first_batch = places or {}, first_batch
+        self.places, self.first_batch, self.kinds = places or {}, first_batch, kinds or Kinds()
+        self.streams, self.window = streams_of(sources, processes * max(1, workers), self.places)
 
     def __iter__(self) -> Iterator[Sample]:
         worker = torch.utils.data.get_worker_info()
         workers = worker.num_workers if worker else 1
-        # A DataLoader starts with its first worker, so that worker must get the stream whose turn it is.
+        # A DataLoader starts with its first worker, so that worker must get the streams whose turn it is.
         turn = ((worker.id if worker else 0) + self.first_batch) % workers
-        stream = self.rank * workers + turn
-        place = self.places.get(str(stream), {"draws": 0, "sources": [None] * len(self.sources)})
-        sources = [Source(paths, self.seed + 7919 * number, stream, self.processes * workers, at)
-                   for number, (paths, at) in enumerate(zip(self.sources, place["sources"], strict=True))]  # fmt: skip
-        streams, draws = [iter(source) for source in sources], place["draws"]
-        skipped: list[tuple[Any, str]] = []
+        own = [
+            Stream(self, number) for number in range(self.rank * workers + turn, self.streams, self.processes * workers)
+        ]
+        samples = [iter(stream) for stream in own]
+        while True:  # the stream that has given the fewest samples is next
+            yield next(samples[min(range(len(own)), key=lambda index: own[index].draws)])
+
+    def to_row(self, files: dict[str, bytes]) -> dict:
+        """Turn the files of a sample into a row.
+
+        Args:
+            files: contents by kind (extension, lower case).
+
+        Returns:
+            The fields of the .json file, the image (None if there is none), and the captions: those of the .json file,
+            or else the .txt file, or else the name of the class in the .cls file.
+
+        Raises:
+            BadRow: if the .json file is invalid, or a class has no name.
+        """
+        column, kinds = self.maker.chooser.caption_column.split(",")[0], self.kinds
+        try:
+            content = json.loads(files["json"]) if "json" in files else {}
+            row = {column: content} if isinstance(content, list) else dict(content)
+        except (ValueError, TypeError, RecursionError):
+            raise BadRow("broken JSON") from None
+        text = next((files[kind] for kind in kinds.captions if kind in files), None)
+        if text is not None and (kinds.captions != TEXT or not row.get(column)):
+            row[column] = text.decode("utf-8", "replace")
+        if "cls" in files and not row.get(column):
+            row[column] = kinds.class_name(files["cls"].decode("utf-8", "replace").strip())
+        pictures = kinds.images or [kind for kind in files if is_picture(kind)]
+        row[self.maker.image_column] = next((files[kind] for kind in pictures if kind in files), None)
+        return row
+
+
+class Stream:
+    """One of the streams of a `ShardDataset`; iterates over its samples. `draws` is the number of samples so far."""
+
+    def __init__(self, data: ShardDataset, number: int):
+        self.data, self.number = data, number
+        self.place = data.places.get(str(number), {"draws": 0, "sources": [None] * len(data.sources)})
+        self.draws = self.place["draws"]
+
+    def __iter__(self) -> Iterator[Sample]:
+        data = self.data
+        sources = [
+            RowSource(part, data.seed, self.number, data.streams, at) if isinstance(part, StreamedRows)
+            else Source(part, data.seed + 7919 * number, self.number, data.streams, at, data.window)
+            for number, (part, at) in enumerate(zip(data.sources, self.place["sources"], strict=True))
+        ]  # fmt: skip
+        iterators, skipped = [iter(source) for source in sources], []
         while True:
-            rng = random.Random(f"{self.seed}-{stream}-{draws}")
-            files, key, epoch = next(rng.choices(streams, self.weights)[0])
-            draws += 1
+            rng = random.Random(f"{data.seed}-{self.number}-{self.draws}")
+            files, key, epoch = next(rng.choices(iterators, data.weights)[0])
+            self.draws += 1
             try:
-                sample = self.maker(self.to_row(files), key, epoch)
+                row = files if isinstance(data.sources[0], StreamedRows) else data.to_row(files)
+                sample = data.maker(row, key, epoch)
             except BadRow as error:
                 skipped.append((key, str(error)))
                 if len(skipped) >= TRIES:
@@ -348,31 +458,75 @@ class ShardDataset(IterableDataset):
                 skipped += source.broken
                 source.broken = []
             sample.skipped, skipped = skipped, []
-            sample.place = {str(stream): {"draws": draws, "sources": [list(source.place) for source in sources]}}
+            place = {"draws": self.draws, "sources": [list(source.place) for source in sources],
+                     "streams": data.streams, "window": data.window}  # fmt: skip
+            sample.place = {str(self.number): place}
             yield sample
 
-    def to_row(self, files: dict[str, bytes]) -> dict:
-        """Turn the files of a sample into a row.
 
-        Args:
-            files: contents by kind (extension, lower case).
+TEXT = ("txt",)
 
-        Returns:
-            The fields of the .json file, the image (None if there is none), and the caption: that of the .json file, or
-            else the .txt file.
 
-        Raises:
-            BadRow: if the .json file is invalid.
-        """
-        column = self.maker.chooser.caption_column.split(",")[0]
-        try:
-            row = dict(json.loads(files["json"])) if "json" in files else {}
-        except (ValueError, TypeError, RecursionError):
-            raise BadRow("broken JSON") from None
-        if "txt" in files and not row.get(column):
-            row[column] = files["txt"].decode("utf-8", "replace")
-        row[self.maker.image_column] = next((files[kind] for kind in files if is_picture(kind)), None)
-        return row
+@dataclass(frozen=True)
+class Kinds:
+    """Which files of a sample to read, by kind (extension, lower case).
+
+    Attributes:
+        images: kinds of the image, the first that is there; empty: whatever is a picture.
+        captions: kinds of the caption; others than .txt come before what the .json file says.
+        class_names: names of the classes whose numbers are in .cls files; None: there are none.
+    """
+
+    images: tuple[str, ...] = ()
+    captions: tuple[str, ...] = TEXT
+    class_names: tuple[str, ...] | None = None
+
+    def class_name(self, text: str) -> str:
+        """The caption that a .cls file stands for. Raises BadRow for a number without a name."""
+        if not text.isdecimal():
+            return text
+        if self.class_names is None or int(text) >= len(self.class_names):
+            raise BadRow("a class number without a name")
+        return self.class_names[int(text)]
+
+
+def kinds_of(arguments: TrainingArguments) -> Kinds:
+    """The files that the options of a run name."""
+    names = getattr(arguments, "class_names", None)
+    return Kinds(
+        images=endings(arguments.shard_image_key),
+        captions=endings(arguments.shard_caption_key) or TEXT,
+        class_names=tuple(CLASS_NAMES[names]) if names else None,
+    )
+
+
+def endings(text: str | None) -> tuple[str, ...]:
+    """The endings in a text such as "jpg,png" or "jpg;png", in lower case and without a dot in front."""
+    return tuple(part.strip().lower().removeprefix(".") for part in re.split("[,;]", text or "") if part.strip())
+
+
+def streams_of(sources: list, workers: int, places: dict[str, dict]) -> tuple[int, int]:
+    """The number of streams of a run, and of shards that each of them reads at a time.
+
+    Args:
+        sources: the shards of each source.
+        workers: the workers of all processes, at most as many as there are shards in each source.
+        places: the positions of the streams in a state to resume from, whose number they keep; empty for a new run.
+
+    Raises:
+        ResumeError: if there are more workers than streams.
+    """
+    if places:
+        place = next(iter(places.values()))
+        streams, window = place.get("streams", workers), place.get("window", WINDOW)
+        if workers > streams:
+            raise ResumeError(
+                f"The run reads its shards in {streams} streams, so it cannot be resumed with {workers} workers "
+                "(processes times --num_workers)."
+            )
+        return streams, window
+    each = max(1, min(STREAMS // workers, min(map(len, sources)) // workers))
+    return each * workers, max(1, WINDOW // each)
 
 
 def is_picture(kind: str) -> bool:

@@ -87,7 +87,7 @@ class CachingArguments(TrainingArguments):
             raise ArgumentError(f"--cache_features needs {option}: features of a tower that is trained change.")
         if self.cache_images or self.lora_rank:
             raise ArgumentError("--cache_features does not go with --cache_images or --lora_rank.")
-        if is_shards(self.dataset_name) or self.num_workers:
+        if is_shards(self.dataset_name) or self.streaming or self.num_workers:
             raise ArgumentError("--cache_features needs random access to the rows: no shards, and --num_workers 0.")
 
 

@@ -26,9 +26,11 @@ from vlp.training.data.rows import BadRow, CaptionChooser
 from vlp.training.data.samples import SampleMaker
 from vlp.training.data.shards import (
     INDEX,
+    Kinds,
     ShardDataset,
     ShardsArguments,
     Source,
+    endings,
     expand,
     files_of,
     read_index,
@@ -119,6 +121,37 @@ def test_loaders_split_data_and_resume_exactly(seven_shards, processes, workers)
         assert complete[5:] == rest
     seen = Counter(itertools.chain.from_iterable(itertools.chain.from_iterable(whole)))
     assert max(seen.values()) <= 1 + processes * 12 * 4 // len(EVERY) + 1  # streams do not overlap
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 0), (1, 2)), ((2, 1), (1, 1)), ((1, 3), (3, 1)), ((2, 2), (1, 3))])
+def test_another_number_of_workers_and_processes_goes_on_without_loss(tmp_path, before, after):
+    """Before and after, nothing is read twice within an epoch, and each stream goes on where it was."""
+    for shard in range(8):
+        write_shard(tmp_path / f"{shard}.tar", [f"{shard}-{number}" for number in range(12)])
+    paths = expand(str(tmp_path / "{0..7}.tar"))
+
+    def read(shape: tuple[int, int], places: dict, first: int, count: int) -> list[str]:
+        processes, workers = shape
+        texts, merged = [], dict(places)
+        for rank in range(processes):
+            data = dataset_of(paths, rank=rank, processes=processes, workers=workers, places=places,
+                              first_batch=first)  # fmt: skip
+            loader = loader_of(data, workers)
+            for _ in range(count):
+                batch = next(loader)
+                texts += batch.caption_ids.tolist()
+                merged |= batch.place
+        places.clear()
+        places.update(json.loads(json.dumps(merged)))
+        return texts
+
+    places: dict = {}
+    first = read(before, places, 0, 2)
+    drawn = {stream: place["draws"] for stream, place in places.items()}
+    rest = read(after, places, 2, 2)
+    assert len(set(first + rest)) == len(first + rest) == 8 * (before[0] + after[0])
+    assert sum(place["draws"] for place in places.values()) == len(first + rest)
+    assert all(places[stream]["draws"] >= count for stream, count in drawn.items())
 
 
 def test_sources_are_mixed_by_weight_and_bad_samples_counted(tmp_path):
@@ -245,8 +278,10 @@ def test_run_on_shards_resumes_exactly_within_a_shard(shards, tokenizer, tmp_pat
     assert a.read_bytes() == b.read_bytes() and load_file(a)
     a, b = (json.loads((tmp_path / name / "results.json").read_text())["history"] for name in ("whole", "stopped"))
     assert [entry["contrastive"] for entry in a] == [entry["contrastive"] for entry in b]
-    with pytest.raises(ResumeError, match="belongs to another recipe: num_workers was 2 and is now 1"):
-        train(run_of(shards, tokenizer, tmp_path / "stopped", num_workers=1, resume_from_checkpoint="latest"))
+    # with another number of workers, as long as each has a stream
+    train(run_of(shards, tokenizer, tmp_path / "stopped", num_workers=1, resume_from_checkpoint=str(first)))
+    with pytest.raises(ResumeError, match="in 4 streams, so it cannot be resumed with 5 workers"):
+        train(run_of(shards, tokenizer, tmp_path / "stopped", num_workers=5, resume_from_checkpoint="latest"))
 
 
 def test_index_gives_epoch_length_and_detects_incomplete_copies(shards, tokenizer, tmp_path):
@@ -264,10 +299,11 @@ def test_index_gives_epoch_length_and_detects_incomplete_copies(shards, tokenize
 
 
 def test_batches_record_stream_positions(seven_shards):
-    loader = loader_of(dataset_of(seven_shards), 2)
+    loader = loader_of(dataset_of(seven_shards, workers=2), 2)
     places = [next(loader).place for _ in range(4)]
-    assert [list(place) for place in places] == [["0"], ["1"], ["0"], ["1"]]
-    assert [place[name]["draws"] for place in places for name in place] == [4, 4, 8, 8]
+    assert [{int(stream) % 2 for stream in place} for place in places] == [{0}, {1}, {0}, {1}]
+    last = {stream: place["draws"] for each in places for stream, place in each.items()}
+    assert sum(last.values()) == 16 and {place["streams"] for each in places for place in each.values()} == {len(last)}
     assert torch.utils.data.get_worker_info() is None
 
 
@@ -377,3 +413,41 @@ def test_patterns_that_name_no_shards_are_refused(name, message):
     with pytest.raises(ArgumentError, match=message) as error:
         expand(name)
     assert "\n" not in str(error.value)
+
+
+# --- what is in a shard -----------------------------------------------------------------------------------------------
+
+
+def rows_of(path: Path, count: int, **options) -> list:
+    return list(itertools.islice(iter(dataset_of([str(path)], **options)), count))
+
+
+def test_dotted_names(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(3):
+            add(tar, f"photo.{number:04d}.png", picture("red"))
+            add(tar, f"photo.{number:04d}.txt", f"text {number}".encode())
+    assert {sample.text for sample in rows_of(tmp_path / "a.tar", 3)} == {"text 0", "text 1", "text 2"}
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:  # as WebDataset means it
+        for number in range(3):
+            add(tar, f"{number}.small.png", picture("red"))
+            add(tar, f"{number}.txt", f"text {number}".encode())
+            add(tar, f"{number}.alt.txt", f"other {number}".encode())
+            add(tar, f"{number}.large.png", picture("blue"))
+    kinds = Kinds(images=("large.png",), captions=("alt.txt",))
+    samples = rows_of(tmp_path / "b.tar", 3, kinds=kinds)
+    assert {sample.text for sample in samples} == {"other 0", "other 1", "other 2"}
+    assert all(sample.pixels[:, 0, 0].tolist() == [0, 0, 255] for sample in samples)
+
+
+def test_classes_and_lists(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, content in enumerate([b"1", b"0", b"7", b"a name"]):
+            add(tar, f"{number}.webp", picture("red"))
+            add(tar, f"{number}.cls", content)
+        add(tar, "5.png", picture("red"))
+        add(tar, "5.json", json.dumps(["one", {"caption": "two"}]).encode())
+    samples = rows_of(tmp_path / "a.tar", 40, kinds=Kinds(class_names=("apple", "dog")))
+    assert {sample.text for sample in samples} == {"apple", "dog", "a name", "one", "two"}
+    assert {cause for sample in samples for _, cause in sample.skipped} == {"a class number without a name"}
+    assert endings("JPG; .png") == ("jpg", "png") and endings(None) == ()
