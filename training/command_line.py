@@ -15,6 +15,7 @@ from ..files import usable_path
 from .arguments import TrainingArguments, add_options
 from .data.capfilt import CapFiltArguments
 from .data.shards import ShardsArguments
+from .data.survey import CheckArguments
 from .families import FAMILIES
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -44,6 +45,7 @@ TASKS = {
     "capfilt": Task(
         CapFiltArguments, "capfilt", "Caption web images and filter captions with fine-tuned BLIPs (CapFilt)"
     ),
+    "check": Task(CheckArguments, "check", "Check a data set before training, and write a report with pictures"),
     "shards": Task(ShardsArguments, "shards", "Write a data set as WebDataset shards with an index"),
 }
 
@@ -143,7 +145,7 @@ def build_parser(task: str = "clip") -> argparse.ArgumentParser:
         prog=f"accelerate launch training {task}",
         description=f"{TASKS[task].text}.",
     )
-    families = ("blip2", "blip", "capfilt", "shards")  # CLIP recipes are named after its architectures
+    families = ("blip2", "blip", "capfilt", "shards", "check")  # CLIP recipes are named after its architectures
     family = next((name for name in families if name == task), None)
     stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     names = ", ".join(s for s in stems if next((n for n in families if s.startswith(n)), None) == family)

@@ -15,9 +15,11 @@ from ..files import check_output, locked, state_folder
 from ..loading import not_finite
 from ..model_cards.card import shown
 from .arguments import TrainingArguments
+from .checkup.command import check
 from .command_line import parse_command_line
 from .data.capfilt import CapFiltArguments, capfilt
 from .data.shards import ShardsArguments, write_shards
+from .data.survey import CheckArguments
 from .evaluation.results import evaluate_model, metrics_of
 from .evaluation.tasks import Outcome
 from .families import Family, family_of
@@ -36,7 +38,8 @@ def main() -> None:
     """Run the command line. Errors that the user can fix end the program with a one-line message."""
     with reported_errors():
         arguments = parse_command_line()
-        {CapFiltArguments: capfilt, ShardsArguments: write_shards}.get(type(arguments), train)(arguments)
+        commands = {CapFiltArguments: capfilt, ShardsArguments: write_shards, CheckArguments: check}
+        commands.get(type(arguments), train)(arguments)
 
 
 def train(arguments: TrainingArguments, family: Family | None = None) -> None:

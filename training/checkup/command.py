@@ -1,0 +1,203 @@
+"""`vlp check DATA`: look at a data set before training, and write a report."""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError, UserError, brief, printable
+from ...files import check_output, write_whole
+from ...inference import Predictor, load
+from ...loading import load_auto_tokenizer
+from ...processing.tokenizer import VlpClipTokenizer
+from ..data.caption_facts import caption_facts
+from ..data.duplicates import groups_of, identical, similar
+from ..data.rows import texts_of
+from ..data.sources import is_shards, load_rows, require_text
+from ..data.survey import CheckArguments, PictureFacts, advice_for, survey
+from ..machine.hardware import cpu_cores, use_cpu_well
+from .advice import advise, measure
+from .findings import Findings
+from .fit import embed_rows, misfits
+from .report import write_report
+
+ALIKE = 0.99  # cosine of the embeddings of two pictures from which they are reported as alike to --model
+MOST_ALIKE = 50  # of such pairs
+
+
+def check(arguments: CheckArguments) -> Findings:
+    """Check a data set and write the report.
+
+    Raises:
+        ArgumentError: if the data cannot be loaded, or the output folder holds other files.
+    """
+    if is_shards(arguments.dataset_name):
+        raise ArgumentError("The check-up needs random access to the rows: --dataset_name cannot be shards.")
+    target = arguments.output_dir or "runs/check"
+    check_output(target, sources=[arguments.dataset_name, arguments.eval_dataset_name, arguments.image_root])
+    datasets.disable_progress_bars()
+    use_cpu_well(cpu_cores())
+    rows = load_split(arguments, arguments.dataset_name, arguments.train_split, "--dataset_name")
+    eval_rows = rows_to_evaluate_on(arguments)
+    findings, facts = look(arguments, rows, eval_rows)
+    written = write_whole(
+        Path(target), lambda folder: write_report(folder, findings, rows, eval_rows, arguments, facts)
+    )
+    print(f"Report written to {printable(written)}/check.html, with .md and .json files next to it.")
+    return findings
+
+
+def rows_to_evaluate_on(arguments: CheckArguments):
+    """The rows to evaluate on: those that the options name, or else those of the data's own test split, if it has one.
+
+    `eval_split` is set to the split. Returns None if there are no such rows.
+    """
+    name = arguments.eval_dataset_name or arguments.dataset_name
+    if arguments.eval_split or arguments.eval_dataset_name:
+        arguments.eval_split = arguments.eval_split or "test"
+        return load_split(arguments, name, arguments.eval_split, "--eval_dataset_name")
+    for split in ("test", "validation"):
+        try:
+            found = load_split(arguments, name, split, "--dataset_name")
+        except ArgumentError:
+            continue
+        arguments.eval_split = split
+        return found
+    return None
+
+
+def load_split(arguments: CheckArguments, name: str, split: str, option: str):
+    """Load a split of the data."""
+    config = arguments.dataset_config_name if name == arguments.dataset_name else None
+    rows = load_rows(name, split, arguments.image_column, arguments.image_root, config, option,
+                     caption_column=arguments.caption_column, encoding=arguments.encoding)  # fmt: skip
+    for column in arguments.caption_column.split(","):
+        require_text(rows, column, name, "--caption_column")
+    return rows
+
+
+def look(arguments: CheckArguments, rows, eval_rows) -> tuple[Findings, list[PictureFacts]]:
+    """Find everything out.
+
+    Returns:
+        The findings, and the facts of each picture to train on.
+    """
+    processes = arguments.num_workers or cpu_cores()
+    facts = survey(rows, arguments.image_column, arguments.max_image_pixels, processes)
+    columns = arguments.caption_column.split(",")
+    values = rows.select_columns(columns)[:]
+    captions = [[text for column in columns for text in texts_of(values[column][n])] for n in range(len(rows))]
+    findings = Findings(rows=len(rows))
+    for number, (each, texts) in enumerate(zip(facts, captions, strict=True)):
+        cause = each.cause or (None if texts else "empty caption")
+        if cause:
+            findings.unreadable.setdefault(cause, []).append(number)
+            findings.examples.setdefault(cause, each.example)
+    findings.advice_for_paths = advice_for(facts)
+    read = [number for number, each in enumerate(facts) if each.cause is None]
+    findings.pictures = len({facts[number].digest for number in read})
+    findings.formats = dict(Counter(facts[number].format for number in read).most_common())
+    if read:
+        shorter = np.array([min(facts[number].width, facts[number].height) for number in read])
+        aspect = np.array([facts[number].width / facts[number].height for number in read])
+        shares = (0, 0.01, 0.5, 0.99, 1)
+        findings.sizes = {"shorter side": np.quantile(shorter, shares).round().tolist(),
+                          "width / height": np.quantile(aspect, shares).round(2).tolist()}  # fmt: skip
+        findings.sides = shorter.tolist()
+    find_copies(findings, facts, read)
+    predictor = load_predictor(arguments) if arguments.model else None
+    if predictor is not None and read:
+        options = (arguments.image_column, arguments.max_image_pixels, arguments.batch_size)
+        images = embed_rows(predictor, rows, read, *options)
+        findings.misfits = misfits(predictor, images, read, captions, arguments.batch_size)
+        findings.alike_to_model = alike_to_model(findings, images, read)
+    if eval_rows is not None:
+        findings.eval_rows = len(eval_rows)
+        theirs = survey(eval_rows, arguments.image_column, arguments.max_image_pixels, processes, "Evaluation")
+        findings.leaks = leaks_between(facts, theirs)
+    findings.captions = caption_facts(captions, lengths_of(captions, arguments), arguments.max_length)
+    usable = len(rows) - len({number for numbers in findings.unreadable.values() for number in numbers})
+    side = int(np.median(findings.sides)) if findings.sides else 0
+    findings.advice = advise(arguments, usable, side, findings.captions, torch.accelerator.is_available())
+    if arguments.measure and usable > 1:
+        try:
+            findings.advice.measured = measure(findings.advice, usable)
+        except (UserError, OSError, RuntimeError) as error:
+            findings.advice.measured = f"The speed was not measured: {brief(error)[:200]}"
+    return findings, facts
+
+
+def find_copies(findings: Findings, facts: list[PictureFacts], read: list[int]) -> None:
+    """Fill in `copies` and `alike`."""
+    findings.copies = [
+        [read[index] for index in group] for group in groups_of(identical([facts[number].digest for number in read]))
+    ]
+    spare = {number for group in findings.copies for number in group[1:]}
+    kept = [number for number in read if number not in spare]
+    if len(kept) > 1:
+        pairs = similar(np.stack([facts[number].small for number in kept]))
+        findings.alike = [[kept[index] for index in group] for group in groups_of(pairs)]
+
+
+def alike_to_model(findings: Findings, images: Tensor, read: list[int]) -> list[tuple[int, int, float]]:
+    """Pairs of pictures whose embeddings (P, E) or (P, Q, E) are nearly equal, and which are not copies."""
+    images = images if images.ndim == 2 else images.mean(dim=1)
+    images = torch.nn.functional.normalize(images, dim=-1)
+    known = {
+        tuple(sorted(pair)) for group in findings.copies + findings.alike for pair in itertools.combinations(group, 2)
+    }
+    found: list[tuple[int, int, float]] = []
+    for first in range(0, len(images), 1000):
+        cosines = images[first : first + 1000] @ images[first:].T
+        for one, other in (cosines >= ALIKE).nonzero().tolist():
+            pair = (read[first + one], read[first + other])
+            if one < other and pair not in known:
+                found.append((*pair, round(cosines[one, other].item(), 4)))
+    return sorted(found, key=lambda each: -each[2])[:MOST_ALIKE]
+
+
+def leaks_between(own: list[PictureFacts], theirs: list[PictureFacts]) -> list[tuple[int, int, bool]]:
+    """The rows to evaluate on whose picture is also trained on: (row to train on, row to evaluate on, identical)."""
+    found: dict[int, tuple[int, int, bool]] = {}
+    first: dict[bytes, int] = {}
+    for number, each in enumerate(own):
+        if each.digest:
+            first.setdefault(each.digest, number)
+    for number, each in enumerate(theirs):
+        if each.digest and each.digest in first:
+            found[number] = (first[each.digest], number, True)
+    mine = [number for number, each in enumerate(own) if each.cause is None]
+    others = [number for number, each in enumerate(theirs) if each.cause is None and number not in found]
+    if mine and others:
+        both = [own[number] for number in mine] + [theirs[number] for number in others]
+        for one, other in similar(np.stack([each.small for each in both])):
+            if one < len(mine) <= other:
+                found.setdefault(others[other - len(mine)], (mine[one], others[other - len(mine)], False))
+    return [found[number] for number in sorted(found)]
+
+
+def load_predictor(arguments: CheckArguments) -> Predictor:
+    """The model that --model names."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return load(arguments.model, "embed", device)
+
+
+def lengths_of(captions: list[list[str]], arguments: CheckArguments) -> dict[str, int]:
+    """The number of tokens of each distinct caption."""
+    texts = list(dict.fromkeys(text for own in captions for text in own))
+    if not texts:
+        return {}
+    name = arguments.tokenizer_name or arguments.model
+    if name:
+        tokenizer = load_auto_tokenizer(name, "--tokenizer_name" if arguments.tokenizer_name else "--model")
+    else:
+        tokenizer = VlpClipTokenizer.train(texts[:200_000], arguments.vocab_size, 10_000)
+    found = {}
+    for first in range(0, len(texts), 10_000):
+        part = texts[first : first + 10_000]
+        found |= dict(zip(part, map(len, tokenizer(part, truncation=False)["input_ids"]), strict=True))
+    return found

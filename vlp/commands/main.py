@@ -1,0 +1,40 @@
+"""`vlp COMMAND ...`: all commands under one name. Only the command that is called is imported.
+
+vlp check pairs.csv
+vlp convert ViT-B-32.pt runs/clip
+"""
+
+import importlib
+import sys
+
+# Each command: the module whose `main` reads the command line, words put before the options, and what it does.
+COMMANDS: dict[str, tuple[str, list[str], str]] = {
+    "check": ("vlp.training.run", ["check"], "check a data set before training, and write a report with pictures"),
+    "train": ("vlp.training.run", [], "train clip, blip or blip2, or write shards (as `accelerate launch training`)"),
+    "evaluate": ("vlp.training.evaluate", [], "evaluate a model"),
+    "convert": ("vlp.commands.convert", [], "convert checkpoints of other libraries, and back"),
+    "onnx": ("vlp.commands.onnx", [], "export a model to ONNX"),
+    "index": ("vlp.commands.index", [], "index a folder of pictures, and search it"),
+    "demo": ("vlp.commands.demo", [], "start a local web page to try a model"),
+}
+USAGE = "usage: vlp COMMAND [options]\n\n" + "\n".join(f"  {name:10} {text}" for name, (_, _, text) in COMMANDS.items())
+
+
+def main() -> None:
+    """Run the command that the command line names. Errors end the program with a one-line message."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{USAGE}\n\n`vlp COMMAND --help` lists the options of a command.")
+        return
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        sys.exit(f"vlp: there is no command {name!r}; expected one of {', '.join(COMMANDS)}.")
+    module, before, _ = COMMANDS[name]
+    if name == "check" and rest and not rest[0].startswith("-"):
+        rest = ["--dataset_name", *rest]
+    sys.argv = [f"vlp {name}", *before, *rest]
+    importlib.import_module(module).main()
+
+
+if __name__ == "__main__":
+    main()
