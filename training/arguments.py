@@ -126,7 +126,11 @@ class TrainingArguments:
     cache_images: bool = option(
         False, "keep decoded images in memory; for small data sets with --augmentation strong or none"
     )
-    num_workers: int = option(0, "data loading workers per process")
+    num_workers: int | None = option(
+        None,
+        "data loading workers per process; if not given, one per CPU core, at most 8, where a GPU trains, and none "
+        "where the CPU does: a thread then loads the next batch",
+    )
 
     # Model
     model: dict = option(
@@ -266,7 +270,7 @@ class TrainingArguments:
             if getattr(self, name) <= 0:
                 raise ArgumentError(f"--{name} must be positive, got {getattr(self, name)}.")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "num_workers", "lora_rank"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
         if self.max_length is not None and self.max_length < 3:
             raise ArgumentError(f"--max_length must be at least 3 (start, one token, end), got {self.max_length}.")

@@ -1,5 +1,6 @@
 """Tests of complete small BLIP-2 runs: stage 1, stage 2, adapters, cached features, initialisation and errors."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from vlp.training.run import train
 import vlp
 from vlp.errors import ArgumentError
 from vlp.files import state_folder, states
+from vlp.inference import load
 from vlp.loading import load_model
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "orange", "purple", "brown"]
@@ -337,3 +339,34 @@ def test_invalid_options_raise(pairs, towers, stage_1, tmp_path):
         with pytest.raises(ArgumentError, match=message):
             train(arguments(pairs, tmp_path / "x", **changes))
     assert not (tmp_path / "x").exists()
+
+
+def test_stage_2_learns_the_answers_of_conversations(pairs, stage_1, tmp_path):
+    """Each question of a picture has its own answer; the questions have no loss."""
+    questions = {"What is it?": "A card", "Which colour?": "{}"}
+    rows = list(csv.DictReader(pairs.open()))
+    conversations = []
+    for row in rows:
+        colour = row["caption"].split()[1]
+        turns = []
+        for question, answer in questions.items():
+            turns += [
+                {"from": "human", "value": f"<image>\n{question}"},
+                {"from": "gpt", "value": answer.format(colour)},
+            ]
+        conversations.append({"image": row["image"], "conversations": turns})
+    (pairs.parent / "llava.json").write_text(json.dumps(conversations))
+    colours = sorted({row["caption"].split()[1] for row in rows})
+    save_language_model(
+        tmp_path / "llm", [f"Question: {question} Short answer: {answer.format(colour)}"
+                           for question, answer in questions.items() for colour in colours],
+    )  # fmt: skip
+    train(arguments(pairs.parent / "llava.json", tmp_path / "run", stage=2, model_name_or_path=str(stage_1),
+                    language_model_name_or_path=str(tmp_path / "llm"), prompt_column="question", max_train_steps=150,
+                    max_length=24, eval_split=None, cache_vision_features=True))  # fmt: skip
+    predictor = load(str(tmp_path / "run"), "answer")
+    images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    answers = [predictor.answer(images, [question] * 2, num_beams=2, max_length=5) for question in questions]
+    assert answers[0] == ["A card"] * 2 and [answer.split()[0] for answer in answers[1]] == ["red", "blue"]
+    with pytest.raises(ArgumentError, match="--prompt_column is for --stage 2"):
+        arguments(pairs, tmp_path / "x", model_name_or_path=str(stage_1), prompt_column="question")

@@ -3,6 +3,7 @@
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import BadDataError, UserError
+from ...inference import QUESTION
 from .rows import describe
 from .samples import Sample
 
@@ -51,22 +53,35 @@ class Collator:
         self.processor, self.max_length, self.prompt = processor, max_length, prompt
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        texts = {text: index for index, text in enumerate(dict.fromkeys(sample.text for sample in samples))}
-        tokens = self.processor.tokenize([self.prompt + text for text in texts], self.max_length)
+        keys = [(sample.prompt, sample.text) for sample in samples]
+        texts = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+        whole = [self.before(prompt) + text for prompt, text in texts]
+        tokens = self.processor.tokenize(whole, self.max_length)
         pixels = torch.stack([sample.pixels for sample in samples])
         return Batch(
             pixels=pixels.flatten(0, -4) if pixels.ndim > 3 else pixels,
             input_ids=tokens["input_ids"],
-            text_index=torch.tensor([texts[sample.text] for sample in samples]),
+            text_index=torch.tensor([texts[key] for key in keys]),
             caption_ids=torch.tensor([sample.caption_id for sample in samples]),
             image_ids=torch.tensor([sample.image_id for sample in samples]),
             skipped=[bad for sample in samples for bad in sample.skipped],
-            extra=self.extra(samples),
+            extra=self.extra(samples, [prompt for prompt, _ in texts]),
             place={stream: place for sample in samples for stream, place in sample.place.items()},
         )
 
-    def extra(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """Tensors for VQA (tokenized answers, the sample of each, weights) or NLVR2 (labels); otherwise empty."""
+    def before(self, prompt: str | None) -> str:
+        """What comes before a text: the prompt of all texts, or the question of this one."""
+        return self.prompt if prompt is None else f"{QUESTION.format(prompt)} "
+
+    def extra(self, samples: list[Sample], prompts: list[str | None]) -> dict[str, Tensor]:
+        """What a task needs besides; otherwise empty.
+
+        For VQA, tokenized answers, the sample of each, and weights; for NLVR2, labels; for texts that answer questions,
+        the number of tokens before each distinct text.
+        """
+        if prompts[0] is not None:
+            before = self.processor.tokenizer([self.processor.clean(self.before(prompt)) for prompt in prompts])
+            return {"prompt_lengths": torch.tensor([len(ids) for ids in before["input_ids"]])}
         if samples[0].answers is not None:
             answers = [(index, *answer) for index, sample in enumerate(samples) for answer in sample.answers]
             tokens = self.processor.tokenize([text for _, text, _ in answers], self.max_length)
@@ -113,14 +128,26 @@ class BadRows:
 
 
 def batches_of(loader: DataLoader) -> Iterator[Batch]:
-    """The batches of a loader. An error in a worker gets its own message back, without the worker's traceback."""
+    """The batches of a loader. An error in a worker gets its own message back, without the worker's traceback.
+
+    Without workers, a thread makes the next batch while the model learns from the last one.
+    """
     try:
-        yield from loader
+        yield from loader if loader.num_workers else one_ahead(iter(loader))
     except UserError as error:
         text = str(error)
         if "Original Traceback" not in text:
             raise
         raise type(error)(text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from None
+
+
+def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each of which is made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
+            yield batch
 
 
 def train_loader(arguments, dataset: Dataset, sampler: Sampler | None, collator: Collator) -> DataLoader:

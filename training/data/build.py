@@ -1,11 +1,16 @@
 """Load the training and evaluation rows of a run from its options."""
 
+import torch
+
 from ...errors import ArgumentError
 from ..arguments import TrainingArguments
+from ..machine.hardware import cpu_cores
 from ..objectives.distributed import processes
-from .shards import check_shards
+from .shards import check_shards, expand
 from .sources import is_shards, load_rows, require_column, require_text
-from .streaming import check_stream
+from .streaming import check_stream, load_stream
+
+MOST_WORKERS = 8
 
 
 def load_data(arguments: TrainingArguments) -> tuple:
@@ -18,6 +23,8 @@ def load_data(arguments: TrainingArguments) -> tuple:
         ArgumentError: if the data, a split or a column is missing, or the options do not fit together.
     """
     name, rows, eval_rows = arguments.dataset_name, None, None
+    if arguments.num_workers is None:
+        arguments.num_workers = default_workers(arguments)
     class_column = getattr(arguments, "class_column", None)  # CLIP only: zero-shot classification
     second = getattr(arguments, "second_image_column", "second_image")  # BLIP only: nlvr
     if arguments.streaming:
@@ -57,6 +64,19 @@ def load_data(arguments: TrainingArguments) -> tuple:
         for column in class_column.split(","):
             require_column(eval_rows, column, arguments.eval_dataset_name or name, "--class_column")
     return rows, eval_rows
+
+
+def default_workers(arguments: TrainingArguments) -> int:
+    """The number of loading workers of a process if none is given: what the machine has, and the data allow."""
+    if not torch.accelerator.is_available() or arguments.cache_images or getattr(arguments, "cache_features", False):
+        return 0
+    most = min(MOST_WORKERS, cpu_cores() // processes())
+    if arguments.streaming:
+        most = min(most, load_stream(arguments).num_shards // processes())
+    elif is_shards(arguments.dataset_name):
+        sources = arguments.dataset_name.split("::")
+        most = min(most, *(len(expand(source)) // processes() for source in sources))
+    return most
 
 
 def hold_out(rows, arguments: TrainingArguments) -> tuple:

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from ...processing.augmentation import PerImage
 from ...processing.pictures import MAX_PIXELS
-from .rows import BadRow, CaptionChooser, answers_of, label_of, picture_id, picture_of, stable_id, unusable
+from .rows import BadRow, CaptionChooser, answers_of, label_of, picture_id, picture_of, stable_id, texts_of, unusable
 
 TRIES = 1000  # consecutive bad rows after which loading fails
 
@@ -29,6 +29,7 @@ class Sample:
     skipped: list[tuple[Any, str]] = field(default_factory=list)
     answers: list[tuple[str, float]] | None = None  # VQA: answers and their weights
     label: int | None = None  # NLVR2: 1 if the text is true of both images; pixels are (2, 3, S, S)
+    prompt: str | None = None  # a question that the text answers, which a language model reads before it
     place: dict[str, dict] = field(default_factory=dict)  # shards: position of its stream, by stream number
 
 
@@ -43,6 +44,7 @@ class SampleMaker:
         max_image_pixels: larger images, in pixels, are refused.
         seed: seed of the random choices.
         cache: preprocessed images by (row key, column); None to preprocess an image each time.
+        prompt_column: column with a question that the caption answers; None if there is none.
     """
 
     chooser: CaptionChooser
@@ -51,6 +53,7 @@ class SampleMaker:
     max_image_pixels: int = MAX_PIXELS
     seed: int = 0
     cache: dict[Any, Tensor] | None = None
+    prompt_column: str | None = None
 
     def __call__(self, row: dict, key: Any, epoch: int) -> Sample:
         # Rows with the same captions get the same text in an epoch, so a batch contains it only once.
@@ -58,7 +61,12 @@ class SampleMaker:
         text, caption = self.chooser.choose(row, caption_rng)
         rng = random.Random(f"{self.seed}-{epoch}-{key}")
         pixels = self.pixels(row, self.image_column, key, rng)
-        return Sample(pixels, text, stable_id(caption.lower()), stable_id(picture_id(row, self.image_column)))
+        sample = Sample(pixels, text, stable_id(caption.lower()), stable_id(picture_id(row, self.image_column)))
+        if self.prompt_column:
+            sample.prompt = next(iter(texts_of(row.get(self.prompt_column))), None)
+            if sample.prompt is None:
+                raise BadRow("no question")
+        return sample
 
     def pixels(self, row: dict, column: str, key: Any, rng: random.Random) -> Tensor:
         """The preprocessed image of a column.

@@ -1,5 +1,6 @@
 """The BLIP-2 family."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from ...configuration.text import VlpQFormerConfig
 from ...configuration.towers import VlpVisionTowerConfig
 from ...configuration.vision import VlpViTConfig
 from ...errors import ArgumentError, brief, printable
+from ...inference import QUESTION
 from ...loading import load_auto_tokenizer, load_model, load_processor, load_weights, read_config
 from ...modeling_vlp.base import adopt
 from ...modeling_vlp.blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
@@ -25,6 +27,7 @@ from ..arguments import TrainingArguments, option, require_at_least_one, require
 from ..data.features import FeatureMaker, Features, compute_features
 from ..data.rows import CaptionChooser
 from ..data.samples import SampleMaker
+from ..data.sources import require_text
 from ..evaluation.pictures import Pictures
 from ..objectives.blip2 import Blip2Objective, LanguageObjective
 from ..objectives.distributed import main_process_first
@@ -102,6 +105,12 @@ class Blip2Arguments(TrainingArguments):
     prompt: str = option(
         "", "stage 2: prompt that every caption starts with; the loss does not include it", bound=True, shown=True
     )
+    prompt_column: str | None = option(
+        None,
+        "stage 2: column with a question that each caption answers, such as `question` of LLaVA's conversations; the "
+        f"language model reads it as {QUESTION!r}, and only the answer has a loss",
+        bound=True,
+    )
     example_prompts: str = option("", "prompts of the examples on the model card, joined by |; --prompt if not given")
     eval_num_beams: int = option(5, "evaluation: beams for generating captions")
 
@@ -124,6 +133,8 @@ class Blip2Arguments(TrainingArguments):
             raise ArgumentError("--language_model_name_or_path is only for --stage 2; stage 1 has no language model.")
         if self.stage == 1 and (self.prompt or self.example_prompts):
             raise ArgumentError("--prompt and --example_prompts are only for --stage 2; stage 1 has no language model.")
+        if self.prompt_column and (self.stage == 1 or self.prompt):
+            raise ArgumentError("--prompt_column is for --stage 2, in place of --prompt.")
         local = self.language_model_name_or_path and Path(self.language_model_name_or_path).exists()
         if self.push_to_hub and local and not self.store_language_model:
             raise ArgumentError(
@@ -348,6 +359,8 @@ def name_in_blip(own: str) -> str:
 def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch: float | None):
     if arguments.stage == 2:
         tokenizer = processor.tokenizer
+        if arguments.prompt_column and model.language_model.config.is_encoder_decoder:
+            raise ArgumentError("--prompt_column needs a causal language model, not one with an encoder.")
         prompt = tokenizer(processor.clean(arguments.prompt))["input_ids"] if arguments.prompt else []
         return LanguageObjective(model, prompt, tokenizer.eos_token_id)
     return Blip2Objective(
@@ -362,6 +375,9 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
 def make_evaluation(arguments: Blip2Arguments, rows, train_rows) -> list[Pictures]:
     """Prepare retrieval and matching for stage 1, captioning for stage 2."""
     tasks: list[dict] = [{"task": "captioning", "prompt": arguments.prompt, "num_beams": arguments.eval_num_beams}]
+    if arguments.prompt_column:
+        tasks = [{"task": "vqa", "caption_column": arguments.prompt_column, "answer_column": "answers",
+                  "num_beams": arguments.eval_num_beams}]  # fmt: skip
     if arguments.stage == 1:
         tasks = [{"task": "retrieval", "rerank_top_k": arguments.rerank_top_k,
                   "rerank_posterior": arguments.rerank_posterior}, {"task": "itm"}]  # fmt: skip
@@ -374,6 +390,10 @@ def make_samples(arguments: Blip2Arguments, rows, model, processor, maker: Sampl
     Raises:
         ArgumentError: if features are to be cached and the data are shards.
     """
+    if arguments.prompt_column:
+        if rows is not None:
+            require_text(rows, arguments.prompt_column, arguments.dataset_name, "--prompt_column")
+        maker = dataclasses.replace(maker, prompt_column=arguments.prompt_column)
     if not arguments.cache_vision_features:
         return maker
     if rows is None:

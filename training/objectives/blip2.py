@@ -176,14 +176,17 @@ class LanguageObjective(Objective):
         self.register_load_state_dict_pre_hook(restore_language_model)
 
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor
-    ) -> dict[str, Tensor]:
+        self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor,
+        prompt_lengths: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Compute the loss of a batch.
 
         Args:
             pixel_values: images (B, C, S, S), or the states (B, M, D) of the image tower.
             input_ids: (T, N), the distinct texts; they end with the end token and are padded on the right.
             text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
+            prompt_lengths: (T,) number of tokens before what each text answers, which have no loss; None: those of
+                the common prompt. Causal models only.
 
         Returns:
             {"lm": the loss}.
@@ -196,7 +199,9 @@ class LanguageObjective(Objective):
             prompt = torch.tensor(self.prompt, device=input_ids.device).expand(len(input_ids), -1)
             output = self.model(input_ids=prompt if self.prompt else None, vision_states=states, labels=labels)
         else:
-            labels[:, : len(self.prompt)] = -100
+            before = len(self.prompt) if prompt_lengths is None else prompt_lengths[text_index, None]
+            positions = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+            labels = labels.masked_fill(positions < before, -100)
             output = self.model(input_ids=input_ids, attention_mask=real.long(), vision_states=states, labels=labels)
         return {"lm": weigh_by_count(output.loss, (labels != -100).sum())}
 

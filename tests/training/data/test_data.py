@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import threading
 
 import datasets
 import pytest
@@ -11,7 +12,8 @@ import torch
 from conftest import tiny_processor
 from PIL import Image
 from vlp.processing.augmentation import PerImage
-from vlp.training.data.batches import BadRows, Collator, batches_of, train_loader
+from vlp.training.data import build
+from vlp.training.data.batches import BadRows, Collator, batches_of, one_ahead, train_loader
 from vlp.training.data.build import load_data
 from vlp.training.data.rows import BadRow, CaptionChooser, caption_texts, picture_of
 from vlp.training.data.samples import DrawSampler, PairDataset, SampleMaker
@@ -298,7 +300,7 @@ def test_sampler_groups_images_with_same_caption():
 
 def arguments(name: str, **options) -> ClipArguments:
     defaults = dict(dataset_name=name, output_dir="unused", augmentation="none", max_train_steps=1)
-    return ClipArguments(**defaults, per_device_train_batch_size=4, **options)
+    return ClipArguments(**defaults | {"per_device_train_batch_size": 4} | options)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -500,3 +502,42 @@ def test_columns_that_only_have_the_name_of_second_images_are_left_alone(tmp_pat
     (tmp_path / "red.png").write_bytes(picture("red"))
     (tmp_path / "pairs.json").write_text(json.dumps([{"image": "red.png", "caption": "red", "second_image": 5}]))
     assert load_rows(str(tmp_path / "pairs.json"), "train", "image")[0]["second_image"] == 5
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_thread_makes_the_next_batch_in_the_same_order():
+    made = []
+
+    def batches():
+        for number in range(5):
+            made.append((number, threading.current_thread() is threading.main_thread()))
+            yield number
+
+    ahead = one_ahead(batches())
+    assert next(ahead) == 0
+    assert list(ahead) == [1, 2, 3, 4]
+    assert made == [(number, False) for number in range(5)]
+
+    def broken():
+        yield 1
+        raise BadDataError("no more")
+
+    ahead = one_ahead(broken())
+    assert next(ahead) == 1
+    with pytest.raises(BadDataError, match="no more"):
+        next(ahead)
+
+
+def test_workers_follow_the_machine(monkeypatch, tmp_path):
+    given = arguments("emoji")
+    assert given.num_workers is None and build.default_workers(given) == 0  # the CPU trains
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(build, "cpu_cores", lambda: 6)
+    assert build.default_workers(arguments("emoji")) == 6
+    assert build.default_workers(arguments("emoji", cache_images=True, augmentation="strong")) == 0
+    monkeypatch.setattr(build, "cpu_cores", lambda: 64)
+    assert build.default_workers(arguments("emoji")) == 8
+    pytest.importorskip("webdataset")
+    assert build.default_workers(arguments(str(tmp_path / "{0..4}.tar"))) == 5
