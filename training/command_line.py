@@ -12,7 +12,7 @@ import yaml
 
 from ..errors import ArgumentError, CommandParser, brief, printable
 from ..files import usable_path
-from .arguments import TrainingArguments, add_options
+from .arguments import EMOJI, TrainingArguments, add_options
 from .data.capfilt import CapFiltArguments
 from .data.shards import ShardsArguments
 from .data.survey import CheckArguments
@@ -38,6 +38,8 @@ class Task:
     recipe_with_towers: str | None = None
 
 
+# What recipes for the included data say of its columns and splits, which other data do not have.
+OF_THE_DATA = ("eval_split", "class_column", "tag_column", "tag_share", "templates", "template_share")
 TOWERS = ("image_tower", "text_tower", "vision_tower")
 TASKS = {
     each.name: Task(each.arguments, each.recipe, each.text, each.recipe_with_towers) for each in FAMILIES.values()
@@ -70,6 +72,8 @@ def parse(arguments: list[str], task: str = "clip"):
     if recipe == TASKS[task].recipe and any(getattr(given, name, None) for name in TOWERS):
         recipe = TASKS[task].recipe_with_towers or recipe
     values = read_recipe(recipe, TASKS[task].arguments)
+    if values.get("dataset_name", EMOJI) == EMOJI and getattr(given, "dataset_name", EMOJI) != EMOJI:
+        values = {name: value for name, value in values.items() if name not in OF_THE_DATA}
     parser.set_defaults(**values)
     parsed = vars(parser.parse_args(arguments))
     del parsed["config"]

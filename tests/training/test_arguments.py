@@ -19,7 +19,8 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 def test_recipe_names():
     assert NAMES == ["blip-captioning", "blip-emoji", "blip-emoji-towers", "blip-nlvr", "blip-retrieval",
                      "blip-towers", "blip-vit-b-16", "blip-vit-l-16", "blip-vqa", "blip2-emoji", "blip2-emoji-2",
-                     "blip2-stage-1", "blip2-stage-2", "capfilt", "clip-emoji", "clip-emoji-towers", "clip-emoji-vit",
+                     "blip2-stage-1", "blip2-stage-2", "capfilt", "check", "clip-emoji",
+                     "clip-emoji-towers", "clip-emoji-vit",
                      "clip-towers", "rn101", "rn50", "rn50x4", "shards", "vit-b-16",
                      "vit-b-32", "vit-l-14"]  # fmt: skip
 
@@ -49,6 +50,13 @@ def test_default_recipe_and_command_line_overrides():
     )
     assert parse(["--eval_split", "none", "--max_train_minutes", "none"]).eval_split is None
     assert changed.learning_rate == 1e-5 and not changed.cache_images and changed.model == {"projection_dim": 8}
+
+
+def test_other_data_do_not_need_the_columns_of_the_included_data():
+    arguments = parse(["--dataset_name", "pairs.csv"])
+    own = (arguments.tag_column, arguments.tag_share, arguments.class_column, arguments.eval_split)
+    assert own == (None, 0.0, None, None) and parse([]).tag_column == "tags"
+    assert parse(["--dataset_name", "pairs.csv", "--eval_split", "test"]).eval_split == "test"
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -43,9 +43,8 @@ class Advice:
     @property
     def command(self) -> str:
         """The command that trains with these options."""
-        return "accelerate launch training clip " + " ".join(
-            f"--{name} {value}" for name, value in self.options.items()
-        )
+        words = [f"--{name} {value}".strip() for name, value in self.options.items()]
+        return " ".join(["accelerate launch training clip", *words])
 
 
 def advise(arguments: CheckArguments, pairs: int, side: int, captions: CaptionFacts, has_gpu: bool) -> Advice:
@@ -69,8 +68,7 @@ def advise(arguments: CheckArguments, pairs: int, side: int, captions: CaptionFa
             options[name] = quoted(getattr(arguments, name))
     options["eval_split"] = arguments.eval_split or "none"
     if side <= SMALL:
-        options |= {"config": "clip-emoji", "image_size": str(32 if side < 64 else 64), "class_column": "none",
-                    "tag_share": "0", "template_share": "0"}  # fmt: skip
+        options |= {"config": "clip-emoji", "image_size": str(32 if side < 64 else 64)}
         reasons.append(f"Half of the pictures are smaller than {side + 1} pixels, so a small ResNet is enough.")
     elif pairs < 200_000 or not has_gpu:
         language = next(iter(captions.languages), "")
@@ -121,7 +119,7 @@ def measure(advice: Advice, pairs: int, config: str | None = None) -> str:
         kept = ("dataset_name", "dataset_config_name", "image_root", "encoding", "train_split", "image_column",
                 "caption_column")  # fmt: skip
         options = {name: options[name] for name in kept if name in options}
-        options |= {"config": "clip-emoji", "class_column": "none", "tag_share": "0", "template_share": "0"}
+        options["config"] = "clip-emoji"
     elif options["config"] != "clip-emoji":
         options |= {"per_device_train_batch_size": str(MEASURED_BATCH)}
     options |= {"eval_split": "none", "max_train_steps": str(STEPS + 1), "max_train_minutes": "none"}

@@ -15,7 +15,7 @@ from ..data.rows import texts_of
 from ..data.survey import CheckArguments, PictureFacts, thumbnail
 from .findings import Findings
 
-SHOWN = 8  # examples of each kind
+SHOWN = 7  # examples of each kind
 SCRIPT_NAMES = {"LATIN": "Latin", "CJK": "Chinese", "HIRAGANA": "Japanese", "HANGUL": "Korean", "CYRILLIC": "Cyrillic"}
 
 
@@ -165,7 +165,7 @@ def misfits(findings: Findings, own: Gallery, arguments: CheckArguments) -> Sect
     table = [["row", "caption", "fits better", "odds"]]
     table += [
         [f"{each.row:,}", printable(each.caption, 80), printable(each.better, 80), f"{each.odds:.0e}"]
-        for each in findings.misfits[: 4 * SHOWN]
+        for each in findings.misfits[:SHOWN]
     ]
     return Section(title, text, table, [[own[each.row]] for each in findings.misfits[:SHOWN]], is_fault=True)
 

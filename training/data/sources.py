@@ -55,11 +55,12 @@ def load_rows(
     """
     if not name.strip():
         raise ArgumentError(f"{option} must be a table, a folder, or a hub name such as owner/name; got {name!r}.")
-    told, root = printable(name, 120), Path(image_root) if image_root else None
+    told, root = printable(name, 120), usable_path(image_root, "--image_root") if image_root else None
     tables = {"image_column": image_column, "image_root": root, "option": option, "encoding": encoding,
               "second_image_column": second_image_column, "caption_column": caption_column}  # fmt: skip
     paths = [EMOJI_FOLDER] if name == EMOJI else files_of(name, option)
-    if all(kind_of_table(path) for path in paths):
+    are_tables = all(kind_of_table(path) for path in paths)
+    if are_tables:
         rows = load_tables(paths, split, **tables)
     elif all(path.suffix.lower() in BINARY for path in paths):
         rows = load_binary(paths, split, option)
@@ -73,7 +74,9 @@ def load_rows(
     require_column(rows, image_column, told)
     if not len(rows):
         raise ArgumentError(f"{told}, split {split!r}, has no rows.")
-    base = root or (paths[0] if paths[0].is_dir() else paths[0].parent)
+    base = None  # the paths in tables are complete; those in data sets of the hub stay as they are
+    if not are_tables and (root or paths[0].exists()):
+        base = root or (paths[0] if paths[0].is_dir() else paths[0].parent)
     rows = with_images(rows, image_column, base, told, "--image_column", second_image_column)
     second = rows.features.get(second_image_column)
     images = isinstance(second, datasets.Image) or getattr(second, "dtype", "") in ("string", "large_string", "binary")
@@ -129,14 +132,14 @@ def load_binary(paths: list[Path], split: str, option: str) -> datasets.Dataset:
 
 
 def with_images(
-    rows: datasets.Dataset, column: str, base: Path, name: str, option: str, second_column: str | None = None
+    rows: datasets.Dataset, column: str, base: Path | None, name: str, option: str, second_column: str | None = None
 ) -> datasets.Dataset:
     """Cast a column to images that are not decoded.
 
     Args:
         rows: the data.
         column: the image column; of lists of images, the first one is taken.
-        base: folder that relative paths start from.
+        base: folder that relative paths start from; None: paths are left as they are.
         name: name of the data, for error messages.
         option: the option that names the column, for error messages.
         second_column: name for the second images of lists of two, if there is no such column.
@@ -153,9 +156,9 @@ def with_images(
             rows = rows.map(lambda row: taken_apart(row[column], column, second))
             return with_images(rows, column, base, name, option)
         text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
-        if text:
+        if text and base is not None:
             rows = rows.map(lambda row: {column: path_of(row[column], base)})
-        elif isinstance(feature, datasets.Value) and "binary" not in feature.dtype:
+        elif isinstance(feature, datasets.Value) and not text and "binary" not in feature.dtype:
             raise ArgumentError(f"its type is {feature.dtype}")
         return rows.cast_column(column, datasets.Image(decode=False))
     except Exception as error:

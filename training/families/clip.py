@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import datasets
+
 from ...configuration.clip import TEXT, VISION, VlpClipConfig
 from ...configuration.text import VlpClipTextConfig
 from ...configuration.towers import IMAGE_POOLING, TEXT_POOLING
@@ -320,9 +322,13 @@ def make_objective(arguments: ClipArguments, model: VlpClipModel, processor, ste
 
 
 def make_evaluation(arguments: ClipArguments, rows, train_rows) -> list[Pictures]:
-    """Prepare zero-shot classification for each class column and retrieval for each caption column in the data."""
+    """Prepare zero-shot classification for each class column and retrieval for each caption column in the data.
+
+    If no class column is given, the first ClassLabel column is one, such as that of a folder of classes.
+    """
     tasks: list[dict] = []
-    for column in (arguments.class_column or "").split(",") if arguments.class_column else []:
+    classes = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    for column in arguments.class_column.split(",") if arguments.class_column else classes[:1]:
         tasks.append({"task": "zero-shot", "class_column": column, "class_names": arguments.class_names,
                       "templates": arguments.eval_templates})  # fmt: skip
     columns = [column for column in arguments.caption_column.split(",") if column in rows.column_names]

@@ -339,3 +339,12 @@ def test_a_missing_picture_names_its_path_and_the_folder(folder):
 
 def test_urls_are_refused_with_the_command_that_downloads_them():
     assert "img2dataset --url_list" in str(unusable("3 rows", Counter({"a URL, which is not downloaded": 3})))
+
+
+def test_a_relative_image_root_starts_from_the_current_folder(folder, monkeypatch):
+    (folder / "there").mkdir()
+    (folder / "there" / "rows.csv").write_text(TABLES["commas.csv"])
+    datasets.Dataset.from_dict({"image": NAMES, "caption": TEXTS}).to_parquet(folder / "there" / "rows.parquet")
+    monkeypatch.chdir(folder.parent)
+    for name in ("rows.csv", "rows.parquet"):
+        check(load(folder / "there" / name, image_root=folder.name))

@@ -1,11 +1,14 @@
 """Tests of reading, writing, training on and resuming within shards."""
 
+import functools
 import gzip
+import http.server
 import io
 import itertools
 import json
 import shutil
 import tarfile
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -451,3 +454,19 @@ def test_classes_and_lists(tmp_path):
     assert {sample.text for sample in samples} == {"apple", "dog", "a name", "one", "two"}
     assert {cause for sample in samples for _, cause in sample.skipped} == {"a class number without a name"}
     assert endings("JPG; .png") == ("jpg", "png") and endings(None) == ()
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="webdataset fetches addresses with curl")
+def test_shards_on_a_server(seven_shards):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(Path(seven_shards[0]).parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        paths = expand(f"http://127.0.0.1:{server.server_port}/{{0..6}}.tar")
+        read = [sample.text for sample in itertools.islice(iter(dataset_of(paths)), len(EVERY))]
+        assert len(set(read)) > 35
+        missing = expand(f"http://127.0.0.1:{server.server_port}/missing.tar")
+        with pytest.raises(BadDataError, match="None of 1 shards has a sample"):
+            next(iter(dataset_of(missing)))
+    finally:
+        server.shutdown()
