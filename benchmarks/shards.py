@@ -23,8 +23,10 @@ from vlp.processing.augmentation import PerImage, ToPixelValues
 from vlp.training.data.batches import Collator, train_loader
 from vlp.training.data.rows import CaptionChooser
 from vlp.training.data.samples import SampleMaker
-from vlp.training.data.shards import ShardDataset, ShardsArguments, expand, write_shards
+from vlp.training.data.shard_writer import ShardsArguments, write_shards
+from vlp.training.data.shards import expand
 from vlp.training.data.sources import load_rows
+from vlp.training.data.streams import ShardDataset
 from vlp.training.families.clip import ClipArguments
 from vlp.training.machine.hardware import cpu_cores
 from workers import interleave, report, serve
@@ -84,7 +86,9 @@ def webdataset_batches(folder: str, batch: int, workers: int):
         wds.to_tuple("image", "text"),
         wds.batched(batch, partial=False),
     )
-    yield from wds.WebLoader(pipeline, batch_size=None, shuffle=False, num_workers=workers, persistent_workers=True)
+    yield from wds.WebLoader(
+        pipeline, batch_size=None, shuffle=False, num_workers=workers, persistent_workers=workers > 0
+    )
 
 
 def work(contender: str, folder: str, batch: int, workers: int) -> None:

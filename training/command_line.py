@@ -14,7 +14,7 @@ from ..errors import ArgumentError, CommandParser, brief, printable
 from ..files import usable_path
 from .arguments import EMOJI, TrainingArguments, add_options
 from .data.capfilt import CapFiltArguments
-from .data.shards import ShardsArguments
+from .data.shard_writer import ShardsArguments
 from .data.survey import CheckArguments
 from .families import FAMILIES
 

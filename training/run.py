@@ -18,7 +18,7 @@ from .arguments import TrainingArguments
 from .checkup.command import check
 from .command_line import parse_command_line
 from .data.capfilt import CapFiltArguments, capfilt
-from .data.shards import ShardsArguments, write_shards
+from .data.shard_writer import ShardsArguments, write_shards
 from .data.survey import CheckArguments
 from .evaluation.results import evaluate_model, metrics_of
 from .evaluation.tasks import Outcome

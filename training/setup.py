@@ -24,8 +24,9 @@ from .data.build import load_data
 from .data.cached_pairs import CachedPairs, compute_pairs
 from .data.rows import CaptionChooser, make_chooser, stable_id, texts_of
 from .data.samples import DrawSampler, PairDataset, SampleMaker
-from .data.shards import ShardDataset, expand, kinds_of
+from .data.shards import expand
 from .data.streaming import load_stream
+from .data.streams import ShardDataset, kinds_of
 from .families import Family
 from .loop import Run
 from .machine.adapters import add_lora, check_lora, freeze_statistics, note_base

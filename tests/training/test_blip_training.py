@@ -22,7 +22,7 @@ from transformers import AutoProcessor, pipeline
 from vlp.modeling_vlp.ranking import rank
 from vlp.training.data.capfilt import CapFiltArguments, capfilt
 from vlp.training.data.rows import picture_id
-from vlp.training.data.shards import ShardsArguments, write_shards
+from vlp.training.data.shard_writer import ShardsArguments, write_shards
 from vlp.training.data.sources import load_rows
 from vlp.training.families.blip import BlipArguments
 from vlp.training.run import train

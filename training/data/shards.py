@@ -1,4 +1,4 @@
-"""WebDataset shards: write any data set as shards, and stream them so that a run can resume in the middle of one.
+"""WebDataset shards: find them, check them, and read their samples in an order that a run can resume in.
 
 In each epoch, the shards are shuffled and distributed among the streams, so each sample is read once per epoch. The
 number of streams is fixed when a run starts; the workers of all processes share them evenly, and a run may be resumed
@@ -9,7 +9,6 @@ position of a stream is three numbers per source: epoch, window in the epoch, an
 import contextlib
 import gzip
 import importlib.util
-import io
 import json
 import math
 import os
@@ -18,58 +17,24 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from torch.utils.data import IterableDataset
-from tqdm import tqdm
-
-from ...errors import ArgumentError, BadDataError, ResumeError, brief, printable
-from ...files import check_output, write_whole
-from ...processing.pictures import PictureError, extensions, formats, picture_bytes
-from ...processing.prompts import CLASS_NAMES
-from ..arguments import EMOJI, TrainingArguments, check_values, option, require_at_least_one
+from ...errors import ArgumentError, BadDataError, brief, printable
+from ...processing.pictures import extensions, formats
+from ..arguments import TrainingArguments
 from ..objectives.distributed import processes
-from .rows import BadRow, describe, picture_id, texts_of, unusable
-from .samples import TRIES, Sample, SampleMaker
-from .sources import load_rows, require_text
-from .streaming import RowSource, StreamedRows
 
 INDEX = "index.json"
 WINDOW = 4  # shards that a worker reads from at a time, whose samples are shuffled together
-STREAMS = 8  # least number of streams, if there are enough shards
 TEXTS = ("txt", "json", "cls")  # kinds of files that hold a caption
-EXTENSION = {"JPEG2000": "jp2", "MPO": "mpo", "SUN": "ras", "SPIDER": "spider"}  # if it differs from the format's name
 
 
 MOST_SHARDS = 1_000_000
 SCHEMES = ("file", "http", "https", "hf", "gs", "s3", "sftp", "ftps", "scp")
-
-
-@dataclass(kw_only=True)
-class ShardsArguments:
-    """Options of writing a data set as WebDataset shards."""
-
-    dataset_name: str = option(EMOJI, "pairs to write, as --dataset_name of training")
-    dataset_config_name: str | None = option(None, "configuration of a hub data set")
-    train_split: str = option("train", "split to read")
-    image_column: str = option("image", "column with the images or their paths; all other columns are stored as JSON")
-    caption_column: str = option("caption", "column with the captions; the first caption is also stored as text")
-    image_root: str | None = option(None, "folder that image paths start from; that of the data file if not given")
-    encoding: str | None = option(None, "encoding of a table, such as cp1252; UTF-8 if not given")
-    samples_per_shard: int = option(1000, "samples per shard; training needs a shard per worker of each process")
-    seed: int = option(0, "seed of the order of the samples")
-    output_dir: str | None = option(None, "folder for the shards and their index; runs/shards if not given")
-
-    def __post_init__(self):
-        check_values(self)
-        require_at_least_one(self, "samples_per_shard")
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -354,261 +319,6 @@ class Source:
         return window
 
 
-class ShardDataset(IterableDataset):
-    """An endless stream of pairs from WebDataset shards, shuffled anew each epoch.
-
-    `Sample.place` is the position of the sample's stream after it, so that a run can resume with the next one.
-
-    Args:
-        sources: the shards of each source, in which a sample is an image file with a .txt, .json or .cls file; or a
-            data set that is streamed.
-        weights: relative sampling weight of each source; None: equal weights.
-        maker: makes the sample of a row.
-        seed: seed of the order.
-        rank: number of this process.
-        processes: number of processes.
-        places: the position to resume from, by stream number: `Sample.place` of the last sample of each stream. None:
-            the beginning.
-        first_batch: number of batches that this process has taken before; they come from its workers in turn.
-        workers: workers of each process.
-        kinds: which files to read.
-    """
-
-    def __init__(
-        self, sources: list, weights: list[float] | None, maker: SampleMaker, seed: int, rank: int = 0,
-        processes: int = 1, places: dict[str, dict] | None = None, first_batch: int = 0, workers: int = 1,
-        kinds: "Kinds | None" = None,
-    ):  # fmt: skip
-        self.sources, self.weights = sources, weights or [1.0] * len(sources)
-        self.maker, self.seed, self.rank, self.processes = maker, seed, rank, processes
-        self.places, self.first_batch, self.kinds = places or {}, first_batch, kinds or Kinds()
-        self.streams, self.window = streams_of(sources, processes * max(1, workers), self.places)
-
-    def __iter__(self) -> Iterator[Sample]:
-        worker = torch.utils.data.get_worker_info()
-        workers = worker.num_workers if worker else 1
-        # A DataLoader starts with its first worker, so that worker must get the streams whose turn it is.
-        turn = ((worker.id if worker else 0) + self.first_batch) % workers
-        own = [
-            Stream(self, number) for number in range(self.rank * workers + turn, self.streams, self.processes * workers)
-        ]
-        samples = [iter(stream) for stream in own]
-        while True:  # the stream that has given the fewest samples is next
-            yield next(samples[min(range(len(own)), key=lambda index: own[index].draws)])
-
-    def to_row(self, files: dict[str, bytes]) -> dict:
-        """Turn the files of a sample into a row.
-
-        Args:
-            files: contents by kind (extension, lower case).
-
-        Returns:
-            The fields of the .json file, the image (None if there is none), and the captions: those of the .json file,
-            or else the .txt file, or else the name of the class in the .cls file.
-
-        Raises:
-            BadRow: if the .json file is invalid, or a class has no name.
-        """
-        column, kinds = self.maker.chooser.caption_column.split(",")[0], self.kinds
-        try:
-            content = json.loads(files["json"]) if "json" in files else {}
-            row = {column: content} if isinstance(content, list) else dict(content)
-        except (ValueError, TypeError, RecursionError):
-            raise BadRow("broken JSON") from None
-        text = next((files[kind] for kind in kinds.captions if kind in files), None)
-        if text is not None and (kinds.captions != TEXT or not row.get(column)):
-            row[column] = text.decode("utf-8", "replace")
-        if "cls" in files and not row.get(column):
-            row[column] = kinds.class_name(files["cls"].decode("utf-8", "replace").strip())
-        pictures = kinds.images or [kind for kind in files if is_picture(kind)]
-        row[self.maker.image_column] = next((files[kind] for kind in pictures if kind in files), None)
-        return row
-
-
-class Stream:
-    """One of the streams of a `ShardDataset`; iterates over its samples. `draws` is the number of samples so far."""
-
-    def __init__(self, data: ShardDataset, number: int):
-        self.data, self.number = data, number
-        self.place = data.places.get(str(number), {"draws": 0, "sources": [None] * len(data.sources)})
-        self.draws = self.place["draws"]
-
-    def __iter__(self) -> Iterator[Sample]:
-        data = self.data
-        sources = [
-            RowSource(part, data.seed, self.number, data.streams, at) if isinstance(part, StreamedRows)
-            else Source(part, data.seed + 7919 * number, self.number, data.streams, at, data.window)
-            for number, (part, at) in enumerate(zip(data.sources, self.place["sources"], strict=True))
-        ]  # fmt: skip
-        iterators, skipped = [iter(source) for source in sources], []
-        while True:
-            rng = random.Random(f"{data.seed}-{self.number}-{self.draws}")
-            files, key, epoch = next(rng.choices(iterators, data.weights)[0])
-            self.draws += 1
-            try:
-                row = files if isinstance(data.sources[0], StreamedRows) else data.to_row(files)
-                sample = data.maker(row, key, epoch)
-            except BadRow as error:
-                skipped.append((key, str(error)))
-                if len(skipped) >= TRIES:
-                    causes = Counter(cause for _, cause in skipped)
-                    raise unusable(f"{TRIES} consecutive samples cannot be used", causes, key) from None
-                continue
-            for source in sources:
-                skipped += source.broken
-                source.broken = []
-            sample.skipped, skipped = skipped, []
-            place = {"draws": self.draws, "sources": [list(source.place) for source in sources],
-                     "streams": data.streams, "window": data.window}  # fmt: skip
-            sample.place = {str(self.number): place}
-            yield sample
-
-
-TEXT = ("txt",)
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """Which files of a sample to read, by kind (extension, lower case).
-
-    Attributes:
-        images: kinds of the image, the first that is there; empty: whatever is a picture.
-        captions: kinds of the caption; others than .txt come before what the .json file says.
-        class_names: names of the classes whose numbers are in .cls files; None: there are none.
-    """
-
-    images: tuple[str, ...] = ()
-    captions: tuple[str, ...] = TEXT
-    class_names: tuple[str, ...] | None = None
-
-    def class_name(self, text: str) -> str:
-        """The caption that a .cls file stands for. Raises BadRow for a number without a name."""
-        if not text.isdecimal():
-            return text
-        if self.class_names is None or int(text) >= len(self.class_names):
-            raise BadRow("a class number without a name")
-        return self.class_names[int(text)]
-
-
-def kinds_of(arguments: TrainingArguments) -> Kinds:
-    """The files that the options of a run name."""
-    names = getattr(arguments, "class_names", None)
-    return Kinds(
-        images=endings(arguments.shard_image_key),
-        captions=endings(arguments.shard_caption_key) or TEXT,
-        class_names=tuple(CLASS_NAMES[names]) if names else None,
-    )
-
-
-def endings(text: str | None) -> tuple[str, ...]:
-    """The endings in a text such as "jpg,png" or "jpg;png", in lower case and without a dot in front."""
-    return tuple(part.strip().lower().removeprefix(".") for part in re.split("[,;]", text or "") if part.strip())
-
-
-def streams_of(sources: list, workers: int, places: dict[str, dict]) -> tuple[int, int]:
-    """The number of streams of a run, and of shards that each of them reads at a time.
-
-    Args:
-        sources: the shards of each source.
-        workers: the workers of all processes, at most as many as there are shards in each source.
-        places: the positions of the streams in a state to resume from, whose number they keep; empty for a new run.
-
-    Raises:
-        ResumeError: if there are more workers than streams.
-    """
-    if places:
-        place = next(iter(places.values()))
-        streams, window = place.get("streams", workers), place.get("window", WINDOW)
-        if workers > streams:
-            raise ResumeError(
-                f"The run reads its shards in {streams} streams, so it cannot be resumed with {workers} workers "
-                "(processes times --num_workers)."
-            )
-        return streams, window
-    each = max(1, min(STREAMS // workers, min(map(len, sources)) // workers))
-    return each * workers, max(1, WINDOW // each)
-
-
 def is_picture(kind: str) -> bool:
     """Whether files of this kind (extension, lower case) are pictures; `write_shards` may use the name of a format."""
     return f".{kind}" in extensions() or kind.upper() in formats()
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def write_shards(arguments: ShardsArguments) -> None:
-    """Write a data set as shuffled shards with an index. The bytes of the images are copied unchanged.
-
-    Raises:
-        ArgumentError: if webdataset is not installed, the data cannot be loaded, or the output folder holds other
-            files.
-    """
-    require_webdataset()
-    from webdataset import ShardWriter
-
-    target, causes = Path(arguments.output_dir), Counter()
-    check_output(arguments.output_dir, sources=[arguments.dataset_name, arguments.image_root])
-    rows = load_rows(
-        arguments.dataset_name, arguments.train_split, arguments.image_column, arguments.image_root,
-        arguments.dataset_config_name, caption_column=arguments.caption_column, encoding=arguments.encoding,
-    ).shuffle(seed=arguments.seed)  # fmt: skip
-    for column in arguments.caption_column.split(","):
-        require_text(rows, column, arguments.dataset_name, "--caption_column")
-    shards: dict[str, dict[str, int]] = {}
-
-    def write(folder: Path) -> None:
-        def note(path: str) -> None:
-            shards[Path(path).name] = {"samples": writer.count, "bytes": os.path.getsize(path)}
-
-        options = {"maxcount": arguments.samples_per_shard, "encoder": False, "post": note, "verbose": 0}
-        with ShardWriter(f"{str(folder).replace('%', '%%')}/%05d.tar", **options) as writer:
-            for number, row in enumerate(tqdm(rows, unit=" samples")):
-                try:
-                    writer.write(
-                        {"__key__": f"{number:09d}"} | files_of(row, arguments.image_column, arguments.caption_column)
-                    )
-                except BadRow as error:
-                    causes[str(error)] += 1
-        if not any(shard["samples"] for shard in shards.values()):
-            raise BadDataError(f"no row can be used: {describe(causes)}. No shards were written")
-        (folder / INDEX).write_text(json.dumps({"shards": shards}, indent=1))
-
-    target = write_whole(target, write)
-    total = sum(shard["samples"] for shard in shards.values())
-    print(f"{total:,} samples in {len(shards):,} shards. Skipped rows: {describe(causes)}.")
-    print(f"To train on them: --dataset_name '{target}/{{00000..{len(shards) - 1:05d}}}.tar'")
-
-
-def files_of(row: dict, image_column: str, caption_column: str) -> dict[str, bytes]:
-    """The files of a sample: the image, the first caption as text, and all columns except the image as JSON.
-
-    Other readers of WebDataset, such as open_clip's, use the text file.
-
-    Args:
-        row: a row of the data set.
-        image_column: column with the image.
-        caption_column: column with the captions, or several, joined by commas; the first caption becomes the text.
-
-    Returns:
-        Contents by kind: the image's format, "txt" and "json".
-
-    Raises:
-        BadRow: if there is no image, it cannot be read, or there is no caption.
-    """
-    try:
-        content = picture_bytes(row[image_column])
-        with Image.open(io.BytesIO(content), formats=formats()) as image:
-            kind = EXTENSION.get(image.format, image.format).lower()
-    except PictureError as error:
-        raise BadRow(str(error)) from None
-    except Exception:
-        raise BadRow("not an image") from None
-    rest = {"image_id": picture_id(row, image_column)} | {
-        k: v for k, v in row.items() if k != image_column and v is not None
-    }
-    captions = [text for column in caption_column.split(",") for text in texts_of(row.get(column))]
-    if not captions:
-        raise BadRow("empty caption")
-    text = captions[0]
-    return {kind: content, "txt": text.encode(), "json": json.dumps(rest, ensure_ascii=False, default=str).encode()}

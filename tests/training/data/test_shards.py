@@ -27,18 +27,9 @@ from vlp.training.command_line import parse
 from vlp.training.data.batches import Collator, train_loader
 from vlp.training.data.rows import BadRow, CaptionChooser
 from vlp.training.data.samples import SampleMaker
-from vlp.training.data.shards import (
-    INDEX,
-    Kinds,
-    ShardDataset,
-    ShardsArguments,
-    Source,
-    endings,
-    expand,
-    files_of,
-    read_index,
-    write_shards,
-)
+from vlp.training.data.shard_writer import ShardsArguments, files_of, write_shards
+from vlp.training.data.shards import INDEX, Source, expand, read_index
+from vlp.training.data.streams import Kinds, ShardDataset, endings
 from vlp.training.families.clip import ClipArguments
 from vlp.training.run import train
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from test_data import maker, picture
 from test_shards import loader_of, run_of
 from vlp.training.data import streaming
-from vlp.training.data.shards import ShardDataset
 from vlp.training.data.streaming import RowSource, stream_of
+from vlp.training.data.streams import ShardDataset
 from vlp.training.run import train
 
 from vlp.errors import ArgumentError
