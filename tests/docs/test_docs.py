@@ -72,7 +72,7 @@ def test_snippets_run_in_order(name, place, capsys):
     if name == "evaluation.md":
         assert list(place.glob("*.png"))
     if name == "own-data.md":  # also run the training command
-        words = shlex.split(blocks(name, "bash")[0])
+        words = shlex.split(next(block for block in blocks(name, "bash") if "training clip" in block))
         less = ["--max_train_minutes", "none", "--max_train_steps", "2", "--per_device_train_batch_size", "4",
                 "--report_to", "none", "--vocab_size", "600", "--num_threads", "2"]  # fmt: skip
         list_files(place / "runs/mine")  # as if vlp had written the model that the snippets use
@@ -96,6 +96,8 @@ def test_commands_parse(name):
             task = next(word for word in words if word in TASKS)
             parse(words[words.index(task) + 1 :], task)
             assert all((DOCS.parent / word).is_file() for word in words if word.endswith(".yaml"))
+        elif words[:2] == ["vlp", "check"]:
+            parse(["--dataset_name", *words[2:]], "check")
         elif words[0] == "vlp-convert":
             convert.build_parser().parse_args(words[1:])
         elif words[0] == "vlp-index":
