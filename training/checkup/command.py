@@ -43,10 +43,8 @@ def check(arguments: CheckArguments) -> Findings:
     use_cpu_well(cpu_cores())
     rows = load_split(arguments, arguments.dataset_name, arguments.train_split, "--dataset_name")
     eval_rows = rows_to_evaluate_on(arguments)
-    findings, facts = look(arguments, rows, eval_rows)
-    written = write_whole(
-        Path(target), lambda folder: write_report(folder, findings, rows, eval_rows, arguments, facts)
-    )
+    findings = look(arguments, rows, eval_rows)
+    written = write_whole(Path(target), lambda folder: write_report(folder, findings, rows, eval_rows, arguments))
     print(f"Report written to {printable(written)}/check.html, with .md and .json files next to it.")
     return findings
 
@@ -80,12 +78,8 @@ def load_split(arguments: CheckArguments, name: str, split: str, option: str):
     return rows
 
 
-def look(arguments: CheckArguments, rows, eval_rows) -> tuple[Findings, list[PictureFacts]]:
-    """Find everything out.
-
-    Returns:
-        The findings, and the facts of each picture to train on.
-    """
+def look(arguments: CheckArguments, rows, eval_rows) -> Findings:
+    """Find everything out."""
     processes = arguments.num_workers or cpu_cores()
     facts = survey(rows, arguments.image_column, arguments.max_image_pixels, processes)
     columns = arguments.caption_column.split(",")
@@ -120,15 +114,14 @@ def look(arguments: CheckArguments, rows, eval_rows) -> tuple[Findings, list[Pic
         theirs = survey(eval_rows, arguments.image_column, arguments.max_image_pixels, processes, "Evaluation")
         findings.leaks = leaks_between(facts, theirs)
     findings.captions = caption_facts(captions, lengths_of(captions, arguments), arguments.max_length)
-    usable = len(rows) - len({number for numbers in findings.unreadable.values() for number in numbers})
     side = int(np.median(findings.sides)) if findings.sides else 0
-    findings.advice = advise(arguments, usable, side, findings.captions, torch.accelerator.is_available())
-    if arguments.measure and usable > 1:
+    findings.advice = advise(arguments, findings.usable, side, findings.captions, torch.accelerator.is_available())
+    if arguments.measure and findings.usable > 1:
         try:
-            findings.advice.measured = measure(findings.advice, usable)
+            findings.advice.measured = measure(findings.advice, findings.usable)
         except (UserError, OSError, RuntimeError) as error:
             findings.advice.measured = f"The speed was not measured: {brief(error)[:200]}"
-    return findings, facts
+    return findings
 
 
 def find_copies(findings: Findings, facts: list[PictureFacts], read: list[int]) -> None:

@@ -50,6 +50,11 @@ class Findings:
     alike_to_model: list[tuple[int, int, float]] = field(default_factory=list)
     advice: Advice = field(default_factory=Advice)
 
+    @property
+    def usable(self) -> int:
+        """The number of rows to train on that can be used; each of the others has one cause."""
+        return self.rows - sum(map(len, self.unreadable.values()))
+
     def as_json(self, arguments: CheckArguments) -> str:
         """The findings and the options as JSON."""
         content = dataclasses.asdict(self)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from ...errors import printable
 from ...model_cards.plots import plot_examples
-from ..data.rows import texts_of
-from ..data.survey import CheckArguments, PictureFacts, thumbnail
+from ..data.rows import texts_in
+from ..data.survey import CheckArguments, thumbnail
 from .findings import Findings
 
 SHOWN = 7  # examples of each kind
@@ -53,12 +53,12 @@ class Gallery:
 
     def __getitem__(self, number: int) -> tuple[Image.Image | None, str]:
         row = self.rows[number]
-        texts = [text for column in self.arguments.caption_column.split(",") for text in texts_of(row.get(column))]
+        texts = texts_in(row, self.arguments.caption_column)
         image = thumbnail(row, self.arguments.image_column, self.arguments.max_image_pixels)
         return image, f"row {number:,}: {printable(texts[0], 80) if texts else '(no caption)'}"
 
 
-def write_report(folder: Path, findings: Findings, rows, eval_rows, arguments: CheckArguments, facts) -> None:
+def write_report(folder: Path, findings: Findings, rows, eval_rows, arguments: CheckArguments) -> None:
     """Write check.html, check.md, check.json and the pictures of the Markdown page into a folder.
 
     Args:
@@ -67,11 +67,10 @@ def write_report(folder: Path, findings: Findings, rows, eval_rows, arguments: C
         rows: the rows to train on.
         eval_rows: the rows to evaluate on; None if there are none.
         arguments: the options of the check-up.
-        facts: the facts of each picture to train on.
     """
     own = Gallery(rows, arguments)
     theirs = Gallery(eval_rows, arguments) if eval_rows is not None else None
-    sections = sections_of(findings, own, theirs, arguments, facts)
+    sections = sections_of(findings, own, theirs, arguments)
     title = (
         f"Check-up of {printable(Path(arguments.dataset_name).name, 80)}, split {printable(arguments.train_split, 40)}"
     )
@@ -83,33 +82,30 @@ def write_report(folder: Path, findings: Findings, rows, eval_rows, arguments: C
 # --- what is in it ----------------------------------------------------------------------------------------------------
 
 
-def sections_of(
-    findings: Findings, own: Gallery, theirs: Gallery | None, arguments: CheckArguments, facts: list[PictureFacts]
-) -> list[Section]:
+def sections_of(findings: Findings, own: Gallery, theirs: Gallery | None, arguments: CheckArguments) -> list[Section]:
     """The parts of the report: a summary, the faults, the pictures and captions, and what to choose."""
     parts = [
-        unreadable(findings, own),
+        unreadable(findings),
         copies(findings, own),
         leaks(findings, own, theirs),
         misfits(findings, own, arguments),
-        empty_captions(findings, own),
+        empty_captions(findings),
     ]
     return [summary(findings, parts, own), *parts, pictures(findings), captions(findings, arguments), advice(findings)]
 
 
 def summary(findings: Findings, parts: list[Section], own: Gallery) -> Section:
     faults = [part.title for part in parts if part.is_fault]
-    usable = findings.rows - len({number for numbers in findings.unreadable.values() for number in numbers})
     text = (
-        f"{findings.rows:,} rows, of which {usable:,} can be used; {findings.pictures:,} different pictures and "
-        f"{findings.captions.distinct:,} different captions. "
+        f"{findings.rows:,} rows, of which {findings.usable:,} can be used; {findings.pictures:,} different pictures "
+        f"and {findings.captions.distinct:,} different captions. "
     )
     text += f"Look at: {', '.join(faults)}." if faults else "Nothing is wrong with the data."
     step = max(1, findings.rows // SHOWN)
     return Section("Summary", text, pictures=[[own[number]] for number in range(0, findings.rows, step)][:SHOWN])
 
 
-def unreadable(findings: Findings, own: Gallery) -> Section:
+def unreadable(findings: Findings) -> Section:
     if not findings.unreadable:
         return Section("Unusable rows", "All rows can be used.")
     table = [["cause", "rows", "share", "the first"]]
@@ -170,7 +166,7 @@ def misfits(findings: Findings, own: Gallery, arguments: CheckArguments) -> Sect
     return Section(title, text, table, [[own[each.row]] for each in findings.misfits[:SHOWN]], is_fault=True)
 
 
-def empty_captions(findings: Findings, own: Gallery) -> Section:
+def empty_captions(findings: Findings) -> Section:
     facts, title = findings.captions, "Captions that say nothing"
     table = [["kind", "captions", "share", "examples"]]
     for kind, found in sorted(facts.empty.items(), key=lambda item: -len(item[1])):

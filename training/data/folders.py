@@ -17,7 +17,6 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 METADATA = "metadata."  # the table of `datasets`' imagefolder
-MOST_FILES = 10_000_000
 EXPECTED = (
     "a table of pictures and captions, such as metadata.csv with the columns file_name and caption; a text file beside "
     "each picture, such as 1.txt beside 1.jpg; or a folder of pictures for each class"

@@ -132,9 +132,14 @@ def texts_of(value: Any) -> list[str]:
     return [text for text in texts if text]
 
 
+def texts_in(row: dict, columns: str) -> list[str]:
+    """All texts of a row, from one column or several joined by commas."""
+    return [text for column in columns.split(",") for text in texts_of(row.get(column))]
+
+
 def captions_of(row: dict, columns: str) -> list[str]:
     """All captions of a row, from one column or several joined by commas. Raises BadRow if there is none."""
-    captions = [text for column in columns.split(",") for text in texts_of(row.get(column))]
+    captions = texts_in(row, columns)
     if not captions:
         raise BadRow("empty caption")
     return captions

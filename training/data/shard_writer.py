@@ -14,7 +14,7 @@ from ...errors import BadDataError
 from ...files import check_output, write_whole
 from ...processing.pictures import PictureError, formats, picture_bytes
 from ..arguments import EMOJI, check_values, option, require_at_least_one
-from .rows import BadRow, describe, picture_id, texts_of
+from .rows import BadRow, captions_of, describe, picture_id
 from .shards import INDEX, require_webdataset
 from .sources import load_rows, require_text
 
@@ -111,8 +111,5 @@ def files_of(row: dict, image_column: str, caption_column: str) -> dict[str, byt
     rest = {"image_id": picture_id(row, image_column)} | {
         k: v for k, v in row.items() if k != image_column and v is not None
     }
-    captions = [text for column in caption_column.split(",") for text in texts_of(row.get(column))]
-    if not captions:
-        raise BadRow("empty caption")
-    text = captions[0]
+    text = captions_of(row, caption_column)[0]
     return {kind: content, "txt": text.encode(), "json": json.dumps(rest, ensure_ascii=False, default=str).encode()}

@@ -1,6 +1,7 @@
 """Load image-text pairs from a folder, a table or the hub as rows of a `datasets.Dataset`."""
 
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def with_images(
             rows = rows.map(lambda row: taken_apart(row[column], column, second))
             return with_images(rows, column, base, name, option)
         text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
-        if text and base is not None:
+        if text and base is not None and not all(map(is_complete, rows[column])):
             rows = rows.map(lambda row: {column: path_of(row[column], base)})
         elif isinstance(feature, datasets.Value) and not text and "binary" not in feature.dtype:
             raise ArgumentError(f"its type is {feature.dtype}")
@@ -166,6 +167,11 @@ def with_images(
             f"{option} {printable(column, 60)} of {name} must hold images, their bytes or their paths: "
             f"{brief(error)[:160]}"
         ) from error
+
+
+def is_complete(path: str | None) -> bool:
+    """Whether a path needs no folder in front of it, as those in a folder of pictures."""
+    return not path or os.path.isabs(path)
 
 
 def taken_apart(images: list | None, column: str, second: str | None) -> dict:

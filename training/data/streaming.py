@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 
 from ...errors import ArgumentError, brief, printable
-from ..arguments import TrainingArguments
+from ..arguments import EMOJI, TrainingArguments
 from .sources import EMOJI_FOLDER, KINDS, files_of, require_column, require_text
 from .tables import kind_of_table, with_names
 
@@ -99,7 +99,7 @@ def load_stream(arguments: TrainingArguments) -> StreamedRows:
 def stream_of(name: str, config: str | None, split: str, image_column: str, caption_column: str) -> StreamedRows:
     """Open a data set for streaming; see `load_stream`."""
     told = f"--dataset_name {printable(name, 120)}"
-    paths = [EMOJI_FOLDER] if name == "emoji" else files_of(name, "--dataset_name")
+    paths = [EMOJI_FOLDER] if name == EMOJI else files_of(name, "--dataset_name")
     try:
         if paths[0].is_file():
             ending = kind_of_table(paths[0]) or paths[0].suffix.lower()
