@@ -164,6 +164,9 @@ class ModifiedResNet(VlpPreTrainedModel):
             x = getattr(self, f"layer{stage + 1}")(x)
             hidden_states += (x,)
         attended = self.attnpool(x)
+        if self.config.states_with_positions:
+            cells = interpolate_grid(self.attnpool.positional_embedding, *x.shape[-2:])[1:]
+            x = x + cells.T.unflatten(1, x.shape[-2:]).to(x.dtype)
         return ResNetOutput(
             last_hidden_state=None if pooled_only else x,
             pooler_output=self.attnpool.project(attended),

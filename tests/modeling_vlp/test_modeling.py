@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModel
 from vlp.modeling_vlp.layers import quick_gelu
 from vlp.modeling_vlp.linear import Linear
+from vlp.modeling_vlp.resnet import ModifiedResNet
 
 import vlp
 
@@ -308,3 +309,19 @@ def test_exported_program_has_no_private_operators():
     with torch.no_grad():
         program = torch.export.export(linear, (torch.randn(2, 8),))
     assert "mkldnn" not in str(program.graph)
+
+
+@torch.no_grad()
+def test_resnet_states_can_have_positions():
+    """The cells that texts attend to are those of the plain model plus the pooling's position embeddings."""
+    config = tiny_config("resnet").vision_config
+    config.states_with_positions = True
+    placed = ModifiedResNet(config).eval()
+    config = tiny_config("resnet").vision_config
+    plain = ModifiedResNet(config).eval()
+    plain.load_state_dict(placed.state_dict())
+    pixels = torch.randn(2, 3, 64, 64)
+    found, wanted = placed(pixels), plain(pixels)
+    positions = placed.attnpool.positional_embedding[1:].T.unflatten(1, found.last_hidden_state.shape[-2:])
+    assert_close(found.last_hidden_state, wanted.last_hidden_state + positions)
+    assert_close(found.pooler_output, wanted.pooler_output)
