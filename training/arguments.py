@@ -52,12 +52,15 @@ class TrainingArguments:
     # Data
     dataset_name: str = option(
         EMOJI,
-        'training data: "emoji" (included in the package), a hub name, a folder, a .csv, .tsv, .json, '
-        ".jsonl, .parquet or .arrow file or several (docs/own-data.md), or .tar shards such as data/{000..099}.tar; "
+        'training data: "emoji" (included in the package), "scenes" (drawn, in any number: docs/scenes.md), a hub '
+        "name, a folder, a .csv, .tsv, .json, .jsonl, .parquet or .arrow file or several (docs/own-data.md), or .tar "
+        "shards such as data/{000..099}.tar; "
         "several files or shard sources, joined by ::",
         bound=True,
     )
-    dataset_config_name: str | None = option(None, "configuration of a hub data set", bound=True)
+    dataset_config_name: str | None = option(
+        None, "configuration of a hub data set; of the scenes: captions, questions, statements or swaps", bound=True
+    )
     train_split: str = option("train", "split to train on", bound=True)
     image_column: str = option("image", "column with the images or their paths", bound=True)
     caption_column: str = option(

@@ -14,6 +14,7 @@ from ..errors import ArgumentError, CommandParser, brief, printable
 from ..files import usable_path
 from .arguments import EMOJI, TrainingArguments, add_options
 from .data.capfilt import CapFiltArguments
+from .data.scenes import is_scenes
 from .data.shard_writer import ShardsArguments
 from .data.survey import CheckArguments
 from .families import FAMILIES
@@ -39,7 +40,8 @@ class Task:
 
 
 # What recipes for the included data say of its columns and splits, which other data do not have.
-OF_THE_DATA = ("eval_split", "class_column", "tag_column", "tag_share", "templates", "template_share")
+OF_THE_DATA = ("dataset_config_name", "train_split", "eval_split", "class_column", "caption_column", "answer_column",
+               "tag_column", "tag_share", "templates", "template_share")  # fmt: skip
 TOWERS = ("image_tower", "text_tower", "vision_tower")
 TASKS = {
     each.name: Task(each.arguments, each.recipe, each.text, each.recipe_with_towers) for each in FAMILIES.values()
@@ -72,7 +74,9 @@ def parse(arguments: list[str], task: str = "clip"):
     if recipe == TASKS[task].recipe and any(getattr(given, name, None) for name in TOWERS):
         recipe = TASKS[task].recipe_with_towers or recipe
     values = read_recipe(recipe, TASKS[task].arguments)
-    if values.get("dataset_name", EMOJI) == EMOJI and getattr(given, "dataset_name", EMOJI) != EMOJI:
+    own, other = values.get("dataset_name", EMOJI), getattr(given, "dataset_name", EMOJI)
+    chosen = any(word.split("=")[0] == "--dataset_name" for word in arguments)
+    if chosen and (own == EMOJI or is_scenes(own)) and other.partition(":")[0] != own.partition(":")[0]:
         values = {name: value for name, value in values.items() if name not in OF_THE_DATA}
     parser.set_defaults(**values)
     parsed = vars(parser.parse_args(arguments))

@@ -12,6 +12,7 @@ from ...files import kind_of, usable_path
 from ..arguments import EMOJI
 from .folders import SPLITS, load_folder
 from .rows import TEXT_FIELDS
+from .scenes import is_scenes, load_scenes
 from .tables import kind_of_table, load_tables, no_column, path_of, with_names
 
 EMOJI_FOLDER = Path(__file__).parent / "emoji"
@@ -37,11 +38,11 @@ def load_rows(
     Columns of images and captions that have other usual names, such as file_name and text, get the default ones.
 
     Args:
-        name: "emoji", a hub name, a folder, or files; see `TrainingArguments.dataset_name`.
+        name: "emoji", "scenes", a hub name, a folder, or files; see `TrainingArguments.dataset_name`.
         split: the split to load.
         image_column: column with the images or their paths.
         image_root: folder that image paths start from; None: the folder of the data.
-        config: configuration of a hub data set.
+        config: configuration of a hub data set, or of the scenes (see `scenes.load_scenes`).
         option: the option that names the data, for error messages.
         second_image_column: column with a second image, of data that has one.
         caption_column: column with the captions, or several, joined by commas.
@@ -56,6 +57,8 @@ def load_rows(
     """
     if not name.strip():
         raise ArgumentError(f"{option} must be a table, a folder, or a hub name such as owner/name; got {name!r}.")
+    if is_scenes(name):
+        return load_scenes(name, config, split, option)
     told, root = printable(name, 120), usable_path(image_root, "--image_root") if image_root else None
     tables = {"image_column": image_column, "image_root": root, "option": option, "encoding": encoding,
               "second_image_column": second_image_column, "caption_column": caption_column}  # fmt: skip

@@ -1,0 +1,183 @@
+"""The world of the scenes: objects, where they are, and the combinations of shape and colour of each split."""
+
+import math
+import random
+from dataclasses import dataclass
+
+# Lengths are shares of the side of the picture; x grows to the right, y downwards.
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
+TEXTURES = ("plain", "striped", "dotted")
+RADII = {"small": (0.105, 0.125), "large": (0.175, 0.205)}
+INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above", "inside": "around",
+           "around": "inside", "behind": "front", "front": "behind"}  # fmt: skip
+PAIRED = ("left", "above", "inside", "behind")  # relations that a scene is built around
+MOST_OBJECTS = 3
+CLEAR = 1.5  # how much longer the one direction must be than the other to say "left of" or "above"
+TRIES = 60
+
+# Every shape and every colour has one combination that the training split does not show.
+RESERVED = {
+    ("circle", "purple"): "test", ("triangle", "red"): "test", ("heart", "orange"): "test", ("ring", "green"): "test",
+    ("square", "yellow"): "validation", ("star", "blue"): "validation", ("cross", "pink"): "validation",
+}  # fmt: skip
+SPLITS = ("train", "validation", "test")
+
+
+def split_of(shape: str, colour: str) -> str:
+    """The split that a combination of shape and colour belongs to."""
+    return RESERVED.get((shape, colour), "train")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of a scene.
+
+    Attributes:
+        shape, colour, size, texture: one of SHAPES, COLOURS, RADII and TEXTURES.
+        x, y: its centre.
+        radius: radius of the circle around it.
+    """
+
+    shape: str
+    colour: str
+    size: str
+    texture: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Colour and shape, which no two objects of a scene share."""
+        return self.colour, self.shape
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A scene.
+
+    Attributes:
+        things: the objects, the farthest first; each hides those before it.
+        first, second: two of them, which the captions name.
+        relation: of `first` to `second`, one of PAIRED.
+    """
+
+    things: tuple[Thing, ...]
+    first: Thing
+    second: Thing
+    relation: str
+
+    def between(self, one: Thing, other: Thing) -> str | None:
+        """How `one` is placed relative to `other`, a key of INVERSE; None if that is not clear."""
+        if (one, other) == (self.first, self.second):
+            return self.relation
+        if (one, other) == (self.second, self.first):
+            return INVERSE[self.relation]
+        return direction(one, other)
+
+    def find(self, colour: str | None = None, shape: str | None = None) -> list[Thing]:
+        """The objects of a colour, of a shape, or of both."""
+        return [each for each in self.things if colour in (None, each.colour) and shape in (None, each.shape)]
+
+
+def direction(one: Thing, other: Thing) -> str | None:
+    """On which side of `other` the object `one` is; None if that is not clear."""
+    dx, dy = one.x - other.x, one.y - other.y
+    if abs(dx) > CLEAR * abs(dy):
+        return "left" if dx < 0 else "right"
+    if abs(dy) > CLEAR * abs(dx):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def make_scene(split: str, rng: random.Random) -> Scene:
+    """Draw a random scene.
+
+    Args:
+        split: one of SPLITS. The first object, at least, is a combination of the split; the others are combinations of
+            the split or of the training split.
+        rng: source of the random choices.
+    """
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    own = [kind for kind in kinds if split_of(kind[1], kind[0]) == split]
+    shown = [kind for kind in kinds if split_of(kind[1], kind[0]) in (split, "train")]
+    while True:
+        chosen = [rng.choice(own)]
+        wanted = rng.randint(2, MOST_OBJECTS)
+        while len(chosen) < wanted:
+            # Objects that share a shape or a colour with another one make questions that both are needed for.
+            near = [kind for kind in shown if kind not in chosen and any(set(kind) & set(each) for each in chosen)]
+            far = [kind for kind in shown if kind not in chosen]
+            chosen.append(rng.choice(near if near and rng.random() < 0.4 else far))
+        relation = rng.choice(PAIRED)
+        if (pair := place_pair(chosen[0], chosen[1], relation, rng)) is None:
+            continue
+        things = list(pair)
+        for kind in chosen[2:]:
+            if (thing := place(kind, things, rng)) is not None:
+                things.append(thing)
+        first, second = pair
+        order = [second, first, *things[2:]] if relation == "inside" else things  # what is behind is drawn first
+        return Scene(tuple(order), first, second, relation)
+
+
+def a_thing(kind: tuple[str, str], size: str, x: float, y: float, rng: random.Random, radius: float = 0.0) -> Thing:
+    """An object with a random texture; its radius is that of its size unless it is given."""
+    colour, shape = kind
+    return Thing(shape, colour, size, rng.choices(TEXTURES, (2, 1, 1))[0], x, y, radius or rng.uniform(*RADII[size]))
+
+
+def place_pair(one: tuple, other: tuple, relation: str, rng: random.Random) -> tuple[Thing, Thing] | None:
+    """Place two objects in a relation; None if the random places do not fit."""
+    if relation == "inside":
+        radius = rng.uniform(0.27, 0.32)
+        x, y = rng.uniform(0.34, 0.66), rng.uniform(0.34, 0.66)
+        around = a_thing(other, "large", x, y, rng, radius)
+        return a_thing(one, "small", x, y, rng), around
+    first = a_thing(one, rng.choice(tuple(RADII)), 0, 0, rng)
+    second = a_thing(other, rng.choice(tuple(RADII)), 0, 0, rng)
+    if relation == "behind":
+        first = a_thing(one, "large", 0, 0, rng)
+        for _ in range(TRIES):
+            first = moved(first, rng)
+            angle, reach = rng.uniform(0, math.tau), first.radius + 0.2 * second.radius
+            second = moved(second, rng, first.x + reach * math.cos(angle), first.y + reach * math.sin(angle))
+            if is_within(second):
+                return first, second
+        return None
+    for _ in range(TRIES):
+        first, second = moved(first, rng), moved(second, rng)
+        if direction(first, second) == relation and are_apart(first, second):
+            return first, second
+    return None
+
+
+def moved(thing: Thing, rng: random.Random, x: float | None = None, y: float | None = None) -> Thing:
+    """The object at a place, or at a random one."""
+    room = thing.radius + 0.02
+    x = rng.uniform(room, 1 - room) if x is None else x
+    y = rng.uniform(room, 1 - room) if y is None else y
+    return Thing(thing.shape, thing.colour, thing.size, thing.texture, x, y, thing.radius)
+
+
+def is_within(thing: Thing) -> bool:
+    """Whether the picture shows the whole object."""
+    return all(thing.radius <= place <= 1 - thing.radius for place in (thing.x, thing.y))
+
+
+def are_apart(one: Thing, other: Thing) -> bool:
+    """Whether two objects do not touch."""
+    return math.hypot(one.x - other.x, one.y - other.y) > one.radius + other.radius + 0.02
+
+
+def place(kind: tuple, things: list[Thing], rng: random.Random) -> Thing | None:
+    """Place another object where it touches none; None if there is no room."""
+    for size in rng.sample(tuple(RADII), 2):
+        thing = a_thing(kind, size, 0, 0, rng)
+        for _ in range(TRIES):
+            thing = moved(thing, rng)
+            if all(are_apart(thing, each) for each in things):
+                return thing
+    return None
