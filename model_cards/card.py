@@ -47,6 +47,8 @@ METRIC_NAMES = {
     "vqa_accuracy": "VQA accuracy, answers generated",
     "vqa_accuracy_ranked": "VQA accuracy, answers ranked",
     "nlvr_accuracy": "NLVR accuracy",
+    "composition_accuracy": "Composition: true caption above false one, by similarity",
+    "composition_accuracy_itm": "Composition: true caption above false one, by ITM",
     "caption_exact": "Captions, exact matches",
     "bleu_1": "Captions, BLEU-1",
     "bleu_2": "Captions, BLEU-2",
@@ -156,18 +158,19 @@ def split_name(arguments: dict) -> str:
 
 
 def failures(evaluations: list[dict]) -> list[str]:
-    """Describe known failures: accuracy per group, and the most confused classes of zero-shot classification."""
+    """Describe known failures: accuracy of each group, and the most confused classes of zero-shot classification."""
     lines = []
     for results in evaluations:
         groups = results.get("groups") or {}
         if groups:
-            worst_first = sorted(groups.items(), key=lambda item: item[1]["zero_shot_top1"])
+            metric = next(name for name in next(iter(groups.values())) if name != "rows")
+            worst_first = sorted(groups.items(), key=lambda item: item[1][metric])
             accuracies = ", ".join(
-                f"{plain(name)} {100 * each['zero_shot_top1']:.0f} % (of {each['rows']})" for name, each in worst_first
+                f"{plain(name)} {100 * each[metric]:.0f} % (of {each['rows']})" for name, each in worst_first
             )
             column = results["arguments"]["class_column"] or results["arguments"]["caption_column"]
             group = results["arguments"]["group_column"]
-            lines.append(f"Zero-shot top-1 accuracy ({code(column)}) by {plain(group)}: {accuracies}.")
+            lines.append(f"{metric_name(metric)} ({code(column)}) by {plain(group)}: {accuracies}.")
         pairs = [
             f"“{plain(right)}” for “{plain(predicted)}”" for right, predicted, _ in results.get("most_confused", [])[:8]
         ]

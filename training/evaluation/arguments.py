@@ -9,7 +9,7 @@ from ...processing.prompts import CLASS_NAMES, TEMPLATES
 from ..arguments import EMOJI, check_values, option, require_at_least_one
 from ..data.sources import is_shards
 
-TaskName = Literal["zero-shot", "retrieval", "captioning", "vqa", "itm", "nlvr"]
+TaskName = Literal["zero-shot", "retrieval", "captioning", "vqa", "itm", "nlvr", "composition"]
 
 
 @dataclass(kw_only=True)
@@ -17,7 +17,7 @@ class EvaluationArguments:
     """The options of `accelerate launch -m vlp.training.evaluate`: the data, the task and its settings."""
 
     dataset: str = option(EMOJI, "data to evaluate on, as --dataset_name of training; not shards")
-    dataset_config_name: str | None = option(None, "configuration of a hub data set")
+    dataset_config_name: str | None = option(None, "configuration of a hub data set, or of the scenes")
     split: str = option("test", "split to evaluate on")
     task: TaskName = option("zero-shot", "task to evaluate")
     image_column: str = option("image", "column with the images, or with their paths")
@@ -34,7 +34,10 @@ class EvaluationArguments:
         None, f"zero-shot: names of integer labels: a file with one name per line, or one of {', '.join(CLASS_NAMES)}"
     )
     templates: str = option("name", f"zero-shot: prompt templates to average over, one of {', '.join(TEMPLATES)}")
-    group_column: str | None = option(None, "zero-shot: also report the accuracy for each value of this column")
+    group_column: str | None = option(
+        None, "zero-shot, vqa, nlvr, composition: also report the accuracy for each value of this column"
+    )
+    wrong_column: str = option("wrong", "composition: column with the false caption")
     answer_column: str = option("answers", "vqa: column with the human answers")
     answer_list: str | None = option(None, "vqa: file of candidate answers to rank, one per line")
     label_column: str = option("label", "nlvr: column with the label: whether the caption is true of both images")

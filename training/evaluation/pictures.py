@@ -26,7 +26,8 @@ class Picture:
 
     Attributes:
         rows: row numbers, in order.
-        texts: the captions of all rows, in order (vqa: the questions; nlvr: the sentence).
+        texts: the captions of all rows, in order (vqa: the questions; nlvr: the sentence; composition: the first
+            caption of each row).
         sources: the row number of each text.
         label: zero-shot: the class index; None for other tasks.
     """
@@ -68,6 +69,19 @@ class Pictures:
     def own(self) -> list[int]:
         """The indices of this process's pictures."""
         return list(range(self.state.process_index, len(self.items), self.state.num_processes))
+
+    @property
+    def own_texts(self) -> list[tuple[int, int]]:
+        """The keys of this process's texts: the index of the picture, and the position among its texts."""
+        return [(number, position) for number in self.own for position in range(len(self.items[number].texts))]
+
+    def text_of(self, key: tuple[int, int]) -> str:
+        """The text of a key."""
+        return self.items[key[0]].texts[key[1]]
+
+    def row_of(self, key: tuple[int, int]) -> int:
+        """The row number of a key's text."""
+        return self.items[key[0]].sources[key[1]]
 
     def image(self, number: int) -> Image.Image:
         """Read a picture, given its index in `items`."""
@@ -163,6 +177,9 @@ def key_and_texts(
     texts = captions_of(row, arguments.caption_column)
     if task == "vqa":
         answers_of(row, arguments.answer_column)
+    if task == "composition":
+        captions_of(row, arguments.wrong_column)
+        texts = texts[:1]
     if task == "nlvr":
         picture_of(row, arguments.second_image_column, arguments.max_image_pixels)
         label_of(row, arguments.label_column)

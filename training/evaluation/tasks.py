@@ -1,4 +1,4 @@
-"""The evaluation tasks: zero-shot classification, retrieval, matching, captioning, VQA and NLVR.
+"""The evaluation tasks: zero-shot classification, retrieval, matching, composition, captioning, VQA and NLVR.
 
 Training, the command `evaluate`, the model card and the demo share these implementations. Each task works on this
 process's share of the pictures, gathers the predictions of all processes and computes the metrics from them, so the
@@ -15,16 +15,18 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...architectures import architecture_of
 from ...errors import ArgumentError, brief, printable
 from ...files import usable_path
-from ...inference import Predictor
+from ...inference import Predictor, VlpPredictor
 from ...modeling_vlp.ranking import candidates_of, rerank
 from ...processing.prompts import CLASS_NAMES, prompts_for, read_names
-from ..data.rows import answers_of, label_of, picture_of
+from ..data.rows import answers_of, captions_of, label_of, picture_of
 from ..data.sources import require_column, require_text
 from .arguments import EvaluationArguments
 from .metrics import load as load_metric
 from .pictures import Pictures, find_pictures
+from .scores import plain_answer, vqa_accuracy
 
 # Shapes: I images, T texts, P pairs, K classes, E embedding, Q queries
 
@@ -38,7 +40,7 @@ class Outcome:
     Attributes:
         metrics: the metrics, and their 95 % intervals under NAME_interval; accuracies and recalls are from 0 to 1.
         confusion: zero-shot: (class, predicted class) of every picture.
-        groups: zero-shot: accuracy and number of pictures for each value of `group_column`.
+        groups: accuracy (under the name of the metric) and number of rows for each value of `group_column`.
     """
 
     metrics: dict
@@ -106,6 +108,8 @@ def prepare_data(
         require_text(table, column, data, "--caption_column")
     if arguments.task == "vqa":
         require_text(table, arguments.answer_column, data, "--answer_column")
+    if arguments.task == "composition":
+        require_text(table, arguments.wrong_column, data, "--wrong_column")
     if arguments.task == "nlvr":
         require_column(table, arguments.second_image_column, data, "--second_image_column")
         require_column(table, arguments.label_column, data, "--label_column")
@@ -225,8 +229,9 @@ def zero_shot(predictor: Predictor, pictures: Pictures) -> Outcome:
         predictions=ranked, references=labels, k=[k for k in (1, 5) if k < len(names)], **bootstrap(arguments)
     )
     confusion = [(label, predicted[0]) for label, predicted in zip(labels, ranked, strict=True)]
-    hits = [label == predicted for label, predicted in confusion]
-    return Outcome(metrics, confusion, by_group(pictures, numbers, hits))
+    hits = [float(label == predicted) for label, predicted in confusion]
+    rows = [pictures.items[number].rows[0] for number in numbers]
+    return Outcome(metrics, confusion, by_group(pictures, "zero_shot_top1", rows, hits))
 
 
 def embed_classes(predictor: Predictor, pictures: Pictures) -> Tensor:
@@ -236,15 +241,22 @@ def embed_classes(predictor: Predictor, pictures: Pictures) -> Tensor:
     return F.normalize(embeds.view(len(pictures.names), -1, embeds.shape[-1]).mean(dim=1), dim=-1)
 
 
-def by_group(pictures: Pictures, numbers: list[int], hits: list[bool]) -> dict[str, dict]:
-    """The accuracy and the number of pictures for each value of `group_column`; empty if it is not set."""
+def by_group(pictures: Pictures, metric: str, rows: list[int], scores: list[float]) -> dict[str, dict]:
+    """The mean score and the number of rows for each value of `group_column`; empty if it is not set.
+
+    Args:
+        pictures: the data.
+        metric: name of the mean.
+        rows: the row of each score.
+        scores: from 0 to 1.
+    """
     column, groups = pictures.arguments.group_column, {}
     if not column:
         return {}
     values = list(pictures.table[column])
-    for number, hit in zip(numbers, hits, strict=True):
-        groups.setdefault(str(values[pictures.items[number].rows[0]]), []).append(hit)
-    return {name: {"zero_shot_top1": sum(h) / len(h), "rows": len(h)} for name, h in sorted(groups.items())}
+    for row, score in zip(rows, scores, strict=True):
+        groups.setdefault(str(values[row]), []).append(score)
+    return {name: {metric: sum(found) / len(found), "rows": len(found)} for name, found in sorted(groups.items())}
 
 
 def best(scores: Tensor, correct: Tensor) -> list[list[int]]:
@@ -296,16 +308,15 @@ def embed(predictor: Predictor, pictures: Pictures, states: bool) -> Embedded:
         images += zip(batch, predictor.embed_images(loaded), strict=True)
         if states:
             own_states.append(predictor.encode_images(loaded))
-    text_keys = [(number, position) for number in pictures.own for position in range(len(pictures.items[number].texts))]
-    for batch in pictures.batches(text_keys, "texts"):
-        embeds = predictor.embed_texts([pictures.items[number].texts[position] for number, position in batch])
+    for batch in pictures.batches(pictures.own_texts, "texts"):
+        embeds = predictor.embed_texts([pictures.text_of(key) for key in batch])
         texts += zip(batch, embeds, strict=True)
     _, image_embeds = transposed(pictures.gather(images))
     text_keys, text_embeds = transposed(pictures.gather(texts))
     return Embedded(
         similarity=predictor.similarity(torch.stack(image_embeds), torch.stack(text_embeds)),
         owner=torch.tensor([number for number, _ in text_keys]),
-        texts=[pictures.items[number].texts[position] for number, position in text_keys],
+        texts=[pictures.text_of(key) for key in text_keys],
         states=torch.cat(own_states) if own_states else None,
     )
 
@@ -421,6 +432,37 @@ def itm(predictor: Predictor, pictures: Pictures) -> Outcome:
     )  # fmt: skip
 
 
+def composition(predictor: Predictor, pictures: Pictures) -> Outcome:
+    """Composition: whether the true caption of a picture fits it better than a false one, by similarity and by ITM.
+
+    The first caption of each row is compared with the first text of `wrong_column`.
+    """
+    arguments, found = pictures.arguments, []
+    matches = "match" in architecture_of(predictor.model).uses if isinstance(predictor, VlpPredictor) else False
+    for batch in pictures.batches(pictures.own_texts, "captions"):
+        rows = [pictures.table[pictures.row_of(key)] for key in batch]
+        images = [pictures.image(number) for number, _ in batch]
+        texts = [text for key, row in zip(batch, rows, strict=True)
+                 for text in (pictures.text_of(key), captions_of(row, arguments.wrong_column)[0])]  # fmt: skip
+        similarity = predictor.similarity(predictor.embed_images(images), predictor.embed_texts(texts))  # (B, 2 B)
+        index = torch.arange(len(texts))
+        scores = [similarity[index // 2, index].view(-1, 2)]
+        if matches:
+            logits = predictor.match(predictor.encode_images(images), index // 2, texts)
+            scores.append((logits[:, 1] - logits[:, 0]).view(-1, 2))
+        found += zip(batch, torch.stack(scores, dim=1).tolist(), strict=True)
+    keys, scores = transposed(pictures.gather(found))
+    metric, metrics, groups = load_metric("composition_accuracy"), {}, {}
+    for number, suffix in enumerate(("", "_itm")[: len(scores[0])]):
+        true, false = transposed([each[number] for each in scores])
+        values = metric.compute(predictions=true, references=false, groups=[image for image, _ in keys],
+                                **bootstrap(arguments))  # fmt: skip
+        metrics |= {name.replace("accuracy", f"accuracy{suffix}"): value for name, value in values.items()}
+        hits = [(1 + (one > other) - (one < other)) / 2 for one, other in zip(true, false, strict=True)]
+        groups = by_group(pictures, f"composition_accuracy{suffix}", [pictures.row_of(key) for key in keys], hits)
+    return Outcome(metrics, groups=groups)
+
+
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
@@ -441,18 +483,14 @@ def captioning(predictor: Predictor, pictures: Pictures) -> Outcome:
 def vqa(predictor: Predictor, pictures: Pictures) -> Outcome:
     """VQA: accuracy of generated answers and, if there are candidates, of the best-ranked candidate."""
     arguments, found = pictures.arguments, []
-    text_keys = [(number, position) for number in pictures.own for position in range(len(pictures.items[number].texts))]
-    for batch in pictures.batches(text_keys, "answers"):
+    for batch in pictures.batches(pictures.own_texts, "answers"):
         images = [pictures.image(number) for number, _ in batch]
-        questions = [pictures.items[number].texts[position] for number, position in batch]
+        questions = [pictures.text_of(key) for key in batch]
         answers = predictor.answer(images, questions, num_beams=arguments.num_beams, max_length=arguments.max_length)
         ranked = answers
         if pictures.answers:
             ranked = predictor.rank_answers(images, questions, pictures.answers, arguments.answer_top_k)
-        given = [
-            answers_of(pictures.table[pictures.items[number].sources[position]], arguments.answer_column)
-            for number, position in batch
-        ]
+        given = [answers_of(pictures.table[pictures.row_of(key)], arguments.answer_column) for key in batch]
         found += zip(batch, answers, ranked, given, strict=True)
     keys, answers, ranked, given = transposed(pictures.gather(found))
     groups, metric = [number for number, _ in keys], load_metric("vqa_accuracy")
@@ -463,34 +501,38 @@ def vqa(predictor: Predictor, pictures: Pictures) -> Outcome:
     metrics = score(answers)
     if pictures.answers:
         metrics |= {name.replace("accuracy", "accuracy_ranked"): value for name, value in score(ranked).items()}
-    return Outcome(metrics)
+    hits = [vqa_accuracy(plain_answer(answer), [plain_answer(text) for text in texts])
+            for answer, texts in zip(answers, given, strict=True)]  # fmt: skip
+    rows = [pictures.row_of(key) for key in keys]
+    return Outcome(metrics, groups=by_group(pictures, "vqa_accuracy", rows, hits))
 
 
 def nlvr(predictor: Predictor, pictures: Pictures) -> Outcome:
     """NLVR2: accuracy of predicting whether each sentence is true of its two pictures."""
     arguments, found = pictures.arguments, []
-    text_keys = [(number, position) for number in pictures.own for position in range(len(pictures.items[number].texts))]
-    for batch in pictures.batches(text_keys, "pairs"):
-        rows = [pictures.table[pictures.items[number].sources[position]] for number, position in batch]
+    for batch in pictures.batches(pictures.own_texts, "pairs"):
+        rows = [pictures.table[pictures.row_of(key)] for key in batch]
         left, right = (
             [picture_of(row, column, arguments.max_image_pixels) for row in rows]
             for column in (arguments.image_column, arguments.second_image_column)
         )
-        texts = [pictures.items[number].texts[position] for number, position in batch]
+        texts = [pictures.text_of(key) for key in batch]
         predictions = predictor.reason(left, right, texts).argmax(dim=1).tolist()
         found += zip(batch, predictions, [label_of(row, arguments.label_column) for row in rows], strict=True)
     keys, predictions, labels = transposed(pictures.gather(found))
-    return Outcome(
-        load_metric("nlvr_accuracy").compute(
-            predictions=predictions, references=labels, groups=[number for number, _ in keys], **bootstrap(arguments)
-        )
+    metrics = load_metric("nlvr_accuracy").compute(
+        predictions=predictions, references=labels, groups=[number for number, _ in keys], **bootstrap(arguments)
     )
+    hits = [float(prediction == label) for prediction, label in zip(predictions, labels, strict=True)]
+    rows = [pictures.row_of(key) for key in keys]
+    return Outcome(metrics, groups=by_group(pictures, "nlvr_accuracy", rows, hits))
 
 
 TASKS = {
     "zero-shot": Task("embed", zero_shot),
     "retrieval": Task("embed", retrieval),
     "itm": Task("match", itm),
+    "composition": Task("embed", composition),
     "captioning": Task("caption", captioning),
     "vqa": Task("answer", vqa),
     "nlvr": Task("reason", nlvr),

@@ -16,6 +16,7 @@ from vlp.training.evaluation.arguments import EvaluationArguments
 from vlp.training.evaluation.results import evaluate_model, file_name, metrics_of
 from vlp.training.evaluation.tasks import embed_classes, evaluate_task, number_labels, prepare_data
 
+import vlp
 from vlp.errors import ArgumentError, BadDataError
 from vlp.inference import VlpPredictor, predictor_of
 
@@ -187,3 +188,46 @@ def test_embeddings_that_are_not_finite_are_refused():
         model.visual_projection.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="embeddings are not finite"):
         VlpPredictor(model, processor).embed_images([Image.new("RGB", (30, 40), "red")])
+
+
+def test_composition_compares_true_with_false_captions(blip):
+    model, processor = blip
+    rows = as_lists()
+    rows = rows.add_column("wrong", [captions_of(COLOURS[(n + 1) % 6])[0] for n in range(6)])
+    rows = rows.add_column("kind", ["dark", "light"] * 3)
+    arguments = EvaluationArguments(task="composition", group_column="kind", resamples=20, batch_size=4)
+    pictures = prepare_data(rows, arguments, PartialState())
+    predictor = predictor_of(model, processor, "embed")
+    outcome = evaluate_task(predictor, pictures)
+    images = [pictures.image(number) for number in range(6)]
+    hits = {"": [], "_itm": []}
+    states = predictor.encode_images(images)
+    for number, image in enumerate(images):
+        texts = [captions_of(COLOURS[number])[0], captions_of(COLOURS[(number + 1) % 6])[0]]
+        true, false = predictor.similarity(predictor.embed_images([image]), predictor.embed_texts(texts))[0]
+        hits[""].append(bool(true > false))
+        odds = predictor.match(states[[number]], torch.tensor([0, 0]), texts).diff(dim=1)[:, 0]
+        hits["_itm"].append(bool(odds[0] > odds[1]))
+    for suffix, found in hits.items():
+        assert outcome.metrics[f"composition_accuracy{suffix}"] == pytest.approx(sum(found) / 6)
+    assert outcome.groups["dark"] == {"composition_accuracy_itm": sum(hits["_itm"][::2]) / 3, "rows": 3}
+    # A model that sees no difference has 0.5, which is chance; one without ITM is judged by similarity only.
+    same = rows.remove_columns("wrong").add_column("wrong", [captions_of(colour)[0] for colour in COLOURS])
+    equal = evaluate_task(predictor, prepare_data(same, arguments, PartialState()))
+    assert equal.metrics["composition_accuracy"] == equal.metrics["composition_accuracy_itm"] == 0.5
+    clip = VlpPredictor(*tiny_pair())
+    assert "composition_accuracy_itm" not in evaluate_task(clip, pictures).metrics
+
+
+def test_composition_needs_a_column_with_false_captions():
+    arguments = EvaluationArguments(task="composition", wrong_column="false")
+    with pytest.raises(ArgumentError, match="--wrong_column"):
+        prepare_data(as_lists(), arguments, PartialState())
+
+
+def test_answers_and_statements_are_counted_by_group(blip):
+    rows = as_lists(answers=["red"], kind="colour").remove_columns("caption").add_column("caption", ["which?"] * 6)
+    model = vlp.VlpBlipForQuestionAnswering.from_pre_training(blip[0])
+    arguments = EvaluationArguments(task="vqa", group_column="kind", resamples=0, num_beams=1, max_length=5)
+    outcome = evaluate_task(predictor_of(model, blip[1], "answer"), prepare_data(rows, arguments, PartialState()))
+    assert outcome.groups == {"colour": {"vqa_accuracy": outcome.metrics["vqa_accuracy"], "rows": 6}}
