@@ -140,6 +140,7 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        image_index: Tensor | None = None,
     ) -> Memory:
         """Encode questions, and compute the keys and values that the answer decoder cross-attends to.
 
@@ -149,10 +150,12 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel, GenerationMixin):
                 `MedModel.forward`).
             attention_mask: (Q, N), 0 for padding; if None, derived from the padding token.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
+            image_index: (Q,) the image of each question, which are then in any order; None: they are grouped by image.
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         vision = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         images = self.text_model.memory_of(vision.last_hidden_state)
+        images = images if image_index is None else images.select(image_index)
         ids = begin_with(input_ids, self.config.text_config.enc_token_id)
         states = self.text_model(ids, mask, images, pack=True).last_hidden_state
         return self.answer_decoder.text_model.memory_of(states, mask)
@@ -169,6 +172,7 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel, GenerationMixin):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        image_index: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """Compute the loss of answers, or the logits of their first token if there are no labels.
@@ -177,7 +181,7 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel, GenerationMixin):
         number of questions.
 
         Args:
-            input_ids, pixel_values, attention_mask: as for `question_memory`.
+            input_ids, pixel_values, attention_mask, image_index: as for `question_memory`.
             labels: (A, L) answers that begin with [CLS], padded on the right with the padding token.
             answer_index: (A,) index of the question of each answer; if None, one answer per question, in order.
             answer_weights: (A,) weight of each answer; if None, 1.
@@ -189,7 +193,7 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel, GenerationMixin):
         Returns:
             `loss`, or `logits` (Q, 1, V) if `labels` is None.
         """
-        memory = self.question_memory(pixel_values, input_ids, attention_mask, interpolate_pos_encoding)
+        memory = self.question_memory(pixel_values, input_ids, attention_mask, interpolate_pos_encoding, image_index)
         config = self.config.text_config
         if labels is None:
             begin = input_ids.new_full((len(input_ids), 1), config.bos_token_id)

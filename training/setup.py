@@ -22,7 +22,7 @@ from .arguments import TrainingArguments
 from .data.batches import BadRows, Collator, batches_of, train_loader
 from .data.build import load_data
 from .data.cached_pairs import CachedPairs, compute_pairs
-from .data.rows import CaptionChooser, make_chooser, stable_id, texts_of
+from .data.rows import CaptionChooser, make_chooser, picture_id, stable_id, texts_of
 from .data.samples import DrawSampler, PairDataset, SampleMaker
 from .data.shards import expand
 from .data.streaming import load_stream
@@ -91,7 +91,8 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
     start_trackers(arguments, accelerator)
     if state is not None:
         resume(run, state)
-    collator = Collator(processor, arguments.max_length, getattr(arguments, "prompt", ""))
+    grouped = getattr(arguments, "group_images", 1) > 1
+    collator = Collator(processor, arguments.max_length, getattr(arguments, "prompt", ""), grouped)
     maker = make_maker(run, family, chooser)
     dataset, sampler = make_dataset(run, maker)
     if getattr(arguments, "cache_features", False):
@@ -301,9 +302,12 @@ def make_dataset(run: Run, maker: SampleMaker) -> tuple[PairDataset | ShardDatas
             sources, weights, maker, arguments.seed, rank, processes, places, batches, arguments.num_workers,
             kinds_of(arguments),
         ), None  # fmt: skip
-    column = rows[arguments.caption_column.split(",")[0]] if arguments.group_captions > 1 else None
-    groups = None if column is None else [stable_id(str(value).lower()) for value in column]
-    sampler = DrawSampler(
-        len(rows), arguments.seed, rank, processes, run.progress.samples, groups, arguments.group_captions
-    )
+    groups, size = None, arguments.group_captions
+    if getattr(arguments, "group_images", 1) > 1:
+        columns = [name for name in ("image_id", arguments.image_column) if name in rows.column_names][:1]
+        groups = [stable_id(picture_id(row, arguments.image_column)) for row in rows.select_columns(columns)]
+        size = arguments.group_images
+    elif arguments.group_captions > 1:
+        groups = [stable_id(str(value).lower()) for value in rows[arguments.caption_column.split(",")[0]]]
+    sampler = DrawSampler(len(rows), arguments.seed, rank, processes, run.progress.samples, groups, size)
     return PairDataset(rows, maker), sampler

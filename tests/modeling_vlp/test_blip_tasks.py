@@ -54,6 +54,19 @@ def test_encoder_and_decoder_start_from_the_pretrained_weights(folder):
     assert answer.cross_attention.attention.k_proj.weight.shape == (32, 32)
 
 
+def test_images_that_are_encoded_once_give_the_same_loss_and_gradients(folder):
+    model, batch = questions(folder)
+    index = torch.tensor([0, 1, 0, 1])
+    results = []
+    for extra in ({"pixel_values": batch["pixel_values"][index]},
+                  {"pixel_values": batch["pixel_values"][:2], "image_index": index}):  # fmt: skip
+        model.zero_grad()
+        loss = model(**batch | extra).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert_close(*results)
+
+
 @torch.no_grad()
 def test_loss_is_the_weighted_sum_over_answers(folder):
     model, batch = questions(folder)

@@ -21,7 +21,9 @@ from .samples import Sample
 class Batch:
     """The input of a training step, and the bad rows that were skipped while it was prepared."""
 
-    pixels: Tensor  # (B, 3, S, S) uint8; with two images per text (2 B, 3, S, S); cached features (B, M, D)
+    # (B, 3, S, S) uint8; with two images per text (2 B, 3, S, S); cached features (B, M, D); with `image_index` in
+    # `extra`, which has the image of each text, each image once
+    pixels: Tensor
     input_ids: Tensor  # (T, N): the distinct texts of the batch, padded to the longest
     text_index: Tensor  # (B,): the row of input_ids that belongs to each image
     caption_ids: Tensor  # (B,) integers, equal for equal captions
@@ -47,17 +49,24 @@ class Collator:
         processor: the processor whose tokenizer is used.
         max_length: maximum number of tokens per text.
         prompt: prefix of every text.
+        images_once: put each image into the batch once, and the image of each text into `image_index`.
     """
 
-    def __init__(self, processor, max_length: int, prompt: str = ""):
+    def __init__(self, processor, max_length: int, prompt: str = "", images_once: bool = False):
         self.processor, self.max_length, self.prompt = processor, max_length, prompt
+        self.images_once = images_once
 
     def __call__(self, samples: list[Sample]) -> Batch:
         keys = [(sample.prompt, sample.text) for sample in samples]
         texts = {key: index for index, key in enumerate(dict.fromkeys(keys))}
         whole = [self.before(prompt) + text for prompt, text in texts]
         tokens = self.processor.tokenize(whole, self.max_length)
-        pixels = torch.stack([sample.pixels for sample in samples])
+        shown = {sample.image_id if self.images_once else number: sample for number, sample in enumerate(samples)}
+        pixels = torch.stack([sample.pixels for sample in shown.values()])
+        extra = self.extra(samples, [prompt for prompt, _ in texts])
+        if self.images_once:
+            order = {image: number for number, image in enumerate(shown)}
+            extra["image_index"] = torch.tensor([order[sample.image_id] for sample in samples])
         return Batch(
             pixels=pixels.flatten(0, -4) if pixels.ndim > 3 else pixels,
             input_ids=tokens["input_ids"],
@@ -65,7 +74,7 @@ class Collator:
             caption_ids=torch.tensor([sample.caption_id for sample in samples]),
             image_ids=torch.tensor([sample.image_id for sample in samples]),
             skipped=[bad for sample in samples for bad in sample.skipped],
-            extra=self.extra(samples, [prompt for prompt, _ in texts]),
+            extra=extra,
             place={stream: place for sample in samples for stream, place in sample.place.items()},
         )
 

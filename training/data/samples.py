@@ -45,6 +45,7 @@ class SampleMaker:
         seed: seed of the random choices.
         cache: preprocessed images by (row key, column); None to preprocess an image each time.
         prompt_column: column with a question that the caption answers; None if there is none.
+        same_views: whether all rows of a picture get the same augmentation in an epoch, so that it is encoded once.
     """
 
     chooser: CaptionChooser
@@ -54,14 +55,21 @@ class SampleMaker:
     seed: int = 0
     cache: dict[Any, Tensor] | None = None
     prompt_column: str | None = None
+    same_views: bool = False
+    last: tuple | None = None  # with same_views: what the last picture was made from, and its pixels
 
     def __call__(self, row: dict, key: Any, epoch: int) -> Sample:
         # Rows with the same captions get the same text in an epoch, so a batch contains it only once.
         caption_rng = random.Random(f"{self.seed}-{epoch}-{self.chooser.captions(row)}")
         text, caption = self.chooser.choose(row, caption_rng)
-        rng = random.Random(f"{self.seed}-{epoch}-{key}")
-        pixels = self.pixels(row, self.image_column, key, rng)
-        sample = Sample(pixels, text, stable_id(caption.lower()), stable_id(picture_id(row, self.image_column)))
+        identity = picture_id(row, self.image_column)
+        view = (self.seed, epoch, identity if self.same_views else key)
+        if self.last is None or self.last[0] != view:
+            pixels = self.pixels(row, self.image_column, view[2], random.Random("-".join(map(str, view))))
+            self.last = (view, pixels) if self.same_views else None
+        else:
+            pixels = self.last[1]
+        sample = Sample(pixels, text, stable_id(caption.lower()), stable_id(identity))
         if self.prompt_column:
             sample.prompt = next(iter(texts_of(row.get(self.prompt_column))), None)
             if sample.prompt is None:

@@ -30,7 +30,7 @@ from ...towers import Start, vision_start, with_side
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
 from ..data.rows import CaptionChooser, caption_texts, texts_of
 from ..data.samples import QuestionMaker, ReasoningMaker, SampleMaker
-from ..data.sources import require_column, require_text
+from ..data.sources import is_shards, require_column, require_text
 from ..evaluation.pictures import Pictures
 from ..objectives.blip import BlipObjective
 from ..objectives.blip_tasks import AnsweringObjective, CaptioningObjective, ReasoningObjective
@@ -108,6 +108,13 @@ class BlipArguments(CachingArguments):
         "vqa: column with the list of answers that people gave; --caption_column holds the question",
         bound=True,
     )
+    group_images: int = option(
+        1,
+        "vqa: place up to this many questions about an image next to each other in a batch, which encodes it once; 1: "
+        "no grouping",
+        bound=True,
+        shown=True,
+    )
     second_image_column: str = option(
         "second_image", "nlvr: column with the right image; --image_column holds the left one", bound=True
     )
@@ -169,7 +176,9 @@ class BlipArguments(CachingArguments):
                 f"--prompt {self.prompt!r} can only be used with --task captioning, not with {self.task}."
             )
         require_share(self, "momentum", "alpha", "contrastive_share")
-        require_at_least_one(self, "queue_size", "rerank_top_k", "eval_num_beams")
+        require_at_least_one(self, "queue_size", "rerank_top_k", "eval_num_beams", "group_images")
+        if self.group_images > 1 and (self.task != "vqa" or is_shards(self.dataset_name) or self.streaming):
+            raise ArgumentError("--group_images is for --task vqa, and for data with random access to the rows.")
         if self.alpha_epochs < 0:
             raise ArgumentError(f"--alpha_epochs must not be negative, got {self.alpha_epochs}.")
 
@@ -427,6 +436,7 @@ def make_samples(arguments: BlipArguments, rows, model, processor, maker: Sample
     if arguments.task == "vqa":
         if rows is not None:
             require_text(rows, arguments.answer_column, arguments.dataset_name, "--answer_column")
+        maker.same_views = arguments.group_images > 1
         return extend(maker, QuestionMaker, answer_column=arguments.answer_column)
     if arguments.task == "nlvr":
         columns = {"second_image_column": arguments.second_image_column, "label_column": arguments.label_column}

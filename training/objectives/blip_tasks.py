@@ -47,7 +47,7 @@ class AnsweringObjective(Objective):
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor,
-        answer_ids: Tensor, answer_index: Tensor, answer_weights: Tensor,
+        answer_ids: Tensor, answer_index: Tensor, answer_weights: Tensor, image_index: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Compute the loss of a batch.
 
@@ -55,13 +55,14 @@ class AnsweringObjective(Objective):
             pixel_values, input_ids, text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
             answer_ids, answer_index, answer_weights: labels, answer_index and answer_weights of
                 `VlpBlipForQuestionAnswering.forward`.
+            image_index: the image of each question, if an image has several; see there.
 
         Returns:
             {"answer": the loss}.
         """
         output = self.model(
             input_ids[text_index], pixel_values, labels=answer_ids, answer_index=answer_index,
-            answer_weights=answer_weights,
+            answer_weights=answer_weights, image_index=image_index,
         )  # fmt: skip
         return {"answer": output.loss}
 
