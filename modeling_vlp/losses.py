@@ -157,6 +157,28 @@ def weighted_answer_loss(losses: Tensor, weights: Tensor, questions: int) -> Ten
     return (losses * weights).sum() / questions
 
 
+def spelling_loss(prefix: Tensor, words: Tensor, table: Tensor, sharpness: float = 10.0) -> Tensor:
+    """Compute how well each vector of a prefix stands for a word: the cross entropy of the nearest word embedding.
+
+    A vector's logit for a word is its negative squared distance to the word's embedding, in units of the embeddings'
+    mean squared norm, times `sharpness`. The choice is among the words that occur in the batch.
+
+    Args:
+        prefix: (B, Q, D).
+        words: (B, Q) token ids, -100 for vectors that stand for no word.
+        table: (V, D) word embeddings.
+        sharpness: factor on the distances.
+
+    Returns:
+        Scalar, the mean over the vectors that stand for a word.
+    """
+    kept = words != -100
+    found, targets = words[kept].unique(return_inverse=True)
+    embeds = table[found].float()  # (W, D)
+    distances = torch.cdist(prefix[kept].float(), embeds).square() / embeds.square().sum(dim=1).mean()
+    return F.cross_entropy(-sharpness * distances, targets)
+
+
 def language_modelling_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Compute the cross entropy of (N, V) logits with the next tokens (N,), averaged over the tokens."""
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)

@@ -105,6 +105,20 @@ class Blip2Arguments(TrainingArguments):
     prompt: str = option(
         "", "stage 2: prompt that every caption starts with; the loss does not include it", bound=True, shown=True
     )
+    spelling_share: float = option(
+        0.0,
+        "stage 2: share of the run (0 to 1), at its start, without the language model, in which the queries learn to "
+        "be the word embeddings of the caption; for short runs",
+        bound=True,
+        shown=True,
+    )
+    language_batch_size: int | None = option(
+        None,
+        "stage 2, after --spelling_share: pairs of each batch that the language model reads, while all pairs go on to "
+        "learn word embeddings; all pairs, and no word embeddings, if not given",
+        bound=True,
+        shown=True,
+    )
     prompt_column: str | None = option(
         None,
         "stage 2: column with a question that each caption answers, such as `question` of LLaVA's conversations; the "
@@ -145,8 +159,12 @@ class Blip2Arguments(TrainingArguments):
             raise ArgumentError(
                 "--cache_vision_features needs --augmentation none and a frozen tower; otherwise the features change."
             )
-        require_share(self, "label_smoothing", "contrastive_share")
-        require_at_least_one(self, "rerank_top_k", "eval_num_beams")
+        if self.stage == 1 and (self.spelling_share or self.language_batch_size):
+            raise ArgumentError(
+                "--spelling_share and --language_batch_size are only for --stage 2; stage 1 has no language model."
+            )
+        require_share(self, "label_smoothing", "contrastive_share", "spelling_share")
+        require_at_least_one(self, "rerank_top_k", "eval_num_beams", "language_batch_size")
         if self.vision_layers_left_out < 0:
             raise ArgumentError(f"--vision_layers_left_out must not be negative, got {self.vision_layers_left_out}.")
 
@@ -362,7 +380,9 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
         if arguments.prompt_column and model.language_model.config.is_encoder_decoder:
             raise ArgumentError("--prompt_column needs a causal language model, not one with an encoder.")
         prompt = tokenizer(processor.clean(arguments.prompt))["input_ids"] if arguments.prompt else []
-        return LanguageObjective(model, prompt, tokenizer.eos_token_id)
+        return LanguageObjective(
+            model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.language_batch_size
+        )
     return Blip2Objective(
         model,
         exclude_duplicates=arguments.exclude_duplicates,

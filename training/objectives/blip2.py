@@ -13,6 +13,7 @@ from ...modeling_vlp.losses import (
     same_pairs,
     smooth_targets,
     soft_contrastive_loss,
+    spelling_loss,
     unit_length,
 )
 from ...modeling_vlp.med import Memory
@@ -166,14 +167,27 @@ class LanguageObjective(Objective):
         prompt: token ids of the prompt, which has no loss. The texts for a causal model begin with it; for a
             sequence-to-sequence model it is the encoder's input, and the texts do not contain it.
         end_token_id: the token that ends a text.
+        spelling_share: share of the run (0 to 1), at its start, in which the language model is not run: each vector of
+            the prefix learns to be the word embedding of one token of the text, in order. The language model then
+            starts from a prefix that it can read. The paper's runs, on many GPUs, have no such phase.
+        language_batch_size: from then on, pairs of each batch that the language model reads; the prefixes of all pairs
+            go on to learn words. None: it reads all of them, and words are not learnt any longer.
     """
 
-    def __init__(self, model: VlpBlip2ForConditionalGeneration, prompt: list[int], end_token_id: int):
+    def __init__(
+        self, model: VlpBlip2ForConditionalGeneration, prompt: list[int], end_token_id: int,
+        spelling_share: float = 0.0, language_batch_size: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.model, self.prompt, self.end_token_id = model, prompt, end_token_id
+        self.spelling_share, self.language_batch_size = spelling_share, language_batch_size
+        self.spelling_only = False
         # The language model is large and never changes, so states to resume from do not contain it.
         self.register_state_dict_post_hook(remove_language_model)
         self.register_load_state_dict_pre_hook(restore_language_model)
+
+    def before_step(self, step: int, share_done: float = 1.0) -> None:
+        self.spelling_only = share_done < self.spelling_share
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor,
@@ -189,21 +203,55 @@ class LanguageObjective(Objective):
                 the common prompt. Causal models only.
 
         Returns:
-            {"lm": the loss}.
+            {"lm": the loss}; {"spelling": the loss} in the first `spelling_share` of the run, and both after it with a
+            `language_batch_size`.
         """
         input_ids = input_ids[text_index]
         real = self.until_the_end(input_ids)
         labels = input_ids.masked_fill(~real, -100)
-        states = vision_states(self.model, pixel_values)
+        states, losses = vision_states(self.model, pixel_values), {}
+        if self.spelling_only or self.language_batch_size:
+            losses["spelling"] = self.spell(states, labels, text_index, prompt_lengths)
+        if self.spelling_only:
+            return losses
+        few = slice(self.language_batch_size)
+        input_ids, real, labels, states, text_index = (
+            each[few] for each in (input_ids, real, labels, states, text_index)
+        )
         if self.model.language_model.config.is_encoder_decoder:
             prompt = torch.tensor(self.prompt, device=input_ids.device).expand(len(input_ids), -1)
             output = self.model(input_ids=prompt if self.prompt else None, vision_states=states, labels=labels)
         else:
-            before = len(self.prompt) if prompt_lengths is None else prompt_lengths[text_index, None]
-            positions = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-            labels = labels.masked_fill(positions < before, -100)
+            labels = self.without_prompt(labels, text_index, prompt_lengths)
             output = self.model(input_ids=input_ids, attention_mask=real.long(), vision_states=states, labels=labels)
-        return {"lm": weigh_by_count(output.loss, (labels != -100).sum())}
+        return losses | {"lm": weigh_by_count(output.loss, (labels != -100).sum())}
+
+    def without_prompt(self, labels: Tensor, text_index: Tensor, prompt_lengths: Tensor | None) -> Tensor:
+        """The labels (B, N) with -100 for the tokens of the prompt."""
+        before = len(self.prompt) if prompt_lengths is None else prompt_lengths[text_index, None]
+        positions = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+        return labels.masked_fill(positions < before, -100)
+
+    def spell(self, states: Tensor, labels: Tensor, text_index: Tensor, prompt_lengths: Tensor | None) -> Tensor:
+        """The loss of prefixes whose vectors should be the words of the texts, in order, as far as there are vectors.
+
+        Args:
+            states: (B, M, D).
+            labels: (B, N), -100 for padding.
+            text_index, prompt_lengths: as in `forward`.
+        """
+        model = self.model
+        prefix = model.prefix(vision_states=states)  # (B, Q, D)
+        if not model.language_model.config.is_encoder_decoder:
+            labels = self.without_prompt(labels, text_index, prompt_lengths)
+        kept = labels != -100
+        order = kept.long().cumsum(dim=1) - 1
+        fits = kept & (order < prefix.shape[1])
+        words = labels.new_full(prefix.shape[:2], -100)
+        words[fits.nonzero()[:, 0], order[fits]] = labels[fits]
+        with torch.autocast(prefix.device.type, enabled=False):
+            loss = spelling_loss(prefix, words, model.language_model.get_input_embeddings().weight)
+        return weigh_by_count(loss, (words != -100).sum())
 
     def until_the_end(self, input_ids: Tensor) -> Tensor:
         """(B, N) bool: True up to and including the first end token. The padding token may be the same token."""

@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_blip2, tiny_blip2_generation, tiny_blip_batch
 from torch.nn import functional as F
 from torch.testing import assert_close
+from vlp.modeling_vlp.losses import spelling_loss
 from vlp.training.objectives.blip2 import Blip2Objective, LanguageObjective
 from vlp.training.objectives.distributed import JoinedBatch
 
@@ -108,3 +109,37 @@ def test_language_model_loss_covers_text_after_prompt(kind):
             given, labels = torch.tensor([[4, 7]]), torch.tensor([text])
         terms.append(len(text) * model(input_ids=given, vision_states=states[row : row + 1], labels=labels).loss)
     assert_close(loss, sum(terms) / 6)
+
+
+def test_spelling_loss_prefers_the_embeddings_of_the_words():
+    table = torch.randn(20, 6)
+    words = torch.tensor([[3, 7, -100], [7, 5, 3]])
+    assert spelling_loss(table[words.clamp(min=0)], words, table) < 0.05
+    prefix = torch.randn(2, 3, 6)
+    terms, embeds = [], table[[3, 5, 7]]
+    for row, column in (words != -100).nonzero().tolist():
+        distances = (prefix[row, column] - embeds).square().sum(dim=1) / embeds.square().sum(dim=1).mean()
+        terms.append(F.cross_entropy(-10 * distances, torch.tensor([3, 5, 7].index(words[row, column]))))
+    assert_close(spelling_loss(prefix, words, table), torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_words_are_learnt_first_then_by_all_pairs_beside_the_language_model(kind):
+    model = tiny_blip2_generation(kind)
+    objective = LanguageObjective(model, [4] if kind == "llama" else [], 2, 0.5, language_batch_size=2).train()
+    states = torch.randn(3, 17, 48, generator=torch.Generator().manual_seed(9))
+    start = [4] if kind == "llama" else []
+    ids = torch.tensor([start + [11, 12, 13, 2], start + [15, 2, 2, 2], start + [16, 17, 2, 2]])
+    rows = torch.arange(3)
+    objective.before_step(0, 0.2)
+    first = objective(states, ids, rows, rows, rows)
+    words = torch.tensor([[11, 12, 13, 2, -100], [15, 2, -100, -100, -100], [16, 17, 2, -100, -100]])
+    table = model.language_model.get_input_embeddings().weight
+    assert list(first) == ["spelling"]
+    assert_close(first["spelling"], spelling_loss(model.prefix(vision_states=states), words, table))
+    objective.before_step(1, 0.5)
+    both = objective(states, ids, rows, rows, rows)
+    assert list(both) == ["spelling", "lm"]
+    assert_close(both["spelling"], first["spelling"])
+    alone = LanguageObjective(model, objective.prompt, 2).train()
+    assert_close(both["lm"], alone(states[:2], ids[:2], rows[:2], rows[:2], rows[:2])["lm"])
