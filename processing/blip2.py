@@ -8,6 +8,22 @@ from transformers import PreTrainedTokenizerBase
 from .blip import VlpBlipProcessor
 from .clip import VlpClipProcessor, VlpClipProcessorKwargs
 
+QUESTION = "Question: {} Short answer:"  # the prompt of a question; LAVIS, blip2_opt.py
+
+# Messages as that prompt, turn by turn. The picture of a conversation has no place in the text: it is read before it.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message["content"] is string -%}{%- set text = message["content"] -%}{%- else -%}
+{%- set text = message["content"] | selectattr("type", "equalto", "text") | map(attribute="text") | join(" ") -%}
+{%- endif -%}
+{%- if not loop.first %} {% endif -%}
+{%- if message["role"] == "user" -%}BEFORE{{ text | trim }}
+{%- elif message["role"] == "assistant" -%}AFTER {{ text | trim }}
+{%- else -%}{{ text | trim }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %} AFTER{% endif -%}
+""".replace("BEFORE", QUESTION.partition("{}")[0]).replace("AFTER", QUESTION.partition("{} ")[2])
+
 
 class VlpBlip2ProcessorKwargs(VlpClipProcessorKwargs, total=False):
     """The options of `VlpBlip2Processor`."""
@@ -16,13 +32,35 @@ class VlpBlip2ProcessorKwargs(VlpClipProcessorKwargs, total=False):
 
 
 class VlpBlip2Processor(VlpClipProcessor):
-    """Prepares images and prompts in one call, with a language model's tokenizer; prompts are padded on the left."""
+    """Prepares images and prompts in one call, with a language model's tokenizer; prompts are padded on the left.
+
+    `apply_chat_template` turns messages into prompts: questions by the user, and answers by the assistant. A
+    conversation is about one picture, which the model reads before the text.
+    """
 
     valid_processor_kwargs = VlpBlip2ProcessorKwargs
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, chat_template)
+        super().__init__(image_processor, tokenizer, chat_template or CHAT_TEMPLATE)
         prepare_tokenizer(tokenizer)
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """Prepare images and texts.
+
+        Args:
+            images: one image, a list of images, or a list of lists of one image each, as conversations have them.
+            text: a text, or a list of texts, one for each image.
+            kwargs: options of transformers' processors.
+
+        Raises:
+            ValueError: if a conversation has no picture, or several.
+        """
+        if isinstance(images, (list, tuple)) and images and all(isinstance(each, (list, tuple)) for each in images):
+            count = next((len(each) for each in images if len(each) != 1), 1)
+            if count != 1:
+                raise ValueError(f"A conversation of BLIP-2 must be about one picture; this one has {count}.")
+            images = [each[0] for each in images]
+        return super().__call__(images=images, text=text, **kwargs)
 
     def tokenize(self, texts: list[str], max_length: int):
         """Tokenize training texts. Each ends with the end token, and they are padded on the right.

@@ -30,6 +30,7 @@ from .modeling_vlp.clip import VlpClipModel
 from .modeling_vlp.losses import unit_length
 from .modeling_vlp.med import Memory
 from .modeling_vlp.resnet import ModifiedResNet
+from .processing.blip2 import QUESTION
 from .processing.pictures import to_rgb
 
 # Shapes: B images, T texts, Q queries, M image tokens, D width, E embedding
@@ -41,7 +42,6 @@ LACKS = {
     "answer": "it was not fine-tuned to answer questions, as `training blip --task vqa` does",
     "reason": "it was not fine-tuned on pairs of images, as `training blip --task nlvr` does",
 }
-QUESTION = "Question: {} Short answer:"  # the prompt for a language model; LAVIS, blip2_opt.py
 
 
 class Predictor:

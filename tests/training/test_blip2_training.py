@@ -14,7 +14,8 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoProcessor, BertConfig, BertForMaskedLM, pipeline
+from transformers import AutoProcessor, BertConfig, BertForMaskedLM, TextIteratorStreamer, pipeline
+from vlp.processing.blip2 import QUESTION
 from vlp.training.data.features import Features, compute_features
 from vlp.training.data.rows import BadRow, CaptionChooser
 from vlp.training.families import blip2
@@ -172,6 +173,46 @@ def test_stage_2_folder_generates_captions(stage_2, language_model):
     assert "the generated text after “it is” and “what is it?”; green" in card.text
     assert "llama, 2 layers of 32), frozen" in card.text and str(language_model.parent) not in card.text
     assert "card" in what_the_card_says(stage_2)
+
+
+def said_by(user: str, image: Image.Image | None = None) -> dict:
+    content = [{"type": "image", "image": image}] if image is not None else []
+    return {"role": "user", "content": [*content, {"type": "text", "text": user}]}
+
+
+def test_stage_2_takes_part_in_conversations(stage_2):
+    processor = AutoProcessor.from_pretrained(stage_2)
+    image = Image.new("RGB", (20, 20), "orange")
+    first = [said_by("what is it?", image)]
+    later = [*first, {"role": "assistant", "content": [{"type": "text", "text": "a card"}]}, said_by("which colour? ")]
+    text = processor.apply_chat_template(later, add_generation_prompt=True)
+    assert text == "Question: what is it? Short answer: a card Question: which colour? Short answer:"
+    # What `answer` asks, and what stage 2 learns with --prompt_column.
+    assert processor.apply_chat_template(first, add_generation_prompt=True) == QUESTION.format("what is it?")
+    chat = pipeline("image-text-to-text", model=str(stage_2))
+    alone = chat(text=first, max_new_tokens=3, do_sample=False)[0]["generated_text"]
+    model = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(stage_2)
+    inputs = processor(images=image, text=QUESTION.format("what is it?"), return_tensors="pt")
+    generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    wanted = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert alone[-1]["role"] == "assistant" and alone[-1]["content"].strip() == wanted.strip()
+    # Several conversations of different lengths in one batch.
+    both = chat(text=[first, later], max_new_tokens=3, do_sample=False, batch_size=2)
+    assert both[0][0]["generated_text"][-1] == alone[-1]
+    assert len(both[1][0]["generated_text"]) == 4
+    with pytest.raises(ValueError, match="about one picture; this one has 2"):
+        chat(text=[said_by("what?", image), said_by("and this?", image)], max_new_tokens=2)
+
+
+def test_stage_2_streams_its_answer(stage_2):
+    processor = AutoProcessor.from_pretrained(stage_2)
+    model = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(stage_2)
+    inputs = processor(images=Image.new("RGB", (20, 20), "red"), text="it is", return_tensors="pt")
+    streamer = TextIteratorStreamer(processor.tokenizer, timeout=10, skip_special_tokens=True)
+    whole = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    model.generate(**inputs, max_new_tokens=4, do_sample=False, streamer=streamer)
+    assert "".join(streamer) == processor.tokenizer.decode(whole[0, inputs["input_ids"].shape[1] :],
+                                                           skip_special_tokens=True)  # fmt: skip
 
 
 def test_stage_2_continues_from_its_folder_and_resumes(pairs, stage_2, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import BadDataError, UserError
-from ...inference import QUESTION
+from ...processing.blip2 import QUESTION
 from .rows import describe
 from .samples import Sample
 

@@ -12,7 +12,6 @@ from ...configuration.text import VlpQFormerConfig
 from ...configuration.towers import VlpVisionTowerConfig
 from ...configuration.vision import VlpViTConfig
 from ...errors import ArgumentError, brief, printable
-from ...inference import QUESTION
 from ...loading import load_auto_tokenizer, load_model, load_processor, load_weights, read_config
 from ...modeling_vlp.base import adopt
 from ...modeling_vlp.blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
@@ -21,7 +20,7 @@ from ...modeling_vlp.exchange import lavis
 from ...modeling_vlp.exchange.places import ExchangeError, import_state
 from ...modeling_vlp.language_model import ALLOWED, PACKAGE, language_model_source, load_language_model
 from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, token_ids
-from ...processing.blip2 import VlpBlip2Processor
+from ...processing.blip2 import QUESTION, VlpBlip2Processor
 from ...towers import Start, vision_start
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
 from ..data.features import FeatureMaker, Features, compute_features
