@@ -98,8 +98,9 @@ class VlpModifiedResNetConfig(PreTrainedConfig):
         num_attention_heads: heads of the attention pooling; if None, the width of the last stage / 64.
         image_size: side of the images in pixels, a multiple of the total stride (32 for four stages).
         projection_dim: width of the output of the attention pooling.
-        states_with_positions: add the position embeddings of the attention pooling to the cells that texts attend to.
-            Without them, a text learns where something is only from the zeros that convolutions pad the image with.
+        states_with_positions: normalise the cells that texts attend to, and add the position embeddings of the
+            attention pooling to them. Without these, a text learns where something is only from the zeros that
+            convolutions pad the image with.
     """
 
     model_type = "vlp_modified_resnet"

@@ -165,14 +165,20 @@ class ModifiedResNet(VlpPreTrainedModel):
             hidden_states += (x,)
         attended = self.attnpool(x)
         if self.config.states_with_positions:
-            cells = interpolate_grid(self.attnpool.positional_embedding, *x.shape[-2:])[1:]
-            x = x + cells.T.unflatten(1, x.shape[-2:]).to(x.dtype)
+            x = self.with_positions(x)
         return ResNetOutput(
             last_hidden_state=None if pooled_only else x,
             pooler_output=self.attnpool.project(attended),
             attended=attended,
             hidden_states=hidden_states if output_hidden_states else None,
         )
+
+    def with_positions(self, x: Tensor) -> Tensor:
+        """Normalise cells (B, D, G, G) and add the pooling's position embeddings, scaled to a deviation of 0.5."""
+        cells = interpolate_grid(self.attnpool.positional_embedding, *x.shape[-2:])[1:]  # (G * G, D), deviation D**-0.5
+        cells = (cells * 0.5 * x.shape[1] ** 0.5).T.unflatten(1, x.shape[-2:])
+        normal = nn.functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
+        return normal + cells.to(normal.dtype)
 
     def resize_images(self, image_size: int) -> None:
         """Adapt the model to images of another size, in pixels, by resampling its position embeddings."""

@@ -313,7 +313,7 @@ def test_exported_program_has_no_private_operators():
 
 @torch.no_grad()
 def test_resnet_states_can_have_positions():
-    """The cells that texts attend to are those of the plain model plus the pooling's position embeddings."""
+    """The cells that texts attend to are those of the plain model, normalised, plus scaled position embeddings."""
     config = tiny_config("resnet").vision_config
     config.states_with_positions = True
     placed = ModifiedResNet(config).eval()
@@ -322,6 +322,9 @@ def test_resnet_states_can_have_positions():
     plain.load_state_dict(placed.state_dict())
     pixels = torch.randn(2, 3, 64, 64)
     found, wanted = placed(pixels), plain(pixels)
-    positions = placed.attnpool.positional_embedding[1:].T.unflatten(1, found.last_hidden_state.shape[-2:])
-    assert_close(found.last_hidden_state, wanted.last_hidden_state + positions)
+    width, side = wanted.last_hidden_state.shape[1:3]
+    cells = wanted.last_hidden_state.permute(0, 2, 3, 1)
+    cells = (cells - cells.mean(-1, keepdim=True)) / (cells.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    positions = 0.5 * width**0.5 * placed.attnpool.positional_embedding[1:].view(side, side, width)
+    assert_close(found.last_hidden_state, (cells + positions).permute(0, 3, 1, 2))
     assert_close(found.pooler_output, wanted.pooler_output)

@@ -12,7 +12,7 @@ from .texts import CAPTIONS, FORMS, LANGUAGES, caption, captions, description, q
 from .world import SPLITS, Scene, make_scene
 
 NAME = "scenes"
-VERSION = 3  # of the generator; cached data of another one are not used
+VERSION = 4  # of the generator; cached data of another one are not used
 SIZES = {"train": 20_000, "validation": 500, "test": 1000}  # scenes of each split
 MOST = 10_000_000
 
@@ -95,14 +95,15 @@ def drawn(scene: Scene, rng: random.Random) -> dict:
     return {"bytes": jpeg(draw_scene(scene, rng), rng), "path": None}
 
 
+def texts_of(scene: Scene, language: str, rng: random.Random) -> list[str]:
+    """Two captions of a scene, and two descriptions."""
+    return captions(scene, language, 2, rng) + [description(scene, language, first, rng) for first in (True, False)]
+
+
 def caption_row(name: str, split: str, rng: random.Random) -> Iterator[dict]:
     """A scene with captions."""
     scene = make_scene(split, rng)
-    yield {
-        "image": drawn(scene, rng),
-        "caption": [*captions(scene, "en", 2, rng), description(scene, "en", rng)],
-        "caption_vi": [*captions(scene, "vi", 2, rng), description(scene, "vi", rng)],
-    }
+    yield {"image": drawn(scene, rng), "caption": texts_of(scene, "en", rng), "caption_vi": texts_of(scene, "vi", rng)}
 
 
 def mixed_row(name: str, split: str, rng: random.Random) -> Iterator[dict]:
@@ -111,10 +112,8 @@ def mixed_row(name: str, split: str, rng: random.Random) -> Iterator[dict]:
     asked = rng.sample(questions(scene, split, rng), 2)
     yield {
         "image": drawn(scene, rng),
-        "caption": [*captions(scene, "en", 2, rng), description(scene, "en", rng)]
-        + [f"{each.question} {each.answer}" for each in asked],
-        "caption_vi": [*captions(scene, "vi", 2, rng), description(scene, "vi", rng)]
-        + [f"{each.question_vi} {each.answer_vi}" for each in asked],
+        "caption": texts_of(scene, "en", rng) + [f"{each.question} {each.answer}" for each in asked],
+        "caption_vi": texts_of(scene, "vi", rng) + [f"{each.question_vi} {each.answer_vi}" for each in asked],
     }
 
 

@@ -21,10 +21,13 @@ VIETNAMESE = {
 NUMBERS = ("zero", "one", "two", "three")
 ENGLISH = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below",
            "inside": "inside", "around": "around", "behind": "behind", "front": "in front of"}  # fmt: skip
-PLACES = {"left": ("on the left", "ở bên trái"), "right": ("on the right", "ở bên phải"),
-          "middle": ("in the middle", "ở giữa"), "top": ("at the top", "ở trên"),
-          "bottom": ("at the bottom", "ở dưới")}  # fmt: skip
-ORDERS = {True: ("from left to right", "từ trái sang phải"), False: ("from top to bottom", "từ trên xuống dưới")}
+PLACES = {
+    ("top", "left"): ("at the top left", "ở trên bên trái"), ("top", "middle"): ("at the top", "ở trên"),
+    ("top", "right"): ("at the top right", "ở trên bên phải"), ("middle", "left"): ("on the left", "ở bên trái"),
+    ("middle", "middle"): ("in the middle", "ở giữa"), ("middle", "right"): ("on the right", "ở bên phải"),
+    ("bottom", "left"): ("at the bottom left", "ở dưới bên trái"), ("bottom", "middle"): ("at the bottom", "ở dưới"),
+    ("bottom", "right"): ("at the bottom right", "ở dưới bên phải"),
+}  # fmt: skip
 # {0} and {2} are objects, {1} is the relation of the first to the second.
 CAPTIONS = {
     "en": ("{0} {1} {2}", "a picture of {0} {1} {2}", "there is {0} {1} {2}", "{0} is {1} {2}", "we see {0} {1} {2}"),
@@ -107,18 +110,17 @@ def captions(scene: Scene, language: str, count: int, rng: random.Random) -> lis
     return found
 
 
-def description(scene: Scene, language: str, rng: random.Random) -> str:
-    """All objects with all that is to be said of them, from left to right or from top to bottom."""
-    across = rng.random() < 0.5
+def description(scene: Scene, language: str, place_first: bool, rng: random.Random) -> str:
+    """All objects with all that is to be said of them, each after the place where it is, or before it."""
     parts = []
-    for thing in sorted(scene.things, key=lambda each: each.x if across else each.y):
-        column = "left" if thing.x < 0.38 else "right" if thing.x > 0.62 else "middle"
-        row = "top" if thing.y < 0.38 else "bottom" if thing.y > 0.62 else "middle"
-        place = row if across else column  # the other one follows from the order
+    for thing in rng.sample(scene.things, len(scene.things)):
+        row = "top" if thing.y < 0.4 else "bottom" if thing.y > 0.6 else "middle"
+        column = "left" if thing.x < 0.4 else "right" if thing.x > 0.6 else "middle"
+        place = PLACES[row, column][LANGUAGES.index(language)]
         more = (thing.size, thing.texture) if thing.texture != "plain" else (thing.size,)
         words = with_article(noun(thing.kind, language, more), language)
-        parts.append(f"{words} {PLACES[place][LANGUAGES.index(language)]}")
-    return f"{ORDERS[across][LANGUAGES.index(language)]}: {', '.join(parts)}"
+        parts.append(f"{place} {words}" if place_first else f"{words} {place}")
+    return ", ".join(parts)
 
 
 def mentioned(thing: Thing, rng: random.Random) -> tuple[str, ...]:
