@@ -130,6 +130,13 @@ class BlipArguments(CachingArguments):
         shown=True,
     )
     queue_size: int = option(57600, "pairs in the queue of the teacher's features", bound=True, shown=True)
+    queue_negatives: bool = option(
+        False,
+        "keep the texts of the queue too, and draw the negative texts of ITM from the batch and the queue, in which "
+        "there are harder ones",
+        bound=True,
+        shown=True,
+    )
     alpha: float = option(
         0.4, "weight of the teacher's predictions (0 to 1) in the targets of the contrastive loss", shown=True
     )
@@ -391,7 +398,8 @@ def objective_of(arguments: BlipArguments, model, processor: VlpBlipProcessor, s
 
 def make_teacher(arguments: BlipArguments, model) -> Teacher:
     """Build the momentum teacher from the model, or load the one of a converted pre-training (see `vlp.conversion`)."""
-    teacher = Teacher(model, arguments.momentum, arguments.queue_size)
+    text_length = arguments.max_length if arguments.queue_negatives else 0
+    teacher = Teacher(model, arguments.momentum, arguments.queue_size, text_length)
     saved = state_folder(arguments.model_name_or_path or "") / TEACHER_FILE
     if arguments.model_name_or_path and saved.is_file():
         try:

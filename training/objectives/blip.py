@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...modeling_vlp.blip import VlpBlipMatcher, matching_labels
 from ...modeling_vlp.losses import draw_hard_negatives, matching_loss, soft_contrastive_loss, soft_targets, unit_length
@@ -34,6 +35,9 @@ class BlipObjective(Objective):
             does. The paper starts from pre-trained towers; ITM and LM are of little use before the towers have learnt
             anything.
         seed: seed of the hard negatives, which depend only on the seed and the step.
+
+    If the teacher's queue keeps texts, ITM's negative texts are drawn from the batch and the queue: they are harder
+    than those of the batch alone.
     """
 
     def __init__(
@@ -112,12 +116,14 @@ class BlipObjective(Objective):
             image_logits, text_logits, same, loss_itc = self.compare(
                 batch, image, text, *self.teacher(pixel_values, input_ids, cached), caption_ids, image_ids
             )
+        if self.teacher.texts is not None:
+            self.pending[-1] += (self.as_queued(batch.gather_texts(input_ids, model.config.text_config.pad_token_id)),)
         with torch.no_grad():
             found = torch.ones_like(caption_ids, dtype=torch.bool), torch.ones_like(caption_ids, dtype=torch.bool)
             if negatives is None:
                 if not self.has_decoder:  # blip_retrieval.py draws by the student's similarities only
-                    image_logits = image @ batch.gather(text).T / model.temp
-                    text_logits = text @ batch.gather(image).T / model.temp
+                    image_logits[:, : batch.size] = image @ batch.gather(text).T / model.temp
+                    text_logits[:, : batch.size] = text @ batch.gather(image).T / model.temp
                 negatives, found = self.draw(batch, image_logits, text_logits, same)
         memory = model.text_model.memory_of(image_states)
         itm_logits = self.match(batch, input_ids, image_states, memory, *negatives)
@@ -141,7 +147,7 @@ class BlipObjective(Objective):
 
         Returns:
             The similarities of images to texts and of texts to images, divided by the temperature, without gradient;
-            whether the pairs are positives (all three (B, size of the joined batch)); and the loss.
+            whether the pairs are positives (all three (B, K): the joined batch, then the queue); and the loss.
         """
         teacher, temperature = self.teacher, self.model.temp.float()
         joined = [batch.gather(x) for x in (teacher_image, teacher_text, image_ids, caption_ids)]
@@ -168,28 +174,37 @@ class BlipObjective(Objective):
         loss = (
             soft_contrastive_loss(image_logits, image_targets) + soft_contrastive_loss(text_logits, text_targets)
         ) / 2
-        return image_logits[:, :size].detach(), text_logits[:, :size].detach(), positives[:, :size], batch.weigh(loss)
+        return image_logits.detach(), text_logits.detach(), positives, batch.weigh(loss)
 
     def draw(self, batch: JoinedBatch, image_logits: Tensor, text_logits: Tensor, same: Tensor) -> tuple:
         """Draw hard negatives.
 
         Args:
             batch: the joined batch.
-            image_logits, text_logits: (B, size of the joined batch) similarities over the temperature.
+            image_logits, text_logits: (B, K) similarities over the temperature, of the joined batch, then the queue.
             same: bool of the same shape, True for positives.
 
         Returns:
-            (negative image of each text, negative text of each image), indices (B,) into the joined batch; and whether
-            there was one to draw, bool (B,) each.
+            (negative image of each text, negative text of each image), indices (B,) into the joined batch, and of texts
+            into the queue after it, if it keeps texts; and whether there was one to draw, bool (B,) each.
         """
-        uniform = batch.own(torch.rand(batch.size, 2, generator=self.draws).to(same.device))
-        excluded = same
+        size, teacher = batch.size, self.teacher
+        uniform = batch.own(torch.rand(size, 2, generator=self.draws).to(same.device))
+        excluded = same[:, :size]
         if not self.global_negatives:
-            excluded = torch.ones_like(same)
-            excluded[:, batch.first :][:, : len(same)] = batch.own(same.T).T
-        image_negatives, image_found = draw_hard_negatives(text_logits, excluded, uniform[:, 0])
-        text_negatives, text_found = draw_hard_negatives(image_logits, excluded, uniform[:, 1])
+            excluded = torch.ones_like(same[:, :size])
+            excluded[:, batch.first :][:, : len(same)] = batch.own(same[:, :size].T).T
+        image_negatives, image_found = draw_hard_negatives(text_logits[:, :size], excluded, uniform[:, 0])
+        if teacher.texts is not None:
+            empty = torch.arange(teacher.queue_size, device=same.device) >= teacher.filled
+            excluded = torch.cat([excluded, same[:, size:] | empty], dim=1)
+        text_negatives, text_found = draw_hard_negatives(image_logits[:, : excluded.shape[1]], excluded, uniform[:, 1])
         return (image_negatives, text_negatives), (image_found, text_found)
+
+    def as_queued(self, input_ids: Tensor) -> Tensor:
+        """Texts (T, N), padded to the length of those in the queue, or cut to it."""
+        length, padding = self.teacher.texts.shape[1], self.model.config.text_config.pad_token_id
+        return F.pad(input_ids[:, :length], (0, max(0, length - input_ids.shape[1])), value=padding)
 
     def match(self, batch: JoinedBatch, input_ids, states, memory, image_negatives, text_negatives) -> Tensor:
         """ITM logits (3 B, 2) of the pairs, of the negative images and of the negative texts.
@@ -202,13 +217,19 @@ class BlipObjective(Objective):
             states: (B, M, D), the image tower's states.
             memory: keys and values of this process's images.
             image_negatives: (B,) index in the joined batch of each text's negative image.
-            text_negatives: (B,) index in the joined batch of each image's negative text.
+            text_negatives: (B,) index in the joined batch, or in the queue after it, of each image's negative text.
         """
-        model = self.model
-        if len(batch.counts) == 1 or not self.global_negatives:
+        model, queued = self.model, self.teacher.texts
+        local = len(batch.counts) == 1 or not self.global_negatives
+        if local and queued is None:
             negatives = image_negatives - batch.first, text_negatives - batch.first
             return model.itm_logits(input_ids, model.padding_mask(input_ids), memory, *negatives)
-        others = model.text_model.memory_of(batch.gather(states)[image_negatives])
+        if local:
+            others = memory.select(image_negatives - batch.first)
+        else:
+            others = model.text_model.memory_of(batch.gather(states)[image_negatives])
         texts = batch.gather_texts(input_ids, model.config.text_config.pad_token_id)
-        own = batch.own(texts)
+        if queued is not None:
+            texts = torch.cat([self.as_queued(texts), queued])
+        own = batch.own(texts[: batch.size])
         return model.match(torch.cat([own, own, texts[text_negatives]]), None, Memory.join([memory, others, memory]))

@@ -24,9 +24,10 @@ class Teacher(nn.Module):
             is averaged.
         momentum: decay of the moving average (0 to 1).
         queue_size: number of pairs in the queue; need not be a multiple of the batch size.
+        text_length: number of tokens of the texts that the queue also keeps, as negatives for ITM; 0: it keeps none.
     """
 
-    def __init__(self, model: VlpBlipMatcher, momentum: float = 0.995, queue_size: int = 57600):
+    def __init__(self, model: VlpBlipMatcher, momentum: float = 0.995, queue_size: int = 57600, text_length: int = 0):
         super().__init__()
         self.momentum, self.queue_size = momentum, queue_size
         self.locked = not any(parameter.requires_grad for parameter in model.vision_model.parameters())
@@ -41,6 +42,8 @@ class Teacher(nn.Module):
         self.register_buffer("text_queue", torch.zeros(queue_size, width))
         self.register_buffer("image_ids", torch.zeros(queue_size, dtype=torch.long))
         self.register_buffer("caption_ids", torch.zeros(queue_size, dtype=torch.long))
+        padding = torch.full((queue_size, text_length), model.config.text_config.pad_token_id)
+        self.register_buffer("texts", padding if text_length else None)  # (Q, N) token ids
         self.register_buffer("position", torch.zeros((), dtype=torch.long))  # where the next pair goes
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))  # number of pairs in the queue
 
@@ -79,14 +82,18 @@ class Teacher(nn.Module):
         return unit_length(image), unit_length(text)
 
     @torch.no_grad()
-    def enqueue(self, image: Tensor, text: Tensor, image_ids: Tensor, caption_ids: Tensor) -> None:
+    def enqueue(
+        self, image: Tensor, text: Tensor, image_ids: Tensor, caption_ids: Tensor, texts: Tensor | None = None
+    ) -> None:
         """Add the pairs of a step to the queue in place of the oldest pairs.
 
         Args:
             image, text: (B, E) features.
             image_ids, caption_ids: (B,) integers.
+            texts: (B, N) token ids, if the queue keeps them.
         """
         values = {"image_queue": image, "text_queue": text, "image_ids": image_ids, "caption_ids": caption_ids}
+        values |= {} if texts is None else {"texts": texts}
         count = min(len(image), self.queue_size)
         places = (self.position + torch.arange(count, device=self.position.device)) % self.queue_size
         for name, value in values.items():
