@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.blip2 import VlpBlip2Config
 from .base import adopt, loaded
 from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
-from .language_model import load_language_model, plain_config
+from .language_model import load_language_model, plain_config, prefill
 
 PREFIX = "language_model."
 
@@ -306,38 +306,6 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             loss=loss, logits=logits[:, 1:], hidden_states=output.hidden_states, attentions=output.attentions
         )
 
-    def prefill(self, embeds: Tensor, mask: Tensor, options: dict):
-        """Compute a cache of all positions but the last, repeated for every beam or sequence to return.
-
-        Args:
-            embeds: (B, N, D).
-            mask: (B, N).
-            options: options of `generate`.
-
-        Returns:
-            The cache, or None if it is not needed (one beam and one sequence, or one position), or would change the
-            result: the language model's type of cache cannot be repeated, or outputs of all positions are requested.
-        """
-        model = self.language_model
-        settings = options.get("generation_config") or model.generation_config
-        chosen = {name: options.get(name) or getattr(settings, name, None)
-                  for name in ("num_beams", "num_return_sequences", "cache_implementation", "output_attentions",
-                               "output_hidden_states")}  # fmt: skip
-        copies = max(chosen["num_beams"] or 1, chosen["num_return_sequences"] or 1)
-        if copies == 1 or embeds.shape[1] == 1 or chosen["cache_implementation"]:
-            return None
-        if chosen["output_attentions"] or chosen["output_hidden_states"]:  # of all positions, so they are computed anew
-            return None
-        accepted = inspect.signature(model.forward).parameters
-        extra = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1], "logits_to_keep": 1}
-        extra = {name: value for name, value in extra.items() if name in accepted}
-        output = model(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], use_cache=True, **extra)
-        cache = output.past_key_values
-        if not hasattr(cache, "batch_repeat_interleave"):
-            return None
-        cache.batch_repeat_interleave(copies)
-        return cache
-
     @torch.no_grad()
     def generate(
         self,
@@ -385,7 +353,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         embeds, mask = self.join(prefix, input_ids, attention_mask, inputs_embeds)
         if model.config.is_encoder_decoder:
             return model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
-        if "past_key_values" not in kwargs and (cache := self.prefill(embeds, mask, kwargs)) is not None:
+        if "past_key_values" not in kwargs and (cache := prefill(model, embeds, mask, kwargs)) is not None:
             kwargs["past_key_values"] = cache
         generated = model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         if input_ids is None:

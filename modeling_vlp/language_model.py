@@ -1,10 +1,12 @@
-"""Where the language model of BLIP-2 comes from: a folder, the hub, a GGUF file or an installed Python package."""
+"""The language model of BLIP-2: where it comes from (a folder, the hub, a GGUF file or a package), and its cache."""
 
 import importlib.machinery
+import inspect
 import os
 import re
 from pathlib import Path
 
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration.blip2 import VlpBlip2Config
@@ -97,3 +99,36 @@ def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "model_type"):
         fields.pop(name, None)
     return type(model.config)(**fields)
+
+
+def prefill(model: PreTrainedModel, embeds: Tensor, mask: Tensor, options: dict):
+    """Compute a cache of all positions but the last, repeated for every beam or sequence to return.
+
+    Args:
+        model: a causal language model.
+        embeds: (B, N, D).
+        mask: (B, N).
+        options: options of `generate`.
+
+    Returns:
+        The cache, or None if it is not needed (one beam and one sequence, or one position), or would change the
+        result: the language model's type of cache cannot be repeated, or outputs of all positions are requested.
+    """
+    settings = options.get("generation_config") or model.generation_config
+    chosen = {name: options.get(name) or getattr(settings, name, None)
+              for name in ("num_beams", "num_return_sequences", "cache_implementation", "output_attentions",
+                           "output_hidden_states")}  # fmt: skip
+    copies = max(chosen["num_beams"] or 1, chosen["num_return_sequences"] or 1)
+    if copies == 1 or embeds.shape[1] == 1 or chosen["cache_implementation"]:
+        return None
+    if chosen["output_attentions"] or chosen["output_hidden_states"]:  # of all positions, so they are computed anew
+        return None
+    accepted = inspect.signature(model.forward).parameters
+    extra = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1], "logits_to_keep": 1}
+    extra = {name: value for name, value in extra.items() if name in accepted}
+    output = model(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], use_cache=True, **extra)
+    cache = output.past_key_values
+    if not hasattr(cache, "batch_repeat_interleave"):
+        return None
+    cache.batch_repeat_interleave(copies)
+    return cache
