@@ -337,6 +337,7 @@ def load_auto_tokenizer(name: str | Path, option: str = "", fast: bool = True, *
     with explained(name, "the tokenizer", option):
         tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE, **kwargs)
         files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
+        files |= {kwargs["gguf_file"]} if kwargs.get("gguf_file") else set()  # which has the tokenizer inside
         empty = Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files)
         if empty or len(tokenizer) == 0 or (fast and not hasattr(tokenizer, "backend_tokenizer")):
             raise UnsupportedModelError(

@@ -14,7 +14,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoProcessor, BertConfig, BertForMaskedLM, TextIteratorStreamer, pipeline
+from transformers import AutoProcessor, AutoTokenizer, BertConfig, BertForMaskedLM, TextIteratorStreamer, pipeline
 from vlp.processing.blip2 import QUESTION
 from vlp.training.data.features import Features, compute_features
 from vlp.training.data.rows import BadRow, CaptionChooser
@@ -25,10 +25,10 @@ from vlp.training.families.clip import ClipArguments
 from vlp.training.run import train
 
 import vlp
-from vlp.errors import ArgumentError
+from vlp.errors import ArgumentError, UnsupportedModelError
 from vlp.files import state_folder, states
 from vlp.inference import load
-from vlp.loading import load_model
+from vlp.loading import load_auto_tokenizer, load_model
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "orange", "purple", "brown"]
 CAPTIONS = [f"a {colour} card" for colour in COLOURS]
@@ -411,3 +411,17 @@ def test_stage_2_learns_the_answers_of_conversations(pairs, stage_1, tmp_path):
     assert answers[0] == ["A card"] * 2 and [answer.split()[0] for answer in answers[1]] == ["red", "blue"]
     with pytest.raises(ArgumentError, match="--prompt_column is for --stage 2"):
         arguments(pairs, tmp_path / "x", model_name_or_path=str(stage_1), prompt_column="question")
+
+
+def test_tokenizer_in_a_gguf_file(tmp_path, monkeypatch):
+    """A GGUF file has its tokenizer inside, so there is no tokenizer.json beside it."""
+    save_language_model(tmp_path / "model", CAPTIONS)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    assert load_auto_tokenizer(tmp_path / "gguf", gguf_file="model.gguf") is tokenizer
+    with pytest.raises(UnsupportedModelError, match="no tokenizer.json"):
+        load_auto_tokenizer(tmp_path / "gguf")
+    with pytest.raises(UnsupportedModelError, match="no tokenizer.json"):
+        load_auto_tokenizer(tmp_path / "gguf", gguf_file="other.gguf")
