@@ -21,6 +21,8 @@ from ..machine.sharding import gathered, number
 from .base import Objective
 from .distributed import JoinedBatch, weigh_by_count
 
+FREE = 2  # first vectors of a prefix that stand for no word: a prompt that is learnt
+
 
 def vision_states(model: VlpBlip2PreTrainedModel, images: Tensor) -> Tensor:
     """The image tower's states of images (B, C, S, S). States that are given, (B, M, D), are returned unchanged."""
@@ -168,20 +170,25 @@ class LanguageObjective(Objective):
             sequence-to-sequence model it is the encoder's input, and the texts do not contain it.
         end_token_id: the token that ends a text.
         spelling_share: share of the run (0 to 1), at its start, in which the language model is not run: each vector of
-            the prefix learns to be the word embedding of one token of the text, in order. The language model then
-            starts from a prefix that it can read. The paper's runs, on many GPUs, have no such phase.
-        language_batch_size: from then on, pairs of each batch that the language model reads; the prefixes of all pairs
-            go on to learn words. None: it reads all of them, and words are not learnt any longer.
+            the prefix but the first FREE learns to be the word embedding of one token of the text, in order. The
+            language model then starts from a prefix that it can read. The paper's runs, on many GPUs, have no such
+            phase.
+        language_batch_size: from then on, pairs of each batch that the language model reads, with texts of similar
+            lengths; the prefixes of all pairs go on to learn words. None: it reads all of them, and words are not
+            learnt any longer.
+        line_break_id: the token that stands for the end token in the prefix, where an end token would end the document
+            for the language model; None: the end token.
     """
 
     def __init__(
         self, model: VlpBlip2ForConditionalGeneration, prompt: list[int], end_token_id: int,
-        spelling_share: float = 0.0, language_batch_size: int | None = None,
+        spelling_share: float = 0.0, language_batch_size: int | None = None, line_break_id: int | None = None,
     ):  # fmt: skip
         super().__init__()
         self.model, self.prompt, self.end_token_id = model, prompt, end_token_id
         self.spelling_share, self.language_batch_size = spelling_share, language_batch_size
         self.spelling_only = False
+        self.line_break_id = end_token_id if line_break_id is None else line_break_id
         # The language model is large and never changes, so states to resume from do not contain it.
         self.register_state_dict_post_hook(remove_language_model)
         self.register_load_state_dict_pre_hook(restore_language_model)
@@ -214,10 +221,12 @@ class LanguageObjective(Objective):
             losses["spelling"] = self.spell(states, labels, text_index, prompt_lengths)
         if self.spelling_only:
             return losses
-        few = slice(self.language_batch_size)
-        input_ids, real, labels, states, text_index = (
-            each[few] for each in (input_ids, real, labels, states, text_index)
-        )
+        if self.language_batch_size:  # pairs whose texts are about as long as the first one's, to read less padding
+            lengths = real.sum(dim=1)
+            few = (lengths - lengths[0]).abs().argsort(stable=True)[: self.language_batch_size]
+            longest = int(lengths[few].max())
+            input_ids, real, labels = (each[few, :longest] for each in (input_ids, real, labels))
+            states, text_index = states[few], text_index[few]
         if self.model.language_model.config.is_encoder_decoder:
             prompt = torch.tensor(self.prompt, device=input_ids.device).expand(len(input_ids), -1)
             output = self.model(input_ids=prompt if self.prompt else None, vision_states=states, labels=labels)
@@ -235,6 +244,8 @@ class LanguageObjective(Objective):
     def spell(self, states: Tensor, labels: Tensor, text_index: Tensor, prompt_lengths: Tensor | None) -> Tensor:
         """The loss of prefixes whose vectors should be the words of the texts, in order, as far as there are vectors.
 
+        The first FREE vectors, and those after the end of the text, stand for no word.
+
         Args:
             states: (B, M, D).
             labels: (B, N), -100 for padding.
@@ -245,10 +256,11 @@ class LanguageObjective(Objective):
         if not model.language_model.config.is_encoder_decoder:
             labels = self.without_prompt(labels, text_index, prompt_lengths)
         kept = labels != -100
-        order = kept.long().cumsum(dim=1) - 1
+        order = kept.long().cumsum(dim=1) - 1 + FREE
         fits = kept & (order < prefix.shape[1])
         words = labels.new_full(prefix.shape[:2], -100)
         words[fits.nonzero()[:, 0], order[fits]] = labels[fits]
+        words = torch.where(words == self.end_token_id, self.line_break_id, words)
         with torch.autocast(prefix.device.type, enabled=False):
             loss = spelling_loss(prefix, words, model.language_model.get_input_embeddings().weight)
         return weigh_by_count(loss, (words != -100).sum())

@@ -126,14 +126,16 @@ def test_spelling_loss_prefers_the_embeddings_of_the_words():
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_words_are_learnt_first_then_by_all_pairs_beside_the_language_model(kind):
     model = tiny_blip2_generation(kind)
-    objective = LanguageObjective(model, [4] if kind == "llama" else [], 2, 0.5, language_batch_size=2).train()
+    prompt = [4] if kind == "llama" else []
+    objective = LanguageObjective(model, prompt, 2, 0.5, language_batch_size=2, line_break_id=6).train()
     states = torch.randn(3, 17, 48, generator=torch.Generator().manual_seed(9))
     start = [4] if kind == "llama" else []
     ids = torch.tensor([start + [11, 12, 13, 2], start + [15, 2, 2, 2], start + [16, 17, 2, 2]])
     rows = torch.arange(3)
     objective.before_step(0, 0.2)
     first = objective(states, ids, rows, rows, rows)
-    words = torch.tensor([[11, 12, 13, 2, -100], [15, 2, -100, -100, -100], [16, 17, 2, -100, -100]])
+    # Two vectors are free, five are all; a line break stands for the end token.
+    words = torch.tensor([[-100, -100, 11, 12, 13], [-100, -100, 15, 6, -100], [-100, -100, 16, 17, 6]])
     table = model.language_model.get_input_embeddings().weight
     assert list(first) == ["spelling"]
     assert_close(first["spelling"], spelling_loss(model.prefix(vision_states=states), words, table))
@@ -141,5 +143,6 @@ def test_words_are_learnt_first_then_by_all_pairs_beside_the_language_model(kind
     both = objective(states, ids, rows, rows, rows)
     assert list(both) == ["spelling", "lm"]
     assert_close(both["spelling"], first["spelling"])
-    alone = LanguageObjective(model, objective.prompt, 2).train()
-    assert_close(both["lm"], alone(states[:2], ids[:2], rows[:2], rows[:2], rows[:2])["lm"])
+    # The language model reads the two pairs whose texts are closest in length to the first one's.
+    alone, few = LanguageObjective(model, objective.prompt, 2).train(), torch.tensor([0, 2])
+    assert_close(both["lm"], alone(states[few], ids[few], rows[:2], rows[:2], rows[:2])["lm"])
