@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --num_machines 1 --dynamo_backend no --mixed_
 	--num_processes $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); echo $$((n > 1 ? n : 1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev readme train train-blip train-blip2 train-towers train-blip-towers cards demo docs test test-all test-transformers check bench clean
+.PHONY: help venv venv-dev readme train train-blip train-blip2 train-towers train-blip-towers train-vqa cards demo docs test test-all test-transformers check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ train-towers: $(TOWERS)/ready ## train CLIP on two pre-trained towers, an Effici
 
 train-blip-towers: $(TOWERS)/ready ## the same for BLIP
 	$(LAUNCH) training blip --config blip-emoji-towers $(ARGS)
+
+train-vqa: venv ## train BLIP to answer questions about drawn scenes, evaluate and save it
+	$(LAUNCH) training blip --config blip-scenes-vqa $(ARGS)
 
 CARD := $(LAUNCH) training
 EVALUATE := $(LAUNCH) -m vlp.training.evaluate
