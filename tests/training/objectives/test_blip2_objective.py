@@ -119,7 +119,8 @@ def test_spelling_loss_prefers_the_embeddings_of_the_words():
     terms, embeds = [], table[[3, 5, 7]]
     for row, column in (words != -100).nonzero().tolist():
         distances = (prefix[row, column] - embeds).square().sum(dim=1) / embeds.square().sum(dim=1).mean()
-        terms.append(F.cross_entropy(-10 * distances, torch.tensor([3, 5, 7].index(words[row, column]))))
+        target = [3, 5, 7].index(words[row, column])
+        terms.append(F.cross_entropy(-10 * distances, torch.tensor(target)) + distances[target])
     assert_close(spelling_loss(prefix, words, table), torch.stack(terms).mean())
 
 
@@ -127,15 +128,16 @@ def test_spelling_loss_prefers_the_embeddings_of_the_words():
 def test_words_are_learnt_first_then_by_all_pairs_beside_the_language_model(kind):
     model = tiny_blip2_generation(kind)
     prompt = [4] if kind == "llama" else []
-    objective = LanguageObjective(model, prompt, 2, 0.5, language_batch_size=2, line_break_id=6).train()
+    objective = LanguageObjective(model, prompt, 2, 0.5, language_batch_size=2).train()
     states = torch.randn(3, 17, 48, generator=torch.Generator().manual_seed(9))
     start = [4] if kind == "llama" else []
     ids = torch.tensor([start + [11, 12, 13, 2], start + [15, 2, 2, 2], start + [16, 17, 2, 2]])
     rows = torch.arange(3)
     objective.before_step(0, 0.2)
     first = objective(states, ids, rows, rows, rows)
-    # Two vectors are free, five are all; a line break stands for the end token.
-    words = torch.tensor([[-100, -100, 11, 12, 13], [-100, -100, 15, 6, -100], [-100, -100, 16, 17, 6]])
+    words = torch.tensor([[11, 12, 13, 2, 2], [15, 2, 2, 2, 2], [16, 17, 2, 2, 2]])
+    if prompt:  # the prompt comes first, and what does not fit into the five vectors is left out
+        words = torch.tensor([[4, 11, 12, 13, 2], [4, 15, 2, 2, 2], [4, 16, 17, 2, 2]])
     table = model.language_model.get_input_embeddings().weight
     assert list(first) == ["spelling"]
     assert_close(first["spelling"], spelling_loss(model.prefix(vision_states=states), words, table))
