@@ -50,7 +50,7 @@ def test_python_snippets_run(name, folder, monkeypatch, capsys):
     for kind in (vlp.VlpClipModel, vlp.VlpClipProcessor):  # test_hub.py tests the push itself
         monkeypatch.setattr(kind, "push_to_hub", lambda self, name, bundle: pushed.append((type(self).__name__, name)))
     snippets = blocks(name, "python")
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     for snippet in snippets:
         exec(compile(snippet, name, "exec"), {})
     shown = capsys.readouterr().out
