@@ -16,7 +16,7 @@ from vlp.training.data import build
 from vlp.training.data.batches import BadRows, Collator, batches_of, one_ahead, train_loader
 from vlp.training.data.build import load_data
 from vlp.training.data.rows import BadRow, CaptionChooser, caption_texts, picture_of
-from vlp.training.data.samples import DrawSampler, PairDataset, SampleMaker
+from vlp.training.data.samples import DrawSampler, PairDataset, QuestionMaker, SampleMaker
 from vlp.training.data.sources import load_rows
 from vlp.training.families.clip import ClipArguments
 
@@ -334,6 +334,31 @@ def test_duplicate_texts_are_tokenised_once():
         batch = collator([dataset[i, epoch] for i in range(6)])
         assert batch.text_index.tolist() == [0, 1, 0, 2, 1, 0] and len(batch.input_ids) == 3
         assert batch.caption_ids[0] == batch.caption_ids[2] != batch.caption_ids[1]
+
+
+@pytest.mark.parametrize("cache", [None, {}])
+def test_images_of_several_questions_are_in_a_batch_once(cache):
+    """With the same augmentation of an image for all of its rows in an epoch, and another one in the next epoch."""
+    image = Image.effect_noise((40, 40), 90).convert("RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    cells = [file.getvalue(), picture("red"), picture("blue")]
+    order = [0, 0, 1, 2, 2, 0]
+    rows = datasets.Dataset.from_dict(
+        {"image": [cells[n] for n in order], "caption": list("abcdef"), "answers": [["yes"], ["no"]] * 3}
+    )
+    per_image = PerImage(16, "random", 0.2)
+    settings = {"chooser": CaptionChooser(), "per_image": per_image, "cache": cache, "same_views": True}
+    dataset = PairDataset(rows, QuestionMaker(**settings))
+    collator = Collator(tiny_processor(), 20, images_once=True)
+    batch = collator([dataset[n, 0] for n in range(6)])
+    assert batch.extra["image_index"].tolist() == order and batch.pixels.shape == (3, 3, 16, 16)
+    assert len(batch) == 6 and len(batch.input_ids) == 6
+    for n in range(6):
+        assert torch.equal(dataset[n, 0].pixels, batch.pixels[order[n]])
+    assert torch.equal(dataset[0, 1].pixels, batch.pixels[0]) == (cache is not None)
+    apart = PairDataset(rows, QuestionMaker(**settings | {"same_views": False, "cache": None}))
+    assert not torch.equal(apart[0, 0].pixels, apart[1, 0].pixels)
 
 
 # --- odd tables -------------------------------------------------------------------------------------------------------
