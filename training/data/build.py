@@ -6,6 +6,7 @@ from ...errors import ArgumentError
 from ..arguments import TrainingArguments
 from ..machine.hardware import cpu_cores
 from ..objectives.distributed import processes
+from .scenes import is_scenes
 from .shards import check_shards, expand
 from .sources import is_shards, load_rows, require_column, require_text
 from .streaming import check_stream, load_stream
@@ -30,6 +31,8 @@ def load_data(arguments: TrainingArguments) -> tuple:
     if arguments.streaming:
         if is_shards(name):
             raise ArgumentError("--streaming is for other data than shards, which are always streamed.")
+        if is_scenes(name):
+            raise ArgumentError("--streaming is for other data than scenes, which are drawn once and cached.")
         check_stream(arguments, max(1, arguments.num_workers) * processes())
     elif is_shards(name):
         check_shards(arguments)

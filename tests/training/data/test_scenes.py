@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 from vlp.training.command_line import parse
+from vlp.training.data.build import load_data
 from vlp.training.data.scenes import is_scenes, load_scenes
 from vlp.training.data.scenes.rows import MAKERS, make_rows, numbers_of
 from vlp.training.data.scenes.texts import FORMS, NUMBERS, VIETNAMESE, questions, statement, swapped
@@ -195,3 +196,9 @@ def test_recipes_for_scenes_can_be_used_for_other_data():
     assert (own.dataset_config_name, own.caption_column, own.eval_split) == ("questions", "question", "test")
     other = parse(["--config", "blip-scenes-vqa", "--dataset_name", "pairs.csv"], "blip")
     assert (other.dataset_config_name, other.caption_column, other.eval_split) == (None, "caption", None)
+
+
+def test_scenes_are_not_streamed():
+    given = parse(["--dataset_name", "scenes", "--streaming", "--tokenizer_name", "x"], "clip")
+    with pytest.raises(ArgumentError, match="drawn once and cached"):
+        load_data(given)
