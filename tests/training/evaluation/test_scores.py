@@ -20,7 +20,8 @@ REFERENCES = [
 
 def test_metrics_load_offline_by_name_and_path():
     assert NAMES == [
-        "caption_scores", "itm_accuracy", "nlvr_accuracy", "recall_at_k", "vqa_accuracy", "zero_shot_accuracy",
+        "caption_scores", "composition_accuracy", "itm_accuracy", "nlvr_accuracy", "recall_at_k", "vqa_accuracy",
+        "zero_shot_accuracy",
     ]  # fmt: skip
     for name in NAMES:
         assert isinstance(load(name), evaluate.Metric)
@@ -134,3 +135,9 @@ def test_many_resamples_at_once_give_what_one_at_a_time_gives(monkeypatch):
     assert together.keys() == alone.keys()
     for name, value in together.items():
         assert value == pytest.approx(alone[name], rel=1e-12), name
+
+
+def test_equal_scores_of_captions_count_as_chance():
+    metric = load("composition_accuracy")
+    found = metric.compute(predictions=[0.5, 0.1, 0.3, 0.2], references=[0.4, 0.2, 0.3, 0.1], groups=[0, 0, 1, 2])
+    assert found == {"composition_accuracy": 0.625}
