@@ -164,7 +164,7 @@ class ModifiedResNet(VlpPreTrainedModel):
             x = getattr(self, f"layer{stage + 1}")(x)
             hidden_states += (x,)
         attended = self.attnpool(x)
-        if self.config.states_with_positions:
+        if self.config.states_with_positions and not pooled_only:
             x = self.with_positions(x)
         return ResNetOutput(
             last_hidden_state=None if pooled_only else x,

@@ -69,14 +69,16 @@ def parse(arguments: list[str], task: str = "clip"):
         SystemExit: if an option is unknown, as argparse does.
     """
     parser = build_parser(task)
+    default = parser.get_default("dataset_name")
+    parser.set_defaults(dataset_name=None)
     given = parser.parse_known_args(arguments)[0]
+    parser.set_defaults(dataset_name=default)
     recipe = given.config
     if recipe == TASKS[task].recipe and any(getattr(given, name, None) for name in TOWERS):
         recipe = TASKS[task].recipe_with_towers or recipe
     values = read_recipe(recipe, TASKS[task].arguments)
-    own, other = values.get("dataset_name", EMOJI), getattr(given, "dataset_name", EMOJI)
-    chosen = any(word.split("=")[0] == "--dataset_name" for word in arguments)
-    if chosen and (own == EMOJI or is_scenes(own)) and other.partition(":")[0] != own.partition(":")[0]:
+    own, chosen = values.get("dataset_name", EMOJI), given.dataset_name
+    if chosen is not None and (own == EMOJI or is_scenes(own)) and chosen.partition(":")[0] != own.partition(":")[0]:
         values = {name: value for name, value in values.items() if name not in OF_THE_DATA}
     parser.set_defaults(**values)
     parsed = vars(parser.parse_args(arguments))

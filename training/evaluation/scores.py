@@ -185,6 +185,17 @@ def plain_answer(text: str) -> str:
     return " ".join(NUMBERS.get(word, word) for word in text.split() if word not in ARTICLES)
 
 
+def preferences(true: list[float], false: list[float]) -> list[float]:
+    """Whether each true caption scores higher than its false one: 1, or 0, or 0.5 if the scores are equal."""
+    return [(1 + (one > other) - (one < other)) / 2 for one, other in zip(true, false, strict=True)]
+
+
+def answer_scores(answers: list[str], given: list[list[str]]) -> list[float]:
+    """The VQA accuracy of each answer, from 0 to 1, given the human answers to each question."""
+    return [vqa_accuracy(plain_answer(answer), [plain_answer(text) for text in texts])
+            for answer, texts in zip(answers, given, strict=True)]  # fmt: skip
+
+
 def vqa_accuracy(answer: str, given: list[str]) -> float:
     """Compute VQA's accuracy: min(1, matching human answers / 3), averaged over leaving out each human answer in turn.
 

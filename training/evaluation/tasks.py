@@ -26,7 +26,7 @@ from ..data.sources import require_column, require_text
 from .arguments import EvaluationArguments
 from .metrics import load as load_metric
 from .pictures import Pictures, find_pictures
-from .scores import plain_answer, vqa_accuracy
+from .scores import answer_scores, preferences
 
 # Shapes: I images, T texts, P pairs, K classes, E embedding, Q queries
 
@@ -438,7 +438,7 @@ def composition(predictor: Predictor, pictures: Pictures) -> Outcome:
     The first caption of each row is compared with the first text of `wrong_column`.
     """
     arguments, found = pictures.arguments, []
-    matches = "match" in architecture_of(predictor.model).uses if isinstance(predictor, VlpPredictor) else False
+    matches = isinstance(predictor, VlpPredictor) and "match" in architecture_of(predictor.model).uses
     for batch in pictures.batches(pictures.own_texts, "captions"):
         rows = [pictures.table[pictures.row_of(key)] for key in batch]
         images = [pictures.image(number) for number, _ in batch]
@@ -458,8 +458,8 @@ def composition(predictor: Predictor, pictures: Pictures) -> Outcome:
         values = metric.compute(predictions=true, references=false, groups=[image for image, _ in keys],
                                 **bootstrap(arguments))  # fmt: skip
         metrics |= {name.replace("accuracy", f"accuracy{suffix}"): value for name, value in values.items()}
-        hits = [(1 + (one > other) - (one < other)) / 2 for one, other in zip(true, false, strict=True)]
-        groups = by_group(pictures, f"composition_accuracy{suffix}", [pictures.row_of(key) for key in keys], hits)
+        hits, rows = preferences(true, false), [pictures.row_of(key) for key in keys]
+        groups = by_group(pictures, f"composition_accuracy{suffix}", rows, hits)
     return Outcome(metrics, groups=groups)
 
 
@@ -501,10 +501,8 @@ def vqa(predictor: Predictor, pictures: Pictures) -> Outcome:
     metrics = score(answers)
     if pictures.answers:
         metrics |= {name.replace("accuracy", "accuracy_ranked"): value for name, value in score(ranked).items()}
-    hits = [vqa_accuracy(plain_answer(answer), [plain_answer(text) for text in texts])
-            for answer, texts in zip(answers, given, strict=True)]  # fmt: skip
     rows = [pictures.row_of(key) for key in keys]
-    return Outcome(metrics, groups=by_group(pictures, "vqa_accuracy", rows, hits))
+    return Outcome(metrics, groups=by_group(pictures, "vqa_accuracy", rows, answer_scores(answers, given)))
 
 
 def nlvr(predictor: Predictor, pictures: Pictures) -> Outcome:

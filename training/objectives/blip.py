@@ -116,8 +116,6 @@ class BlipObjective(Objective):
             image_logits, text_logits, same, loss_itc = self.compare(
                 batch, image, text, *self.teacher(pixel_values, input_ids, cached), caption_ids, image_ids
             )
-        if self.teacher.texts is not None:
-            self.pending[-1] += (self.as_queued(batch.gather_texts(input_ids, model.config.text_config.pad_token_id)),)
         with torch.no_grad():
             found = torch.ones_like(caption_ids, dtype=torch.bool), torch.ones_like(caption_ids, dtype=torch.bool)
             if negatives is None:
@@ -159,7 +157,7 @@ class BlipObjective(Objective):
             for ids, queue in ((joined[2], teacher.image_ids), (joined[3], teacher.caption_ids)):
                 positives |= ids[:, None] == torch.cat([ids, queue])
         positives[:, :size].fill_diagonal_(True)
-        empty = torch.arange(teacher.queue_size, device=image.device) >= teacher.filled  # entries without a pair so far
+        empty = teacher.empty
         positives[:, size:] &= ~empty
         positives = batch.own(positives)
         unseen = torch.cat([empty.new_zeros(size), empty])
@@ -196,8 +194,7 @@ class BlipObjective(Objective):
             excluded[:, batch.first :][:, : len(same)] = batch.own(same[:, :size].T).T
         image_negatives, image_found = draw_hard_negatives(text_logits[:, :size], excluded, uniform[:, 0])
         if teacher.texts is not None:
-            empty = torch.arange(teacher.queue_size, device=same.device) >= teacher.filled
-            excluded = torch.cat([excluded, same[:, size:] | empty], dim=1)
+            excluded = torch.cat([excluded, same[:, size:] | teacher.empty], dim=1)
         text_negatives, text_found = draw_hard_negatives(image_logits[:, : excluded.shape[1]], excluded, uniform[:, 1])
         return (image_negatives, text_negatives), (image_found, text_found)
 
@@ -210,6 +207,7 @@ class BlipObjective(Objective):
         """ITM logits (3 B, 2) of the pairs, of the negative images and of the negative texts.
 
         The keys and values of this process's images are reused; those of other processes' images are computed here.
+        If the queue keeps texts, those of the joined batch are set aside for it.
 
         Args:
             batch: the joined batch.
@@ -230,6 +228,8 @@ class BlipObjective(Objective):
             others = model.text_model.memory_of(batch.gather(states)[image_negatives])
         texts = batch.gather_texts(input_ids, model.config.text_config.pad_token_id)
         if queued is not None:
-            texts = torch.cat([self.as_queued(texts), queued])
+            texts = self.as_queued(texts)
+            self.pending[-1] += (texts,)  # they enter the queue after the step
+            texts = torch.cat([texts, queued])
         own = batch.own(texts[: batch.size])
         return model.match(torch.cat([own, own, texts[text_negatives]]), None, Memory.join([memory, others, memory]))

@@ -47,6 +47,11 @@ class Teacher(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.long))  # where the next pair goes
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))  # number of pairs in the queue
 
+    @property
+    def empty(self) -> Tensor:
+        """(Q,) bool: places of the queue without a pair so far."""
+        return torch.arange(self.queue_size, device=self.filled.device) >= self.filled
+
     def train(self, mode: bool = True) -> "Teacher":
         super().train(False)
         for module in [] if self.locked else self.modules():

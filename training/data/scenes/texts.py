@@ -249,9 +249,7 @@ def ask_is_there(scene: Scene, own: list[Thing], rng: random.Random) -> Question
 
 def ask_is_there_related(scene: Scene, own: list[Thing], rng: random.Random) -> Question | None:
     """Is there a red circle to the left of a blue star? - if not, the places are swapped, or one is not there."""
-    found = [(one, other, place) for one in scene.things for other in scene.things
-             if one is not other and (one in own or other in own)
-             and (place := scene.between(one, other)) is not None]  # fmt: skip
+    found = clear_places(scene, own)
     if not found:
         return None
     one, other, place = rng.choice(found)
@@ -272,6 +270,13 @@ def ask_is_there_related(scene: Scene, own: list[Thing], rng: random.Random) -> 
     return translated("is there", text, answer, text_vi)
 
 
+def clear_places(scene: Scene, own: list[Thing]) -> list[tuple[Thing, Thing, str]]:
+    """Pairs of objects, one of them in `own`, whose relation is clear, with the relation."""
+    return [(one, other, place) for one in scene.things for other in scene.things
+            if one is not other and (one in own or other in own)
+            and (place := scene.between(one, other)) is not None]  # fmt: skip
+
+
 def other_colour(scene: Scene, thing: Thing, rng: random.Random) -> tuple[str, str] | None:
     """An object's shape in a colour of another object, which the scene does not have; None if there is none."""
     found = [(each.colour, thing.shape) for each in scene.things if not scene.find(each.colour, thing.shape)]
@@ -280,9 +285,7 @@ def other_colour(scene: Scene, thing: Thing, rng: random.Random) -> tuple[str, s
 
 def ask_where(scene: Scene, own: list[Thing], rng: random.Random) -> Question | None:
     """Where is the red circle, seen from the blue star?"""
-    found = [(one, other, place) for one in scene.things for other in scene.things
-             if one is not other and (one in own or other in own)
-             and (place := scene.between(one, other)) is not None]  # fmt: skip
+    found = clear_places(scene, own)
     if not found:
         return None
     one, other, place = rng.choice(found)

@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Lengths are shares of the side of the picture; x grows to the right, y downwards.
 
@@ -159,7 +159,7 @@ def moved(thing: Thing, rng: random.Random, x: float | None = None, y: float | N
     room = thing.radius + 0.02
     x = rng.uniform(room, 1 - room) if x is None else x
     y = rng.uniform(room, 1 - room) if y is None else y
-    return Thing(thing.shape, thing.colour, thing.size, thing.texture, x, y, thing.radius)
+    return replace(thing, x=x, y=y)
 
 
 def is_within(thing: Thing) -> bool:

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 from vlp.training.evaluation.metrics import describe
-from vlp.training.evaluation.scores import estimate, mean
+from vlp.training.evaluation.scores import estimate, mean, preferences
 
 DESCRIPTION = """The share of pairs in which the true caption scores higher than the false one. Equal scores count as a
 half, so that a model that cannot tell them apart has 0.5, which is chance (Thrush et al., 2022, arXiv:2204.03162;
@@ -26,7 +26,6 @@ class CompositionAccuracy(evaluate.Metric):
         return describe(DESCRIPTION, KWARGS, number, number)
 
     def _compute(self, predictions, references, groups=None, resamples=0, seed=0):
-        hits = [0.5 if true == false else float(true > false)
-                for true, false in zip(predictions, references, strict=True)]  # fmt: skip
+        hits = preferences(predictions, references)
         units = len(hits) if groups is None else max(groups) + 1
         return estimate({"composition_accuracy": mean(hits, groups)}, units, resamples, seed)

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 from vlp.training.evaluation.metrics import describe
-from vlp.training.evaluation.scores import estimate, mean, plain_answer, vqa_accuracy
+from vlp.training.evaluation.scores import answer_scores, estimate, mean
 
 DESCRIPTION = """The accuracy of an answer is min(1, matching human answers / 3), averaged over leaving out each human
 answer in turn. Case, punctuation, articles and numbers are normalised first (visualqa.org/evaluation.html)."""
@@ -24,9 +24,6 @@ class VqaAccuracy(evaluate.Metric):
         return describe(DESCRIPTION, KWARGS, datasets.Value("string"), datasets.List(datasets.Value("string")))
 
     def _compute(self, predictions, references, groups=None, resamples=0, seed=0):
-        scores = [
-            vqa_accuracy(plain_answer(answer), [plain_answer(text) for text in given])
-            for answer, given in zip(predictions, references, strict=True)
-        ]
+        scores = answer_scores(predictions, references)
         units = len(scores) if groups is None else max(groups) + 1
         return estimate({"vqa_accuracy": mean(scores, groups)}, units, resamples, seed)
