@@ -79,3 +79,9 @@ class VlpBlip2Config(PreTrainedConfig):
         if self.text_config is None:
             return self.qformer_config
         return super().get_text_config(decoder=decoder, encoder=encoder)
+
+
+class VlpInstructBlipConfig(VlpBlip2Config):
+    """Configuration of InstructBLIP, whose Q-Former also reads the instruction. Arguments: as for `VlpBlip2Config`."""
+
+    model_type = "vlp_instructblip"

@@ -20,6 +20,7 @@ from ..configuration.blip2 import VlpBlip2Config
 from .base import adopt, loaded
 from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
 from .language_model import load_language_model, plain_config, prefill
+from .med import Memory
 
 PREFIX = "language_model."
 
@@ -47,6 +48,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
 
     loads = ()
     accepts_loss_kwargs = True
+    reads_instructions = False  # whether the Q-Former reads the prompt, too (InstructBLIP)
     _keys_to_ignore_on_load_unexpected = [
         r"^qformer\.embeddings\.(word|position)_embeddings\.",
         r"^qformer\..*\.text_mlp\.",
@@ -55,9 +57,9 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
     ]
 
     def __init__(self, config: VlpBlip2Config, language_model: PreTrainedModel | None = None):
-        super().__init__(config, text=False)
+        super().__init__(config, text=self.reads_instructions)
         if config.text_config is None and language_model is None:
-            raise ValueError("VlpBlip2ForConditionalGeneration needs a language model or a text_config.")
+            raise ValueError(f"{type(self).__name__} needs a language model or a text_config.")
         if config.text_config is None:
             config.text_config = plain_config(language_model)
             config.is_encoder_decoder = config.text_config.is_encoder_decoder
@@ -143,7 +145,9 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             kwargs: options of `from_pretrained` of the stage-1 model.
         """
         source = loaded(VlpBlip2ForPreTraining, name, **kwargs)
-        config = VlpBlip2Config(**source.config.to_dict())
+        fields = source.config.to_dict()
+        fields.pop("model_type", None)
+        config = cls.config_class(**fields)
         config.text_config = plain_config(language_model)
         config.language_model_name_or_path = language_model_name_or_path
         config.language_model_file = language_model_file
@@ -194,14 +198,21 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
     def get_encoder(self, *args, **kwargs) -> nn.Module:
         return self.language_model.get_encoder(*args, **kwargs)
 
-    def prefix(self, pixel_values=None, vision_states=None, interpolate_pos_encoding: bool = False) -> Tensor:
+    def prefix(
+        self, pixel_values=None, vision_states=None, interpolate_pos_encoding: bool = False,
+        qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Compute the prefix (B, Q, D) of the language model's input: the queries' outputs, projected.
 
         Args: as for `forward`.
         """
         vision = self.tower_output(pixel_values, vision_states, interpolate_pos_encoding)
         memory = self.memory_of(vision.last_hidden_state)
-        return self.language_projection(self.query(memory).last_hidden_state)
+        return self.language_projection(self.query_with(memory, qformer_input_ids, qformer_attention_mask))
+
+    def query_with(self, memory: Memory, qformer_input_ids=None, qformer_attention_mask=None) -> Tensor:
+        """Compute the outputs of the queries; BLIP-2's Q-Former does not read instructions."""
+        return self.query(memory).last_hidden_state
 
     def join(
         self, prefix: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None,
@@ -244,6 +255,8 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | Seq2SeqLMOutput:
         """Compute the language model's logits, and its loss if there are labels.
@@ -263,6 +276,8 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
                 configuration says.
             num_items_in_batch: divide the sum of the tokens' losses by this number, as `Trainer` does when it
                 accumulates gradients; if None, by the number of tokens with a label.
+            qformer_input_ids, qformer_attention_mask: (B, N') instructions as tokens of the Q-Former, for InstructBLIP;
+                ignored by BLIP-2.
             kwargs: ignored.
 
         Returns:
@@ -273,7 +288,9 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             ValueError: if there are no images, or nothing for the decoder of a sequence-to-sequence model.
         """
         flags = self.output_flags(output_hidden_states, output_attentions)
-        prefix = self.prefix(pixel_values, vision_states, interpolate_pos_encoding)
+        prefix = self.prefix(
+            pixel_values, vision_states, interpolate_pos_encoding, qformer_input_ids, qformer_attention_mask
+        )
         embeds, mask = self.join(prefix, input_ids, attention_mask, inputs_embeds)
         model = self.language_model
         if model.config.is_encoder_decoder:
@@ -315,6 +332,8 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         vision_states: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         inputs_embeds: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
         **kwargs,
     ) -> Tensor | ModelOutput:
         """Generate text about images.
@@ -329,6 +348,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             interpolate_pos_encoding: resample the position embeddings for images of another size.
             inputs_embeds: (B, N, D) word embeddings of prompts; if `input_ids` are given too, the result begins with
                 them.
+            qformer_input_ids, qformer_attention_mask: as for `forward`.
             kwargs: options of `generate` of the language model. As in transformers' Blip2, `max_length` counts the
                 queries and the prompt, and `max_new_tokens` does not.
 
@@ -339,7 +359,10 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         Raises:
             ValueError: if neither `pixel_values` nor `vision_states` is given.
         """
-        prefix, model = self.prefix(pixel_values, vision_states, interpolate_pos_encoding), self.language_model
+        model = self.language_model
+        prefix = self.prefix(
+            pixel_values, vision_states, interpolate_pos_encoding, qformer_input_ids, qformer_attention_mask
+        )
         kwargs.setdefault("generation_config", self.generation_config)
         if attention_mask is not None and (input_ids is not None or inputs_embeds is not None):
             # Move padding before the prompt, so that generated tokens follow it directly; for an encoder, to the end.

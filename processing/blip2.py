@@ -3,10 +3,11 @@
 Source: salesforce/LAVIS, models/blip2_models/blip2_opt.py.
 """
 
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .blip import VlpBlipProcessor
-from .clip import VlpClipProcessor, VlpClipProcessorKwargs
+from .clip import VlpClipProcessor, VlpClipProcessorKwargs, forget_last_call
 
 QUESTION = "Question: {} Short answer:"  # the prompt of a question; LAVIS, blip2_opt.py
 
@@ -84,6 +85,54 @@ class VlpBlip2Processor(VlpClipProcessor):
         return " ".join(text.split())
 
     decode_texts = VlpBlipProcessor.decode_texts
+
+
+class VlpInstructBlipProcessor(VlpBlip2Processor):
+    """`VlpBlip2Processor` for InstructBLIP: texts are also tokenized for the Q-Former, which reads them, too.
+
+    Args:
+        image_processor, tokenizer, chat_template: as for `VlpBlip2Processor`.
+        qformer_tokenizer: the tokenizer of the Q-Former, as BLIP's.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, qformer_tokenizer=None, chat_template=None, **kwargs):
+        forget_last_call(tokenizer)
+        forget_last_call(qformer_tokenizer)
+        ProcessorMixin.__init__(
+            self, image_processor, tokenizer, qformer_tokenizer, chat_template=chat_template or CHAT_TEMPLATE
+        )
+        prepare_tokenizer(tokenizer)
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """Prepare images and instructions. Without a text, the instructions are empty.
+
+        Args, and what it raises: as for `VlpBlip2Processor`.
+
+        Returns:
+            `VlpBlip2Processor`'s, `qformer_input_ids` and `qformer_attention_mask`, (B, N') each.
+        """
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        texts = [""] * len(inputs["pixel_values"]) if text is None else [text] if isinstance(text, str) else list(text)
+        return BatchFeature(inputs | self.instructions(texts))
+
+    def instructions(self, texts: list[str]) -> dict[str, Tensor]:
+        """Tokenize texts for the Q-Former, truncated to what it can read and padded on the right to the longest.
+
+        Args:
+            texts: T texts.
+
+        Returns:
+            `qformer_input_ids` and `qformer_attention_mask`, (T, N) each.
+        """
+        tokens = self.qformer_tokenizer(
+            [self.clean(text) for text in texts], padding=True, truncation=True, return_tensors="pt"
+        )
+        return {"qformer_input_ids": tokens["input_ids"], "qformer_attention_mask": tokens["attention_mask"]}
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as `VlpBlip2Processor` does, with the Q-Former's tokenizer in a folder of its own."""
+        forget_last_call(self.qformer_tokenizer)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

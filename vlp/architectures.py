@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLA
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration.blip import VlpBlipConfig
-from .configuration.blip2 import VlpBlip2Config
+from .configuration.blip2 import VlpBlip2Config, VlpInstructBlipConfig
 from .configuration.clip import VlpClipConfig
 from .configuration.text import VlpBlipTextConfig, VlpClipTextConfig, VlpQFormerConfig, VlpSiglipTextConfig
 from .configuration.towers import VlpTextTowerConfig, VlpVisionTowerConfig
@@ -31,8 +31,9 @@ from .modeling_vlp.blip2_generation import VlpBlip2ForConditionalGeneration
 from .modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from .modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering, VlpBlipForVisualReasoning
 from .modeling_vlp.clip import VlpClipModel
+from .modeling_vlp.instructblip import VlpInstructBlipForConditionalGeneration
 from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor
-from .processing.blip2 import VlpBlip2Processor
+from .processing.blip2 import VlpBlip2Processor, VlpInstructBlipProcessor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.tokenizer import VlpClipTokenizer
 
@@ -59,6 +60,9 @@ __all__ = [
     "VlpClipProcessor",
     "VlpClipTextConfig",
     "VlpClipTokenizer",
+    "VlpInstructBlipConfig",
+    "VlpInstructBlipForConditionalGeneration",
+    "VlpInstructBlipProcessor",
     "VlpModifiedResNetConfig",
     "VlpQFormerConfig",
     "VlpSiglipTextConfig",
@@ -124,6 +128,7 @@ MODEL_TYPES = [
     ModelType(VlpClipConfig, VlpClipProcessor, VlpClipImageProcessor, VlpClipTokenizer),
     ModelType(VlpBlipConfig, VlpBlipProcessor, VlpBlipImageProcessor, PreTrainedTokenizerFast),
     ModelType(VlpBlip2Config, VlpBlip2Processor, VlpBlipImageProcessor, PreTrainedTokenizerFast),
+    ModelType(VlpInstructBlipConfig, VlpInstructBlipProcessor, VlpBlipImageProcessor, PreTrainedTokenizerFast),
 ]
 TOWERS = (
     VlpViTConfig, VlpSiglipViTConfig, VlpBlipViTConfig, VlpModifiedResNetConfig,
@@ -308,6 +313,24 @@ print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # the prob
             examples="with their names and, below, the generated text{prompts}; green if correct",
             pipeline_tag="image-text-to-text",
             tag="blip-2",
+        ),
+    ),
+    Architecture(
+        VlpInstructBlipForConditionalGeneration,
+        uses={"caption": VlpInstructBlipForConditionalGeneration, "answer": VlpInstructBlipForConditionalGeneration},
+        auto=(AutoModelForImageTextToText, AutoModelForMultimodalLM),
+        peer="InstructBlipForConditionalGeneration",
+        card=Card(
+            text="An InstructBLIP model (a BLIP-2 whose Q-Former reads the instruction, too)",
+            usage=load_and_use(
+                "VlpInstructBlipForConditionalGeneration",
+                'images=Image.open("picture.png"), text="{prompt}"',
+                "print(processor.decode_texts(model.generate(**inputs, max_new_tokens=20)))",
+                "VlpInstructBlipProcessor",
+            ).replace("{{prompt}}", "{prompt}"),
+            examples="with their names and, below, the generated text{prompts}; green if correct",
+            pipeline_tag="image-text-to-text",
+            tag="instructblip",
         ),
     ),
 ]

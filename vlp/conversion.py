@@ -30,6 +30,7 @@ from transformers import (
     BlipProcessor,
     CLIPImageProcessor,
     CLIPProcessor,
+    InstructBlipProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     SiglipImageProcessor,
@@ -71,14 +72,14 @@ from .loading import (
     row_of,
     told_of,
 )
-from .modeling_vlp.blip2_generation import PREFIX
+from .modeling_vlp.blip2_generation import PREFIX, VlpBlip2ForConditionalGeneration
 from .modeling_vlp.clip import VlpClipModel
 from .modeling_vlp.exchange import lavis, open_clip, openai, salesforce
 from .modeling_vlp.exchange import transformers as peer
 from .modeling_vlp.exchange.files import read_tensors
 from .modeling_vlp.exchange.places import ExchangeError, Rule, State, export_state, import_state, shortened
 from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, with_blip_tokens
-from .processing.blip2 import VlpBlip2Processor
+from .processing.blip2 import VlpBlip2Processor, VlpInstructBlipProcessor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.tokenizer import VlpClipTokenizer
 
@@ -86,10 +87,12 @@ CONVERTED = (
     "blip",
     "blip-2",
     "clip",
+    "instructblip",
     "siglip",
     "vision-text-dual-encoder",
 )  # model types of transformers that vlp has an architecture for
 OPEN_CLIP = "open_clip_config.json"
+QFORMER_TOKENIZER = "qformer_tokenizer"  # folder of the second tokenizer of an InstructBLIP, in vlp and transformers
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w.-]+")
 LARGEST = 4096  # image size, number of tokens and number of heads
 SINGLE_FILES = ("openai", "salesforce", "lavis")  # targets that are a file, not a folder
@@ -107,6 +110,7 @@ class Checkpoint:
         tensors: the state dict, with our names.
         images: the preprocessing; the default one of the architecture if the source has none.
         tokenizer: None if the source has none.
+        qformer_tokenizer: InstructBLIP: the tokenizer of the Q-Former; None if the source has none.
         teacher: the momentum towers and the queue, as `training.momentum.Teacher` saves them; empty if there are none.
         notes: messages for the user, such as what was not converted and why.
         licence: the licence in the card of the source; None if it is not known.
@@ -118,6 +122,7 @@ class Checkpoint:
     tensors: State
     images: VlpClipImageProcessor
     tokenizer: PreTrainedTokenizerFast | None = None
+    qformer_tokenizer: PreTrainedTokenizerFast | None = None
     teacher: State = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     licence: str | None = None
@@ -129,7 +134,11 @@ class Checkpoint:
 
     @property
     def has_language_model(self) -> bool:
-        return self.architecture == "VlpBlip2ForConditionalGeneration"
+        return issubclass(architecture(self.architecture).model, VlpBlip2ForConditionalGeneration)
+
+    @property
+    def reads_instructions(self) -> bool:
+        return getattr(architecture(self.architecture).model, "reads_instructions", False)
 
     def model(self):
         """Our model with these tensors, including those of its language model if they are present."""
@@ -183,6 +192,7 @@ def from_vlp(folder: Path, config: PreTrainedConfig) -> Checkpoint:
     if (folder / ADAPTERS).is_file() or (folder / "tokenizer_config.json").is_file():
         processor = load_processor(folder, "SOURCE")
         found.images, found.tokenizer = processor.image_processor, processor.tokenizer
+        found.qformer_tokenizer = getattr(processor, "qformer_tokenizer", None)
     elif (folder / "preprocessor_config.json").is_file():
         found.images = load_image_processor(folder, "SOURCE")
     return found
@@ -213,6 +223,9 @@ def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
         found.images = (VlpClipImageProcessor if found.is_clip else VlpBlipImageProcessor)(**image_options(theirs))
     if (folder / "tokenizer_config.json").is_file():
         found.tokenizer = tokenizer_of(found, str(folder))
+    if (folder / QFORMER_TOKENIZER).is_dir():
+        found.qformer_tokenizer = load_bert_tokenizer(folder / QFORMER_TOKENIZER, "SOURCE")
+        found.qformer_tokenizer.model_max_length = ours.qformer_config.max_position_embeddings
     return found
 
 
@@ -227,7 +240,9 @@ def name_of_peer(theirs: str) -> str:
     """
     if theirs in ("SiglipModel", peer.DUAL_ENCODER_CLASS):
         return VlpClipModel.__name__
-    theirs = {"Blip2Model": "Blip2ForConditionalGeneration"}.get(theirs, theirs)  # the same parts
+    same_parts = {"Blip2Model": "Blip2ForConditionalGeneration",
+                  "InstructBlipModel": "InstructBlipForConditionalGeneration"}  # fmt: skip
+    theirs = same_parts.get(theirs, theirs)
     # If two of our classes have the same peer, the later row wins: it has no language modelling head, like the peer.
     found = {row.peer: row.model.__name__ for row in ARCHITECTURES if row.peer}
     if theirs not in found:
@@ -478,8 +493,10 @@ def save_vlp(found: Checkpoint, folder: Path) -> None:
     """Save the model, and its processor or image processor, in vlp's format."""
     found.model().save_pretrained(folder)
     save_licence(found, folder, "transformers", tags=["vlp"])
-    if found.tokenizer is None:
+    if found.tokenizer is None or (found.reads_instructions and found.qformer_tokenizer is None):
         found.images.save_pretrained(folder)
+    elif found.reads_instructions:
+        VlpInstructBlipProcessor(found.images, found.tokenizer, found.qformer_tokenizer).save_pretrained(folder)
     else:
         kind = VlpClipProcessor if found.is_clip else VlpBlipProcessor
         kind = VlpBlip2Processor if found.has_language_model else kind
@@ -517,8 +534,11 @@ def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State,
     elif found.is_clip and peer.is_siglip(found.config):
         kinds = (SiglipImageProcessor, SiglipProcessor)
     images = kinds[0](**image_options(found.images))
-    if found.tokenizer is None:
+    if found.tokenizer is None or (found.reads_instructions and found.qformer_tokenizer is None):
         images.save_pretrained(folder)
+    elif found.reads_instructions:
+        queries, reader = found.config.num_query_tokens, plain_tokenizer(found.qformer_tokenizer)
+        InstructBlipProcessor(images, found.tokenizer, reader, queries).save_pretrained(folder)
     elif found.architecture.startswith("VlpBlip2"):
         tokenizer = found.tokenizer if found.has_language_model else plain_tokenizer(found.tokenizer)
         queries = found.config.num_query_tokens if found.has_language_model else None

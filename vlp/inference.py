@@ -320,9 +320,12 @@ class LanguageModelPredictor(Blip2Predictor):
         inputs, skip = {}, 0
         if any(prompts):
             cleaned = [self.processor.clean(prompt) for prompt in prompts]
-            inputs = self.processor.tokenizer(cleaned, padding=True, return_tensors="pt").to(self.model.device)
+            inputs = dict(self.processor.tokenizer(cleaned, padding=True, return_tensors="pt"))
             if not self.model.language_model.config.is_encoder_decoder:
                 skip = inputs["input_ids"].shape[1]
+        if self.model.reads_instructions:
+            inputs |= self.processor.instructions(prompts)
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         if "max_length" in options:
             options["max_new_tokens"] = options.pop("max_length")
         generated = self.model.generate(

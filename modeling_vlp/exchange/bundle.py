@@ -17,6 +17,7 @@ CONFIGURATIONS = {
     "vlp_clip": "configuration_clip.VlpClipConfig",
     "vlp_blip": "configuration_blip.VlpBlipConfig",
     "vlp_blip2": "configuration_blip2.VlpBlip2Config",
+    "vlp_instructblip": "configuration_blip2.VlpInstructBlipConfig",
 }
 # The module that defines each architecture.
 MODELS = {
@@ -29,16 +30,19 @@ MODELS = {
     "VlpBlip2ForPreTraining": "modeling_vlp_blip2",
     "VlpBlip2ForImageTextRetrieval": "modeling_vlp_blip2",
     "VlpBlip2ForConditionalGeneration": "modeling_vlp_blip2_generation",
+    "VlpInstructBlipForConditionalGeneration": "modeling_vlp_instructblip",
 }
 GENERATORS = {
     "VlpBlipForPreTraining": "modeling_vlp_blip_captioner.VlpBlipForConditionalGeneration",
     "VlpBlipForConditionalGeneration": "modeling_vlp_blip_captioner.VlpBlipForConditionalGeneration",
     "VlpBlip2ForConditionalGeneration": "modeling_vlp_blip2_generation.VlpBlip2ForConditionalGeneration",
+    "VlpInstructBlipForConditionalGeneration": "modeling_vlp_instructblip.VlpInstructBlipForConditionalGeneration",
 }
 PROCESSING = {
     "VlpClipProcessor": "processing_clip", "VlpClipImageProcessor": "processing_clip",
     "VlpBlipProcessor": "processing_blip", "VlpBlipImageProcessor": "processing_blip",
-    "VlpBlip2Processor": "processing_blip2", "VlpClipTokenizer": "processing_tokenizer",
+    "VlpBlip2Processor": "processing_blip2", "VlpInstructBlipProcessor": "processing_blip2",
+    "VlpClipTokenizer": "processing_tokenizer",
 }  # fmt: skip
 
 

@@ -93,7 +93,17 @@ def is_blip2(state: State) -> bool:
 
 
 def architecture_of(state: State) -> str:
-    """The name of our model class for a state dict."""
+    """The name of our model class for a state dict.
+
+    Raises:
+        ExchangeError: if it is an InstructBLIP.
+    """
+    has_projection = any(f"{name}_proj.weight" in state for name in ("llm", "opt", "t5"))
+    if has_projection and f"{BERT}.embeddings.word_embeddings.weight" in state:
+        raise ExchangeError(
+            "This is an InstructBLIP of LAVIS. Convert transformers' copy of it, such as "
+            "Salesforce/instructblip-flan-t5-xl."
+        )
     if "opt_proj.weight" in state or "t5_proj.weight" in state:
         return "VlpBlip2ForConditionalGeneration"
     return "VlpBlip2ForPreTraining" if "Qformer.cls.predictions.bias" in state else "VlpBlip2ForImageTextRetrieval"

@@ -1,4 +1,4 @@
-"""transformers' CLIPModel (vlp's CLIP uses its tensor names), SiglipModel, Blip and Blip2 models."""
+"""transformers' CLIPModel (vlp's CLIP uses its tensor names), SiglipModel, Blip, Blip2 and InstructBlip models."""
 
 import math
 
@@ -6,13 +6,14 @@ from transformers import (
     Blip2Config,
     BlipConfig,
     CLIPConfig,
+    InstructBlipConfig,
     PreTrainedConfig,
     SiglipConfig,
     VisionTextDualEncoderConfig,
 )
 
 from ...configuration.blip import VlpBlipConfig
-from ...configuration.blip2 import VlpBlip2Config
+from ...configuration.blip2 import VlpBlip2Config, VlpInstructBlipConfig
 from ...configuration.clip import VlpClipConfig
 from ...configuration.towers import VlpTextTowerConfig, VlpVisionTowerConfig, positions_of
 from ..exchange import lavis, salesforce
@@ -49,14 +50,19 @@ BLIP_VISION = (
     ),
     Rule(r"(vision_model\.\S+)", r"\1"),
 )
-BLIP2 = (
+BLIP2_PARTS = (
     Rule(r"vision_norm\.(weight|bias)", r"vision_model.post_layernorm.\1"),
     *BLIP_VISION,
     Rule("query_tokens", "query_tokens"),
     Rule(r"(vision|text)_proj\.(weight|bias)", r"\1_projection.\2"),
     Rule(r"((?:itm_head|language_projection|language_model)\.\S+)", r"\1"),
-    *lavis.qformer("qformer", "attention", "embeddings", "qformer.layernorm"),
 )
+BLIP2 = (*BLIP2_PARTS, *lavis.qformer("qformer", "attention", "embeddings", "qformer.layernorm"))
+INSTRUCTBLIP = (
+    *BLIP2_PARTS, *lavis.qformer("qformer", "attention", "qformer.embeddings", "qformer.embeddings.layernorm"),
+)  # fmt: skip
+LANGUAGE_MODELS = ("Blip2ForConditionalGeneration", "Blip2Model", "InstructBlipForConditionalGeneration",
+                   "InstructBlipModel")  # fmt: skip
 HEADS = (Rule(r"((?:vision_proj|text_proj|itm_head)\.\S+)", r"\1"),)  # transformers has no temperature
 IGNORED = r".*\.position_ids"
 
@@ -86,7 +92,7 @@ def rules_of(config: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, architectur
         ExchangeError: if only one tower of a CLIP is SigLIP's.
     """
     if isinstance(config, VlpBlip2Config):
-        return BLIP2
+        return INSTRUCTBLIP if isinstance(config, VlpInstructBlipConfig) else BLIP2
     if isinstance(config, VlpClipConfig):
         if has_foreign_tower(config):
             return DUAL_ENCODER
@@ -106,12 +112,14 @@ def is_siglip(ours: PreTrainedConfig) -> bool:
     return kinds[0] == "vlp_siglip_vit"
 
 
-def config_from(theirs: CLIPConfig | BlipConfig | Blip2Config) -> VlpClipConfig | VlpBlipConfig | VlpBlip2Config:
+def config_from(
+    theirs: CLIPConfig | BlipConfig | Blip2Config | InstructBlipConfig,
+) -> VlpClipConfig | VlpBlipConfig | VlpBlip2Config:
     """Convert transformers' configuration to ours."""
     if isinstance(theirs, VisionTextDualEncoderConfig):
         return dual_encoder_config_from(theirs)
     vision = pick(theirs.vision_config, VISION_FIELDS)
-    if isinstance(theirs, Blip2Config):
+    if isinstance(theirs, (Blip2Config, InstructBlipConfig)):
         return blip2_config_from(theirs, vision)
     if isinstance(theirs, SiglipConfig):
         return siglip_config_from(theirs, vision)
@@ -211,8 +219,8 @@ def siglip_config_to(ours: VlpClipConfig) -> SiglipConfig:
     return SiglipConfig(vision_config=pick(ours.vision_config, VISION_FIELDS), text_config=text)
 
 
-def blip2_config_from(theirs: Blip2Config, vision: dict) -> VlpBlip2Config:
-    """Convert transformers' configuration of a BLIP-2 to ours.
+def blip2_config_from(theirs: Blip2Config | InstructBlipConfig, vision: dict) -> VlpBlip2Config:
+    """Convert transformers' configuration of a BLIP-2 or an InstructBLIP to ours.
 
     If there is a language model, it is stored in our checkpoint, as in theirs.
 
@@ -220,27 +228,30 @@ def blip2_config_from(theirs: Blip2Config, vision: dict) -> VlpBlip2Config:
         theirs: transformers' configuration.
         vision: the fields of its vision configuration that ours has too.
     """
-    has_language_model = theirs.architectures[0] in ("Blip2ForConditionalGeneration", "Blip2Model")
+    has_language_model = theirs.architectures[0] in LANGUAGE_MODELS
+    instructs = isinstance(theirs, InstructBlipConfig)
     qformer = pick(theirs.qformer_config, QFORMER_FIELDS)
     qformer["bos_token_id"] = min(30522, qformer["vocab_size"] - 1)  # [DEC] follows BERT's vocabulary
     qformer["eos_token_id"] = min(102, qformer["vocab_size"] - 1)
-    return VlpBlip2Config(
+    return (VlpInstructBlipConfig if instructs else VlpBlip2Config)(
         vision_config=vision | {"model_type": "vlp_blip_vit", "final_norm": False},
         qformer_config=qformer,
         text_config=theirs.text_config if has_language_model else None,
         num_query_tokens=theirs.num_query_tokens,
-        image_text_hidden_size=theirs.image_text_hidden_size,
+        image_text_hidden_size=getattr(theirs, "image_text_hidden_size", 256),  # InstructBLIP compares no embeddings
         vision_norm_eps=theirs.vision_config.layer_norm_eps,
         store_language_model=has_language_model,
     )
 
 
-def blip2_config_to(ours: VlpBlip2Config, has_language_model: bool, image_token_id: int | None) -> Blip2Config:
-    """Convert our configuration of a BLIP-2 to transformers'.
+def blip2_config_to(
+    ours: VlpBlip2Config, has_language_model: bool, image_token_id: int | None
+) -> Blip2Config | InstructBlipConfig:
+    """Convert our configuration of a BLIP-2 or an InstructBLIP to transformers'.
 
     Args:
         ours: our configuration.
-        has_language_model: whether the model is a Blip2ForConditionalGeneration.
+        has_language_model: whether the model has a language model.
         image_token_id: the token that marks the position of a query in the language model's input.
 
     Raises:
@@ -252,8 +263,14 @@ def blip2_config_to(ours: VlpBlip2Config, has_language_model: bool, image_token_
             "transformers' Blip2 supports only EVA-CLIP's vision transformer, without a LayerNorm before or after its "
             f"blocks; this tower, a {vision.model_type}, has one."
         )
-    qformer = pick(ours.qformer_config, QFORMER_FIELDS) | {"use_qformer_text_input": not has_language_model}
+    qformer = pick(ours.qformer_config, QFORMER_FIELDS)
     text = {"text_config": ours.text_config} if has_language_model else {}
+    if isinstance(ours, VlpInstructBlipConfig):
+        return InstructBlipConfig(
+            vision_config=pick(vision, VISION_FIELDS), qformer_config=qformer, image_token_index=image_token_id,
+            num_query_tokens=ours.num_query_tokens, **text,
+        )  # fmt: skip
+    qformer["use_qformer_text_input"] = not has_language_model
     return Blip2Config(
         vision_config=pick(vision, VISION_FIELDS), qformer_config=qformer, num_query_tokens=ours.num_query_tokens,
         image_text_hidden_size=ours.image_text_hidden_size, image_token_index=image_token_id, **text,
@@ -262,7 +279,7 @@ def blip2_config_to(ours: VlpBlip2Config, has_language_model: bool, image_token_
 
 def config_to(
     ours: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, peer: str, image_token_id: int | None = None
-) -> CLIPConfig | BlipConfig | Blip2Config:
+) -> CLIPConfig | BlipConfig | Blip2Config | InstructBlipConfig:
     """Convert our configuration to transformers'.
 
     Args:
@@ -282,7 +299,7 @@ def config_to(
         raise ExchangeError(f"transformers' {peer} has a vision transformer of its own; this model has another tower.")
     vision = pick(ours.vision_config, VISION_FIELDS)
     if isinstance(ours, VlpBlip2Config):
-        theirs = blip2_config_to(ours, peer == "Blip2ForConditionalGeneration", image_token_id)
+        theirs = blip2_config_to(ours, peer in LANGUAGE_MODELS, image_token_id)
     elif is_siglip(ours):
         theirs = siglip_config_to(ours)
         theirs.architectures = ["SiglipModel"]

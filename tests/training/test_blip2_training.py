@@ -362,6 +362,11 @@ def test_invalid_options_raise(pairs, towers, stage_1, tmp_path):
         (dict(vision_tower=clip, stage=3), "--stage must be one of 1, 2, got 3"),
         (dict(vision_tower=clip, stage=2), "--stage 2 needs --language_model_name_or_path"),
         (dict(vision_tower=clip, language_model_name_or_path="x"), "is only for --stage 2"),
+        (dict(vision_tower=clip, instruction_aware=True), "and --instruction_aware are only for --stage 2"),
+        (
+            dict(vision_tower=clip, stage=2, language_model_name_or_path="x", instruction_aware=True),
+            "--instruction_aware needs --model_name_or_path",
+        ),
         (dict(vision_tower=clip, prompt="x"), "--prompt and --example_prompts are only for --stage 2"),
         (dict(vision_tower=clip, cache_vision_features=True, augmentation="strong"), "needs --augmentation none"),
         (dict(vision_tower=clip, cache_vision_features=True, freeze_vision=False), "and a frozen tower"),
@@ -382,7 +387,8 @@ def test_invalid_options_raise(pairs, towers, stage_1, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_stage_2_learns_the_answers_of_conversations(pairs, stage_1, tmp_path):
+@pytest.mark.parametrize("instruction_aware", [False, True])
+def test_stage_2_learns_the_answers_of_conversations(pairs, stage_1, tmp_path, instruction_aware):
     """Each question of a picture has its own answer; the questions have no loss."""
     questions = {"What is it?": "A card", "Which colour?": "{}"}
     rows = list(csv.DictReader(pairs.open()))
@@ -403,8 +409,13 @@ def test_stage_2_learns_the_answers_of_conversations(pairs, stage_1, tmp_path):
                            for question, answer in questions.items() for colour in colours],
     )  # fmt: skip
     train(arguments(pairs.parent / "llava.json", tmp_path / "run", stage=2, model_name_or_path=str(stage_1),
-                    language_model_name_or_path=str(tmp_path / "llm"), prompt_column="question", max_train_steps=150,
-                    max_length=24, eval_split=None, cache_vision_features=True))  # fmt: skip
+                    language_model_name_or_path=str(tmp_path / "llm"), prompt_column="question", max_length=24,
+                    max_train_steps=400 if instruction_aware else 150, eval_split=None, cache_vision_features=True,
+                    instruction_aware=instruction_aware))  # fmt: skip
+    if instruction_aware:
+        model = vlp.VlpInstructBlipForConditionalGeneration.from_pretrained(tmp_path / "run")
+        with pytest.raises(ValueError, match="needs qformer_input_ids, the instructions as tokens of the Q-Former"):
+            model.generate(torch.zeros(1, 3, 16, 16))
     predictor = load(str(tmp_path / "run"), "answer")
     images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     answers = [predictor.answer(images, [question] * 2, num_beams=2, max_length=5) for question in questions]

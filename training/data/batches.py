@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import BadDataError, UserError
-from ...processing.blip2 import QUESTION
+from ...processing.blip2 import QUESTION, VlpInstructBlipProcessor
 from .rows import describe
 from .samples import Sample
 
@@ -86,11 +86,14 @@ class Collator:
         """What a task needs besides; otherwise empty.
 
         For VQA, tokenized answers, the sample of each, and weights; for NLVR2, labels; for texts that answer questions,
-        the number of tokens before each distinct text.
+        the number of tokens before each distinct text; for InstructBLIP, what the Q-Former reads of each distinct text.
         """
+        extra = {}
+        if isinstance(self.processor, VlpInstructBlipProcessor):
+            extra = dict(self.processor.instructions([self.before(prompt) for prompt in prompts]))
         if prompts[0] is not None:
             before = self.processor.tokenizer([self.processor.clean(self.before(prompt)) for prompt in prompts])
-            return {"prompt_lengths": torch.tensor([len(ids) for ids in before["input_ids"]])}
+            extra["prompt_lengths"] = torch.tensor([len(ids) for ids in before["input_ids"]])
         if samples[0].answers is not None:
             answers = [(index, *answer) for index, sample in enumerate(samples) for answer in sample.answers]
             tokens = self.processor.tokenize([text for _, text, _ in answers], self.max_length)
@@ -101,7 +104,7 @@ class Collator:
             }
         if samples[0].label is not None:
             return {"labels": torch.tensor([sample.label for sample in samples])}
-        return {}
+        return extra
 
 
 class BadRows:

@@ -144,11 +144,12 @@ def possible_model() -> Iterator[None]:
         raise ArgumentError(f"--model: no model can be built with these fields: {brief(error)[:300]}") from error
 
 
-def require_model_type(name: str, model_type: str) -> None:
-    """Raise ArgumentError if the model in a folder or hub repository has another model type."""
+def require_model_type(name: str, *model_types: str) -> None:
+    """Raise ArgumentError if the model in a folder or hub repository has none of these model types."""
     kind = read_config(name, "--model_name_or_path").model_type
-    if kind != model_type:
-        raise ArgumentError(f"--model_name_or_path {printable(name, 120)} is a {kind}, not a {model_type}.")
+    if kind not in model_types:
+        expected = " or ".join(f"a {model_type}" for model_type in model_types)
+        raise ArgumentError(f"--model_name_or_path {printable(name, 120)} is a {kind}, not {expected}.")
 
 
 def extend(maker: SampleMaker, kind: type[SampleMaker], **parts) -> SampleMaker:

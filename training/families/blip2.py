@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...configuration.blip import VlpBlipConfig
-from ...configuration.blip2 import VlpBlip2Config
+from ...configuration.blip2 import VlpBlip2Config, VlpInstructBlipConfig
 from ...configuration.text import VlpQFormerConfig
 from ...configuration.towers import VlpVisionTowerConfig
 from ...configuration.vision import VlpViTConfig
@@ -18,9 +18,10 @@ from ...modeling_vlp.blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedMode
 from ...modeling_vlp.blip2_generation import VlpBlip2ForConditionalGeneration
 from ...modeling_vlp.exchange import lavis
 from ...modeling_vlp.exchange.places import ExchangeError, import_state
+from ...modeling_vlp.instructblip import VlpInstructBlipForConditionalGeneration
 from ...modeling_vlp.language_model import ALLOWED, PACKAGE, language_model_source, load_language_model
 from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, token_ids
-from ...processing.blip2 import QUESTION, VlpBlip2Processor
+from ...processing.blip2 import QUESTION, VlpBlip2Processor, VlpInstructBlipProcessor
 from ...towers import Start, vision_start
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
 from ..data.features import FeatureMaker, Features, compute_features
@@ -111,6 +112,13 @@ class Blip2Arguments(TrainingArguments):
         bound=True,
         shown=True,
     )
+    spelling_repeats: int = option(
+        1,
+        "stage 2: number of equal parts of the queries, each of which learns to be the prompt and the caption; with "
+        "two, the language model has read the caption repeated once and repeats it more reliably",
+        bound=True,
+        shown=True,
+    )
     language_batch_size: int | None = option(
         None,
         "stage 2, after --spelling_share: pairs of each batch that the language model reads, while all pairs go on to "
@@ -123,6 +131,12 @@ class Blip2Arguments(TrainingArguments):
         "stage 2: column with a question that each caption answers, such as `question` of LLaVA's conversations; the "
         f"language model reads it as {QUESTION!r}, and only the answer has a loss",
         bound=True,
+    )
+    instruction_aware: bool = option(
+        False,
+        "stage 2: the Q-Former reads the prompt, too (InstructBLIP); its text layers are those of stage 1",
+        bound=True,
+        shown=True,
     )
     example_prompts: str = option("", "prompts of the examples on the model card, joined by |; --prompt if not given")
     eval_num_beams: int = option(5, "evaluation: beams for generating captions")
@@ -158,12 +172,17 @@ class Blip2Arguments(TrainingArguments):
             raise ArgumentError(
                 "--cache_vision_features needs --augmentation none and a frozen tower; otherwise the features change."
             )
-        if self.stage == 1 and (self.spelling_share or self.language_batch_size):
+        if self.stage == 1 and (self.spelling_share or self.language_batch_size or self.instruction_aware):
             raise ArgumentError(
-                "--spelling_share and --language_batch_size are only for --stage 2; stage 1 has no language model."
+                "--spelling_share, --language_batch_size and --instruction_aware are only for --stage 2; stage 1 has "
+                "no language model."
+            )
+        if self.instruction_aware and not self.model_name_or_path:
+            raise ArgumentError(
+                "--instruction_aware needs --model_name_or_path, a BLIP-2 of stage 1, whose Q-Former reads text."
             )
         require_share(self, "label_smoothing", "contrastive_share", "spelling_share")
-        require_at_least_one(self, "rerank_top_k", "eval_num_beams", "language_batch_size")
+        require_at_least_one(self, "rerank_top_k", "eval_num_beams", "language_batch_size", "spelling_repeats")
         if self.vision_layers_left_out < 0:
             raise ArgumentError(f"--vision_layers_left_out must not be negative, got {self.vision_layers_left_out}.")
 
@@ -173,7 +192,11 @@ class Blip2Arguments(TrainingArguments):
         return vision_start(self.vision_tower, "--vision_tower")
 
     def own_parts(self) -> tuple[str, str] | None:
-        return (VlpBlip2ForConditionalGeneration.__name__, "--stage 2") if self.stage == 2 else None
+        if self.stage == 1:
+            return None
+        if self.instruction_aware:
+            return VlpInstructBlipForConditionalGeneration.__name__, "--stage 2 --instruction_aware"
+        return VlpBlip2ForConditionalGeneration.__name__, "--stage 2"
 
 
 LANGUAGE_MODEL_FIELDS = ("language_model_name_or_path", "language_model_file", "language_model_revision")
@@ -190,14 +213,22 @@ def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> 
     """
     name = arguments.base_model
     if name:
-        require_model_type(name, VlpBlip2Config.model_type)
+        require_model_type(name, VlpBlip2Config.model_type, VlpInstructBlipConfig.model_type)
         processor = load_processor(name, "--model_name_or_path")
         if arguments.stage == 1 or isinstance(processor, VlpBlip2Processor):
+            if isinstance(processor, VlpInstructBlipProcessor) != arguments.instruction_aware:
+                raise ArgumentError(
+                    f"--model_name_or_path {printable(name, 120)} "
+                    + ("is a BLIP-2 of stage 2: its Q-Former has no text layers, which --instruction_aware needs."
+                       if arguments.instruction_aware else "is an InstructBLIP: continue with --instruction_aware.")
+                )  # fmt: skip
             return processor
         images = processor.image_processor
     else:
         images = VlpBlipImageProcessor(**arguments.start.images())
         arguments.image_size = arguments.start.config.image_size
+    if arguments.instruction_aware:
+        return VlpInstructBlipProcessor(images, language_tokenizer(arguments), processor.tokenizer)
     if arguments.stage == 2:
         return VlpBlip2Processor(images, language_tokenizer(arguments))
     tokenizer_name = arguments.tokenizer_name or arguments.bert_name_or_path
@@ -310,17 +341,18 @@ def make_stage_2_model(arguments: Blip2Arguments, processor) -> VlpBlip2ForCondi
     """Build or load the model of stage 2. Raises ArgumentError if its language model cannot be loaded."""
     name = arguments.base_model
     named = {name: getattr(arguments, name) for name in LANGUAGE_MODEL_FIELDS}
+    kind = VlpBlip2ForConditionalGeneration
+    if arguments.instruction_aware:
+        kind = VlpInstructBlipForConditionalGeneration
     try:
-        if name and read_config(name, "--model_name_or_path").architectures[0] == (
-            VlpBlip2ForConditionalGeneration.__name__
-        ):  # fmt: skip
-            return load_model(VlpBlip2ForConditionalGeneration, name, "--model_name_or_path")
+        if name and read_config(name, "--model_name_or_path").architectures[0] == kind.__name__:
+            return load_model(kind, name, "--model_name_or_path")
         language_model = load_language_model(reference_to(arguments))
     except (OSError, ValueError) as error:
         raise ArgumentError(f"--language_model_name_or_path: {brief(error)}") from error
     if name:
         source = load_model(VlpBlip2ForPreTraining, name, "--model_name_or_path")
-        return VlpBlip2ForConditionalGeneration.from_pre_training(source, language_model, **named)
+        return kind.from_pre_training(source, language_model, **named)
     config = new_config(arguments)
     for field, value in named.items():
         setattr(config, field, value)
@@ -380,7 +412,12 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
             raise ArgumentError("--prompt_column needs a causal language model, not one with an encoder.")
         prompt = tokenizer(processor.clean(arguments.prompt))["input_ids"] if arguments.prompt else []
         return LanguageObjective(
-            model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.language_batch_size
+            model,
+            prompt,
+            tokenizer.eos_token_id,
+            arguments.spelling_share,
+            arguments.spelling_repeats,
+            arguments.language_batch_size,
         )
     return Blip2Objective(
         model,

@@ -171,6 +171,8 @@ class LanguageObjective(Objective):
             the prefix learns to be the word embedding of one token of the prompt, the text and its end, in order. The
             language model, which reads the prompt again after the prefix, then has an example to go by. The paper's
             runs, on many GPUs, have no such phase.
+        spelling_repeats: number of equal parts of the prefix, each of which spells the same example. With two, the
+            language model has seen the example repeated, and so repeats it more reliably.
         language_batch_size: from then on, pairs of each batch that the language model reads, with texts of similar
             lengths; the prefixes of all pairs go on to learn words. None: it reads all of them, and words are not
             learnt any longer.
@@ -178,11 +180,12 @@ class LanguageObjective(Objective):
 
     def __init__(
         self, model: VlpBlip2ForConditionalGeneration, prompt: list[int], end_token_id: int,
-        spelling_share: float = 0.0, language_batch_size: int | None = None,
+        spelling_share: float = 0.0, spelling_repeats: int = 1, language_batch_size: int | None = None,
     ):  # fmt: skip
         super().__init__()
         self.model, self.prompt, self.end_token_id = model, prompt, end_token_id
-        self.spelling_share, self.language_batch_size = spelling_share, language_batch_size
+        self.spelling_share, self.spelling_repeats = spelling_share, spelling_repeats
+        self.language_batch_size = language_batch_size
         self.spelling_only = False
         # The language model is large and never changes, so states to resume from do not contain it.
         self.register_state_dict_post_hook(remove_language_model)
@@ -193,7 +196,7 @@ class LanguageObjective(Objective):
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor,
-        prompt_lengths: Tensor | None = None,
+        prompt_lengths: Tensor | None = None, **instructions: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Compute the loss of a batch.
 
@@ -203,6 +206,7 @@ class LanguageObjective(Objective):
             text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
             prompt_lengths: (T,) number of tokens before what each text answers, which have no loss; None: those of
                 the common prompt. Causal models only.
+            instructions: for InstructBLIP, `qformer_input_ids` and `qformer_attention_mask` of each text, (T, N') each.
 
         Returns:
             {"lm": the loss}; {"spelling": the loss} in the first `spelling_share` of the run, and both after it with a
@@ -212,8 +216,10 @@ class LanguageObjective(Objective):
         real = self.until_the_end(input_ids)
         labels = input_ids.masked_fill(~real, -100)
         states, losses = vision_states(self.model, pixel_values), {}
+        instructions = {name: value[text_index] for name, value in instructions.items()}
         if self.spelling_only or self.language_batch_size:
-            losses["spelling"] = self.spell(states, labels, text_index, prompt_lengths)
+            prefix = self.model.prefix(vision_states=states, **instructions)  # (B, Q, D)
+            losses["spelling"] = self.spell(prefix, labels, text_index, prompt_lengths)
         if self.spelling_only:
             return losses
         if self.language_batch_size:  # pairs whose texts are about as long as the first one's, to read less padding
@@ -222,12 +228,17 @@ class LanguageObjective(Objective):
             longest = int(lengths[few].max())
             input_ids, real, labels = (each[few, :longest] for each in (input_ids, real, labels))
             states, text_index = states[few], text_index[few]
+            instructions = {name: value[few] for name, value in instructions.items()}
         if self.model.language_model.config.is_encoder_decoder:
             prompt = torch.tensor(self.prompt, device=input_ids.device).expand(len(input_ids), -1)
-            output = self.model(input_ids=prompt if self.prompt else None, vision_states=states, labels=labels)
+            output = self.model(
+                input_ids=prompt if self.prompt else None, vision_states=states, labels=labels, **instructions
+            )
         else:
             labels = self.without_prompt(labels, text_index, prompt_lengths)
-            output = self.model(input_ids=input_ids, attention_mask=real.long(), vision_states=states, labels=labels)
+            output = self.model(
+                input_ids=input_ids, attention_mask=real.long(), vision_states=states, labels=labels, **instructions
+            )
         return losses | {"lm": weigh_by_count(output.loss, (labels != -100).sum())}
 
     def without_prompt(self, labels: Tensor, text_index: Tensor, prompt_lengths: Tensor | None) -> Tensor:
@@ -236,26 +247,27 @@ class LanguageObjective(Objective):
         positions = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
         return labels.masked_fill(positions < before, -100)
 
-    def spell(self, states: Tensor, labels: Tensor, text_index: Tensor, prompt_lengths: Tensor | None) -> Tensor:
+    def spell(self, prefix: Tensor, labels: Tensor, text_index: Tensor, prompt_lengths: Tensor | None) -> Tensor:
         """The loss of prefixes that should spell the prompt and the texts, as far as there are vectors.
 
-        All vectors after a text stand for its end token.
+        All vectors after a text stand for its end token. Every one of the `spelling_repeats` parts spells the same.
 
         Args:
-            states: (B, M, D).
+            prefix: (B, Q, D).
             labels: (B, N), -100 for padding.
             text_index, prompt_lengths: as in `forward`.
         """
         model = self.model
-        prefix = model.prefix(vision_states=states)  # (B, Q, D)
         if not model.language_model.config.is_encoder_decoder:
             labels = self.without_prompt(labels, text_index, prompt_lengths)
         kept, begin = labels != -100, labels.new_tensor(self.prompt if prompt_lengths is None else [])
         order = kept.long().cumsum(dim=1) - 1 + len(begin)
-        fits = kept & (order < prefix.shape[1])
-        words = labels.new_full(prefix.shape[:2], self.end_token_id)
-        words[:, : len(begin)] = begin[: prefix.shape[1]]
+        length = prefix.shape[1] // self.spelling_repeats
+        fits = kept & (order < length)
+        words = labels.new_full((len(prefix), length), self.end_token_id)
+        words[:, : len(begin)] = begin[:length]
         words[fits.nonzero()[:, 0], order[fits]] = labels[fits]
+        words, prefix = words.repeat(1, self.spelling_repeats), prefix[:, : length * self.spelling_repeats]
         with torch.autocast(prefix.device.type, enabled=False):
             loss = spelling_loss(prefix, words, model.language_model.get_input_embeddings().weight)
         return weigh_by_count(loss, torch.tensor(words.numel(), device=words.device))

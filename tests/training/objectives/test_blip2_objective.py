@@ -148,3 +148,14 @@ def test_words_are_learnt_first_then_by_all_pairs_beside_the_language_model(kind
     # The language model reads the two pairs whose texts are closest in length to the first one's.
     alone, few = LanguageObjective(model, objective.prompt, 2).train(), torch.tensor([0, 2])
     assert_close(both["lm"], alone(states[few], ids[few], rows[:2], rows[:2], rows[:2])["lm"])
+
+
+def test_every_part_of_the_prefix_spells_the_same_words():
+    model = tiny_blip2_generation()
+    objective = LanguageObjective(model, [], 2, spelling_share=1.0, spelling_repeats=2).train()
+    states, rows = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(9)), torch.arange(2)
+    objective.before_step(0, 0.2)
+    loss = objective(states, torch.tensor([[11, 12, 13, 2], [15, 2, 2, 2]]), rows, rows, rows)["spelling"]
+    words = torch.tensor([[11, 12, 11, 12], [15, 2, 15, 2]])  # two parts of two vectors; the fifth stands for nothing
+    table = model.language_model.get_input_embeddings().weight
+    assert_close(loss, spelling_loss(model.prefix(vision_states=states)[:, :4], words, table))
