@@ -240,9 +240,7 @@ def name_of_peer(theirs: str) -> str:
     """
     if theirs in ("SiglipModel", peer.DUAL_ENCODER_CLASS):
         return VlpClipModel.__name__
-    same_parts = {"Blip2Model": "Blip2ForConditionalGeneration",
-                  "InstructBlipModel": "InstructBlipForConditionalGeneration"}  # fmt: skip
-    theirs = same_parts.get(theirs, theirs)
+    theirs = {"Blip2Model": "Blip2ForConditionalGeneration"}.get(theirs, theirs)  # the same parts
     # If two of our classes have the same peer, the later row wins: it has no language modelling head, like the peer.
     found = {row.peer: row.model.__name__ for row in ARCHITECTURES if row.peer}
     if theirs not in found:

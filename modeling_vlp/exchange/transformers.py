@@ -61,8 +61,7 @@ BLIP2 = (*BLIP2_PARTS, *lavis.qformer("qformer", "attention", "embeddings", "qfo
 INSTRUCTBLIP = (
     *BLIP2_PARTS, *lavis.qformer("qformer", "attention", "qformer.embeddings", "qformer.embeddings.layernorm"),
 )  # fmt: skip
-LANGUAGE_MODELS = ("Blip2ForConditionalGeneration", "Blip2Model", "InstructBlipForConditionalGeneration",
-                   "InstructBlipModel")  # fmt: skip
+LANGUAGE_MODELS = ("Blip2ForConditionalGeneration", "Blip2Model", "InstructBlipForConditionalGeneration")
 HEADS = (Rule(r"((?:vision_proj|text_proj|itm_head)\.\S+)", r"\1"),)  # transformers has no temperature
 IGNORED = r".*\.position_ids"
 
