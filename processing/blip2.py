@@ -3,6 +3,8 @@
 Source: salesforce/LAVIS, models/blip2_models/blip2_opt.py.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -10,6 +12,14 @@ from .blip import VlpBlipProcessor
 from .clip import VlpClipProcessor, VlpClipProcessorKwargs, forget_last_call
 
 QUESTION = "Question: {} Short answer:"  # the prompt of a question; LAVIS, blip2_opt.py
+
+
+def prompt_of(turns: Sequence[str]) -> str:
+    """The prompt of a conversation, as the chat template writes it: questions and answers in turn, a question last."""
+    asked = [QUESTION.format(question.strip()) for question in turns[::2]]
+    answered = [*(answer.strip() for answer in turns[1::2]), ""]
+    return " ".join(f"{question} {answer}" for question, answer in zip(asked, answered, strict=True)).strip()
+
 
 # Messages as that prompt, turn by turn. The picture of a conversation has no place in the text: it is read before it.
 CHAT_TEMPLATE = """\

@@ -15,9 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoProcessor, AutoTokenizer, BertConfig, BertForMaskedLM, TextIteratorStreamer, pipeline
-from vlp.processing.blip2 import QUESTION
+from vlp.processing.blip2 import QUESTION, prompt_of
+from vlp.training.data.batches import Collator
 from vlp.training.data.features import Features, compute_features
 from vlp.training.data.rows import BadRow, CaptionChooser
+from vlp.training.data.samples import Sample
 from vlp.training.families import blip2
 from vlp.training.families.blip import BlipArguments
 from vlp.training.families.blip2 import Blip2Arguments
@@ -410,7 +412,7 @@ def test_stage_2_learns_the_answers_of_conversations(pairs, stage_1, tmp_path, i
     )  # fmt: skip
     train(arguments(pairs.parent / "llava.json", tmp_path / "run", stage=2, model_name_or_path=str(stage_1),
                     language_model_name_or_path=str(tmp_path / "llm"), prompt_column="question", max_length=24,
-                    max_train_steps=400 if instruction_aware else 150, eval_split=None, cache_vision_features=True,
+                    max_train_steps=400 if instruction_aware else 200, eval_split=None, cache_vision_features=True,
                     instruction_aware=instruction_aware))  # fmt: skip
     if instruction_aware:
         model = vlp.VlpInstructBlipForConditionalGeneration.from_pretrained(tmp_path / "run")
@@ -418,10 +420,28 @@ def test_stage_2_learns_the_answers_of_conversations(pairs, stage_1, tmp_path, i
             model.generate(torch.zeros(1, 3, 16, 16))
     predictor = load(str(tmp_path / "run"), "answer")
     images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
-    answers = [predictor.answer(images, [question] * 2, num_beams=2, max_length=5) for question in questions]
-    assert answers[0] == ["A card"] * 2 and [answer.split()[0] for answer in answers[1]] == ["red", "blue"]
+    assert predictor.answer(images, ["What is it?"] * 2, num_beams=2, max_length=5) == ["A card"] * 2
+    first = {"role": "assistant", "content": [{"type": "text", "text": "A card"}]}
+    second = {"role": "user", "content": [{"type": "text", "text": "Which colour?"}]}
+    talks = [[said_by("What is it?", image), first, second] for image in images]
+    said = pipeline("image-text-to-text", model=str(tmp_path / "run"))(text=talks, max_new_tokens=5, do_sample=False)
+    assert [talk[0]["generated_text"][-1]["content"].split()[0] for talk in said] == ["red", "blue"]
     with pytest.raises(ArgumentError, match="--prompt_column is for --stage 2"):
         arguments(pairs, tmp_path / "x", model_name_or_path=str(stage_1), prompt_column="question")
+
+
+def test_the_oldest_turns_are_left_out_of_long_conversations(tmp_path):
+    turns = ("what is it ?", "a card", "which colour ?", "red", "is it large ?")
+    save_language_model(tmp_path, [f"{prompt_of(turns)} yes"])
+    processor = vlp.VlpBlip2Processor(vlp.VlpBlipImageProcessor(), AutoTokenizer.from_pretrained(tmp_path))
+    sample = Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), "yes", 0, 0, turns=turns)
+    whole = len(f"{prompt_of(turns)} yes".split())
+    for length, first in ((64, 0), (whole + 1, 0), (whole, 2), (12, 4), (4, 4)):  # with the end token
+        batch = Collator(processor, length)([sample])
+        text = processor.tokenizer.decode(batch.input_ids[0], skip_special_tokens=True)
+        assert text == f"{prompt_of(turns[first:])} yes" or length == 4
+        assert batch.extra["prompt_lengths"].tolist() == [len(prompt_of(turns[first:]).split())]
+    assert prompt_of(turns[2:]) == "Question: which colour ? Short answer: red Question: is it large ? Short answer:"
 
 
 def test_tokenizer_in_a_gguf_file(tmp_path, monkeypatch):

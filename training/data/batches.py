@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import BadDataError, UserError
-from ...processing.blip2 import QUESTION, VlpInstructBlipProcessor
+from ...processing.blip2 import VlpInstructBlipProcessor, prompt_of
 from .rows import describe
 from .samples import Sample
 
@@ -57,13 +57,14 @@ class Collator:
         self.images_once = images_once
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        keys = [(sample.prompt, sample.text) for sample in samples]
+        keys = [(sample.turns, sample.text) for sample in samples]
         texts = {key: index for index, key in enumerate(dict.fromkeys(keys))}
-        whole = [self.before(prompt) + text for prompt, text in texts]
+        prompts = [self.before(*key) for key in texts]
+        whole = [prompt + text for prompt, (_, text) in zip(prompts, texts, strict=True)]
         tokens = self.processor.tokenize(whole, self.max_length)
         shown = {sample.image_id if self.images_once else number: sample for number, sample in enumerate(samples)}
         pixels = torch.stack([sample.pixels for sample in shown.values()])
-        extra = self.extra(samples, [prompt for prompt, _ in texts])
+        extra = self.extra(samples, prompts)
         if self.images_once:
             order = {image: number for number, image in enumerate(shown)}
             extra["image_index"] = torch.tensor([order[sample.image_id] for sample in samples])
@@ -78,11 +79,22 @@ class Collator:
             place={stream: place for sample in samples for stream, place in sample.place.items()},
         )
 
-    def before(self, prompt: str | None) -> str:
-        """What comes before a text: the prompt of all texts, or the question of this one."""
-        return self.prompt if prompt is None else f"{QUESTION.format(prompt)} "
+    def before(self, turns: tuple[str, ...] | None, text: str) -> str:
+        """What comes before a text: the prompt of all texts, or the conversation that this one continues.
 
-    def extra(self, samples: list[Sample], prompts: list[str | None]) -> dict[str, Tensor]:
+        The oldest questions and answers are left out if the text would not fit otherwise.
+        """
+        if turns is None:
+            return self.prompt
+        while len(turns) > 1 and self.length(f"{prompt_of(turns)} {text}") >= self.max_length:
+            turns = turns[2:]
+        return f"{prompt_of(turns)} "
+
+    def length(self, text: str) -> int:
+        """The number of tokens of a text, without an end token."""
+        return len(self.processor.tokenizer(self.processor.clean(text))["input_ids"])
+
+    def extra(self, samples: list[Sample], prompts: list[str]) -> dict[str, Tensor]:
         """What a task needs besides; otherwise empty.
 
         For VQA, tokenized answers, the sample of each, and weights; for NLVR2, labels; for texts that answer questions,
@@ -90,10 +102,9 @@ class Collator:
         """
         extra = {}
         if isinstance(self.processor, VlpInstructBlipProcessor):
-            extra = dict(self.processor.instructions([self.before(prompt) for prompt in prompts]))
-        if prompts[0] is not None:
-            before = self.processor.tokenizer([self.processor.clean(self.before(prompt)) for prompt in prompts])
-            extra["prompt_lengths"] = torch.tensor([len(ids) for ids in before["input_ids"]])
+            extra = dict(self.processor.instructions(prompts))
+        if samples[0].turns is not None:
+            extra["prompt_lengths"] = torch.tensor([self.length(prompt) for prompt in prompts])
         if samples[0].answers is not None:
             answers = [(index, *answer) for index, sample in enumerate(samples) for answer in sample.answers]
             tokens = self.processor.tokenize([text for _, text, _ in answers], self.max_length)

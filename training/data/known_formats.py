@@ -33,7 +33,7 @@ def read_json(text: str, split: str, path: Path) -> list[dict]:
     if not isinstance(rows, list):
         raise ValueError(f"it is {printable(repr(rows), 40)}")
     if rows and all(isinstance(row, dict) for row in rows):
-        if isinstance(rows[0].get("conversations"), list):
+        if isinstance(rows[0].get("conversations", rows[0].get("messages")), list):
             return [turn for row in rows for turn in conversation_rows(row)]
         if "sentence" in rows[0] and "identifier" in rows[0] and "image" not in rows[0]:
             return list(nlvr_rows(rows, path))
@@ -176,17 +176,28 @@ def nlvr_rows(rows: list[dict], path: Path) -> Iterator[dict]:
 
 
 def conversation_rows(row: dict) -> Iterator[dict]:
-    """One row for each question and answer of a conversation about a picture, in LLaVA's format.
+    """One row for each question and answer of a conversation about a picture, in the format of LLaVA or of messages.
 
     Returns:
-        An iterator over rows with image, question, answers (a list of one), caption (the answer), and image_id.
+        An iterator over rows with image, question, answers (a list of one), caption (the answer), image_id, and history
+        (the questions and answers before it, in turn).
     """
-    turns = row["conversations"]
-    for asked, answered in zip(turns[::2], turns[1::2], strict=False):
-        question = re.sub(r"\s*<image>\s*", " ", str(asked.get("value", asked.get("content", "")))).strip()
-        answer = str(answered.get("value", answered.get("content", "")))
+    turns = row.get("conversations", row.get("messages")) or []
+    if turns and turns[0].get("role", turns[0].get("from")) == "system":
+        turns = turns[1:]
+    said = [re.sub(r"\s*<image>\s*", " ", text_of_turn(turn)).strip() for turn in turns]
+    for number in range(0, len(said) - 1, 2):
+        question, answer = said[number : number + 2]
         yield {"image": row.get("image"), "question": question, "answers": [answer], "caption": answer,
-               "image_id": str(row.get("image"))}  # fmt: skip
+               "image_id": str(row.get("image")), "history": said[:number]}  # fmt: skip
+
+
+def text_of_turn(turn: dict) -> str:
+    """What was said in a turn: LLaVA's `value`, or the `content` of a message, a text or a list of parts."""
+    content = turn.get("value", turn.get("content", ""))
+    if isinstance(content, list):
+        return " ".join(str(part["text"]) for part in content if isinstance(part, dict) and part.get("text"))
+    return str(content)
 
 
 # --- where the pictures are -------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Sample:
     skipped: list[tuple[Any, str]] = field(default_factory=list)
     answers: list[tuple[str, float]] | None = None  # VQA: answers and their weights
     label: int | None = None  # NLVR2: 1 if the text is true of both images; pixels are (2, 3, S, S)
-    prompt: str | None = None  # a question that the text answers, which a language model reads before it
+    turns: tuple[str, ...] | None = None  # what the text answers: a question, or a conversation that ends with one
     place: dict[str, dict] = field(default_factory=dict)  # shards: position of its stream, by stream number
 
 
@@ -45,6 +45,7 @@ class SampleMaker:
         seed: seed of the random choices.
         cache: preprocessed images by (row key, column); None to preprocess an image each time.
         prompt_column: column with a question that the caption answers; None if there is none.
+        history_column: column with the questions and answers before that question, in turn; may be missing or empty.
         same_views: whether all rows of a picture get the same augmentation in an epoch, so that it is encoded once.
     """
 
@@ -55,6 +56,7 @@ class SampleMaker:
     seed: int = 0
     cache: dict[Any, Tensor] | None = None
     prompt_column: str | None = None
+    history_column: str | None = None
     same_views: bool = False
     last: tuple | None = None  # with same_views: what the last picture was made from, and its pixels
 
@@ -71,9 +73,13 @@ class SampleMaker:
             pixels = self.last[1]
         sample = Sample(pixels, text, stable_id(caption.lower()), stable_id(identity))
         if self.prompt_column:
-            sample.prompt = next(iter(texts_of(row.get(self.prompt_column))), None)
-            if sample.prompt is None:
+            question = next(iter(texts_of(row.get(self.prompt_column))), None)
+            if question is None:
                 raise BadRow("no question")
+            history = texts_of(row.get(self.history_column)) if self.history_column else []
+            if len(history) % 2:
+                raise BadRow("a question without an answer before the last question")
+            sample.turns = (*history, question)
         return sample
 
     def pixels(self, row: dict, column: str, key: Any, rng: random.Random) -> Tensor:

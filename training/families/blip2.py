@@ -132,6 +132,12 @@ class Blip2Arguments(TrainingArguments):
         f"language model reads it as {QUESTION!r}, and only the answer has a loss",
         bound=True,
     )
+    history_column: str | None = option(
+        "history",
+        "stage 2, with --prompt_column: column with the earlier questions and answers of a conversation, in turn, "
+        "which are read before the question and have no loss; ignored if the data has no such column",
+        bound=True,
+    )
     instruction_aware: bool = option(
         False,
         "stage 2: the Q-Former reads the prompt, too (InstructBLIP); its text layers are those of stage 1",
@@ -412,13 +418,9 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
             raise ArgumentError("--prompt_column needs a causal language model, not one with an encoder.")
         prompt = tokenizer(processor.clean(arguments.prompt))["input_ids"] if arguments.prompt else []
         return LanguageObjective(
-            model,
-            prompt,
-            tokenizer.eos_token_id,
-            arguments.spelling_share,
-            arguments.spelling_repeats,
+            model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.spelling_repeats,
             arguments.language_batch_size,
-        )
+        )  # fmt: skip
     return Blip2Objective(
         model,
         exclude_duplicates=arguments.exclude_duplicates,
@@ -449,7 +451,9 @@ def make_samples(arguments: Blip2Arguments, rows, model, processor, maker: Sampl
     if arguments.prompt_column:
         if rows is not None:
             require_text(rows, arguments.prompt_column, arguments.dataset_name, "--prompt_column")
-        maker = dataclasses.replace(maker, prompt_column=arguments.prompt_column)
+        maker = dataclasses.replace(
+            maker, prompt_column=arguments.prompt_column, history_column=arguments.history_column
+        )
     if not arguments.cache_vision_features:
         return maker
     if rows is None:

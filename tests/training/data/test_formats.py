@@ -242,6 +242,13 @@ def test_conversations(folder):
     rows = load(folder / "llava.json")
     check(rows, ["A dog.", "Black."], [COLOURS[1]] * 2)
     assert rows["question"] == ["What is it?", "Which colour?"] and rows["answers"] == [["A dog."], ["Black."]]
+    assert rows["history"] == [[], ["What is it?", "A dog."]]
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts},
+                {"role": "assistant", "content": "A dog."}, {"role": "user", "content": "Which colour?"},
+                {"role": "assistant", "content": [{"type": "text", "text": "Black."}]}]  # fmt: skip
+    (folder / "messages.json").write_text(json.dumps([{"image": NAMES[1], "messages": messages}]))
+    assert load(folder / "messages.json").to_list() == rows.to_list()
 
 
 # --- Parquet, Arrow, folders ------------------------------------------------------------------------------------------
