@@ -28,6 +28,36 @@ PREFIX = "language_model."
 # the language model, V vocabulary
 
 
+class PrefixWords(nn.Module):
+    """Makes vectors that a language model can read at once: mixtures of the embeddings of its words.
+
+    The vectors of a linear projection would have to be very close to embeddings before the language model could repeat
+    the words. Here, each vector only chooses among words, which the language model has always been able to read. The
+    paper does not do this.
+
+    Args:
+        count: W, the number of words.
+
+    Attributes:
+        ids: (W,), their token ids in the language model.
+    """
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.ids = nn.Buffer(torch.zeros(count, dtype=torch.long))
+        self.scale = nn.Parameter(torch.tensor(20.0))
+        self.bias = nn.Parameter(torch.zeros(count))
+
+    def logits(self, x: Tensor, embeddings: nn.Embedding) -> Tensor:
+        """Compute the logits (B, Q, W) of the words for vectors (B, Q, D): scaled products with the unit embeddings."""
+        words = F.normalize(embeddings.weight[self.ids].float(), dim=-1)
+        return (x @ words.T.to(x.dtype)).float() * self.scale + self.bias
+
+    def mix(self, x: Tensor, embeddings: nn.Embedding) -> Tensor:
+        """Mix the embeddings of the words by their probabilities: (B, Q, D) to (B, Q, D)."""
+        return self.logits(x, embeddings).softmax(dim=-1).to(x.dtype) @ embeddings.weight[self.ids].to(x.dtype)
+
+
 class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin):
     """BLIP-2 with a language model that generates captions, and answers to prompts.
 
@@ -66,6 +96,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         self.language_projection = nn.Linear(
             config.qformer_config.hidden_size, config.text_config.get_text_config().hidden_size
         )
+        self.prefix_words = PrefixWords(config.num_prefix_words) if config.num_prefix_words else None
         self.language_model = None
         if config.store_language_model and language_model is None:
             kind = AutoModelForSeq2SeqLM if config.text_config.is_encoder_decoder else AutoModelForCausalLM
@@ -133,7 +164,8 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
     @classmethod
     def from_pre_training(
         cls, name: str | VlpBlip2ForPreTraining, language_model: PreTrainedModel, language_model_name_or_path=None,
-        language_model_file: str | None = None, language_model_revision: str | None = None, **kwargs,
+        language_model_file: str | None = None, language_model_revision: str | None = None,
+        prefix_words: list[int] | None = None, num_prefix_repeats: int = 1, **kwargs,
     ) -> "VlpBlip2ForConditionalGeneration":  # fmt: skip
         """Initialise the model from a stage-1 model; the projection is newly initialised.
 
@@ -142,6 +174,8 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             language_model: the language model to attach.
             language_model_name_or_path, language_model_file, language_model_revision: where `from_pretrained` will load
                 the language model from.
+            prefix_words: token ids of the words that the prefix is made of; None: any vectors, as in the paper.
+            num_prefix_repeats: how often the prefix is repeated.
             kwargs: options of `from_pretrained` of the stage-1 model.
         """
         source = loaded(VlpBlip2ForPreTraining, name, **kwargs)
@@ -152,7 +186,11 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         config.language_model_name_or_path = language_model_name_or_path
         config.language_model_file = language_model_file
         config.language_model_revision = language_model_revision
-        return adopt(cls(config, language_model), source.state_dict().get)
+        config.num_prefix_words, config.num_prefix_repeats = len(prefix_words or ()), num_prefix_repeats
+        model = adopt(cls(config, language_model), source.state_dict().get)
+        if prefix_words:
+            model.prefix_words.ids.copy_(torch.tensor(prefix_words))
+        return model
 
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs):
         """Save as transformers does, without the language model unless `config.store_language_model` is set.
@@ -204,11 +242,24 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
     ) -> Tensor:  # fmt: skip
         """Compute the prefix (B, Q, D) of the language model's input: the queries' outputs, projected.
 
+        With `num_prefix_words`, it is made of words' embeddings; with `num_prefix_repeats` R, it is (B, R * Q, D).
+
         Args: as for `forward`.
         """
         vision = self.tower_output(pixel_values, vision_states, interpolate_pos_encoding)
         memory = self.memory_of(vision.last_hidden_state)
-        return self.language_projection(self.query_with(memory, qformer_input_ids, qformer_attention_mask))
+        prefix = self.language_projection(self.query_with(memory, qformer_input_ids, qformer_attention_mask))
+        if self.prefix_words is not None:
+            prefix = self.prefix_words.mix(prefix, self.get_input_embeddings())
+        return prefix.repeat(1, self.config.num_prefix_repeats, 1)
+
+    def word_logits(self, vision_states: Tensor, qformer_input_ids=None, qformer_attention_mask=None) -> Tensor:
+        """Compute the logits (B, Q, W) of the words that each vector of the prefix may stand for.
+
+        Args: as for `forward`; the model needs `prefix_words`.
+        """
+        queries = self.query_with(self.memory_of(vision_states), qformer_input_ids, qformer_attention_mask)
+        return self.prefix_words.logits(self.language_projection(queries), self.get_input_embeddings())
 
     def query_with(self, memory: Memory, qformer_input_ids=None, qformer_attention_mask=None) -> Tensor:
         """Compute the outputs of the queries; BLIP-2's Q-Former does not read instructions."""

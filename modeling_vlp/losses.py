@@ -157,27 +157,23 @@ def weighted_answer_loss(losses: Tensor, weights: Tensor, questions: int) -> Ten
     return (losses * weights).sum() / questions
 
 
-def spelling_loss(prefix: Tensor, words: Tensor, table: Tensor, sharpness: float = 10.0) -> Tensor:
-    """Compute how well each vector of a prefix stands for a word.
-
-    It is the squared distance to the word's embedding, in units of the embeddings' mean squared norm, plus the cross
-    entropy of choosing the word by these distances, times `sharpness`, among the words that occur in the batch. The
-    cross entropy alone does not see what is orthogonal to all embeddings.
+def spelling_loss(logits: Tensor, words: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute how well each vector of a prefix chooses its word: the cross entropy with the word.
 
     Args:
-        prefix: (B, Q, D).
-        words: (B, Q) token ids, -100 for vectors that stand for no word.
-        table: (V, D) word embeddings.
-        sharpness: factor on the distances.
+        logits: (B, Q, W), of the words to choose from.
+        words: (B, Q) token ids; those that are not in `ids` have no loss.
+        ids: (W,) token ids of the words to choose from, all different.
 
     Returns:
-        Scalar, the mean over the vectors that stand for a word.
+        Scalar, the mean over the vectors with a loss; and their number.
     """
-    kept = words != -100
-    found, targets = words[kept].unique(return_inverse=True)
-    embeds = table[found].float()  # (W, D)
-    distances = torch.cdist(prefix[kept].float(), embeds).square() / embeds.square().sum(dim=1).mean()
-    return F.cross_entropy(-sharpness * distances, targets) + distances.gather(1, targets[:, None]).mean()
+    order = ids.argsort()
+    place = torch.searchsorted(ids[order], words).clamp(max=len(ids) - 1)
+    targets = torch.where(ids[order][place] == words, order[place], -100)
+    count = (targets != -100).sum()
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return loss / count.clamp(min=1), count
 
 
 def language_modelling_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

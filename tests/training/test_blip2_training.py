@@ -217,6 +217,26 @@ def test_stage_2_streams_its_answer(stage_2):
                                                            skip_special_tokens=True)  # fmt: skip
 
 
+def test_stage_2_learns_words_first(pairs, stage_1, language_model, tmp_path):
+    options = dict(stage=2, spelling_share=0.7, language_batch_size=4, max_length=10)
+    train(arguments(pairs, tmp_path / "run", model_name_or_path=str(stage_1), num_prefix_repeats=2, **options,
+                    language_model_name_or_path=str(language_model), max_train_steps=60))  # fmt: skip
+    model = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path / "run").eval()
+    processor = vlp.VlpBlip2Processor.from_pretrained(tmp_path / "run")
+    known = processor.tokenizer.decode(model.prefix_words.ids)
+    assert {"A", "red", "card", "</s>"} <= set(known.split())
+    states = model.encode_image(
+        processor(images=Image.new("RGB", (16, 16), "red"), return_tensors="pt")["pixel_values"]
+    )
+    words = processor.tokenizer.decode(model.prefix_words.ids[model.word_logits(states)[0].argmax(dim=-1)])
+    assert words.split()[:2] == ["A", "red"]
+    assert model.prefix(vision_states=states).shape[1] == 2 * model.config.num_query_tokens
+    # A run continues with these words; --spelling_share cannot be added to a model without them.
+    train(arguments(pairs, tmp_path / "more", model_name_or_path=str(tmp_path / "run"), **options, max_train_steps=2))
+    again = vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path / "more")
+    assert torch.equal(again.prefix_words.ids, model.prefix_words.ids)
+
+
 def test_stage_2_continues_from_its_folder_and_resumes(pairs, stage_2, tmp_path):
     options = dict(stage=2, model_name_or_path=str(stage_2), prompt="it is ", cache_vision_features=True)
     train(arguments(pairs, tmp_path / "whole", max_train_steps=6, save_steps=3, save_total_limit=5, **options))
@@ -357,7 +377,7 @@ def test_last_vision_layers_are_left_out(pairs, towers, tmp_path):
         blip2.make_model(options, processor)
 
 
-def test_invalid_options_raise(pairs, towers, stage_1, tmp_path):
+def test_invalid_options_raise(pairs, towers, stage_1, language_model, tmp_path):
     clip = str(towers / "clip")
     for changes, message in (
         (dict(), "BLIP-2 needs --vision_tower"),
@@ -382,6 +402,8 @@ def test_invalid_options_raise(pairs, towers, stage_1, tmp_path):
         (dict(model_name_or_path=str(stage_1), stage=2, language_model_name_or_path="package:no_such_llm"),
          "package no_such_llm, which is not installed"),
         (dict(vision_tower=clip, model={"qformer_config": {"hidden": 3}}), "has no field 'hidden'"),
+        (dict(model_name_or_path=str(stage_1), stage=2, language_model_name_or_path=str(language_model),
+              language_batch_size=4), "need a prefix of words"),
     ):  # fmt: skip
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(ArgumentError, match=message):

@@ -21,11 +21,11 @@ from ...modeling_vlp.exchange.places import ExchangeError, import_state
 from ...modeling_vlp.instructblip import VlpInstructBlipForConditionalGeneration
 from ...modeling_vlp.language_model import ALLOWED, PACKAGE, language_model_source, load_language_model
 from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, token_ids
-from ...processing.blip2 import QUESTION, VlpBlip2Processor, VlpInstructBlipProcessor
+from ...processing.blip2 import QUESTION, VlpBlip2Processor, VlpInstructBlipProcessor, prompt_of
 from ...towers import Start, vision_start
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
 from ..data.features import FeatureMaker, Features, compute_features
-from ..data.rows import CaptionChooser
+from ..data.rows import CaptionChooser, caption_texts
 from ..data.samples import SampleMaker
 from ..data.sources import require_text
 from ..evaluation.pictures import Pictures
@@ -107,15 +107,15 @@ class Blip2Arguments(TrainingArguments):
     )
     spelling_share: float = option(
         0.0,
-        "stage 2: share of the run (0 to 1), at its start, without the language model, in which the queries learn to "
-        "be the word embeddings of the prompt and the caption; for short runs",
+        "stage 2: make the prefix of word embeddings, and learn to choose those of the prompt and the caption during "
+        "this share of the run (0 to 1), at its start, without the language model; for short runs",
         bound=True,
         shown=True,
     )
-    spelling_repeats: int = option(
+    num_prefix_repeats: int = option(
         1,
-        "stage 2: number of equal parts of the queries, each of which learns to be the prompt and the caption; with "
-        "two, the language model has read the caption repeated once and repeats it more reliably",
+        "stage 2: how often the prefix is repeated; with --spelling_share and 2, the language model has read the "
+        "caption twice, and so repeats it more reliably",
         bound=True,
         shown=True,
     )
@@ -183,14 +183,18 @@ class Blip2Arguments(TrainingArguments):
                 "--spelling_share, --language_batch_size and --instruction_aware are only for --stage 2; stage 1 has "
                 "no language model."
             )
+        if (self.spelling_share or self.num_prefix_repeats > 1) and not self.model_name_or_path:
+            raise ArgumentError("--spelling_share and --num_prefix_repeats need --model_name_or_path, a BLIP-2.")
         if self.instruction_aware and not self.model_name_or_path:
             raise ArgumentError(
                 "--instruction_aware needs --model_name_or_path, a BLIP-2 of stage 1, whose Q-Former reads text."
             )
         require_share(self, "label_smoothing", "contrastive_share", "spelling_share")
-        require_at_least_one(self, "rerank_top_k", "eval_num_beams", "language_batch_size", "spelling_repeats")
+        require_at_least_one(self, "rerank_top_k", "eval_num_beams", "language_batch_size", "num_prefix_repeats")
         if self.vision_layers_left_out < 0:
             raise ArgumentError(f"--vision_layers_left_out must not be negative, got {self.vision_layers_left_out}.")
+
+    prefix_words = None  # token ids that the prefix is made of; found when the tokenizer is loaded
 
     @functools.cached_property
     def start(self) -> Start:
@@ -203,6 +207,26 @@ class Blip2Arguments(TrainingArguments):
         if self.instruction_aware:
             return VlpInstructBlipForConditionalGeneration.__name__, "--stage 2 --instruction_aware"
         return VlpBlip2ForConditionalGeneration.__name__, "--stage 2"
+
+
+def words_of(arguments: Blip2Arguments, rows, chooser: CaptionChooser, processor: VlpBlip2Processor) -> list[int]:
+    """Find the tokens of the training texts, which the prefix may be made of.
+
+    Args:
+        arguments: options of the run.
+        rows: training data; None for shards.
+        chooser: draws the texts.
+        processor: its tokenizer is that of the language model.
+
+    Raises:
+        ArgumentError: if the rows cannot be read in advance.
+    """
+    if rows is None:
+        raise ArgumentError("--spelling_share needs random access to the rows, which shards do not have.")
+    before = f"{prompt_of(('',))} " if arguments.prompt_column else arguments.prompt
+    texts = dict.fromkeys(processor.clean(before + text) for text in caption_texts(rows, chooser))
+    found = {number for ids in processor.tokenizer(list(texts))["input_ids"] for number in ids}
+    return sorted(found | {processor.tokenizer.eos_token_id})
 
 
 LANGUAGE_MODEL_FIELDS = ("language_model_name_or_path", "language_model_file", "language_model_revision")
@@ -233,10 +257,15 @@ def make_processor(arguments: Blip2Arguments, rows, chooser: CaptionChooser) -> 
     else:
         images = VlpBlipImageProcessor(**arguments.start.images())
         arguments.image_size = arguments.start.config.image_size
-    if arguments.instruction_aware:
-        return VlpInstructBlipProcessor(images, language_tokenizer(arguments), processor.tokenizer)
     if arguments.stage == 2:
-        return VlpBlip2Processor(images, language_tokenizer(arguments))
+        tokenizer = language_tokenizer(arguments)
+        processor = (
+            VlpInstructBlipProcessor(images, tokenizer, processor.tokenizer) if arguments.instruction_aware
+            else VlpBlip2Processor(images, tokenizer)
+        )  # fmt: skip
+        if arguments.spelling_share:
+            arguments.prefix_words = words_of(arguments, rows, chooser, processor)
+        return processor
     tokenizer_name = arguments.tokenizer_name or arguments.bert_name_or_path
     return VlpBlipProcessor(images, make_tokenizer(arguments, tokenizer_name, rows, chooser))
 
@@ -330,6 +359,11 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
             load_bert(model, arguments.bert_name_or_path)
     else:
         model = make_stage_2_model(arguments, processor)
+        if model.prefix_words is None and (arguments.spelling_share or arguments.language_batch_size):
+            raise ArgumentError(
+                "--spelling_share and --language_batch_size need a prefix of words, which a run gets with "
+                "--spelling_share when it starts from a BLIP-2 of stage 1."
+            )
         if arguments.store_language_model:
             model.config.store_language_model, model.config.language_model_name_or_path = True, None
     if name:
@@ -358,7 +392,10 @@ def make_stage_2_model(arguments: Blip2Arguments, processor) -> VlpBlip2ForCondi
         raise ArgumentError(f"--language_model_name_or_path: {brief(error)}") from error
     if name:
         source = load_model(VlpBlip2ForPreTraining, name, "--model_name_or_path")
-        return kind.from_pre_training(source, language_model, **named)
+        return kind.from_pre_training(
+            source, language_model, **named, prefix_words=arguments.prefix_words,
+            num_prefix_repeats=arguments.num_prefix_repeats,
+        )  # fmt: skip
     config = new_config(arguments)
     for field, value in named.items():
         setattr(config, field, value)
@@ -418,9 +455,8 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
             raise ArgumentError("--prompt_column needs a causal language model, not one with an encoder.")
         prompt = tokenizer(processor.clean(arguments.prompt))["input_ids"] if arguments.prompt else []
         return LanguageObjective(
-            model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.spelling_repeats,
-            arguments.language_batch_size,
-        )  # fmt: skip
+            model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.language_batch_size
+        )
     return Blip2Objective(
         model,
         exclude_duplicates=arguments.exclude_duplicates,

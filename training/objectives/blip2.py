@@ -167,12 +167,10 @@ class LanguageObjective(Objective):
         prompt: token ids of the prompt, which has no loss. The texts for a causal model begin with it; for a
             sequence-to-sequence model it is the encoder's input, and the texts do not contain it.
         end_token_id: the token that ends a text.
-        spelling_share: share of the run (0 to 1), at its start, in which the language model is not run: each vector of
-            the prefix learns to be the word embedding of one token of the prompt, the text and its end, in order. The
-            language model, which reads the prompt again after the prefix, then has an example to go by. The paper's
-            runs, on many GPUs, have no such phase.
-        spelling_repeats: number of equal parts of the prefix, each of which spells the same example. With two, the
-            language model has seen the example repeated, and so repeats it more reliably.
+        spelling_share: for a model with `prefix_words`, share of the run (0 to 1), at its start, in which the language
+            model is not run: each vector of the prefix learns to choose one token of the prompt, the text and its end,
+            in order. The language model, which reads the prompt again after the prefix, then has an example to go by.
+            The paper's runs, on many GPUs, have no such phase.
         language_batch_size: from then on, pairs of each batch that the language model reads, with texts of similar
             lengths; the prefixes of all pairs go on to learn words. None: it reads all of them, and words are not
             learnt any longer.
@@ -180,12 +178,11 @@ class LanguageObjective(Objective):
 
     def __init__(
         self, model: VlpBlip2ForConditionalGeneration, prompt: list[int], end_token_id: int,
-        spelling_share: float = 0.0, spelling_repeats: int = 1, language_batch_size: int | None = None,
+        spelling_share: float = 0.0, language_batch_size: int | None = None,
     ):  # fmt: skip
         super().__init__()
         self.model, self.prompt, self.end_token_id = model, prompt, end_token_id
-        self.spelling_share, self.spelling_repeats = spelling_share, spelling_repeats
-        self.language_batch_size = language_batch_size
+        self.spelling_share, self.language_batch_size = spelling_share, language_batch_size
         self.spelling_only = False
         # The language model is large and never changes, so states to resume from do not contain it.
         self.register_state_dict_post_hook(remove_language_model)
@@ -217,9 +214,9 @@ class LanguageObjective(Objective):
         labels = input_ids.masked_fill(~real, -100)
         states, losses = vision_states(self.model, pixel_values), {}
         instructions = {name: value[text_index] for name, value in instructions.items()}
-        if self.spelling_only or self.language_batch_size:
-            prefix = self.model.prefix(vision_states=states, **instructions)  # (B, Q, D)
-            losses["spelling"] = self.spell(prefix, labels, text_index, prompt_lengths)
+        if self.model.prefix_words is not None and (self.spelling_only or self.language_batch_size):
+            logits = self.model.word_logits(states, **instructions)  # (B, Q, W)
+            losses["spelling"] = self.spell(logits, labels, text_index, prompt_lengths)
         if self.spelling_only:
             return losses
         if self.language_batch_size:  # pairs whose texts are about as long as the first one's, to read less padding
@@ -247,13 +244,13 @@ class LanguageObjective(Objective):
         positions = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
         return labels.masked_fill(positions < before, -100)
 
-    def spell(self, prefix: Tensor, labels: Tensor, text_index: Tensor, prompt_lengths: Tensor | None) -> Tensor:
+    def spell(self, logits: Tensor, labels: Tensor, text_index: Tensor, prompt_lengths: Tensor | None) -> Tensor:
         """The loss of prefixes that should spell the prompt and the texts, as far as there are vectors.
 
-        All vectors after a text stand for its end token. Every one of the `spelling_repeats` parts spells the same.
+        All vectors after a text stand for its end token. Words that a prefix cannot have are not counted.
 
         Args:
-            prefix: (B, Q, D).
+            logits: (B, Q, W).
             labels: (B, N), -100 for padding.
             text_index, prompt_lengths: as in `forward`.
         """
@@ -262,15 +259,13 @@ class LanguageObjective(Objective):
             labels = self.without_prompt(labels, text_index, prompt_lengths)
         kept, begin = labels != -100, labels.new_tensor(self.prompt if prompt_lengths is None else [])
         order = kept.long().cumsum(dim=1) - 1 + len(begin)
-        length = prefix.shape[1] // self.spelling_repeats
-        fits = kept & (order < length)
-        words = labels.new_full((len(prefix), length), self.end_token_id)
-        words[:, : len(begin)] = begin[:length]
+        fits = kept & (order < logits.shape[1])
+        words = labels.new_full(logits.shape[:2], self.end_token_id)
+        words[:, : len(begin)] = begin[: logits.shape[1]]
         words[fits.nonzero()[:, 0], order[fits]] = labels[fits]
-        words, prefix = words.repeat(1, self.spelling_repeats), prefix[:, : length * self.spelling_repeats]
-        with torch.autocast(prefix.device.type, enabled=False):
-            loss = spelling_loss(prefix, words, model.language_model.get_input_embeddings().weight)
-        return weigh_by_count(loss, torch.tensor(words.numel(), device=words.device))
+        with torch.autocast(logits.device.type, enabled=False):
+            loss, count = spelling_loss(logits, words, model.prefix_words.ids)
+        return weigh_by_count(loss, count)
 
     def until_the_end(self, input_ids: Tensor) -> Tensor:
         """(B, N) bool: True up to and including the first end token. The padding token may be the same token."""

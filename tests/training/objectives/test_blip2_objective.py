@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from conftest import tiny_blip2, tiny_blip2_generation, tiny_blip_batch
+from conftest import tiny_blip2, tiny_blip2_generation, tiny_blip_batch, tiny_language_model
 from torch.nn import functional as F
 from torch.testing import assert_close
 from vlp.modeling_vlp.losses import spelling_loss
 from vlp.training.objectives.blip2 import Blip2Objective, LanguageObjective
 from vlp.training.objectives.distributed import JoinedBatch
+
+import vlp
 
 
 def objective_of(**options) -> Blip2Objective:
@@ -111,22 +113,25 @@ def test_language_model_loss_covers_text_after_prompt(kind):
     assert_close(loss, sum(terms) / 6)
 
 
-def test_spelling_loss_prefers_the_embeddings_of_the_words():
-    table = torch.randn(20, 6)
-    words = torch.tensor([[3, 7, -100], [7, 5, 3]])
-    assert spelling_loss(table[words.clamp(min=0)], words, table) < 0.05
-    prefix = torch.randn(2, 3, 6)
-    terms, embeds = [], table[[3, 5, 7]]
-    for row, column in (words != -100).nonzero().tolist():
-        distances = (prefix[row, column] - embeds).square().sum(dim=1) / embeds.square().sum(dim=1).mean()
-        target = [3, 5, 7].index(words[row, column])
-        terms.append(F.cross_entropy(-10 * distances, torch.tensor(target)) + distances[target])
-    assert_close(spelling_loss(prefix, words, table), torch.stack(terms).mean())
+def test_spelling_loss_is_the_cross_entropy_of_known_words():
+    logits, ids = torch.randn(2, 3, 4), torch.tensor([7, 3, 5, 11])
+    loss, count = spelling_loss(logits, torch.tensor([[3, 7, 99], [11, 4, 3]]), ids)
+    known = [(0, 0, 1), (0, 1, 0), (1, 0, 3), (1, 2, 1)]
+    assert count == 4
+    assert_close(loss, -sum(logits[row, column].log_softmax(-1)[word] for row, column, word in known) / 4)
+    nothing, count = spelling_loss(logits, torch.full((2, 3), 99), ids)
+    assert nothing == 0 and count == 0
+
+
+def model_with_words(kind: str, repeats: int = 1) -> vlp.VlpBlip2ForConditionalGeneration:
+    return vlp.VlpBlip2ForConditionalGeneration.from_pre_training(
+        tiny_blip2(), tiny_language_model(kind), prefix_words=[2, 4, *range(10, 18)], num_prefix_repeats=repeats
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_words_are_learnt_first_then_by_all_pairs_beside_the_language_model(kind):
-    model = tiny_blip2_generation(kind)
+    model = model_with_words(kind)
     prompt = [4] if kind == "llama" else []
     objective = LanguageObjective(model, prompt, 2, 0.5, language_batch_size=2).train()
     states = torch.randn(3, 17, 48, generator=torch.Generator().manual_seed(9))
@@ -138,9 +143,8 @@ def test_words_are_learnt_first_then_by_all_pairs_beside_the_language_model(kind
     words = torch.tensor([[11, 12, 13, 2, 2], [15, 2, 2, 2, 2], [16, 17, 2, 2, 2]])
     if prompt:  # the prompt comes first, and what does not fit into the five vectors is left out
         words = torch.tensor([[4, 11, 12, 13, 2], [4, 15, 2, 2, 2], [4, 16, 17, 2, 2]])
-    table = model.language_model.get_input_embeddings().weight
     assert list(first) == ["spelling"]
-    assert_close(first["spelling"], spelling_loss(model.prefix(vision_states=states), words, table))
+    assert_close(first["spelling"], spelling_loss(model.word_logits(states), words, model.prefix_words.ids)[0])
     objective.before_step(1, 0.5)
     both = objective(states, ids, rows, rows, rows)
     assert list(both) == ["spelling", "lm"]
@@ -150,12 +154,16 @@ def test_words_are_learnt_first_then_by_all_pairs_beside_the_language_model(kind
     assert_close(both["lm"], alone(states[few], ids[few], rows[:2], rows[:2], rows[:2])["lm"])
 
 
-def test_every_part_of_the_prefix_spells_the_same_words():
-    model = tiny_blip2_generation()
-    objective = LanguageObjective(model, [], 2, spelling_share=1.0, spelling_repeats=2).train()
-    states, rows = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(9)), torch.arange(2)
-    objective.before_step(0, 0.2)
-    loss = objective(states, torch.tensor([[11, 12, 13, 2], [15, 2, 2, 2]]), rows, rows, rows)["spelling"]
-    words = torch.tensor([[11, 12, 11, 12], [15, 2, 15, 2]])  # two parts of two vectors; the fifth stands for nothing
-    table = model.language_model.get_input_embeddings().weight
-    assert_close(loss, spelling_loss(model.prefix(vision_states=states)[:, :4], words, table))
+def test_a_prefix_of_words_is_read_as_their_embeddings():
+    """A prefix that is sure of its words gives what the language model makes of these words, read twice."""
+    model = model_with_words("llama", repeats=2).eval()
+    states, table = torch.randn(2, 17, 48), model.get_input_embeddings().weight
+    model.prefix_words.scale.data.fill_(1e6)
+    words = model.prefix_words.ids[model.word_logits(states).argmax(dim=-1)].repeat(1, 2)  # (B, 2 Q)
+    assert_close(model.prefix(vision_states=states), table[words])
+    ids = torch.tensor([[4, 7], [4, 7]])
+    read = model.language_model(torch.cat([words, ids], dim=1)).logits[:, -2:]
+    assert_close(model(input_ids=ids, vision_states=states).logits, read, rtol=1e-4, atol=1e-5)
+    model.prefix_words.scale.data.fill_(0.0)  # no word is preferred
+    mean = table[model.prefix_words.ids].mean(dim=0)
+    assert_close(model.prefix(vision_states=states), mean.expand(2, 10, -1))
