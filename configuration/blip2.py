@@ -30,7 +30,8 @@ class VlpBlip2Config(PreTrainedConfig):
         language_model_file: GGUF file in that repository or folder, if the weights are in GGUF format.
         language_model_revision: branch, tag or commit on the hub.
         num_prefix_words: if 0, the prefix of the language model is the projected queries, as in the paper; otherwise,
-            each of its vectors is a mixture of the embeddings of this many words (see `PrefixWords`).
+            each of its vectors is the embedding of one of this many words (see `PrefixWords`).
+        num_prefix_pairs: number of pairs of these words that may follow each other; 0 for no such limit.
         num_prefix_repeats: how often the prefix is repeated; 1 in the paper.
         store_language_model: save the language model's weights in this model's checkpoint, as transformers' Blip2 does.
         tie_word_embeddings: share the input and output word embeddings of stage 1, as in BERT.
@@ -54,14 +55,16 @@ class VlpBlip2Config(PreTrainedConfig):
     language_model_file: str | None = None
     language_model_revision: str | None = None
     num_prefix_words: int = 0
+    num_prefix_pairs: int = 0
     num_prefix_repeats: int = 1
     store_language_model: bool = False
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
         require_positive(self, "num_query_tokens", "image_text_hidden_size", "vision_norm_eps", "num_prefix_repeats")
-        if self.num_prefix_words < 0:
-            raise ValueError(f"num_prefix_words must not be negative, got {self.num_prefix_words}.")
+        for name in ("num_prefix_words", "num_prefix_pairs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         require_fraction(self, "temperature_init_value")
         vision = self.vision_config
         if vision is None:

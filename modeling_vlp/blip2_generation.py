@@ -19,43 +19,14 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.blip2 import VlpBlip2Config
 from .base import adopt, loaded
 from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
-from .language_model import load_language_model, plain_config, prefill
+from .language_model import load_language_model, plain_config, prefill, with_padding_first
 from .med import Memory
+from .prefix_words import PrefixWords
 
 PREFIX = "language_model."
 
 # Shapes: B images, T texts, Q queries, N tokens of a text, M tokens of an image, C channels, S image side, D width of
 # the language model, V vocabulary
-
-
-class PrefixWords(nn.Module):
-    """Makes vectors that a language model can read at once: mixtures of the embeddings of its words.
-
-    The vectors of a linear projection would have to be very close to embeddings before the language model could repeat
-    the words. Here, each vector only chooses among words, which the language model has always been able to read. The
-    paper does not do this.
-
-    Args:
-        count: W, the number of words.
-
-    Attributes:
-        ids: (W,), their token ids in the language model.
-    """
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.ids = nn.Buffer(torch.zeros(count, dtype=torch.long))
-        self.scale = nn.Parameter(torch.tensor(20.0))
-        self.bias = nn.Parameter(torch.zeros(count))
-
-    def logits(self, x: Tensor, embeddings: nn.Embedding) -> Tensor:
-        """Compute the logits (B, Q, W) of the words for vectors (B, Q, D): scaled products with the unit embeddings."""
-        words = F.normalize(embeddings.weight[self.ids].float(), dim=-1)
-        return (x @ words.T.to(x.dtype)).float() * self.scale + self.bias
-
-    def mix(self, x: Tensor, embeddings: nn.Embedding) -> Tensor:
-        """Mix the embeddings of the words by their probabilities: (B, Q, D) to (B, Q, D)."""
-        return self.logits(x, embeddings).softmax(dim=-1).to(x.dtype) @ embeddings.weight[self.ids].to(x.dtype)
 
 
 class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin):
@@ -96,7 +67,9 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         self.language_projection = nn.Linear(
             config.qformer_config.hidden_size, config.text_config.get_text_config().hidden_size
         )
-        self.prefix_words = PrefixWords(config.num_prefix_words) if config.num_prefix_words else None
+        self.prefix_words = None
+        if config.num_prefix_words:
+            self.prefix_words = PrefixWords(config.num_prefix_words, config.num_prefix_pairs)
         self.language_model = None
         if config.store_language_model and language_model is None:
             kind = AutoModelForSeq2SeqLM if config.text_config.is_encoder_decoder else AutoModelForCausalLM
@@ -165,7 +138,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
     def from_pre_training(
         cls, name: str | VlpBlip2ForPreTraining, language_model: PreTrainedModel, language_model_name_or_path=None,
         language_model_file: str | None = None, language_model_revision: str | None = None,
-        prefix_words: list[int] | None = None, num_prefix_repeats: int = 1, **kwargs,
+        prefix_words: tuple[list[int], list[tuple[int, int]]] | None = None, num_prefix_repeats: int = 1, **kwargs,
     ) -> "VlpBlip2ForConditionalGeneration":  # fmt: skip
         """Initialise the model from a stage-1 model; the projection is newly initialised.
 
@@ -174,7 +147,8 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             language_model: the language model to attach.
             language_model_name_or_path, language_model_file, language_model_revision: where `from_pretrained` will load
                 the language model from.
-            prefix_words: token ids of the words that the prefix is made of; None: any vectors, as in the paper.
+            prefix_words: the words that the prefix is made of, and pairs of them that may follow each other, as token
+                ids; None: projected queries, as in the paper.
             num_prefix_repeats: how often the prefix is repeated.
             kwargs: options of `from_pretrained` of the stage-1 model.
         """
@@ -186,10 +160,11 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         config.language_model_name_or_path = language_model_name_or_path
         config.language_model_file = language_model_file
         config.language_model_revision = language_model_revision
-        config.num_prefix_words, config.num_prefix_repeats = len(prefix_words or ()), num_prefix_repeats
+        config.num_prefix_words, config.num_prefix_pairs = map(len, prefix_words or ((), ()))
+        config.num_prefix_repeats = num_prefix_repeats
         model = adopt(cls(config, language_model), source.state_dict().get)
         if prefix_words:
-            model.prefix_words.ids.copy_(torch.tensor(prefix_words))
+            model.prefix_words.fill(*prefix_words)
         return model
 
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs):
@@ -224,11 +199,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         self.language_model.set_output_embeddings(value)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """Resize the word embeddings of the language model, as transformers does.
-
-        The result can be saved only with `config.store_language_model`, because the source that the configuration names
-        has the original embeddings.
-        """
+        """Resize the language model's word embeddings, which must then be saved (`config.store_language_model`)."""
         embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.config.get_text_config().vocab_size = self.vocab_size = embeddings.num_embeddings
         return embeddings
@@ -240,9 +211,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         self, pixel_values=None, vision_states=None, interpolate_pos_encoding: bool = False,
         qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Compute the prefix (B, Q, D) of the language model's input: the queries' outputs, projected.
-
-        With `num_prefix_words`, it is made of words' embeddings; with `num_prefix_repeats` R, it is (B, R * Q, D).
+        """Compute the prefix (B, Q, D) of the language model's input: projected queries, or words; repeated R times.
 
         Args: as for `forward`.
         """
@@ -250,32 +219,23 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         memory = self.memory_of(vision.last_hidden_state)
         prefix = self.language_projection(self.query_with(memory, qformer_input_ids, qformer_attention_mask))
         if self.prefix_words is not None:
-            prefix = self.prefix_words.mix(prefix, self.get_input_embeddings())
+            prefix = self.prefix_words.embed(prefix, self.get_input_embeddings())
         return prefix.repeat(1, self.config.num_prefix_repeats, 1)
 
     def word_logits(self, vision_states: Tensor, qformer_input_ids=None, qformer_attention_mask=None) -> Tensor:
-        """Compute the logits (B, Q, W) of the words that each vector of the prefix may stand for.
-
-        Args: as for `forward`; the model needs `prefix_words`.
-        """
+        """Compute the logits (B, Q, W) of the words of a prefix made of words. Args: as for `forward`."""
         queries = self.query_with(self.memory_of(vision_states), qformer_input_ids, qformer_attention_mask)
         return self.prefix_words.logits(self.language_projection(queries), self.get_input_embeddings())
 
     def query_with(self, memory: Memory, qformer_input_ids=None, qformer_attention_mask=None) -> Tensor:
-        """Compute the outputs of the queries; BLIP-2's Q-Former does not read instructions."""
+        """Compute the outputs (B, Q, D) of the queries. BLIP-2's Q-Former does not read instructions."""
         return self.query(memory).last_hidden_state
 
     def join(
         self, prefix: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Concatenate prefixes and texts.
-
-        Args:
-            prefix: (B, Q, D).
-            input_ids: (B, N); None for no text.
-            attention_mask: (B, N), 0 for padding; if None, there is no padding.
-            inputs_embeds: (B, N, D) word embeddings, instead of `input_ids`.
+        """Concatenate prefixes (B, Q, D) and texts; other arguments: as for `forward`.
 
         Returns:
             Embeddings (B, Q + N, D) and their attention mask (B, Q + N).
@@ -416,14 +376,10 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         )
         kwargs.setdefault("generation_config", self.generation_config)
         if attention_mask is not None and (input_ids is not None or inputs_embeds is not None):
-            # Move padding before the prompt, so that generated tokens follow it directly; for an encoder, to the end.
-            keys = 1 - attention_mask if model.config.is_encoder_decoder else attention_mask
-            order = keys.argsort(dim=1, stable=True)
-            attention_mask = attention_mask.gather(1, order)
-            if input_ids is not None:
-                input_ids = input_ids.gather(1, order)
-            if inputs_embeds is not None:
-                inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
+            # Generated tokens directly follow the prompt; an encoder has the padding at the end.
+            attention_mask, input_ids, inputs_embeds = with_padding_first(
+                attention_mask, input_ids, inputs_embeds, last=model.config.is_encoder_decoder
+            )
         embeds, mask = self.join(prefix, input_ids, attention_mask, inputs_embeds)
         if model.config.is_encoder_decoder:
             return model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)

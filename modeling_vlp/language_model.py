@@ -132,3 +132,25 @@ def prefill(model: PreTrainedModel, embeds: Tensor, mask: Tensor, options: dict)
         return None
     cache.batch_repeat_interleave(copies)
     return cache
+
+
+def with_padding_first(
+    attention_mask: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, last: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Move the padding of texts before their tokens, which keep their order.
+
+    Args:
+        attention_mask: (B, N), 0 for padding.
+        input_ids: (B, N) or None.
+        inputs_embeds: (B, N, D) or None.
+        last: move it to the end instead.
+
+    Returns:
+        The mask, the tokens and the embeddings in the new order.
+    """
+    order = (1 - attention_mask if last else attention_mask).argsort(dim=1, stable=True)
+    if input_ids is not None:
+        input_ids = input_ids.gather(1, order)
+    if inputs_embeds is not None:
+        inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
+    return attention_mask.gather(1, order), input_ids, inputs_embeds

@@ -217,12 +217,12 @@ class BlipReasoningTest(Composite, unittest.TestCase):
 # --- BLIP-2 -----------------------------------------------------------------------------------------------------------
 
 
-def blip2(language_model: str | None = None, more=lambda config, inputs: {}) -> Tester:
+def blip2(language_model: str | None = None, more=lambda config, inputs: {}, kind=vlp.VlpBlip2Config) -> Tester:
     def make_config():
         fields = {}
         if language_model:
             fields = {"text_config": tiny_language_model(language_model).config, "store_language_model": True}
-        return vlp.VlpBlip2Config(
+        return kind(
             vision_config=VIT | SMALL | {"model_type": "vlp_blip_vit"},
             qformer_config=QFORMER | SMALL | {"bos_token_id": 4},
             num_query_tokens=5, image_text_hidden_size=24, freeze_vision=False, **fields,
@@ -287,6 +287,17 @@ class Blip2Writer(Composite, GenerationTesterMixin):
 class Blip2OptTest(Blip2Writer, unittest.TestCase):
     def setUp(self):
         self.model_tester = blip2("opt", lambda config, inputs: {"labels": inputs["input_ids"].clone()})
+
+
+class InstructBlipTest(Blip2Writer, unittest.TestCase):
+    all_model_classes = (vlp.VlpInstructBlipForConditionalGeneration,)
+    additional_model_inputs = ["input_ids", "qformer_input_ids"]
+
+    def setUp(self):
+        def more(config, inputs):
+            return {"labels": inputs["input_ids"].clone(), "qformer_input_ids": texts(2, 3, QFORMER["vocab_size"])}
+
+        self.model_tester = blip2("opt", more, vlp.VlpInstructBlipConfig)
 
 
 class Blip2T5Test(Blip2Writer, unittest.TestCase):

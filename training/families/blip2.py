@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -194,7 +195,7 @@ class Blip2Arguments(TrainingArguments):
         if self.vision_layers_left_out < 0:
             raise ArgumentError(f"--vision_layers_left_out must not be negative, got {self.vision_layers_left_out}.")
 
-    prefix_words = None  # token ids that the prefix is made of; found when the tokenizer is loaded
+    prefix_words = None  # what the prefix is made of (see `words_of`); found when the tokenizer is loaded
 
     @functools.cached_property
     def start(self) -> Start:
@@ -209,8 +210,10 @@ class Blip2Arguments(TrainingArguments):
         return VlpBlip2ForConditionalGeneration.__name__, "--stage 2"
 
 
-def words_of(arguments: Blip2Arguments, rows, chooser: CaptionChooser, processor: VlpBlip2Processor) -> list[int]:
-    """Find the tokens of the training texts, which the prefix may be made of.
+def words_of(
+    arguments: Blip2Arguments, rows, chooser: CaptionChooser, processor: VlpBlip2Processor
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Find the tokens of the training texts, which the prefix may be made of, and those that follow each other.
 
     Args:
         arguments: options of the run.
@@ -225,8 +228,10 @@ def words_of(arguments: Blip2Arguments, rows, chooser: CaptionChooser, processor
         raise ArgumentError("--spelling_share needs random access to the rows, which shards do not have.")
     before = f"{prompt_of(('',))} " if arguments.prompt_column else arguments.prompt
     texts = dict.fromkeys(processor.clean(before + text) for text in caption_texts(rows, chooser))
-    found = {number for ids in processor.tokenizer(list(texts))["input_ids"] for number in ids}
-    return sorted(found | {processor.tokenizer.eos_token_id})
+    end = processor.tokenizer.eos_token_id
+    spelt = [[*ids, end, end] for ids in processor.tokenizer(list(texts))["input_ids"]]
+    pairs = {pair for ids in spelt for pair in itertools.pairwise(ids)}
+    return sorted({token for ids in spelt for token in ids}), sorted(pairs)
 
 
 LANGUAGE_MODEL_FIELDS = ("language_model_name_or_path", "language_model_file", "language_model_revision")
