@@ -453,6 +453,11 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
             start_anew(state_folder(target))
             write_file(state_folder(target) / TEACHER_FILE, safetensors_bytes(found.teacher))
         return []
+    if getattr(found.config, "num_prefix_words", 0) or getattr(found.config, "num_prefix_repeats", 1) != 1:
+        raise ExchangeError(
+            f"{to}'s BLIP-2 has a prefix of projected queries; this model's is made of words (--spelling_share), or "
+            "repeated. Bundle it with its code instead."
+        )
     if to == "transformers":
         theirs = architecture(found.architecture).peer
         if theirs is None:

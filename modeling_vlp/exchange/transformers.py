@@ -257,10 +257,6 @@ def blip2_config_to(
         ExchangeError: if transformers' Blip2 does not support the image tower.
     """
     vision = ours.vision_config
-    if ours.num_prefix_words or ours.num_prefix_repeats != 1:
-        raise ExchangeError(
-            "transformers' Blip2 has a prefix of projected queries; this model's is made of words, or repeated."
-        )
     if vision.model_type != "vlp_blip_vit" or vision.final_norm:
         raise ExchangeError(
             "transformers' Blip2 supports only EVA-CLIP's vision transformer, without a LayerNorm before or after its "

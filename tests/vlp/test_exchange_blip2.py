@@ -292,6 +292,21 @@ def test_missing_tensors_are_named(tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.parametrize("target", ["transformers", "lavis"])
+def test_a_prefix_of_words_is_not_exported(tmp_path, target):
+    vlp.VlpBlip2ForConditionalGeneration.from_pre_training(
+        tiny_blip2(), tiny_language_model("llama"), prefix_words=([2, 4, 7], [(2, 2)])
+    ).save_pretrained(tmp_path / "ours")
+    save_language_model(tmp_path / "llm", [" ".join(f"w{number}" for number in range(96))])
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    config["language_model_name_or_path"] = str(tmp_path / "llm")
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
+    assert convert(tmp_path / "ours", tmp_path / "copy") is not None
+    with pytest.raises(ExchangeError, match=f"{target}'s BLIP-2 has a prefix of projected queries"):
+        convert(tmp_path / "ours", tmp_path / "theirs", target)
+    assert not (tmp_path / "theirs").exists()
+
+
 def test_the_bare_model_of_transformers_is_converted(tmp_path):
     config = peer("opt").config
     torch.manual_seed(0)

@@ -229,7 +229,7 @@ def words_of(
     before = f"{prompt_of(('',))} " if arguments.prompt_column else arguments.prompt
     texts = dict.fromkeys(processor.clean(before + text) for text in caption_texts(rows, chooser))
     end = processor.tokenizer.eos_token_id
-    spelt = [[*ids, end, end] for ids in processor.tokenizer(list(texts))["input_ids"]]
+    spelt = [[*ids[: arguments.max_length - 1], end, end] for ids in processor.tokenizer(list(texts))["input_ids"]]
     pairs = {pair for ids in spelt for pair in itertools.pairwise(ids)}
     return sorted({token for ids in spelt for token in ids}), sorted(pairs)
 
