@@ -27,6 +27,11 @@ class VlpInstructBlipForConditionalGeneration(VlpBlip2ForConditionalGeneration):
     reads_instructions = True
     _keys_to_ignore_on_load_unexpected = [r"^(itm_head|lm_head|vision_proj|text_proj)\.", r"^temp$"]
 
+    def freeze(self) -> None:
+        """Freeze what BLIP-2 freezes, and the last feed-forward layer of the text, whose output nothing reads."""
+        super().freeze()
+        self.qformer.layers[-1].text_mlp.requires_grad_(False)
+
     def query_with(
         self, memory: Memory, qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None
     ) -> Tensor:
