@@ -174,6 +174,7 @@ CAPTION = load_and_use(
 )
 CAPTIONS = "with their names and, below, the captions that the model generates; green if correct"
 MATCHES = "with their names and, below, the top three matches; green if correct"
+CONTINUATIONS = "with their names and, below, the generated text{prompts}; green if correct"
 
 
 def match_texts(architecture: str) -> str:
@@ -182,6 +183,16 @@ def match_texts(architecture: str) -> str:
         architecture,
         'images=[Image.open("picture.png")], text=["a cat", "a dog", "a rocket"]',
         "print(model(**inputs).itm_logits.softmax(dim=-1)[:, 1])  # the probability that each text matches the picture",
+    )
+
+
+def continue_prompt(architecture: str, processor: str) -> str:
+    """Python code for a model card that continues a prompt about an image, with the placeholder {prompt}."""
+    return load_and_use(
+        architecture,
+        'images=Image.open("picture.png"), text="{prompt}"',
+        "print(processor.decode_texts(model.generate(**inputs, max_new_tokens=20)))",
+        processor,
     )
 
 
@@ -304,13 +315,8 @@ print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # the prob
         peer="Blip2ForConditionalGeneration",
         card=Card(
             text="A BLIP-2 model (a Q-Former between a frozen image tower and a frozen language model)",
-            usage=load_and_use(
-                "VlpBlip2ForConditionalGeneration",
-                'images=Image.open("picture.png"), text="{prompt}"',
-                "print(processor.decode_texts(model.generate(**inputs, max_new_tokens=20)))",
-                "VlpBlip2Processor",
-            ).replace("{{prompt}}", "{prompt}"),
-            examples="with their names and, below, the generated text{prompts}; green if correct",
+            usage=continue_prompt("VlpBlip2ForConditionalGeneration", "VlpBlip2Processor"),
+            examples=CONTINUATIONS,
             pipeline_tag="image-text-to-text",
             tag="blip-2",
         ),
@@ -322,13 +328,8 @@ print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # the prob
         peer="InstructBlipForConditionalGeneration",
         card=Card(
             text="An InstructBLIP model (a BLIP-2 whose Q-Former reads the instruction, too)",
-            usage=load_and_use(
-                "VlpInstructBlipForConditionalGeneration",
-                'images=Image.open("picture.png"), text="{prompt}"',
-                "print(processor.decode_texts(model.generate(**inputs, max_new_tokens=20)))",
-                "VlpInstructBlipProcessor",
-            ).replace("{{prompt}}", "{prompt}"),
-            examples="with their names and, below, the generated text{prompts}; green if correct",
+            usage=continue_prompt("VlpInstructBlipForConditionalGeneration", "VlpInstructBlipProcessor"),
+            examples=CONTINUATIONS,
             pipeline_tag="image-text-to-text",
             tag="instructblip",
         ),

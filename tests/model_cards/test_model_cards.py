@@ -156,7 +156,7 @@ def test_card_has_one_figure_per_metric(folder):
     """Each metric of the same data and column appears once, both in the text and in the metadata."""
     card = ModelCard.load(folder / "README.md")
     rows = figures(card.text)
-    assert len(rows) >= 7
+    assert len(rows) >= (7 if folder.name == "blip2-emoji" else 9)  # it only generates, so it has no others
     keys = [(re.sub(r"^Task \S+ on ", "", data), metric) for data, metric, _ in rows]
     assert len(set(keys)) == len(keys)
     metadata = [(r.dataset_type, r.dataset_config, r.dataset_split, r.metric_name) for r in card.data.eval_results]

@@ -54,6 +54,15 @@ def equal(a: dict, b: dict) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@torch.no_grad()
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    """Give a model of transformers random weights, but for its language model."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("language_model"):
+            parameter.normal_(std=0.2)
+    return model.eval()
+
+
 def peer(kind: str | None):
     """A tiny model of transformers with random weights: with a language model, or for retrieval if `kind` is None."""
     torch.manual_seed(0)
@@ -66,11 +75,7 @@ def peer(kind: str | None):
         config = Blip2Config(qformer_config=QFORMER, text_config=text, image_token_index=59, **common)
         model = Blip2ForConditionalGeneration(config)
         model.language_model.load_state_dict(tiny_language_model(kind, vocab_size=60).state_dict())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith("language_model"):
-                parameter.normal_(std=0.2)
-    return model.eval()
+    return randomised(model)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from conftest import save_language_model, tiny_language_model
 from PIL import Image
 from safetensors.torch import load_file
-from test_exchange_blip2 import PIXELS, QFORMER, VISION, equal, same
+from test_exchange_blip2 import PIXELS, QFORMER, VISION, equal, randomised, same
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -35,11 +35,7 @@ def peer(kind: str, vocab_size: int = 60) -> InstructBlipForConditionalGeneratio
     )  # fmt: skip
     model = InstructBlipForConditionalGeneration(config)
     model.language_model.load_state_dict(text.state_dict())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith("language_model"):
-                parameter.normal_(std=0.2)
-    return model.eval()
+    return randomised(model)
 
 
 @torch.no_grad()

@@ -86,13 +86,10 @@ class Collator:
         """
         if turns is None:
             return self.prompt
-        while len(turns) > 1 and self.length(f"{prompt_of(turns)} {text}") >= self.max_length:
+        tokenizer, clean = self.processor.tokenizer, self.processor.clean
+        while len(turns) > 1 and len(tokenizer(clean(f"{prompt_of(turns)} {text}"))["input_ids"]) >= self.max_length:
             turns = turns[2:]
         return f"{prompt_of(turns)} "
-
-    def length(self, text: str) -> int:
-        """The number of tokens of a text, without an end token."""
-        return len(self.processor.tokenizer(self.processor.clean(text))["input_ids"])
 
     def extra(self, samples: list[Sample], prompts: list[str]) -> dict[str, Tensor]:
         """What a task needs besides; otherwise empty.
@@ -104,7 +101,8 @@ class Collator:
         if isinstance(self.processor, VlpInstructBlipProcessor):
             extra = dict(self.processor.instructions(prompts))
         if samples[0].turns is not None:
-            extra["prompt_lengths"] = torch.tensor([self.length(prompt) for prompt in prompts])
+            before = self.processor.tokenizer([self.processor.clean(prompt) for prompt in prompts])
+            extra["prompt_lengths"] = torch.tensor([len(ids) for ids in before["input_ids"]])
         if samples[0].answers is not None:
             answers = [(index, *answer) for index, sample in enumerate(samples) for answer in sample.answers]
             tokens = self.processor.tokenize([text for _, text, _ in answers], self.max_length)
