@@ -14,7 +14,7 @@ from vlp.training.data.scenes.texts import FORMS, NUMBERS, VIETNAMESE, questions
 from vlp.training.data.scenes.world import (
     COLOURS,
     INVERSE,
-    RESERVED,
+    LOOKS,
     SHAPES,
     SPLITS,
     direction,
@@ -45,19 +45,26 @@ def kinds_in(text: str) -> list[tuple[str, str]]:
     return [(one, other) for one, other in zip(words, words[1:], strict=False) if one in COLOURS and other in SHAPES]
 
 
-def test_every_shape_and_colour_is_trained_but_no_reserved_combination():
-    seen = {"train": set(), "validation": set(), "test": set()}
+def test_no_split_shows_combinations_that_another_one_reserves():
     for split in SPLITS:
-        for scene, _ in scenes(split, 150):
-            assert split_of(scene.first.shape, scene.first.colour) == split
+        seen = set()
+        for scene, _ in scenes(split, 400):
+            assert scene.first.split == split
             assert len({thing.kind for thing in scene.things}) == len(scene.things) >= 2
-            seen[split] |= {(thing.shape, thing.colour) for thing in scene.things}
-    assert not seen["train"] & RESERVED.keys()
-    assert {shape for shape, _ in seen["train"]} == set(SHAPES)
-    assert {colour for _, colour in seen["train"]} == set(COLOURS)
-    for split in ("validation", "test"):
-        own = {kind for kind, name in RESERVED.items() if name == split}
-        assert seen[split] & RESERVED.keys() == own
+            seen |= {(thing.shape, thing.colour, thing.texture) for thing in scene.things}
+        assert {split_of(*look) for look in seen} == {split, "train"}
+        assert {look for look in LOOKS if split_of(*look) == split} <= seen
+
+
+def test_every_pair_of_attributes_is_trained():
+    reserved = {split: [look for look in LOOKS if split_of(*look) == split] for split in SPLITS}
+    assert [len(reserved[split]) for split in SPLITS] == [126, 7, 14]
+    for split, each in (("validation", 1), ("test", 2)):
+        for place, names in enumerate((SHAPES, COLOURS)):
+            assert Counter(look[place] for look in reserved[split]) == dict.fromkeys(names, each)
+    for pair in ((0, 1), (0, 2), (1, 2)):
+        shown = {(look[pair[0]], look[pair[1]]) for look in reserved["train"]}
+        assert len(shown) == {(0, 1): 49, (0, 2): 21, (1, 2): 21}[pair]
 
 
 def test_objects_lie_as_the_relation_says():
@@ -88,7 +95,7 @@ def test_answers_are_true(split):
                 (answer,), (other,) = kinds_in(each.answer), named
                 there = [one.kind for one in scene.things
                          if one.kind != other and scene.between(one, scene.find(*other)[0]) == place]  # fmt: skip
-                assert there == [answer] and split_of(answer[1], answer[0]) == split
+                assert there == [answer] and scene.find(*answer)[0].split == split
             elif each.kind == "colour":
                 shape = next(word for word in each.question.replace("?", "").split() if word in SHAPES)
                 more = [word for word in ("small", "large", "striped", "dotted") if word in each.question]

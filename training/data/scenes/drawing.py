@@ -53,15 +53,14 @@ def rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
 
 def background(rng: random.Random, noise: np.random.Generator) -> Image.Image:
     """A background of little saturation: even, a gradient, a pattern, or clouds."""
-    side = SIDE * SCALE
     light = rng.choice([rng.uniform(0.8, 1), rng.uniform(0.08, 0.3), rng.uniform(0.45, 0.75)])
     one, two = (
         np.array(rgb(rng.random(), rng.uniform(0, 0.15), light + rng.uniform(-0.1, 0.1)), float) for _ in range(2)
     )
-    y, x = np.mgrid[0:side, 0:side] / side
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
     kind = rng.randrange(5)
     if kind == 0:
-        mix = np.zeros((side, side))
+        mix = np.zeros((SIDE, SIDE))
     elif kind == 1:
         angle = rng.uniform(0, math.tau)
         mix = (math.cos(angle) * (x - 0.5) + math.sin(angle) * (y - 0.5)) / 1.5 + 0.5
@@ -72,8 +71,9 @@ def background(rng: random.Random, noise: np.random.Generator) -> Image.Image:
         mix = (((x + rng.choice([-1, 0, 1]) * y) * rng.randint(3, 12)).astype(int) % 2).astype(float)
     else:
         cells = Image.fromarray((noise.random((6, 6)) * 255).astype(np.uint8))
-        mix = np.asarray(cells.resize((side, side), Image.Resampling.BICUBIC)) / 255
-    return Image.fromarray((one + (two - one) * mix[..., None]).clip(0, 255).astype(np.uint8))
+        mix = np.asarray(cells.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) / 255
+    drawn = Image.fromarray((one + (two - one) * mix[..., None]).clip(0, 255).astype(np.uint8))
+    return drawn.resize((SIDE * SCALE, SIDE * SCALE), Image.Resampling.NEAREST)
 
 
 def draw_thing(picture: Image.Image, thing: Thing, outline: tuple | None, rng: random.Random) -> None:

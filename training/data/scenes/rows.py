@@ -1,5 +1,6 @@
 """The scenes as data sets: one row for each scene, question, statement or pair of a true and a false caption."""
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -12,9 +13,10 @@ from .texts import CAPTIONS, FORMS, LANGUAGES, caption, captions, description, q
 from .world import SPLITS, Scene, make_scene
 
 NAME = "scenes"
-VERSION = 4  # of the generator; cached data of another one are not used
+VERSION = 5  # of the generator; cached data of another one are not used
 SIZES = {"train": 20_000, "validation": 500, "test": 1000}  # scenes of each split
 MOST = 10_000_000
+MANY = 5000  # from this number on, processes share the work
 
 
 def load_scenes(name: str, config: str | None, split: str, option: str = "--dataset_name") -> datasets.Dataset:
@@ -23,7 +25,8 @@ def load_scenes(name: str, config: str | None, split: str, option: str = "--data
     Args:
         name: `scenes`, `scenes:NUMBER` for another number of training scenes, or `scenes:NUMBER:SEED`.
         config: captions (the default), mixed, questions, statements or swaps.
-        split: train, validation or test: combinations of shape and colour of the last two are not in the first.
+        split: train, validation or test: combinations of shape, colour and texture of the last two are not in the
+            first.
         option: the option that names the data, for error messages.
 
     Returns:
@@ -46,7 +49,7 @@ def load_scenes(name: str, config: str | None, split: str, option: str = "--data
     return datasets.Dataset.from_generator(
         make_rows, features=features_of(config), cache_dir=str(cache_folder() / NAME),
         gen_kwargs={"numbers": list(range(number)), "config": config, "split": split, "seed": seed, "version": VERSION},
-        split=split,
+        split=split, num_proc=min(len(os.sched_getaffinity(0)), 8) if number >= MANY else None,
     )  # fmt: skip
 
 

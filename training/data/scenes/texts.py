@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from .world import COLOURS, INVERSE, SHAPES, Scene, Thing, split_of
+from .world import COLOURS, INVERSE, SHAPES, Scene, Thing
 
 LANGUAGES = ("en", "vi")
 VIETNAMESE = {
@@ -157,7 +157,7 @@ def questions(scene: Scene, split: str, rng: random.Random) -> list[Question]:
 
     Every question names an object that is, or whose counterpart in the picture is, a combination of the split.
     """
-    own = [thing for thing in scene.things if split_of(thing.shape, thing.colour) == split]
+    own = [thing for thing in scene.things if thing.split == split]
     makers = (ask_what, ask_colour, ask_how_many, ask_is_there, ask_is_there_related, ask_where)
     return [question for maker in makers if (question := maker(scene, own, rng)) is not None]
 
@@ -317,7 +317,7 @@ class Statement:
 def statement(form: Callable, left: Scene, right: Scene, split: str, rng: random.Random) -> Statement:
     """A statement of a form (one of FORMS) that is about an object of one of two scenes, a combination of the split."""
     scene = rng.choice((left, right))
-    own = [thing for thing in scene.things if split_of(thing.shape, thing.colour) == split]
+    own = [thing for thing in scene.things if thing.split == split]
     return form(rng.choice(own), scene, rng)
 
 
