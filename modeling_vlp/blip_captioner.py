@@ -8,6 +8,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip import VlpBlipConfig
+from .base import adopt
 from .blip import VlpBlipForPreTraining, VlpBlipPreTrainedModel
 from .med import LMHead, Memory, decode, next_token_loss
 
@@ -137,6 +138,17 @@ class VlpBlipForConditionalGeneration(VlpBlipPreTrainedModel, GenerationMixin):
             labels: (T, N), see `next_token_loss`.
         """
         return next_token_loss(self.text_model, self.lm_head, input_ids, None, memory, labels)
+
+    def to_pre_training(self) -> VlpBlipForPreTraining:
+        """Make a model to pre-train that starts from this one.
+
+        The encoder's self-attention starts from the decoder's; the heads of ITC and ITM are newly initialised.
+        """
+        given = self.state_dict()
+        return adopt(
+            VlpBlipForPreTraining(self.config),
+            lambda own: given.get(own.replace("encoder_attention", "decoder_attention")),
+        )
 
     def image_memory(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Memory:
         """Compute the cross-attention keys and values of images (B, C, S, S), once for all texts, beams and tokens."""

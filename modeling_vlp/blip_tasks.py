@@ -292,6 +292,13 @@ class PairAttention(ResidualAttention):
         self.attention1 = Attention(config, key_value_size=config.encoder_hidden_size)
         self.merge = nn.Linear(2 * config.hidden_size, config.hidden_size) if merge else None
 
+    @torch.no_grad()
+    def merge_as_mean(self) -> None:
+        """Add the mean of the two outputs to what a merging layer with random weights gives, if there is one."""
+        if self.merge is not None:
+            half = torch.eye(self.merge.out_features) / 2
+            self.merge.weight.add_(torch.cat([half, half], dim=1))
+
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Compute keys and values of the two images, concatenated in `states` (B, 2 M, D)."""
         halves = states.chunk(2, dim=1)
@@ -328,18 +335,24 @@ class VlpBlipForVisualReasoning(VlpBlipPreTrainedModel):
             initialize_as_bert(layer.cross_attention, self.config.text_config)
 
     @classmethod
-    def from_pre_training(cls, name: str | VlpBlipForPreTraining, **kwargs) -> "VlpBlipForVisualReasoning":
-        """Initialise the model from a pre-trained model.
+    def from_pre_training(
+        cls, name: str | VlpBlipForPreTraining | VlpBlipForQuestionAnswering, **kwargs
+    ) -> "VlpBlipForVisualReasoning":
+        """Initialise the model from a pre-trained model, or from one that answers questions.
 
-        The cross-attentions to the two images start from the same weights.
+        The cross-attentions to the two images start from the same weights. The layers that merge them start near their
+        mean, which keeps what the model knows; in salesforce/BLIP, they start from random weights.
 
         Args:
-            name: a `VlpBlipForPreTraining`, or the folder or hub name of one.
+            name: a `VlpBlipForPreTraining`, the folder or hub name of one, or a `VlpBlipForQuestionAnswering`.
             kwargs: options of `from_pretrained`.
         """
         source = loaded(VlpBlipForPreTraining, name, **kwargs)
         model, given = cls(source.config), source.state_dict()
-        return adopt(model, lambda own: given.get(re.sub(r"\.attention[01]\.", ".attention.", own)))
+        adopt(model, lambda own: given.get(re.sub(r"\.attention[01]\.", ".attention.", own)))
+        for layer in model.text_model.layers:
+            layer.cross_attention.merge_as_mean()
+        return model
 
     @can_return_tuple
     def forward(

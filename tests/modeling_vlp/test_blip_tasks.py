@@ -182,6 +182,14 @@ def test_averaging_layers_give_two_equal_images_the_output_of_one(folder):
     assert_close(output, one(x, key_values=one.keys_values(states[:, 0]))[0], rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_merging_layers_start_near_the_mean(folder):
+    merge = reasoning(folder)[0].text_model.layers[-1].cross_attention.merge
+    one, other = torch.randn(2, 50, 32)
+    mean, merged = (one + other) / 2, merge(torch.cat([one, other], dim=-1))
+    assert 0 < (merged - mean).norm() < 0.5 * mean.norm()
+
+
 def test_image_order_matters_and_padding_does_not(folder):
     model, batch = reasoning(folder)
     with torch.no_grad():

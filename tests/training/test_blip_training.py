@@ -24,7 +24,7 @@ from vlp.training.data.capfilt import CapFiltArguments, capfilt
 from vlp.training.data.rows import picture_id
 from vlp.training.data.shard_writer import ShardsArguments, write_shards
 from vlp.training.data.sources import load_rows
-from vlp.training.families.blip import BlipArguments
+from vlp.training.families.blip import BlipArguments, load_for_task
 from vlp.training.run import train
 
 import vlp
@@ -245,6 +245,32 @@ def test_fine_tuning_for_captioning_and_retrieval(pairs, tuned, tmp_path):
     assert results["metrics"]["itm_accuracy"] >= 0.8
     with pytest.raises(ArgumentError, match="lacks weights that --task retrieval needs"):
         train(arguments(pairs, tmp_path / "x", task="retrieval", model_name_or_path=str(captioner_folder)))
+
+
+@pytest.mark.parametrize("task", ["pretrain", "vqa", "nlvr"])
+def test_other_tasks_start_from_a_captioner(task, tuned):
+    captioner = vlp.VlpBlipForConditionalGeneration.from_pretrained(tuned[0]).state_dict()
+    started = load_for_task(str(tuned[0]), task).state_dict()
+    for name, value in captioner.items():
+        if name in started:
+            assert torch.equal(started[name], value), name
+    for part in ("encoder_attention.attention.q_proj.weight", "mlp.fc1.weight", "cross_attention.layer_norm.bias"):
+        source = part.replace("encoder_attention", "decoder_attention")
+        assert torch.equal(started[f"text_model.layers.1.{part}"], captioner[f"text_model.layers.1.{source}"])
+    assert ("itm_head.weight" in started) == (task == "pretrain")
+
+
+def test_statements_start_from_a_model_of_questions(tuned, tmp_path):
+    answering = load_for_task(str(tuned[0]), "vqa")
+    answering.save_pretrained(tmp_path)
+    started, given = load_for_task(str(tmp_path), "nlvr").state_dict(), answering.state_dict()
+    for layer, name in ((0, "encoder_attention.attention.q_proj.weight"), (1, "mlp.fc1.weight")):
+        assert torch.equal(started[f"text_model.layers.{layer}.{name}"], given[f"text_model.layers.{layer}.{name}"])
+    for side in "01":
+        own, source = (f"text_model.layers.1.cross_attention.attention{number}.v_proj.weight" for number in (side, ""))
+        assert torch.equal(started[own], given[source])
+    with pytest.raises(ArgumentError, match="lacks weights that --task captioning needs"):
+        load_for_task(str(tmp_path), "captioning")
 
 
 def test_captioning_with_adapters(pairs, trained, tmp_path):

@@ -347,6 +347,8 @@ def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlip
 def load_for_task(name: str, task: str) -> VlpBlipPreTrainedModel:
     """Load the parts of a model that a task needs.
 
+    All but retrieval can also start from a captioner, and statements about two images from a model of questions.
+
     Args:
         name: folder or hub name of the model.
         task: a key of `MODELS`.
@@ -359,6 +361,11 @@ def load_for_task(name: str, task: str) -> VlpBlipPreTrainedModel:
     saved = read_config(name, option).architectures[0]
     if hasattr(kind, "from_pre_training") and saved == VlpBlipForPreTraining.__name__:
         return kind.from_pre_training(load_model(VlpBlipForPreTraining, name, option))
+    if saved == VlpBlipForQuestionAnswering.__name__ and task == "nlvr":
+        return VlpBlipForVisualReasoning.from_pre_training(load_model(VlpBlipForQuestionAnswering, name, option))
+    if saved == VlpBlipForConditionalGeneration.__name__ and task in ("pretrain", "vqa", "nlvr"):
+        source = load_model(VlpBlipForConditionalGeneration, name, option).to_pre_training()
+        return source if task == "pretrain" else kind.from_pre_training(source)
     if saved != kind.__name__ and saved not in (kind.loads or ()):
         raise ArgumentError(
             f"{option} {printable(name, 120)} is a {saved}, which lacks weights that --task {task} needs: use a "
