@@ -1,5 +1,6 @@
 """Plots and galleries for the model card."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -60,16 +61,33 @@ def plot_examples(examples: list[dict], path: Path, columns: int = 4) -> None:
         axis.axis("off")
     for axis, example in zip(axes.flat, examples, strict=False):
         axis.imshow(example["image"])
-        axis.set_title(printable(example["label"]), fontsize=9, fontweight="bold", wrap=True, parse_math=False)
-        for line, (name, probability, right) in enumerate(example["predictions"]):
+        axis.set_title("\n".join(wrapped(example["label"], 30, 4)), fontsize=9, fontweight="bold", parse_math=False)
+        line = 0
+        for name, probability, right in example["predictions"]:
             colour = RIGHT if right else WRONG
-            short = name if len(name) <= 26 else name[:25] + "…"
             share = "" if probability is None else f"  {100 * probability:.0f} %"
-            axis.text(0.5, -0.06 - 0.11 * line, printable(short) + share, color=colour, fontsize=8,
-                      ha="center", va="top", transform=axis.transAxes, parse_math=False)  # fmt: skip
+            for text in wrapped(name, 34, 1 if len(example["predictions"]) > 1 else 3, share):
+                axis.text(0.5, -0.06 - 0.11 * line, text, color=colour, fontsize=8,
+                          ha="center", va="top", transform=axis.transAxes, parse_math=False)  # fmt: skip
+                line += 1
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def wrapped(text: str, width: int, most: int, ending: str = "") -> list[str]:
+    """Break a text into lines.
+
+    Args:
+        text: the text.
+        width: characters of a line.
+        most: lines; the last one ends with "…" if the text is longer.
+        ending: what follows the text on its last line.
+    """
+    lines = textwrap.wrap(printable(text), width) or [""]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1][: width - 1] + "…"]
+    return [*lines[:-1], lines[-1] + ending]
 
 
 def plot_confusion(pairs: list[tuple[int, int]], names: list[str], path: Path, most: int = 24) -> None:

@@ -262,7 +262,7 @@ ARCHITECTURES = [
                 'images=Image.open("picture.png"), text="what colour is it?"',
                 "print(processor.decode_texts(model.generate(**inputs, num_beams=3)))",
             ),
-            examples="with a reference answer and, below, the generated one; green if correct",
+            examples="with a question, a reference answer and, below, the generated one; green if correct",
             pipeline_tag="visual-question-answering",
             tag="blip",
         ),
@@ -279,6 +279,7 @@ ARCHITECTURES = [
 pair = inputs["pixel_values"][None]  # one sentence and its two images
 print(model(inputs["input_ids"], pair).logits.softmax(dim=-1)[:, 1])  # the probability that the sentence is true""",
             ),
+            examples="with a sentence about both and, below, whether the model calls it true; green if that is correct",
             pipeline_tag="visual-question-answering",
             tag="blip",
         ),

@@ -12,7 +12,7 @@ from ...modeling_vlp.blip import VlpBlipForPreTraining, VlpBlipMatcher
 from ...modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from ...modeling_vlp.heatmaps import attention_maps, matching_maps
 from ...processing.pictures import to_rgb
-from ..data.rows import answers_of
+from ..data.rows import answers_of, label_of, picture_of
 from .pictures import Pictures
 from .scores import plain_answer, words
 from .tasks import embed_classes, use_of
@@ -59,15 +59,15 @@ def caption_examples(predictor, pictures: Pictures, chosen: list[int], prompts: 
 
 
 def answer_examples(predictor, pictures: Pictures, chosen: list[int], prompts: list[str]) -> list[Example]:
-    """The first human answer to each picture's first question, and the generated answer."""
+    """Each picture's first question with its first human answer, and the generated answer."""
     images, arguments = [pictures.image(number) for number in chosen], pictures.arguments
     questions = [pictures.items[number].texts[0] for number in chosen]
     answers = predictor.answer(images, questions, num_beams=arguments.num_beams, max_length=arguments.max_length)
     examples = []
-    for number, image, answer in zip(chosen, images, answers, strict=True):
+    for number, image, question, answer in zip(chosen, images, questions, answers, strict=True):
         given = answers_of(pictures.table[pictures.items[number].sources[0]], arguments.answer_column)
         right = plain_answer(answer) in [plain_answer(text) for text in given]
-        examples.append(example(image, given[0], [(answer, None, right)]))
+        examples.append(example(image, f"{question} {given[0]}", [(answer, None, right)]))
     return examples
 
 
@@ -100,9 +100,35 @@ def match_examples(predictor, pictures: Pictures, chosen: list[int], prompts: li
     return examples
 
 
+def reason_examples(predictor, pictures: Pictures, chosen: list[int], prompts: list[str]) -> list[Example]:
+    """The two images side by side with the first sentence about them, and the more probable of true and false."""
+    arguments, examples = pictures.arguments, []
+    for number in chosen:
+        row = pictures.table[pictures.row_of((number, 0))]
+        pair = [
+            to_rgb(picture_of(row, column, arguments.max_image_pixels))
+            for column in (arguments.image_column, arguments.second_image_column)
+        ]
+        sentence = pictures.text_of((number, 0))
+        probability, predicted = predictor.reason(pair[:1], pair[1:], [sentence]).softmax(dim=1)[0].max(dim=0)
+        right = predicted.item() == label_of(row, arguments.label_column)
+        prediction = (str(bool(predicted)).lower(), probability.item(), right)
+        examples.append(example(side_by_side(*pair), sentence, [prediction]))
+    return examples
+
+
+def side_by_side(left: Image.Image, right: Image.Image, gap: int = 8) -> Image.Image:
+    """Two pictures in one, with `gap` white pixels between them."""
+    both = Image.new("RGB", (left.width + gap + right.width, max(left.height, right.height)), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + gap, 0))
+    return both
+
+
 EXAMPLES = {
     "captioning": caption_examples,
     "vqa": answer_examples,
+    "nlvr": reason_examples,
     "zero-shot": class_examples,
     "itm": match_examples,
 }

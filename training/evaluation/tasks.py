@@ -459,7 +459,8 @@ def composition(predictor: Predictor, pictures: Pictures) -> Outcome:
                                 **bootstrap(arguments))  # fmt: skip
         metrics |= {name.replace("accuracy", f"accuracy{suffix}"): value for name, value in values.items()}
         hits, rows = preferences(true, false), [pictures.row_of(key) for key in keys]
-        groups = by_group(pictures, f"composition_accuracy{suffix}", rows, hits)
+        for group, values in by_group(pictures, f"composition_accuracy{suffix}", rows, hits).items():
+            groups.setdefault(group, {}).update(values)
     return Outcome(metrics, groups=groups)
 
 

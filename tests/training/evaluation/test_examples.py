@@ -4,7 +4,7 @@ import pytest
 from accelerate import PartialState
 from conftest import tiny_pair
 from PIL import Image
-from test_tasks import COLOURS, as_lists, blip  # noqa: F401
+from test_tasks import COLOURS, as_lists, blip, png  # noqa: F401
 from vlp.training.evaluation.arguments import EvaluationArguments
 from vlp.training.evaluation.examples import draw_galleries, make_examples
 from vlp.training.evaluation.tasks import prepare_data
@@ -40,6 +40,21 @@ def test_examples_of_blip(task, blip):  # noqa: F811
     examples = make_examples(*blip, prepared("retrieval", task), ["", "a card"])
     assert len(examples) == 6 and {len(each["predictions"]) for each in examples} == {2 if task == "captioning" else 3}
     assert all(each["image"].mode == "RGB" and each["label"].startswith("a ") for each in examples)
+
+
+def test_examples_of_questions_and_statements(blip):  # noqa: F811
+    model, processor = blip
+    rows = as_lists(answers=["red"], label=True, second_image={"bytes": png("blue"), "path": None})
+    found = {}
+    for task, kind in (("vqa", vlp.VlpBlipForQuestionAnswering), ("nlvr", vlp.VlpBlipForVisualReasoning)):
+        data = prepare_data(rows, EvaluationArguments(task=task, max_length=8, num_beams=1), PartialState())
+        found[task] = make_examples(kind.from_pre_training(model).eval(), processor, [data], [""])
+    assert len(found["vqa"]) == len(found["nlvr"]) == 6
+    assert all(each["label"].endswith(" red") and len(each["predictions"]) == 1 for each in found["vqa"])
+    for each in found["nlvr"]:
+        ((answer, probability, right),) = each["predictions"]
+        assert answer in ("true", "false") and probability >= 0.5 and right == (answer == "true")
+        assert each["label"].startswith("a ") and each["image"].getpixel((each["image"].width - 1, 0)) == (0, 0, 255)
 
 
 def test_examples_of_clip():
