@@ -12,11 +12,12 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from conftest import what_the_card_says
 from huggingface_hub import ModelCard
 from PIL import Image
-from processes import CONTEXT
+from processes import CONTEXT, run_group, run_module
 from safetensors.torch import load_file
 from transformers import AutoProcessor, pipeline
 from vlp.modeling_vlp.ranking import rank
@@ -271,6 +272,15 @@ def test_statements_start_from_a_model_of_questions(tuned, tmp_path):
         assert torch.equal(started[own], given[source])
     with pytest.raises(ArgumentError, match="lacks weights that --task captioning needs"):
         load_for_task(str(tmp_path), "captioning")
+
+
+def test_processes_train_a_captioner_that_leaves_the_pooling_of_its_tower_unused(pairs, tmp_path):
+    config = tmp_path / "config.yaml"
+    given = arguments(pairs, tmp_path / "run", task="captioning", eval_split=None, max_train_steps=3)
+    config.write_text(yaml.safe_dump(vars(given)))
+    run_group(2, tmp_path, run_module, "vlp.training", argv=["training", "blip", "--config", str(config)])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["steps"], results["processes"]) == (3, 2)
 
 
 def test_captioning_with_adapters(pairs, trained, tmp_path):

@@ -34,6 +34,8 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     # can have parameters that are never used, such as DINOv2's mask token.
     given = (getattr(arguments, name, None) for name in PRE_TRAINED)
     partly = getattr(arguments, "contrastive_share", 0.0) > 0 or any(given)
+    # Tasks of BLIP that read only the cells of a ModifiedResNet do not use its pooling.
+    partly |= getattr(arguments, "task", "pretrain") != "pretrain"
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=partly)]
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
         handlers.append(InitProcessGroupKwargs(backend="gloo"))  # else Accelerate does not connect CPU processes
