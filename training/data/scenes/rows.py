@@ -13,8 +13,8 @@ from .texts import CAPTIONS, FORMS, LANGUAGES, caption, captions, description, q
 from .world import SPLITS, Scene, make_scene
 
 NAME = "scenes"
-VERSION = 5  # of the generator; cached data of another one are not used
-SIZES = {"train": 20_000, "validation": 500, "test": 1000}  # scenes of each split
+VERSION = 6  # of the generator; cached data of another one are not used
+SIZES = {"train": 30_000, "validation": 500, "test": 1000}  # scenes of each split
 MOST = 10_000_000
 MANY = 5000  # from this number on, processes share the work
 
@@ -24,15 +24,15 @@ def load_scenes(name: str, config: str | None, split: str, option: str = "--data
 
     Args:
         name: `scenes`, `scenes:NUMBER` for another number of training scenes, or `scenes:NUMBER:SEED`.
-        config: captions (the default), mixed, questions, statements or swaps.
+        config: captions (the default), questions, statements or swaps.
         split: train, validation or test: combinations of shape, colour and texture of the last two are not in the
             first.
         option: the option that names the data, for error messages.
 
     Returns:
         Rows with `image` (bytes), and for
-        captions: `caption` and `caption_vi`, lists;
-        mixed: the same lists with, in addition, questions followed by their answers;
+        captions: the lists `caption`, `description` and `answered` (questions followed by their answers), and
+            `caption_vi`, `description_vi` and `answered_vi`;
         questions: `question`, `answers`, `question_vi`, `answers_vi`, `kind`, and the `image_id` of the scene;
         statements: `second_image`, `sentence`, `sentence_vi` and `label`;
         swaps: `caption`, `caption_vi` and, of the same words, `wrong` and `wrong_vi`, and `kind`.
@@ -75,8 +75,8 @@ def features_of(config: str) -> datasets.Features:
     """The columns of a configuration."""
     text, texts = datasets.Value("string"), datasets.List(datasets.Value("string"))
     columns = {
-        "captions": {"caption": texts, "caption_vi": texts},
-        "mixed": {"caption": texts, "caption_vi": texts},
+        "captions": {name: texts for name in ("caption", "caption_vi", "description", "description_vi", "answered",
+                                              "answered_vi")},
         "questions": {"image_id": text, "question": text, "answers": texts, "question_vi": text, "answers_vi": texts,
                       "kind": text},
         "statements": {"second_image": datasets.Image(decode=False), "sentence": text, "sentence_vi": text,
@@ -98,26 +98,17 @@ def drawn(scene: Scene, rng: random.Random) -> dict:
     return {"bytes": jpeg(draw_scene(scene, rng), rng), "path": None}
 
 
-def texts_of(scene: Scene, language: str, rng: random.Random) -> list[str]:
-    """Two captions of a scene, and two descriptions."""
-    return captions(scene, language, 2, rng) + [description(scene, language, first, rng) for first in (True, False)]
-
-
 def caption_row(name: str, split: str, rng: random.Random) -> Iterator[dict]:
-    """A scene with captions."""
+    """A scene with captions of its two main objects, descriptions of all of them, and questions with their answers."""
     scene = make_scene(split, rng)
-    yield {"image": drawn(scene, rng), "caption": texts_of(scene, "en", rng), "caption_vi": texts_of(scene, "vi", rng)}
-
-
-def mixed_row(name: str, split: str, rng: random.Random) -> Iterator[dict]:
-    """A scene with captions, and with questions followed by their answers."""
-    scene = make_scene(split, rng)
+    row: dict = {"image": drawn(scene, rng)}
+    for language, ending in zip(LANGUAGES, ("", "_vi"), strict=True):
+        row[f"caption{ending}"] = captions(scene, language, 2, rng)
+        row[f"description{ending}"] = [description(scene, language, first, rng) for first in (True, False)]
     asked = rng.sample(questions(scene, split, rng), 2)
-    yield {
-        "image": drawn(scene, rng),
-        "caption": texts_of(scene, "en", rng) + [f"{each.question} {each.answer}" for each in asked],
-        "caption_vi": texts_of(scene, "vi", rng) + [f"{each.question_vi} {each.answer_vi}" for each in asked],
-    }
+    row["answered"] = [f"{each.question} {each.answer}" for each in asked]
+    row["answered_vi"] = [f"{each.question_vi} {each.answer_vi}" for each in asked]
+    yield row
 
 
 def question_rows(name: str, split: str, rng: random.Random) -> Iterator[dict]:
@@ -164,7 +155,6 @@ def swap_rows(name: str, split: str, rng: random.Random) -> Iterator[dict]:
 
 MAKERS = {
     "captions": caption_row,
-    "mixed": mixed_row,
     "questions": question_rows,
     "statements": statement_row,
     "swaps": swap_rows,
