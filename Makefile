@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --num_machines 1 --dynamo_backend no --mixed_
 	--num_processes $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); echo $$((n > 1 ? n : 1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev readme train train-blip train-blip2 train-towers train-blip-towers train-vqa cards demo docs test test-all test-transformers check bench clean
+.PHONY: help venv venv-dev readme train train-blip train-blip2 train-towers train-blip-towers train-vqa train-nlvr cards demo docs test test-all test-transformers check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -60,8 +60,11 @@ train-towers: $(TOWERS)/ready ## train CLIP on two pre-trained towers, an Effici
 train-blip-towers: $(TOWERS)/ready ## the same for BLIP
 	$(LAUNCH) training blip --config blip-emoji-towers $(ARGS)
 
-train-vqa: venv ## train BLIP to answer questions about drawn scenes, evaluate and save it
+train-vqa: venv ## train the included blip-scenes to answer questions about drawn scenes, evaluate and save it
 	$(LAUNCH) training blip --config blip-scenes-vqa $(ARGS)
+
+train-nlvr: venv ## train the included blip-scenes-vqa to say whether statements are true of two scenes
+	$(LAUNCH) training blip --config blip-scenes-nlvr $(ARGS)
 
 CARD := $(LAUNCH) training
 EVALUATE := $(LAUNCH) -m vlp.training.evaluate
@@ -69,7 +72,7 @@ STEPS := --publish_dtype bfloat16 --max_train_minutes none --max_train_steps
 VIETNAMESE := --templates emoji_vi --tag_column tags_vi --caption_column caption_vi --class_column caption_vi
 BILINGUAL := --templates emoji,emoji_vi --tag_column tags,tags_vi --caption_column caption,caption_vi \
 	--class_column caption,caption_vi --vocab_size 3072
-cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write their cards (under two hours on 2 cores)
+cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write their cards (two and a half hours on 2 cores)
 	$(CARD) clip --output_dir model_cards/clip-emoji $(STEPS) 3300
 	$(CARD) clip --output_dir model_cards/clip-emoji-vi --language vi $(VIETNAMESE) $(STEPS) 3300
 	$(CARD) clip --output_dir model_cards/clip-emoji-en-vi --language en,vi $(BILINGUAL) $(STEPS) 5500
@@ -77,6 +80,14 @@ cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write
 	$(CARD) blip2 --output_dir build/blip2-emoji $(STEPS) 1500
 	$(CARD) blip2 --config blip2-emoji-2 --model_name_or_path build/blip2-emoji --output_dir model_cards/blip2-emoji \
 		$(STEPS) 14000 --spelling_share 0.99
+	$(CARD) blip --config blip-scenes-captions --output_dir build/blip-scenes-captions --eval_split none $(STEPS) 6500
+	$(CARD) blip --config blip-scenes --model_name_or_path build/blip-scenes-captions \
+		--output_dir model_cards/blip-scenes $(STEPS) 2700
+	$(CARD) blip --config blip-scenes-vqa --output_dir model_cards/blip-scenes-vqa $(STEPS) 2200
+	$(CARD) blip --config blip-scenes-nlvr --output_dir model_cards/blip-scenes-nlvr $(STEPS) 2000
+	$(EVALUATE) model_cards/blip-scenes --dataset scenes --dataset_config_name swaps --task composition --group_column kind
+	$(EVALUATE) model_cards/blip-scenes-vqa --dataset scenes --dataset_config_name questions --task vqa \
+		--caption_column question --group_column kind --num_beams 1
 	for each in clip-emoji clip-emoji-en-vi blip-emoji; do \
 		$(EVALUATE) model_cards/$$each --task zero-shot --group_column group || exit 1; done
 	for each in clip-emoji-vi clip-emoji-en-vi; do \

@@ -21,6 +21,11 @@ WORDS = {
         "**{median} ms** (median of {queries} queries; {low} to {high}) and finds {recall} of the ten nearest. "
         "Comparing every vector takes {exact} ms. Building the index took {seconds} s, without embedding; it "
         "takes up {megabytes} MB.",
+        "composition": (
+            "| | true caption first (95 % interval) | colours swapped | objects swapped |",
+            "by similarity",
+            "by matching (ITM)",
+        ),
         "head": "| `{name}` | value (95 % interval) |",
         "rows": {
             "zero_shot_top1": "zero-shot top-1, {classes} names",
@@ -44,6 +49,11 @@ WORDS = {
         "**{median} ms** (trung vị của {queries} truy vấn; từ {low} đến {high}) và tìm được {recall} trong "
         "mười vector gần nhất. So sánh với mọi vector mất {exact} ms. Dựng chỉ mục mất {seconds} s, không kể "
         "việc nhúng ảnh; chỉ mục chiếm {megabytes} MB.",
+        "composition": (
+            "| | chú thích đúng đứng trước (khoảng tin cậy 95 %) | tráo màu | tráo vật |",
+            "theo độ tương đồng",
+            "theo ghép cặp (ITM)",
+        ),
         "head": "| `{name}` | giá trị (khoảng tin cậy 95 %) |",
         "rows": {
             "zero_shot_top1": "zero-shot top-1, {classes} tên",
@@ -61,7 +71,7 @@ WORDS = {
     },
 }
 
-DOCUMENTS = (*WORDS, "docs/scaling.md", "docs/evaluation.md", "docs/towers.md")
+DOCUMENTS = (*WORDS, "docs/scaling.md", "docs/evaluation.md", "docs/towers.md", "docs/scenes.md")
 
 
 def results_block(words: dict) -> str:
@@ -145,6 +155,48 @@ def towers_block() -> str:
     return "\n".join(lines).rstrip()
 
 
+def scenes_block() -> str:
+    """The tables of what models reach on scenes, and of what is reached without looking at them."""
+    blind = json.loads((ROOT / "benchmarks/scenes.json").read_text())
+    lines = [
+        "| | chance | most frequent answer | text alone | BLIP (95 % interval) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for title, part, model, file, metric in (
+        ("questions", "questions", "blip-scenes-vqa", "scenes-test-vqa-question.json", "vqa_accuracy"),
+        ("statements", "statements", "blip-scenes-nlvr", "scenes-test-nlvr-sentence.json", "nlvr_accuracy"),
+    ):
+        found = json.loads((ROOT / "model_cards" / model / "evaluations" / file).read_text())
+        low, high = (100 * bound for bound in found["intervals"][metric])
+        guesses = [blind[part][way] for way in ("most frequent answer", "text alone")]
+        cells = [percent(blind[part]["chance"]), *(percent(way["accuracy"]) for way in guesses)]
+        lines.append(
+            f"| {title} | {' | '.join(cells)} | {percent(found['metrics'][metric])} ({low:.1f} – {high:.1f}) |"
+        )
+        for kind, values in found.get("groups", {}).items():
+            cells = [percent(way["groups"][kind]) for way in guesses]
+            lines.append(f"| … {kind} | | {' | '.join(cells)} | {percent(values[metric])} |")
+    return "\n".join([*lines, "", composition_block(WORDS["README.md"])])
+
+
+def composition_block(words: dict) -> str:
+    """The table of how often models prefer a true caption to one with swapped words."""
+    title, similarity, itm = words["composition"]
+    lines = [title, "| --- | --- | --- | --- |"]
+    for name, result in json.loads((ROOT / "benchmarks/composition.json").read_text()).items():
+        for metric, way in (("composition_accuracy", similarity), ("composition_accuracy_itm", itm)):
+            if metric in result["metrics"]:
+                low, high = (100 * bound for bound in result["intervals"][metric])
+                cells = [f"{percent(result['metrics'][metric])} ({low:.1f} – {high:.1f})"]
+                cells += [percent(result["groups"][kind][metric]) for kind in ("colours", "order")]
+                lines.append(f"| `{name}`, {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def loading_block() -> str:
     """The table of the results of benchmarks/data.py."""
     stored = json.loads((ROOT / "benchmarks/data.json").read_text())
@@ -187,9 +239,12 @@ def render(name: str) -> str:
     if name in WORDS:
         words = WORDS[name]
         text = between(between(text, "models", models_block(words)), "search", search_block(words))
+        text = between(text, "composition", composition_block(words))
         return between(text, "results", results_block(words))
     if name == "docs/towers.md":
         return between(text, "results", towers_block())
+    if name == "docs/scenes.md":
+        return between(text, "results", scenes_block())
     if name == "docs/evaluation.md":
         return between(text, "search", search_block(WORDS["README.md"]))
     result = json.loads((ROOT / "benchmarks/scaling.json").read_text())

@@ -1,6 +1,6 @@
 """What is reached on scenes without seeing them: chance, the most frequent answer, and a model of the text alone.
 
-    python benchmarks/scenes.py [--train 30000]
+    python benchmarks/scenes.py
 
 The model of the text gives, for a question or a statement, the most frequent answer that the training split has to the
 same words; where it has none, that to the most similar words (nearest neighbour by word counts). It is evaluated on the
@@ -65,16 +65,16 @@ def baselines(train: list[tuple[str, str]], test: list[tuple[str, str, str]]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=30_000, help="number of training scenes")
-    name = f"scenes:{parser.parse_args().train}"
-    results = {"training_scenes": name}
-    train, test = (load_scenes(name, "questions", split).remove_columns("image") for split in ("train", "test"))
+    parser.parse_args()
+    results = {}
+    train, test = (load_scenes("scenes", "questions", split).remove_columns("image") for split in ("train", "test"))
     results["questions"] = baselines(
         [(row["question"], row["answers"][0]) for row in train],
         [(row["question"], row["answers"][0], row["kind"]) for row in test],
     )
     train, test = (
-        load_scenes(name, "statements", split).remove_columns(["image", "second_image"]) for split in ("train", "test")
+        load_scenes("scenes", "statements", split).remove_columns(["image", "second_image"])
+        for split in ("train", "test")
     )
     results["statements"] = baselines(
         [(row["sentence"], str(row["label"])) for row in train],

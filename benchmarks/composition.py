@@ -1,0 +1,35 @@
+"""Compare models on captions with swapped words: `evaluate --task composition` on the scenes of the test split.
+
+    python benchmarks/composition.py model_cards/blip-scenes runs/clip-scenes
+
+Each model scores a true caption and a false one of the same words. The results are written to composition.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from vlp.training.evaluate import evaluate
+from vlp.training.evaluation.arguments import EvaluationArguments
+
+RESULTS = Path(__file__).with_suffix(".json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="folders of models, or hub names")
+    results = {}
+    for model in parser.parse_args().models:
+        arguments = EvaluationArguments(
+            dataset="scenes", dataset_config_name="swaps", split="test", task="composition", group_column="kind"
+        )
+        found = evaluate(model, arguments)
+        results[Path(model).name] = {
+            name: found[name] for name in ("architecture", "metrics", "intervals", "groups", "rows")
+        }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
