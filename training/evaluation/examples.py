@@ -59,13 +59,18 @@ def caption_examples(predictor, pictures: Pictures, chosen: list[int], prompts: 
 
 
 def answer_examples(predictor, pictures: Pictures, chosen: list[int], prompts: list[str]) -> list[Example]:
-    """Each picture's first question with its first human answer, and the generated answer."""
+    """A question of each picture with its first human answer, and the generated answer.
+
+    It is the first question of the first picture, the second of the second one, and so on, because questions about
+    pictures often come in the same order.
+    """
     images, arguments = [pictures.image(number) for number in chosen], pictures.arguments
-    questions = [pictures.items[number].texts[0] for number in chosen]
+    keys = [(number, place % len(pictures.items[number].texts)) for place, number in enumerate(chosen)]
+    questions = [pictures.text_of(key) for key in keys]
     answers = predictor.answer(images, questions, num_beams=arguments.num_beams, max_length=arguments.max_length)
     examples = []
-    for number, image, question, answer in zip(chosen, images, questions, answers, strict=True):
-        given = answers_of(pictures.table[pictures.items[number].sources[0]], arguments.answer_column)
+    for key, image, question, answer in zip(keys, images, questions, answers, strict=True):
+        given = answers_of(pictures.table[pictures.row_of(key)], arguments.answer_column)
         right = plain_answer(answer) in [plain_answer(text) for text in given]
         examples.append(example(image, f"{question} {given[0]}", [(answer, None, right)]))
     return examples
