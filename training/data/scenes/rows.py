@@ -1,6 +1,5 @@
 """The scenes as data sets: one row for each scene, question, statement or pair of a true and a false caption."""
 
-import os
 import random
 from collections.abc import Iterator
 
@@ -8,6 +7,7 @@ import datasets
 
 from ....errors import ArgumentError, printable
 from ....files import cache_folder
+from ...machine.hardware import cpu_cores
 from .drawing import draw_scene, jpeg
 from .texts import CAPTIONS, FORMS, LANGUAGES, caption, captions, description, questions, statement, swapped
 from .world import SPLITS, Scene, make_scene
@@ -49,7 +49,7 @@ def load_scenes(name: str, config: str | None, split: str, option: str = "--data
     return datasets.Dataset.from_generator(
         make_rows, features=features_of(config), cache_dir=str(cache_folder() / NAME),
         gen_kwargs={"numbers": list(range(number)), "config": config, "split": split, "seed": seed, "version": VERSION},
-        split=split, num_proc=min(len(os.sched_getaffinity(0)), 8) if number >= MANY else None,
+        split=split, num_proc=min(cpu_cores(), 8) if number >= MANY else None,
     )  # fmt: skip
 
 
