@@ -2,6 +2,12 @@
 
     python benchmarks/composition.py model_cards/blip-scenes runs/clip-scenes
 
+runs/clip-scenes is a CLIP that was trained on the same scenes:
+
+    accelerate launch training clip --dataset_name scenes --eval_split none --image_size 64 --max_length 24 \\
+        --augmentation none --cache_images --per_device_train_batch_size 128 --num_threads 1 \\
+        --output_dir runs/clip-scenes
+
 Each model scores a true caption and a false one of the same words. The results are written to composition.json.
 """
 

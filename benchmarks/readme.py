@@ -89,10 +89,9 @@ def results_block(words: dict) -> str:
                 classes = classes or found["classes"]
         for metric, title in words["rows"].items():
             if metric in values:
-                low, high = (100 * bound for bound in bounds[metric])
                 unit = "" if metric == "cider" else " %"
                 title = title.format(classes=f"{classes:,}" if classes else "")
-                lines.append(f"| {title} | {100 * values[metric]:.1f}{unit} ({low:.1f} – {high:.1f}) |")
+                lines.append(f"| {title} | {with_interval(values[metric], bounds[metric], unit)} |")
         lines.append("")
     lines.append(table(words["language"]))
     return "\n".join(lines)
@@ -126,7 +125,7 @@ def search_block(words: dict) -> str:
     return words["search"].format(
         vectors=f"{result['vectors']:,}", width=result["width"], median=own["median_ms"], low=own["range_ms"][0],
         high=own["range_ms"][1], queries=result["queries"], threads=result["threads"],
-        recall=f"{100 * own['recall_at_10']:.1f} %", exact=exact["median_ms"], seconds=result["build_seconds"],
+        recall=percent(own["recall_at_10"]), exact=exact["median_ms"], seconds=result["build_seconds"],
         megabytes=f"{result['megabytes']:,}",
     )  # fmt: skip
 
@@ -149,7 +148,7 @@ def towers_block() -> str:
         for metric, title in titles.items():
             if metric in summary:
                 unit = "" if metric == "cider" else " %"
-                cells = [f"{100 * summary[metric][part]:.1f}{unit}" for part in ("mean", "min", "max")]
+                cells = [percent(summary[metric][part], unit) for part in ("mean", "min", "max")]
                 lines.append(f"| {title.format(classes=format(first['classes'] or 0, ','))} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).rstrip()
@@ -162,18 +161,16 @@ def scenes_block() -> str:
         "| | chance | most frequent answer | text alone | BLIP (95 % interval) |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for title, part, model, file, metric in (
-        ("questions", "questions", "blip-scenes-vqa", "scenes-test-vqa-question.json", "vqa_accuracy"),
-        ("statements", "statements", "blip-scenes-nlvr", "scenes-test-nlvr-sentence.json", "nlvr_accuracy"),
+    for part, model, file, metric in (
+        ("questions", "blip-scenes-vqa", "scenes-test-vqa-question.json", "vqa_accuracy"),
+        ("statements", "blip-scenes-nlvr", "scenes-test-nlvr-sentence.json", "nlvr_accuracy"),
     ):
         found = json.loads((ROOT / "model_cards" / model / "evaluations" / file).read_text())
-        low, high = (100 * bound for bound in found["intervals"][metric])
         guesses = [blind[part][way] for way in ("most frequent answer", "text alone")]
         cells = [percent(blind[part]["chance"]), *(percent(way["accuracy"]) for way in guesses)]
-        lines.append(
-            f"| {title} | {' | '.join(cells)} | {percent(found['metrics'][metric])} ({low:.1f} – {high:.1f}) |"
-        )
-        for kind, values in found.get("groups", {}).items():
+        cells.append(with_interval(found["metrics"][metric], found["intervals"][metric]))
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+        for kind, values in found["groups"].items():
             cells = [percent(way["groups"][kind]) for way in guesses]
             lines.append(f"| … {kind} | | {' | '.join(cells)} | {percent(values[metric])} |")
     return "\n".join([*lines, "", composition_block(WORDS["README.md"])])
@@ -186,15 +183,20 @@ def composition_block(words: dict) -> str:
     for name, result in json.loads((ROOT / "benchmarks/composition.json").read_text()).items():
         for metric, way in (("composition_accuracy", similarity), ("composition_accuracy_itm", itm)):
             if metric in result["metrics"]:
-                low, high = (100 * bound for bound in result["intervals"][metric])
-                cells = [f"{percent(result['metrics'][metric])} ({low:.1f} – {high:.1f})"]
+                cells = [with_interval(result["metrics"][metric], result["intervals"][metric])]
                 cells += [percent(result["groups"][kind][metric]) for kind in ("colours", "order")]
                 lines.append(f"| `{name}`, {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def percent(share: float, unit: str = " %") -> str:
+    return f"{100 * share:.1f}{unit}"
+
+
+def with_interval(share: float, bounds: list[float], unit: str = " %") -> str:
+    """A share and the bounds of its interval, in per cent."""
+    low, high = bounds
+    return f"{percent(share, unit)} ({percent(low, '')} – {percent(high, '')})"
 
 
 def loading_block() -> str:
@@ -214,15 +216,14 @@ def loading_block() -> str:
     training = stored["training"]
     runs = training["runs"]
     fast, exact = runs["vlp"], runs["decoded in full"]
-    fast, exact = runs["vlp"], runs["decoded in full"]
-    ratio, top = fast["samples_per_second"] / exact["samples_per_second"], "{:.1f} %"
+    ratio = fast["samples_per_second"] / exact["samples_per_second"]
     lines += [
         "",
         "The difference is the mean absolute one from the pixels of the picture decoded in full; memory includes "
         f"that of the libraries. Of two runs of {training['steps']:,} steps on JPEGs of 512 x 512 pixels, alike but "
         f"for the decoding, the faster one processes {ratio:.1f} times as many samples a second; their losses are "
-        f"{fast['loss']:.2f} and {exact['loss']:.2f}, their top-1 {top.format(100 * fast['top1'])} and "
-        f"{top.format(100 * exact['top1'])}.",
+        f"{fast['loss']:.2f} and {exact['loss']:.2f}, their top-1 {percent(fast['top1'])} and "
+        f"{percent(exact['top1'])}.",
     ]
     return "\n".join(lines)
 

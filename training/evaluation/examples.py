@@ -12,7 +12,7 @@ from ...modeling_vlp.blip import VlpBlipForPreTraining, VlpBlipMatcher
 from ...modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
 from ...modeling_vlp.heatmaps import attention_maps, matching_maps
 from ...processing.pictures import to_rgb
-from ..data.rows import answers_of, label_of, picture_of
+from ..data.rows import answers_of, label_of
 from .pictures import Pictures
 from .scores import plain_answer, words
 from .tasks import embed_classes, use_of
@@ -109,14 +109,10 @@ def reason_examples(predictor, pictures: Pictures, chosen: list[int], prompts: l
     """The two images side by side with the first sentence about them, and the more probable of true and false."""
     arguments, examples = pictures.arguments, []
     for number in chosen:
-        row = pictures.table[pictures.row_of((number, 0))]
-        pair = [
-            to_rgb(picture_of(row, column, arguments.max_image_pixels))
-            for column in (arguments.image_column, arguments.second_image_column)
-        ]
-        sentence = pictures.text_of((number, 0))
+        key = number, 0
+        pair, sentence = [to_rgb(image) for image in pictures.pair(key)], pictures.text_of(key)
         probability, predicted = predictor.reason(pair[:1], pair[1:], [sentence]).softmax(dim=1)[0].max(dim=0)
-        right = predicted.item() == label_of(row, arguments.label_column)
+        right = predicted.item() == label_of(pictures.table[pictures.row_of(key)], arguments.label_column)
         prediction = (str(bool(predicted)).lower(), probability.item(), right)
         examples.append(example(side_by_side(*pair), sentence, [prediction]))
     return examples

@@ -88,6 +88,15 @@ class Pictures:
         arguments = self.arguments
         return picture_of(self.table[self.items[number].rows[0]], arguments.image_column, arguments.max_image_pixels)
 
+    def pair(self, key: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
+        """Read the two pictures, left and right, that the text of a key is about."""
+        row, arguments = self.table[self.row_of(key)], self.arguments
+        left, right = (
+            picture_of(row, column, arguments.max_image_pixels)
+            for column in (arguments.image_column, arguments.second_image_column)
+        )
+        return left, right
+
     def draw(self, count: int, seed: int) -> list[int]:
         """Draw `count` random indices of pictures, or all if there are fewer."""
         return torch.randperm(len(self.items), generator=torch.Generator().manual_seed(seed))[:count].tolist()

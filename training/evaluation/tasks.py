@@ -21,7 +21,7 @@ from ...files import usable_path
 from ...inference import Predictor, VlpPredictor
 from ...modeling_vlp.ranking import candidates_of, rerank
 from ...processing.prompts import CLASS_NAMES, prompts_for, read_names
-from ..data.rows import answers_of, captions_of, label_of, picture_of
+from ..data.rows import answers_of, captions_of, label_of
 from ..data.sources import require_column, require_text
 from .arguments import EvaluationArguments
 from .metrics import load as load_metric
@@ -511,10 +511,7 @@ def nlvr(predictor: Predictor, pictures: Pictures) -> Outcome:
     arguments, found = pictures.arguments, []
     for batch in pictures.batches(pictures.own_texts, "pairs"):
         rows = [pictures.table[pictures.row_of(key)] for key in batch]
-        left, right = (
-            [picture_of(row, column, arguments.max_image_pixels) for row in rows]
-            for column in (arguments.image_column, arguments.second_image_column)
-        )
+        left, right = transposed([pictures.pair(key) for key in batch])
         texts = [pictures.text_of(key) for key in batch]
         predictions = predictor.reason(left, right, texts).argmax(dim=1).tolist()
         found += zip(batch, predictions, [label_of(row, arguments.label_column) for row in rows], strict=True)

@@ -219,6 +219,12 @@ MODELS = {
     "vqa": VlpBlipForQuestionAnswering,
     "nlvr": VlpBlipForVisualReasoning,
 }
+# What else a task can start from, besides a model of its own kind and of those that `loads` names.
+STARTS = {
+    "pretrain": (VlpBlipForConditionalGeneration,),
+    "vqa": (VlpBlipForPreTraining, VlpBlipForConditionalGeneration),
+    "nlvr": (VlpBlipForPreTraining, VlpBlipForConditionalGeneration, VlpBlipForQuestionAnswering),
+}
 OBJECTIVES = {"vqa": AnsweringObjective, "nlvr": ReasoningObjective}
 
 
@@ -345,9 +351,7 @@ def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlip
 
 
 def load_for_task(name: str, task: str) -> VlpBlipPreTrainedModel:
-    """Load the parts of a model that a task needs.
-
-    All but retrieval can also start from a captioner, and statements about two images from a model of questions.
+    """Load the parts of a model that a task needs, or start them from a model in `STARTS`.
 
     Args:
         name: folder or hub name of the model.
@@ -359,12 +363,11 @@ def load_for_task(name: str, task: str) -> VlpBlipPreTrainedModel:
     require_model_type(name, VlpBlipConfig.model_type)
     option, kind = "--model_name_or_path", MODELS[task]
     saved = read_config(name, option).architectures[0]
-    if hasattr(kind, "from_pre_training") and saved == VlpBlipForPreTraining.__name__:
-        return kind.from_pre_training(load_model(VlpBlipForPreTraining, name, option))
-    if saved == VlpBlipForQuestionAnswering.__name__ and task == "nlvr":
-        return VlpBlipForVisualReasoning.from_pre_training(load_model(VlpBlipForQuestionAnswering, name, option))
-    if saved == VlpBlipForConditionalGeneration.__name__ and task in ("pretrain", "vqa", "nlvr"):
-        source = load_model(VlpBlipForConditionalGeneration, name, option).to_pre_training()
+    start = next((each for each in STARTS.get(task, ()) if each.__name__ == saved), None)
+    if start is not None:
+        source = load_model(start, name, option)
+        if isinstance(source, VlpBlipForConditionalGeneration):
+            source = source.to_pre_training()
         return source if task == "pretrain" else kind.from_pre_training(source)
     if saved != kind.__name__ and saved not in (kind.loads or ()):
         raise ArgumentError(
