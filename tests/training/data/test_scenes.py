@@ -134,8 +134,13 @@ def test_statements_of_every_form_can_be_true_and_false():
             left, right = make_scene("test", rng), make_scene("test", rng)
             found[statement(form, left, right, "test", rng).holds(left, right)] += 1
         assert found[True] and found[False]
-    labels = [row["label"] for row in make_rows(list(range(200)), "statements", "test", 0, 1)]
-    assert 70 < sum(labels) < 130
+    rows = list(make_rows(list(range(100)), "statements", "test", 0, 1))
+    labels, pairs = [row["label"] for row in rows], Counter(row["image_id"] for row in rows)
+    assert 0.44 < sum(labels) / len(labels) < 0.56
+    assert len(pairs) == 100 and 4 < len(rows) / 100 < len(FORMS)
+    assert len({(row["image_id"], row["sentence"]) for row in rows}) == len(rows)
+    texts = Counter((row["sentence"].split()[:4] == ["in", "the", "left", "picture,"], row["label"]) for row in rows)
+    assert 0.6 < texts[True, True] / texts[True, False] < 1.6
 
 
 def test_statements_are_judged_by_both_pictures():

@@ -13,8 +13,10 @@ from .texts import CAPTIONS, FORMS, LANGUAGES, caption, captions, description, q
 from .world import SPLITS, Scene, make_scene
 
 NAME = "scenes"
-VERSION = 6  # of the generator; cached data of another one are not used
-SIZES = {"train": 30_000, "validation": 500, "test": 1000}  # scenes of each split
+# Versions of the configurations; cached data of another one are not used.
+VERSIONS = {"captions": 6, "questions": 6, "statements": 7, "swaps": 6}
+SIZES = {"train": 30_000, "validation": 500, "test": 1000}  # scenes of each split, or half as many pairs of scenes
+TRIES = 8  # statements of a form that are drawn to find a true and a false one
 MOST = 10_000_000
 MANY = 5000  # from this number on, processes share the work
 
@@ -34,7 +36,7 @@ def load_scenes(name: str, config: str | None, split: str, option: str = "--data
         captions: the lists `caption`, `description` and `answered` (questions followed by their answers), and
             `caption_vi`, `description_vi` and `answered_vi`;
         questions: `question`, `answers`, `question_vi`, `answers_vi`, `kind`, and the `image_id` of the scene;
-        statements: `second_image`, `sentence`, `sentence_vi` and `label`;
+        statements: `second_image`, `sentence`, `sentence_vi`, `label`, and the `image_id` of the pair of scenes;
         swaps: `caption`, `caption_vi` and, of the same words, `wrong` and `wrong_vi`, and `kind`.
 
     Raises:
@@ -46,9 +48,10 @@ def load_scenes(name: str, config: str | None, split: str, option: str = "--data
     if config not in MAKERS:
         raise ArgumentError(f"--dataset_config_name {printable(config, 60)}: {NAME} has {', '.join(MAKERS)}.")
     number, seed = numbers_of(name, split, option)
+    numbers = list(range(max(1, number // 2) if config == "statements" else number))
     return datasets.Dataset.from_generator(
         make_rows, features=features_of(config), cache_dir=str(cache_folder() / NAME),
-        gen_kwargs={"numbers": list(range(number)), "config": config, "split": split, "seed": seed, "version": VERSION},
+        gen_kwargs={"numbers": numbers, "config": config, "split": split, "seed": seed, "version": VERSIONS[config]},
         split=split, num_proc=min(cpu_cores(), 8) if number >= MANY else None,
     )  # fmt: skip
 
@@ -79,8 +82,8 @@ def features_of(config: str) -> datasets.Features:
                                               "answered_vi")},
         "questions": {"image_id": text, "question": text, "answers": texts, "question_vi": text, "answers_vi": texts,
                       "kind": text},
-        "statements": {"second_image": datasets.Image(decode=False), "sentence": text, "sentence_vi": text,
-                       "label": datasets.Value("bool")},
+        "statements": {"second_image": datasets.Image(decode=False), "image_id": text, "sentence": text,
+                       "sentence_vi": text, "label": datasets.Value("bool")},
         "swaps": {"image_id": text, "caption": text, "caption_vi": text, "wrong": text, "wrong_vi": text, "kind": text},
     }  # fmt: skip
     return datasets.Features({"image": datasets.Image(decode=False)} | columns[config])
@@ -122,18 +125,30 @@ def question_rows(name: str, split: str, rng: random.Random) -> Iterator[dict]:
         }  # fmt: skip
 
 
-def statement_row(name: str, split: str, rng: random.Random) -> Iterator[dict]:
-    """A statement about two scenes; half of the statements of each form are true."""
-    form, label = rng.choice(FORMS), rng.random() < 0.5
+def statement_rows(name: str, split: str, rng: random.Random) -> Iterator[dict]:
+    """Statements about two scenes, of different forms; half of those of each form are true.
+
+    The scenes are drawn for the first statement. Of the other forms, only those are used of which there are both true
+    and false statements about these scenes.
+    """
+    first, label = rng.choice(FORMS), rng.random() < 0.5
     while True:
         left, right = make_scene(split, rng), make_scene(split, rng)
-        said = statement(form, left, right, split, rng)
+        said = statement(first, left, right, split, rng)
         if said.holds(left, right) == label:
             break
-    yield {
-        "image": drawn(left, rng), "second_image": drawn(right, rng), "sentence": said.text,
-        "sentence_vi": said.text_vi, "label": label,
-    }  # fmt: skip
+    found = {said.text: (said, label)}
+    for form in FORMS:
+        if form is first:
+            continue
+        drawn_ones = [statement(form, left, right, split, rng) for _ in range(TRIES)]
+        by_label = {each.holds(left, right): each for each in drawn_ones}
+        if len(by_label) == 2:
+            label = rng.random() < 0.5
+            found.setdefault(by_label[label].text, (by_label[label], label))
+    pictures = {"image": drawn(left, rng), "second_image": drawn(right, rng), "image_id": name}
+    for said, label in found.values():
+        yield pictures | {"sentence": said.text, "sentence_vi": said.text_vi, "label": label}
 
 
 def swap_rows(name: str, split: str, rng: random.Random) -> Iterator[dict]:
@@ -156,6 +171,6 @@ def swap_rows(name: str, split: str, rng: random.Random) -> Iterator[dict]:
 MAKERS = {
     "captions": caption_row,
     "questions": question_rows,
-    "statements": statement_row,
+    "statements": statement_rows,
     "swaps": swap_rows,
 }
