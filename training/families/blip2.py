@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -463,6 +464,9 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
             model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.language_batch_size
         )
     return Blip2Objective(
+        if arguments.prompt_column:
+            first, second = (tokenizer(prompt_of((question,)))["input_ids"][::-1] for question in ("who", "what is it?"))
+            prompt = os.path.commonprefix([first, second])[::-1]
         model,
         exclude_duplicates=arguments.exclude_duplicates,
         label_smoothing=arguments.label_smoothing,

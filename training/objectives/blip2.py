@@ -165,7 +165,8 @@ class LanguageObjective(Objective):
     Args:
         model: the model to train.
         prompt: token ids of the prompt, which has no loss. The texts for a causal model begin with it; for a
-            sequence-to-sequence model it is the encoder's input, and the texts do not contain it.
+            sequence-to-sequence model it is the encoder's input, and the texts do not contain it. If each text has a
+            prompt of its own (`prompt_lengths`), what all of them end with.
         end_token_id: the token that ends a text.
         spelling_share: for a model with `prefix_words`, share of the run (0 to 1), at its start, in which the language
             model is not run: each vector of the prefix learns to choose one token of the prompt, the text and its end,
@@ -257,7 +258,7 @@ class LanguageObjective(Objective):
         model = self.model
         if not model.language_model.config.is_encoder_decoder:
             labels = self.without_prompt(labels, text_index, prompt_lengths)
-        kept, begin = labels != -100, labels.new_tensor(self.prompt if prompt_lengths is None else [])
+        kept, begin = labels != -100, labels.new_tensor(self.prompt)
         order = kept.long().cumsum(dim=1) - 1 + len(begin)
         fits = kept & (order < logits.shape[1])
         words = labels.new_full(logits.shape[:2], self.end_token_id)
