@@ -153,21 +153,22 @@ class MatchesPairs:
         self, input_ids: Tensor, attention_mask: Tensor, memory: Memory, image_negatives: Tensor,
         text_negatives: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Compute the ITM logits of B pairs and their hard negatives.
+        """Compute the ITM logits of B pairs and their hard negatives, K for each text and K for each image.
 
         Args:
             input_ids: (B, N) texts that begin with [CLS].
             attention_mask: (B, N), 0 for padding.
             memory: keys and values of the B images.
-            image_negatives: (B,) index of the negative image of each text.
-            text_negatives: (B,) index of the negative text of each image.
+            image_negatives: (K B,) index of the negative images of each text: the first of all texts, the second, ...
+            text_negatives: (K B,) index of the negative texts of each image, likewise.
 
         Returns:
-            (3 B, 2): the pairs, the texts with their negative images, the images with their negative texts.
+            ((1 + 2 K) B, 2): the pairs, the texts with their negative images, the images with their negative texts.
         """
         own = torch.arange(len(input_ids), device=input_ids.device)
-        texts = torch.cat([own, own, text_negatives])
-        images = torch.cat([own, image_negatives, own])
+        again = own.repeat(len(image_negatives) // len(own))
+        texts = torch.cat([own, again, text_negatives])
+        images = torch.cat([own, image_negatives, again])
         return self.match(input_ids[texts], attention_mask[texts], memory.select(images))
 
 
@@ -321,7 +322,7 @@ def three_losses(loss_itc: Tensor, itm_logits: Tensor, found: Tensor, loss_lm: T
         found: (B,) bool, True if a row has a negative.
         loss_lm: the language modelling loss.
     """
-    loss_itm = matching_loss(itm_logits.float(), *matching_labels(found, found))
+    loss_itm = matching_loss(itm_logits.float(), *matching_labels(len(found), found, found))
     return {
         "loss": loss_itc + loss_itm + loss_lm,
         "loss_itc": loss_itc,
@@ -331,18 +332,19 @@ def three_losses(loss_itc: Tensor, itm_logits: Tensor, found: Tensor, loss_lm: T
     }
 
 
-def matching_labels(image_found: Tensor, text_found: Tensor) -> tuple[Tensor, Tensor]:
+def matching_labels(pairs: int, image_found: Tensor, text_found: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the labels of `itm_logits`, and a mask of the rows that count in the loss.
 
     Args:
-        image_found: (B,) bool, True if a negative image was found for the text.
-        text_found: (B,) bool, True if a negative text was found for the image.
+        pairs: B, the number of pairs.
+        image_found: (K B,) bool, True if a negative image was found for the text.
+        text_found: (K B,) bool, True if a negative text was found for the image.
 
     Returns:
-        (3 B,) bool, True for matching rows; and (3 B,) bool, False for rows whose negative was not found.
+        ((1 + 2 K) B,) bool, True for matching rows; and the same, False for rows whose negative was not found.
     """
-    pairs = torch.ones_like(image_found)
-    return torch.cat([pairs, ~pairs, ~pairs]), torch.cat([pairs, image_found, text_found])
+    counted = torch.cat([image_found.new_ones(pairs), image_found, text_found])
+    return torch.arange(len(counted), device=counted.device) < pairs, counted
 
 
 class VlpBlipForImageTextRetrieval(VlpBlipMatcher):

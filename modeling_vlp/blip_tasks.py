@@ -364,27 +364,31 @@ class VlpBlipForVisualReasoning(VlpBlipPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        image_index: Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
         """Classify sentences as false or true.
 
         Args:
-            input_ids: (B, N) sentences that begin with [CLS], padded on the right.
+            input_ids: (T, N) sentences that begin with [CLS], padded on the right, grouped by pair of images (see
+                `MedModel.forward`).
             pixel_values: (B, 2, C, S, S), the left and the right image.
-            attention_mask: (B, N), 0 for padding; if None, derived from the padding token.
-            labels: (B,) 1 for true sentences, 0 for false ones.
+            attention_mask: (T, N), 0 for padding; if None, derived from the padding token.
+            labels: (T,) 1 for true sentences, 0 for false ones.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
             output_hidden_states, output_attentions: also return these of the text encoder; if None, as the
                 configuration says.
+            image_index: (T,) the pair of images of each sentence, in any order; None: they are grouped by pair.
             kwargs: ignored, such as `num_items_in_batch` of `Trainer`.
 
         Returns:
-            `logits` (B, 2) of "false" and "true", and `loss` if `labels` are given.
+            `logits` (T, 2) of "false" and "true", and `loss` if `labels` are given.
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         vision = self.encode_image(pixel_values.flatten(0, 1), interpolate_pos_encoding=interpolate_pos_encoding)
         states = vision.last_hidden_state  # (2 B, M, D)
         memory = self.text_model.memory_of(states.unflatten(0, (-1, 2)).flatten(1, 2))
+        memory = memory if image_index is None else memory.select(image_index)
         ids = begin_with(input_ids, self.config.text_config.enc_token_id)
         flags = self.output_flags(output_hidden_states, output_attentions)
         output = self.text_model(ids, mask, memory, pooled_only=True, pack=True, **flags)

@@ -109,18 +109,26 @@ def soft_contrastive_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def draw_hard_negatives(logits: Tensor, excluded: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one hard negative per row, from the softmax of its similarities, for all rows at once.
+    """Draw hard negatives for each row, from the softmax of its similarities, for all rows at once.
 
     Source: salesforce/BLIP, models/blip_pretrain.py, which draws row by row and adds 1e-4 to every probability.
 
     Args:
         logits: (B, K) similarities, divided by the temperature.
         excluded: (B, K) bool, True for keys that are not negatives.
-        uniform: (B,) random numbers in [0, 1), which determine the draw.
+        uniform: (B,) or (K, B) random numbers in [0, 1), which determine the draws. The K draws of a row differ.
 
     Returns:
-        The index (B,) of the drawn key, 0 if there is none; and a mask (B,), True if there is one.
+        The indices (B,) or (K, B) of the drawn keys, 0 where there is none; and a mask of the same shape, True if there
+        is one.
     """
+    if uniform.ndim == 2:
+        draws = []
+        for each in uniform:
+            draws.append(draw_hard_negatives(logits, excluded, each))
+            excluded = excluded.scatter(1, draws[-1][0][:, None], True)
+        drawn, found = zip(*draws, strict=True)
+        return torch.stack(drawn), torch.stack(found)
     weights = (logits.double().softmax(dim=1) + 1e-4).masked_fill(excluded, 0.0)
     cumulative = weights.cumsum(dim=1)
     total = cumulative[:, -1:]

@@ -304,8 +304,8 @@ def make_dataset(run: Run, maker: SampleMaker) -> tuple[PairDataset | ShardDatas
         ), None  # fmt: skip
     groups, size = None, arguments.group_captions
     if getattr(arguments, "group_images", 1) > 1:
-        columns = [name for name in ("image_id", arguments.image_column) if name in rows.column_names][:1]
-        groups = [stable_id(picture_id(row, arguments.image_column)) for row in rows.select_columns(columns)]
+        columns = ["image_id"] if "image_id" in rows.column_names else list(maker.image_columns)
+        groups = [stable_id(picture_id(row, *maker.image_columns)) for row in rows.select_columns(columns)]
         size = arguments.group_images
     elif arguments.group_captions > 1:
         groups = [stable_id(str(value).lower()) for value in rows[arguments.caption_column.split(",")[0]]]

@@ -320,6 +320,16 @@ def test_hard_negatives_are_drawn_by_similarity():
         assert_close(shares, weights / weights.sum(), rtol=0, atol=1e-3)
 
 
+def test_several_hard_negatives_of_a_row_differ():
+    logits = torch.tensor([[9.0, 8.0, 0.0, 9.0], [0.0, 0.0, 0.0, 0.0]])
+    excluded = torch.tensor([[True, False, False, False], [False, True, False, True]])
+    first, _ = draw_hard_negatives(logits, excluded, torch.tensor([0.5, 0.9]))
+    drawn, found = draw_hard_negatives(logits, excluded, torch.tensor([[0.5, 0.9], [0.5, 0.9], [0.5, 0.9]]))
+    assert torch.equal(drawn[0], first)
+    assert sorted(drawn[:, 0].tolist()) == [1, 2, 3] and sorted(drawn[:2, 1].tolist()) == [0, 2]
+    assert found.tolist() == [[True, True], [True, True], [True, False]]
+
+
 def test_rows_without_negatives_are_flagged_and_excluded():
     excluded = torch.tensor([[True, True], [True, False]])
     drawn, found = draw_hard_negatives(torch.zeros(2, 2), excluded, torch.tensor([0.5, 0.5]))

@@ -54,12 +54,17 @@ def test_encoder_and_decoder_start_from_the_pretrained_weights(folder):
     assert answer.cross_attention.attention.k_proj.weight.shape == (32, 32)
 
 
-def test_images_that_are_encoded_once_give_the_same_loss_and_gradients(folder):
+@pytest.mark.parametrize("task", ["vqa", "nlvr"])
+def test_images_that_are_encoded_once_give_the_same_loss_and_gradients(folder, task):
     model, batch = questions(folder)
+    pixels = batch["pixel_values"]
+    if task == "nlvr":
+        model = vlp.VlpBlipForVisualReasoning.from_pre_training(folder).eval()
+        batch = {"input_ids": batch["input_ids"], "labels": torch.tensor([1, 0, 0, 1])}
+        pixels = torch.stack([pixels, pixels.roll(1, dims=0)], dim=1)
     index = torch.tensor([0, 1, 0, 1])
     results = []
-    for extra in ({"pixel_values": batch["pixel_values"][index]},
-                  {"pixel_values": batch["pixel_values"][:2], "image_index": index}):  # fmt: skip
+    for extra in ({"pixel_values": pixels[index]}, {"pixel_values": pixels[:2], "image_index": index}):
         model.zero_grad()
         loss = model(**batch | extra).loss
         loss.backward()

@@ -392,6 +392,18 @@ def test_invalid_options_raise(pairs, towers, stage_1, language_model, tmp_path)
         (dict(vision_tower=clip, prompt="x"), "--prompt and --example_prompts are only for --stage 2"),
         (dict(vision_tower=clip, cache_vision_features=True, augmentation="strong"), "needs --augmentation none"),
         (dict(vision_tower=clip, cache_vision_features=True, freeze_vision=False), "and a frozen tower"),
+        (dict(vision_tower=clip, group_images=2), "--group_images is for --prompt_column"),
+        (
+            dict(
+                model_name_or_path=str(stage_1),
+                stage=2,
+                prompt_column="question",
+                group_images=2,
+                cache_vision_features=True,
+                augmentation="none",
+            ),
+            "does not go with --group_images",
+        ),
     ):
         with pytest.raises(ArgumentError, match=message):
             arguments(pairs, tmp_path / "x", **changes)

@@ -145,20 +145,25 @@ def captions_of(row: dict, columns: str) -> list[str]:
     return captions
 
 
-def picture_id(row: dict, image_column: str) -> str:
-    """The identity of a row's picture. All captions of rows with the same identity describe the same picture.
+def picture_id(row: dict, *image_columns: str) -> str:
+    """The identity of a row's picture or pictures. All captions of rows with the same identity describe the same ones.
 
     Args:
-        row: a row of the data set; its image is a path, bytes, or {"bytes": ..., "path": ...}.
-        image_column: the image column.
+        row: a row of the data set; its images are paths, bytes, or {"bytes": ..., "path": ...}.
+        image_columns: the image columns.
 
     Returns:
-        The row's `image_id` if it has one; otherwise a hash of the image's bytes if they are in the row, or of its
-        path.
+        The row's `image_id` if it has one; otherwise, for each image, a hash of its bytes if they are in the row, or of
+        its path.
     """
     if row.get("image_id") is not None:
         return str(row["image_id"])
-    source = content_of(row[image_column])
+    return " ".join(content_id(row[column]) for column in image_columns)
+
+
+def content_id(image: Any) -> str:
+    """A hash of an image's bytes if they are given, or of its path."""
+    source = content_of(image)
     if isinstance(source, bytes):
         return f"bytes:{blake2b(source, digest_size=16).hexdigest()}"
     if not isinstance(source, (str, os.PathLike)):

@@ -64,10 +64,10 @@ class SampleMaker:
         # Rows with the same captions get the same text in an epoch, so a batch contains it only once.
         caption_rng = random.Random(f"{self.seed}-{epoch}-{self.chooser.captions(row)}")
         text, caption = self.chooser.choose(row, caption_rng)
-        identity = picture_id(row, self.image_column)
+        identity = picture_id(row, *self.image_columns)
         view = (self.seed, epoch, identity if self.same_views else key)
         if self.last is None or self.last[0] != view:
-            pixels = self.pixels(row, self.image_column, view[2], random.Random("-".join(map(str, view))))
+            pixels = self.views(row, view[2], "-".join(map(str, view)))
             self.last = (view, pixels) if self.same_views else None
         else:
             pixels = self.last[1]
@@ -81,6 +81,15 @@ class SampleMaker:
                 raise BadRow("a question without an answer before the last question")
             sample.turns = (*history, question)
         return sample
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """The columns of the images of a sample."""
+        return (self.image_column,)
+
+    def views(self, row: dict, key: Any, seed: str) -> Tensor:
+        """The preprocessed image of a sample, or several; `seed` determines the augmentation."""
+        return self.pixels(row, self.image_column, key, random.Random(seed))
 
     def pixels(self, row: dict, column: str, key: Any, rng: random.Random) -> Tensor:
         """The preprocessed image of a column.
@@ -128,10 +137,16 @@ class ReasoningMaker(SampleMaker):
     second_image_column: str = "second_image"
     label_column: str = "label"
 
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        return (self.image_column, self.second_image_column)
+
+    def views(self, row: dict, key: Any, seed: str) -> Tensor:
+        right = self.pixels(row, self.second_image_column, key, random.Random(f"{seed}-second"))
+        return torch.stack([super().views(row, key, seed), right])
+
     def __call__(self, row: dict, key: Any, epoch: int) -> Sample:
         sample = super().__call__(row, key, epoch)
-        rng = random.Random(f"{self.seed}-{epoch}-{key}-second")
-        sample.pixels = torch.stack([sample.pixels, self.pixels(row, self.second_image_column, key, rng)])
         sample.label = label_of(row, self.label_column)
         return sample
 

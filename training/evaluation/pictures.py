@@ -178,7 +178,11 @@ def key_and_texts(
     Raises:
         BadRow: if the task cannot use the row.
     """
-    identity, task = picture_id(row, arguments.image_column), arguments.task
+    task, columns = arguments.task, (arguments.image_column,)
+    if task == "nlvr":
+        picture_of(row, arguments.second_image_column, arguments.max_image_pixels)
+        columns += (arguments.second_image_column,)
+    identity = picture_id(row, *columns)
     if task == "zero-shot":
         if labels is None or labels[number] is None:
             raise BadRow("no label")
@@ -190,7 +194,5 @@ def key_and_texts(
         captions_of(row, arguments.wrong_column)
         texts = texts[:1]
     if task == "nlvr":
-        picture_of(row, arguments.second_image_column, arguments.max_image_pixels)
         label_of(row, arguments.label_column)
-        return (identity, number), texts
     return (identity,), texts

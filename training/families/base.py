@@ -91,6 +91,31 @@ class CachingArguments(TrainingArguments):
             raise ArgumentError("--cache_features needs random access to the rows: no shards, and --num_workers 0.")
 
 
+@dataclass(kw_only=True)
+class GroupingArguments(TrainingArguments):
+    """Options of the families that learn from several texts about an image."""
+
+    group_images: int = option(
+        1,
+        "questions and statements: place up to this many texts about an image, or a pair of images, next to each other "
+        "in a batch, which encodes it once; 1: no grouping",
+        bound=True,
+        shown=True,
+    )
+
+    def check_groups(self, learns: bool, tasks: str) -> None:
+        """Raise ArgumentError unless --group_images fits the other options.
+
+        Args:
+            learns: whether the task learns from several texts about an image.
+            tasks: the options of the tasks that do.
+        """
+        require_at_least_one(self, "group_images")
+        random_access = not (is_shards(self.dataset_name) or self.streaming)
+        if self.group_images > 1 and not (random_access and learns):
+            raise ArgumentError(f"--group_images is for {tasks}, and for data with random access to the rows.")
+
+
 def check_fields(given: dict, kind: type) -> None:
     """Check the names of configuration fields.
 

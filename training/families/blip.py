@@ -30,7 +30,7 @@ from ...towers import Start, vision_start, with_side
 from ..arguments import TrainingArguments, option, require_at_least_one, require_share
 from ..data.rows import CaptionChooser, caption_texts, texts_of
 from ..data.samples import QuestionMaker, ReasoningMaker, SampleMaker
-from ..data.sources import is_shards, require_column, require_text
+from ..data.sources import require_column, require_text
 from ..evaluation.pictures import Pictures
 from ..objectives.blip import BlipObjective
 from ..objectives.blip_tasks import AnsweringObjective, CaptioningObjective, ReasoningObjective
@@ -38,6 +38,7 @@ from ..objectives.momentum import Teacher
 from .base import (
     CachingArguments,
     Family,
+    GroupingArguments,
     check_fields,
     evaluation_tasks,
     extend,
@@ -49,7 +50,7 @@ from .bert import load_bert, text_fields
 
 
 @dataclass(kw_only=True)
-class BlipArguments(CachingArguments):
+class BlipArguments(CachingArguments, GroupingArguments):
     """Options of BLIP. The defaults are those of salesforce/BLIP, configs/pretrain.yaml."""
 
     image_size: int | None = option(
@@ -108,13 +109,6 @@ class BlipArguments(CachingArguments):
         "vqa: column with the list of answers that people gave; --caption_column holds the question",
         bound=True,
     )
-    group_images: int = option(
-        1,
-        "vqa: place up to this many questions about an image next to each other in a batch, which encodes it once; 1: "
-        "no grouping",
-        bound=True,
-        shown=True,
-    )
     second_image_column: str = option(
         "second_image", "nlvr: column with the right image; --image_column holds the left one", bound=True
     )
@@ -134,6 +128,13 @@ class BlipArguments(CachingArguments):
         False,
         "keep the texts of the queue too, and draw the negative texts of ITM from the batch and the queue, in which "
         "there are harder ones",
+        bound=True,
+        shown=True,
+    )
+    itm_negatives: int = option(
+        1,
+        "hard negatives of the matching loss (ITM) for each text and for each image; a text costs far less than an "
+        "image, which is encoded once for all of them",
         bound=True,
         shown=True,
     )
@@ -183,9 +184,8 @@ class BlipArguments(CachingArguments):
                 f"--prompt {self.prompt!r} can only be used with --task captioning, not with {self.task}."
             )
         require_share(self, "momentum", "alpha", "contrastive_share")
-        require_at_least_one(self, "queue_size", "rerank_top_k", "eval_num_beams", "group_images")
-        if self.group_images > 1 and (self.task != "vqa" or is_shards(self.dataset_name) or self.streaming):
-            raise ArgumentError("--group_images is for --task vqa, and for data with random access to the rows.")
+        require_at_least_one(self, "queue_size", "rerank_top_k", "eval_num_beams", "itm_negatives")
+        self.check_groups(self.task in ("vqa", "nlvr"), "--task vqa and nlvr")
         if self.alpha_epochs < 0:
             raise ArgumentError(f"--alpha_epochs must not be negative, got {self.alpha_epochs}.")
 
@@ -402,6 +402,7 @@ def objective_of(arguments: BlipArguments, model, processor: VlpBlipProcessor, s
         exclude_duplicates=arguments.exclude_duplicates,
         global_negatives=arguments.global_negatives,
         contrastive_share=arguments.contrastive_share,
+        itm_negatives=arguments.itm_negatives,
         seed=arguments.seed,
     )
 
@@ -451,10 +452,10 @@ def make_samples(arguments: BlipArguments, rows, model, processor, maker: Sample
     Raises:
         ArgumentError: if a column that the task needs is missing.
     """
+    maker.same_views = arguments.group_images > 1
     if arguments.task == "vqa":
         if rows is not None:
             require_text(rows, arguments.answer_column, arguments.dataset_name, "--answer_column")
-        maker.same_views = arguments.group_images > 1
         return extend(maker, QuestionMaker, answer_column=arguments.answer_column)
     if arguments.task == "nlvr":
         columns = {"second_image_column": arguments.second_image_column, "label_column": arguments.label_column}

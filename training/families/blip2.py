@@ -25,7 +25,7 @@ from ...modeling_vlp.language_model import ALLOWED, PACKAGE, language_model_sour
 from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, token_ids
 from ...processing.blip2 import QUESTION, VlpBlip2Processor, VlpInstructBlipProcessor, prompt_of
 from ...towers import Start, vision_start
-from ..arguments import TrainingArguments, option, require_at_least_one, require_share
+from ..arguments import option, require_at_least_one, require_share
 from ..data.features import FeatureMaker, Features, compute_features
 from ..data.rows import CaptionChooser, caption_texts
 from ..data.samples import SampleMaker
@@ -35,6 +35,7 @@ from ..objectives.blip2 import Blip2Objective, LanguageObjective
 from ..objectives.distributed import main_process_first
 from .base import (
     Family,
+    GroupingArguments,
     check_fields,
     evaluation_tasks,
     extend,
@@ -46,7 +47,7 @@ from .blip import make_tokenizer
 
 
 @dataclass(kw_only=True)
-class Blip2Arguments(TrainingArguments):
+class Blip2Arguments(GroupingArguments):
     """Options of BLIP-2. The defaults are those of the paper."""
 
     max_length: int = option(32, "maximum number of tokens in a caption, including start and end", bound=True)
@@ -176,6 +177,9 @@ class Blip2Arguments(TrainingArguments):
                 f"--language_model_name_or_path {self.language_model_name_or_path} is a folder on this machine, which "
                 "other users cannot load: give the name of a hub repository, or --store_language_model."
             )
+        self.check_groups(self.prompt_column is not None, "--prompt_column")
+        if self.cache_vision_features and self.group_images > 1:
+            raise ArgumentError("--cache_vision_features does not go with --group_images: features are cached by row.")
         if self.cache_vision_features and (self.augmentation != "none" or not self.freeze_vision):
             raise ArgumentError(
                 "--cache_vision_features needs --augmentation none and a frozen tower; otherwise the features change."
@@ -460,13 +464,13 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
         if arguments.prompt_column and model.language_model.config.is_encoder_decoder:
             raise ArgumentError("--prompt_column needs a causal language model, not one with an encoder.")
         prompt = tokenizer(processor.clean(arguments.prompt))["input_ids"] if arguments.prompt else []
+        if arguments.prompt_column:
+            first, second = (tokenizer(prompt_of((question,)))["input_ids"][::-1] for question in ("who", "what is it?"))
+            prompt = os.path.commonprefix([first, second])[::-1]
         return LanguageObjective(
             model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.language_batch_size
         )
     return Blip2Objective(
-        if arguments.prompt_column:
-            first, second = (tokenizer(prompt_of((question,)))["input_ids"][::-1] for question in ("who", "what is it?"))
-            prompt = os.path.commonprefix([first, second])[::-1]
         model,
         exclude_duplicates=arguments.exclude_duplicates,
         label_smoothing=arguments.label_smoothing,
@@ -497,8 +501,9 @@ def make_samples(arguments: Blip2Arguments, rows, model, processor, maker: Sampl
         if rows is not None:
             require_text(rows, arguments.prompt_column, arguments.dataset_name, "--prompt_column")
         maker = dataclasses.replace(
-            maker, prompt_column=arguments.prompt_column, history_column=arguments.history_column
-        )
+            maker, prompt_column=arguments.prompt_column, history_column=arguments.history_column,
+            same_views=arguments.group_images > 1,
+        )  # fmt: skip
     if not arguments.cache_vision_features:
         return maker
     if rows is None:

@@ -34,6 +34,7 @@ class BlipObjective(Objective):
         contrastive_share: share of the run (0 to 1), at its start, that trains with ITC only, within the batch, as CLIP
             does. The paper starts from pre-trained towers; ITM and LM are of little use before the towers have learnt
             anything.
+        itm_negatives: K, the number of hard negatives of ITM for each text, and for each image; 1 in the paper.
         seed: seed of the hard negatives, which depend only on the seed and the step.
 
     If the teacher's queue keeps texts, ITM's negative texts are drawn from the batch and the queue: they are harder
@@ -42,10 +43,11 @@ class BlipObjective(Objective):
 
     def __init__(
         self, model: VlpBlipMatcher, teacher: Teacher, alpha: float = 0.4, alpha_steps: int = 0,
-        exclude_duplicates: bool = True, global_negatives: bool = False, contrastive_share: float = 0.0, seed: int = 0,
+        exclude_duplicates: bool = True, global_negatives: bool = False, contrastive_share: float = 0.0,
+        itm_negatives: int = 1, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
-        self.model, self.teacher = model, teacher
+        self.model, self.teacher, self.itm_negatives = model, teacher, itm_negatives
         self.alpha, self.alpha_steps = alpha, alpha_steps
         self.contrastive_share, self.contrastive_only = contrastive_share, False
         self.has_decoder = hasattr(model, "lm_head")
@@ -88,8 +90,8 @@ class BlipObjective(Objective):
 
         Args:
             pixel_values, input_ids, text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
-            negatives: the negative image of each text and the negative text of each image, (B,) each, as indices into
-                the joined batch; drawn if None.
+            negatives: the negative images of each text and the negative texts of each image, (K B,) each, as indices
+                into the joined batch (see `MatchesPairs.itm_logits`); drawn if None.
             image_states: (B, M, D), cached states of the image tower, which is locked; `pixel_values` are then its
                 cached pooled outputs, (B, P).
 
@@ -117,7 +119,7 @@ class BlipObjective(Objective):
                 batch, image, text, *self.teacher(pixel_values, input_ids, cached), caption_ids, image_ids
             )
         with torch.no_grad():
-            found = torch.ones_like(caption_ids, dtype=torch.bool), torch.ones_like(caption_ids, dtype=torch.bool)
+            found = tuple(torch.ones_like(drawn, dtype=torch.bool) for drawn in negatives or ())
             if negatives is None:
                 if not self.has_decoder:  # blip_retrieval.py draws by the student's similarities only
                     image_logits[:, : batch.size] = image @ batch.gather(text).T / model.temp
@@ -125,7 +127,7 @@ class BlipObjective(Objective):
                 negatives, found = self.draw(batch, image_logits, text_logits, same)
         memory = model.text_model.memory_of(image_states)
         itm_logits = self.match(batch, input_ids, image_states, memory, *negatives)
-        matches, counted = matching_labels(*found)
+        matches, counted = matching_labels(len(input_ids), *found)
         with torch.autocast(image.device.type, enabled=False):
             loss_itm = weigh_by_count(matching_loss(itm_logits.float(), matches, counted), counted.sum())
         losses = {"itc": loss_itc, "itm": loss_itm}
@@ -183,20 +185,21 @@ class BlipObjective(Objective):
             same: bool of the same shape, True for positives.
 
         Returns:
-            (negative image of each text, negative text of each image), indices (B,) into the joined batch, and of texts
-            into the queue after it, if it keeps texts; and whether there was one to draw, bool (B,) each.
+            (negative images of each text, negative texts of each image), indices (K B,) into the joined batch, and of
+            texts into the queue after it, if it keeps texts; and whether there was one to draw, bool (K B,) each.
         """
         size, teacher = batch.size, self.teacher
-        uniform = batch.own(torch.rand(size, 2, generator=self.draws).to(same.device))
+        uniform = batch.own(torch.rand(size, 2 * self.itm_negatives, generator=self.draws).to(same.device)).T
         excluded = same[:, :size]
         if not self.global_negatives:
             excluded = torch.ones_like(same[:, :size])
             excluded[:, batch.first :][:, : len(same)] = batch.own(same[:, :size].T).T
-        image_negatives, image_found = draw_hard_negatives(text_logits[:, :size], excluded, uniform[:, 0])
+        of_images, of_texts = uniform.chunk(2)  # (K, B) each
+        image_negatives, image_found = draw_hard_negatives(text_logits[:, :size], excluded, of_images)
         if teacher.texts is not None:
             excluded = torch.cat([excluded, same[:, size:] | teacher.empty], dim=1)
-        text_negatives, text_found = draw_hard_negatives(image_logits[:, : excluded.shape[1]], excluded, uniform[:, 1])
-        return (image_negatives, text_negatives), (image_found, text_found)
+        text_negatives, text_found = draw_hard_negatives(image_logits[:, : excluded.shape[1]], excluded, of_texts)
+        return (image_negatives.flatten(), text_negatives.flatten()), (image_found.flatten(), text_found.flatten())
 
     def as_queued(self, input_ids: Tensor) -> Tensor:
         """Texts (T, N), padded to the length of those in the queue, or cut to it."""
@@ -204,7 +207,7 @@ class BlipObjective(Objective):
         return F.pad(input_ids[:, :length], (0, max(0, length - input_ids.shape[1])), value=padding)
 
     def match(self, batch: JoinedBatch, input_ids, states, memory, image_negatives, text_negatives) -> Tensor:
-        """ITM logits (3 B, 2) of the pairs, of the negative images and of the negative texts.
+        """ITM logits ((1 + 2 K) B, 2) of the pairs, of the negative images and of the negative texts.
 
         The keys and values of this process's images are reused; those of other processes' images are computed here.
         If the queue keeps texts, those of the joined batch are set aside for it.
@@ -214,8 +217,8 @@ class BlipObjective(Objective):
             input_ids: (B, N).
             states: (B, M, D), the image tower's states.
             memory: keys and values of this process's images.
-            image_negatives: (B,) index in the joined batch of each text's negative image.
-            text_negatives: (B,) index in the joined batch, or in the queue after it, of each image's negative text.
+            image_negatives: (K B,) index in the joined batch of each text's negative images.
+            text_negatives: (K B,) index in the joined batch, or in the queue after it, of each image's negative texts.
         """
         model, queued = self.model, self.teacher.texts
         local = len(batch.counts) == 1 or not self.global_negatives
@@ -231,5 +234,8 @@ class BlipObjective(Objective):
             texts = self.as_queued(texts)
             self.pending[-1] += (texts,)  # they enter the queue after the step
             texts = torch.cat([texts, queued])
-        own = batch.own(texts[: batch.size])
-        return model.match(torch.cat([own, own, texts[text_negatives]]), None, Memory.join([memory, others, memory]))
+        own, count = batch.own(texts[: batch.size]), len(image_negatives) // len(input_ids)
+        again = memory if count == 1 else memory.select(torch.arange(len(memory), device=own.device).repeat(count))
+        return model.match(
+            torch.cat([own, own.repeat(count, 1), texts[text_negatives]]), None, Memory.join([memory, others, again])
+        )

@@ -102,7 +102,7 @@ class Blip2Objective(Objective):
             text_negatives, text_found = draw_hard_negatives(image_logits.detach(), same, uniform[:, 1])
             negatives, found = (image_negatives, text_negatives), (image_found, text_found)
         itm_logits = self.match(batch, input_ids, states, memory, *negatives)
-        matches, counted = matching_labels(*found)
+        matches, counted = matching_labels(len(input_ids), *found)
         with torch.autocast(image.device.type, enabled=False):
             loss_itm = weigh_by_count(matching_loss(itm_logits.float(), matches, counted), counted.sum())
         tokens = (input_ids[:, 1:] != model.config.qformer_config.pad_token_id).sum()
@@ -194,7 +194,7 @@ class LanguageObjective(Objective):
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor,
-        prompt_lengths: Tensor | None = None, **instructions: Tensor,
+        prompt_lengths: Tensor | None = None, image_index: Tensor | None = None, **instructions: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Compute the loss of a batch.
 
@@ -204,6 +204,7 @@ class LanguageObjective(Objective):
             text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
             prompt_lengths: (T,) number of tokens before what each text answers, which have no loss; None: those of
                 the common prompt. Causal models only.
+            image_index: (B,) the image of each text, if an image has several; None: they are in the same order.
             instructions: for InstructBLIP, `qformer_input_ids` and `qformer_attention_mask` of each text, (T, N') each.
 
         Returns:
@@ -214,6 +215,7 @@ class LanguageObjective(Objective):
         real = self.until_the_end(input_ids)
         labels = input_ids.masked_fill(~real, -100)
         states, losses = vision_states(self.model, pixel_values), {}
+        states = states if image_index is None else states[image_index]
         instructions = {name: value[text_index] for name, value in instructions.items()}
         if self.model.prefix_words is not None and (self.spelling_only or self.language_batch_size):
             logits = self.model.word_logits(states, **instructions)  # (B, Q, W)

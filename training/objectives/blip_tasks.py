@@ -76,16 +76,18 @@ class ReasoningObjective(Objective):
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor,
-        labels: Tensor,
+        labels: Tensor, image_index: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Compute the loss of a batch.
 
         Args:
             pixel_values: (2 B, C, S, S), left and right images alternating.
             input_ids, text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
-            labels: (B,), 1 if the sentence is true, else 0.
+            labels: (T,), 1 if the sentence is true, else 0.
+            image_index: the pair of images of each sentence, if a pair has several; see `AnsweringObjective.forward`.
 
         Returns:
             {"nlvr": the loss}.
         """
-        return {"nlvr": self.model(input_ids[text_index], pixel_values.unflatten(0, (-1, 2)), labels=labels).loss}
+        pairs = pixel_values.unflatten(0, (-1, 2))
+        return {"nlvr": self.model(input_ids[text_index], pairs, labels=labels, image_index=image_index).loss}

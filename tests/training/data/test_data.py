@@ -16,7 +16,7 @@ from vlp.training.data import build
 from vlp.training.data.batches import BadRows, Collator, batches_of, one_ahead, train_loader
 from vlp.training.data.build import load_data
 from vlp.training.data.rows import BadRow, CaptionChooser, caption_texts, picture_of
-from vlp.training.data.samples import DrawSampler, PairDataset, QuestionMaker, SampleMaker
+from vlp.training.data.samples import DrawSampler, PairDataset, QuestionMaker, ReasoningMaker, SampleMaker
 from vlp.training.data.sources import load_rows
 from vlp.training.families.clip import ClipArguments
 
@@ -359,6 +359,28 @@ def test_images_of_several_questions_are_in_a_batch_once(cache):
     assert torch.equal(dataset[0, 1].pixels, batch.pixels[0]) == (cache is not None)
     apart = PairDataset(rows, QuestionMaker(**settings | {"same_views": False, "cache": None}))
     assert not torch.equal(apart[0, 0].pixels, apart[1, 0].pixels)
+
+
+def test_pairs_of_images_of_several_statements_are_in_a_batch_once():
+    cells = [picture("red"), picture("blue"), picture("green")]
+    pairs, order = [(0, 1), (0, 2), (1, 0)], [0, 1, 0, 2, 1, 0]
+    left, right = zip(*(pairs[n] for n in order), strict=True)
+    rows = datasets.Dataset.from_dict(
+        {"image": [cells[n] for n in left], "second_image": [cells[n] for n in right], "caption": list("abcdef"),
+         "label": [True, False] * 3}
+    )  # fmt: skip
+    per_image = PerImage(16, "none", 0.2)
+    dataset = PairDataset(
+        rows, ReasoningMaker(chooser=CaptionChooser(), per_image=per_image, cache={}, same_views=True)
+    )
+    batch = Collator(tiny_processor(), 20, images_once=True)([dataset[n, 0] for n in range(6)])
+    assert batch.extra["image_index"].tolist() == order and batch.extra["labels"].tolist() == [1, 0] * 3
+    assert batch.pixels.shape == (6, 3, 16, 16)  # each pair once, left and right images alternating
+    for index, (one, other) in enumerate(pairs):
+        first = [dataset[order.index(index), 0].pixels[side] for side in (0, 1)]
+        assert torch.equal(batch.pixels[2 * index], first[0]) and torch.equal(batch.pixels[2 * index + 1], first[1])
+        assert torch.equal(first[0], batch.pixels[{0: 0, 1: 1, 2: 3}[one]])
+        assert not torch.equal(first[0], first[1]) and one != other
 
 
 # --- odd tables -------------------------------------------------------------------------------------------------------

@@ -152,3 +152,7 @@ def test_words_are_learnt_first_then_by_all_pairs_beside_the_language_model(kind
     # The language model reads the two pairs whose texts are closest in length to the first one's.
     alone, few = LanguageObjective(model, objective.prompt, 2).train(), torch.tensor([0, 2])
     assert_close(both["lm"], alone(states[few], ids[few], rows[:2], rows[:2], rows[:2])["lm"])
+    # Texts about the same image share its states.
+    index = torch.tensor([1, 0, 1])
+    assert_close(objective(states[:2], ids, rows, rows, rows, image_index=index),
+                 objective(states[index], ids, rows, rows, rows))  # fmt: skip

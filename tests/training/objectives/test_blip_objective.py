@@ -216,6 +216,25 @@ def test_duplicate_texts_are_encoded_once_with_same_losses():
         assert_close(other[name], value)
 
 
+@pytest.mark.parametrize("queued", [False, True])
+def test_several_negatives_of_a_pair_give_the_loss_of_each(queued):
+    objective, batch = objective_of(itm_negatives=2), batch_of(slice(0, 4))
+    if queued:
+        objective.teacher = Teacher(objective.model, momentum=0.9, queue_size=10, text_length=30)
+    images, texts = torch.tensor([1, 2, 3, 0, 2, 3, 0, 1]), torch.tensor([2, 3, 0, 1, 3, 2, 1, 0])
+    objective.before_step(0)
+    loss = objective(**batch, negatives=(images, texts))["itm"]
+    model, ids, own = objective.model.eval(), batch["input_ids"], torch.arange(4)
+    states = model.encode_image(batch["pixel_values"]).last_hidden_state
+    pairs = [(own, own), (own, images[:4]), (own, images[4:]), (texts[:4], own), (texts[4:], own)]
+    logits = torch.cat([model.match(ids[t], None, model.text_model.memory_of(states[i])) for t, i in pairs])
+    assert_close(loss, F.cross_entropy(logits, (torch.arange(20) < 4).long()).float(), rtol=1e-5, atol=0)
+    drawn, found = objective.draw(JoinedBatch((4,)), *torch.randn(2, 4, 14), torch.eye(4, 14, dtype=torch.bool))
+    assert len(drawn[0]) == len(drawn[1]) == len(found[0]) == 8 and found[0].all()
+    for each in (drawn[0], drawn[1]):
+        assert (each[:4] != each[4:]).all()
+
+
 def test_negative_texts_are_drawn_from_the_queue():
     """ITM's third part has texts of the queue, which are no positives of the image, nor empty places."""
     model = tiny_blip().eval()
