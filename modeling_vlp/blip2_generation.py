@@ -69,7 +69,9 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         )
         self.prefix_words = None
         if config.num_prefix_words:
-            self.prefix_words = PrefixWords(config.num_prefix_words, config.num_prefix_pairs)
+            words, repeats = (config.num_prefix_words, config.num_prefix_pairs), config.num_prefix_repeats
+            width = self.language_projection.out_features
+            self.prefix_words = PrefixWords(*words, repeats, config.num_query_tokens, width)
         self.language_model = None
         if config.store_language_model and language_model is None:
             kind = AutoModelForSeq2SeqLM if config.text_config.is_encoder_decoder else AutoModelForCausalLM
@@ -211,7 +213,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         self, pixel_values=None, vision_states=None, interpolate_pos_encoding: bool = False,
         qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Compute the prefix (B, Q, D) of the language model's input: projected queries, or words; repeated R times.
+        """Compute the prefix (B, R Q, D) of the language model's input: projected queries, or words; repeated.
 
         Args: as for `forward`.
         """
@@ -219,7 +221,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         memory = self.memory_of(vision.last_hidden_state)
         prefix = self.language_projection(self.query_with(memory, qformer_input_ids, qformer_attention_mask))
         if self.prefix_words is not None:
-            prefix = self.prefix_words.embed(prefix, self.get_input_embeddings())
+            return self.prefix_words.embed(prefix, self.get_input_embeddings())
         return prefix.repeat(1, self.config.num_prefix_repeats, 1)
 
     def word_logits(self, vision_states: Tensor, qformer_input_ids=None, qformer_attention_mask=None) -> Tensor:

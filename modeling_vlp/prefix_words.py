@@ -7,7 +7,7 @@ from torch.nn import functional as F
 CANDIDATES = 32  # words that are considered at each place
 PENALTY = 8.0  # in nats, for a pair of words that never follow each other
 
-# Shapes: B images, Q queries, D width of the language model, W words, K candidates
+# Shapes: B images, Q queries, R repeats, D width of the language model, W words, K candidates
 
 
 class PrefixWords(nn.Module):
@@ -18,21 +18,30 @@ class PrefixWords(nn.Module):
     vectors choose at the same time, as in non-autoregressive translation; that neighbours fit together is left to a
     search (Viterbi) for the most probable sequence of words that may follow each other.
 
+    Learned offsets, the same for all images, are added to the embeddings: they tell the language model what the words
+    are for, as prompt tuning does (Lester et al., 2021, arXiv:2104.08691).
+
     Args:
         words: W, the number of words.
         pairs: the number of pairs of words that may follow each other; 0: all may.
+        repeats: R, how often the prefix is repeated.
+        places: Q, the length of the prefix before it is repeated.
+        width: D.
 
     Attributes:
         ids: (W,), token ids of the words in the language model.
         pairs: (pairs,), each as (first word) * W + (second word), in ascending order.
+        offsets: (R Q, D).
     """
 
-    def __init__(self, words: int, pairs: int = 0):
+    def __init__(self, words: int, pairs: int = 0, repeats: int = 1, places: int = 1, width: int = 1):
         super().__init__()
+        self.repeats = repeats
         self.ids = nn.Buffer(torch.zeros(words, dtype=torch.long))
         self.pairs = nn.Buffer(torch.zeros(pairs, dtype=torch.long))
         self.scale = nn.Parameter(torch.tensor(20.0))
         self.bias = nn.Parameter(torch.zeros(words))
+        self.offsets = nn.Parameter(torch.zeros(repeats * places, width))
 
     def fill(self, ids: list[int], pairs: list[tuple[int, int]]) -> None:
         """Set the words and the pairs that may follow each other, both as token ids."""
@@ -71,13 +80,16 @@ class PrefixWords(nn.Module):
         return words.gather(2, torch.stack(path[::-1], dim=1)).squeeze(2)
 
     def embed(self, x: Tensor, embeddings: nn.Embedding) -> Tensor:
-        """Replace vectors (B, Q, D) by the embeddings of the words that they choose.
+        """Replace vectors (B, Q, D) by the embeddings of the words that they choose, repeated, with the offsets.
 
         The gradient is that of the mixture of all words' embeddings by their probabilities.
+
+        Returns:
+            (B, R Q, D).
         """
         logits, table = self.logits(x, embeddings), embeddings.weight[self.ids].to(x.dtype)
         chosen = table[self.choose(logits.detach())]
-        if not torch.is_grad_enabled():
-            return chosen
-        mixture = logits.softmax(dim=-1).to(x.dtype) @ table
-        return chosen + mixture - mixture.detach()
+        if torch.is_grad_enabled():
+            mixture = logits.softmax(dim=-1).to(x.dtype) @ table
+            chosen = chosen + mixture - mixture.detach()
+        return chosen.repeat(1, self.repeats, 1) + self.offsets

@@ -82,7 +82,7 @@ def train_step(run: Run, share_done: float) -> dict[str, Tensor]:
     arguments, accelerator = run.arguments, run.accelerator
     factor = learning_rate_factor(run.progress.step, arguments.warmup_steps, share_done)
     for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
     run.objective.before_step(run.progress.step, share_done)
     for _ in range(arguments.gradient_accumulation_steps):
         batch = next(run.batches)

@@ -29,7 +29,7 @@ def test_the_most_probable_sequence_is_found(pairs):
 
 
 def test_the_gradient_is_that_of_the_mixture():
-    words, table = PrefixWords(3), nn.Embedding(40, 8)
+    words, table = PrefixWords(3, places=4, width=8), nn.Embedding(40, 8)
     words.fill([10, 20, 30], [])
     x = torch.randn(2, 4, 8, requires_grad=True)
     target = torch.randn(2, 4, 8)
@@ -53,3 +53,20 @@ def test_the_language_model_reads_the_words_and_repeats_of_them():
     ids = torch.tensor([[4, 7], [4, 7]])
     read = model.language_model(torch.cat([words, ids], dim=1)).logits[:, -2:]
     assert_close(model(input_ids=ids, vision_states=states).logits, read, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_offsets_are_added_to_the_words_and_learnt(kind):
+    model = vlp.VlpBlip2ForConditionalGeneration.from_pre_training(
+        tiny_blip2(), tiny_language_model(kind), prefix_words=([2, 4, *range(10, 18)], []), num_prefix_repeats=2
+    )
+    states, offsets = torch.randn(2, 17, 48), model.prefix_words.offsets
+    before = model.prefix(vision_states=states)
+    ids = torch.tensor([[4, 7, 11], [4, 7, 12]])
+    loss = model(input_ids=ids, labels=ids, vision_states=states).loss
+    loss.backward()
+    assert offsets.shape == before.shape[1:] and offsets.grad.abs().min(dim=1).values.min() > 0
+    with torch.no_grad():
+        offsets -= 1e-3 * offsets.grad.sign()
+    assert_close(model.prefix(vision_states=states), before - 1e-3 * offsets.grad.sign(), rtol=1e-4, atol=1e-5)
+    assert model(input_ids=ids, labels=ids, vision_states=states).loss < loss

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import save_language_model, what_the_card_says
+from conftest import save_language_model, tiny_blip2, tiny_language_model, what_the_card_says
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
@@ -24,6 +24,7 @@ from vlp.training.families import blip2
 from vlp.training.families.blip import BlipArguments
 from vlp.training.families.blip2 import Blip2Arguments
 from vlp.training.families.clip import ClipArguments
+from vlp.training.machine.optim import OFFSETS_RATE, parameter_groups
 from vlp.training.run import train
 
 import vlp
@@ -421,6 +422,16 @@ def test_invalid_options_raise(pairs, towers, stage_1, language_model, tmp_path)
         with pytest.raises(ArgumentError, match=message):
             train(arguments(pairs, tmp_path / "x", **changes))
     assert not (tmp_path / "x").exists()
+
+
+def test_offsets_of_a_prefix_of_words_have_a_rate_of_their_own():
+    model = vlp.VlpBlip2ForConditionalGeneration.from_pre_training(
+        tiny_blip2(), tiny_language_model("llama"), prefix_words=([2, 4, 7], [])
+    )
+    groups = parameter_groups(model, 1e-4, 0.1)
+    (own,) = [group for group in groups if group["constant"]]
+    assert (own["lr"], own["weight_decay"], own["params"]) == (OFFSETS_RATE, 0.0, [model.prefix_words.offsets])
+    assert {group["lr"] for group in groups} == {1e-4, OFFSETS_RATE}
 
 
 @pytest.mark.parametrize("instruction_aware", [False, True])

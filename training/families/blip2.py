@@ -465,7 +465,9 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
             raise ArgumentError("--prompt_column needs a causal language model, not one with an encoder.")
         prompt = tokenizer(processor.clean(arguments.prompt))["input_ids"] if arguments.prompt else []
         if arguments.prompt_column:
-            first, second = (tokenizer(prompt_of((question,)))["input_ids"][::-1] for question in ("who", "what is it?"))
+            first, second = (
+                tokenizer(prompt_of((question,)))["input_ids"][::-1] for question in ("who", "what is it?")
+            )
             prompt = os.path.commonprefix([first, second])[::-1]
         return LanguageObjective(
             model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.language_batch_size

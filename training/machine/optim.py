@@ -9,10 +9,13 @@ from torch import nn
 from ...modeling_vlp.towers import layers_of
 
 # Position embeddings and the class token are added to activations like biases, so they are not decayed.
-NO_DECAY = re.compile(r"position(al)?_embedding|class_embedding|logit_scale|logit_bias")
+NO_DECAY = re.compile(r"position(al)?_embedding|class_embedding|logit_scale|logit_bias|prefix_words\.offsets")
 TOWER = re.compile(r"(vision|text)_model\.")
 
 MAX_TEMPERATURE_RATE = 3e-4  # the peak learning rate of BLIP's pre-training
+# The offsets of a prefix of words learn from the language model, which is run in the last steps only, when the learning
+# rate of the schedule is near 0.
+OFFSETS_RATE = 5e-3
 
 
 def parameter_groups(
@@ -34,9 +37,9 @@ def parameter_groups(
         tower_learning_rate: peak learning rate of the towers, cross-attention excepted; None: `learning_rate`.
 
     Returns:
-        Parameter groups; "peak_lr" is the learning rate before the schedule.
+        Parameter groups; "peak_lr" is the learning rate before the schedule, which a group that is "constant" has not.
     """
-    groups: dict[tuple[float, float], dict] = {}
+    groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -46,8 +49,10 @@ def parameter_groups(
         rate = peak * layer_decay ** levels_below_top(model, name)
         if name == "temp":  # not a logarithm: a higher rate would make it jump across its whole range
             rate = min(rate, MAX_TEMPERATURE_RATE)
-        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": decay})
-        group["params"].append(parameter)
+        if constant := name.endswith("prefix_words.offsets"):
+            rate = OFFSETS_RATE
+        fields = {"lr": rate, "peak_lr": rate, "weight_decay": decay, "constant": constant}
+        groups.setdefault(tuple(fields.values()), fields | {"params": []})["params"].append(parameter)
     return list(groups.values())
 
 
