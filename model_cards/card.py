@@ -10,7 +10,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from ..architectures import architecture
+from ..architectures import Card, architecture
 from ..configuration.blip import VlpBlipConfig
 from ..configuration.blip2 import VlpBlip2Config
 from ..configuration.clip import VlpClipConfig
@@ -18,6 +18,7 @@ from ..configuration.towers import VlpTextTowerConfig, VlpVisionTowerConfig
 from ..configuration.vision import VlpModifiedResNetConfig
 from ..errors import ArgumentError, printable
 from ..loading import read_config
+from ..processing.blip2 import QUESTION
 from .plots import plot_examples, plot_history, plot_metrics
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -263,12 +264,12 @@ def render_card(folder: Path, config: PreTrainedConfig | None = None) -> ModelCa
         card_data,
         template_path=str(TEMPLATE),
         name=plain(name_of(arguments)),
-        kind=dataclasses.replace(kind, examples=kind.examples.format(prompts=after_prompts(arguments))),
+        kind=dataclasses.replace(kind, examples=examples_of(kind, arguments)),
         usage=in_its_language(
             usage(
                 name,
                 arguments["hub_model_id"] or arguments["output_dir"],
-                arguments.get("prompt", ""),
+                prompt_for_use(arguments),
                 has_local_base(arguments),
             ),  # fmt: skip
             arguments["language"],
@@ -323,6 +324,18 @@ def licence_from(bases: list[dict]) -> tuple[str, str]:
         return licence, f"{plain(licence)}, as of {names}, from which training started"
     known = ", ".join(f"{plain(base['name'])} ({plain(base['license'] or 'unknown')})" for base in bases)
     return "other", f"the licences of the models from which training started apply: {known}"
+
+
+def prompt_for_use(arguments: dict) -> str:
+    """The prompt of a run, for a line of code that uses its model: its common prompt, or that of a question."""
+    return QUESTION.format("what is it?") if arguments.get("prompt_column") else arguments.get("prompt", "")
+
+
+def examples_of(kind: Card, arguments: dict) -> str:
+    """The legend of the figure with examples: those of a model of questions are questions with their answers."""
+    if arguments.get("prompt_column"):
+        return architecture("VlpBlipForQuestionAnswering").card.examples
+    return kind.examples.format(prompts=after_prompts(arguments))
 
 
 def after_prompts(arguments: dict) -> str:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import printable
 from ..files import state_folder, write_whole
 from ..loading import licence_of
-from ..model_cards.card import has_local_base, metric_name, shown, usage, write_card
+from ..model_cards.card import has_local_base, metric_name, prompt_for_use, shown, usage, write_card
 from ..modeling_vlp.exchange.bundle import add_code
 from .arguments import TrainingArguments, names_of, public_name, publishable
 from .evaluation.examples import draw_galleries, make_examples
@@ -40,8 +40,7 @@ def publish(run: Run, model: PreTrainedModel, outcomes: list[Outcome]) -> None:
     """
     arguments, folder = run.arguments, Path(run.arguments.output_dir)
     results = collect_results(run, model, metrics_of(run.evaluations, outcomes))
-    prompt = getattr(arguments, "prompt", "")
-    prompts = (getattr(arguments, "example_prompts", "") or prompt).split("|")
+    prompts = (getattr(arguments, "example_prompts", "") or getattr(arguments, "prompt", "")).split("|")
 
     def write(fresh: Path) -> None:
         model.save_pretrained(fresh)
@@ -63,12 +62,13 @@ def publish(run: Run, model: PreTrainedModel, outcomes: list[Outcome]) -> None:
     print_results(run, results)
     if arguments.push_to_hub:
         print(f"Pushed to {push(folder, arguments)}.")
-    states = printable(state_folder(arguments.output_dir))
+    states, written = printable(state_folder(arguments.output_dir)), results["arguments"]
+    code = usage(type(model).__name__, str(folder), prompt_for_use(written), has_local_base(written))
     print(f"""
 The model, its processor and its card are in {printable(folder)}; the state to resume from is in {states}.
 To use the model:
 
-{textwrap.indent(usage(type(model).__name__, str(folder), prompt, has_local_base(results["arguments"])), "    ")}""")
+{textwrap.indent(code, "    ")}""")
 
 
 def collect_results(run: Run, model: PreTrainedModel, metrics: dict[str, float]) -> dict:

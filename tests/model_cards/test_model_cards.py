@@ -9,9 +9,10 @@ import pytest
 from conftest import tiny_config
 from huggingface_hub import ModelCard
 from PIL import Image
-from vlp.model_cards.card import render_card, write_card
+from vlp.model_cards.card import examples_of, prompt_for_use, render_card, write_card
 from vlp.model_cards.plots import wrapped
 
+from vlp.architectures import architecture
 from vlp.errors import ArgumentError
 
 
@@ -157,7 +158,12 @@ def test_card_has_one_figure_per_metric(folder):
     """Each metric of the same data and column appears once, both in the text and in the metadata."""
     card = ModelCard.load(folder / "README.md")
     rows = figures(card.text)
-    fewest = {"blip2-emoji": 7, "blip-scenes-vqa": 1, "blip-scenes-nlvr": 1}  # of models that do only one task
+    fewest = {
+        "blip2-emoji": 7,
+        "blip-scenes-vqa": 1,
+        "blip-scenes-nlvr": 1,
+        "blip2-scenes-vqa": 1,
+    }  # of models that do only one task
     assert len(rows) >= fewest.get(folder.name, 9)
     keys = [(re.sub(r"^Task \S+ on ", "", data), metric) for data, metric, _ in rows]
     assert len(set(keys)) == len(keys)
@@ -166,6 +172,15 @@ def test_card_has_one_figure_per_metric(folder):
     assert sorted(f"{100 * r.metric_value:.2f}" for r in card.data.eval_results) == sorted(
         value.removesuffix(" %") for _, _, value in rows
     )
+
+
+def test_a_model_of_questions_is_shown_with_a_question():
+    kind = architecture("VlpInstructBlipForConditionalGeneration").card
+    for arguments, prompt, legend in (
+        ({"prompt_column": "question"}, "Question: what is it? Short answer:", "with a question, a reference answer"),
+        ({"prompt": "it is ", "prompt_column": None}, "it is ", "after “it is”"),
+    ):
+        assert prompt_for_use(arguments) == prompt and legend in examples_of(kind, arguments)
 
 
 def test_figures_finds_duplicate_metrics():

@@ -463,6 +463,8 @@ def test_stage_2_learns_the_answers_of_conversations(pairs, stage_1, tmp_path, i
         model = vlp.VlpInstructBlipForConditionalGeneration.from_pretrained(tmp_path / "run")
         with pytest.raises(ValueError, match="needs qformer_input_ids, the instructions as tokens of the Q-Former"):
             model.generate(torch.zeros(1, 3, 16, 16))
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert 'text="Question: what is it? Short answer:"' in card
     predictor = load(str(tmp_path / "run"), "answer")
     images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     assert predictor.answer(images, ["What is it?"] * 2, num_beams=2, max_length=5) == ["A card"] * 2
