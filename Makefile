@@ -72,7 +72,7 @@ STEPS := --publish_dtype bfloat16 --max_train_minutes none --max_train_steps
 VIETNAMESE := --templates emoji_vi --tag_column tags_vi --caption_column caption_vi --class_column caption_vi
 BILINGUAL := --templates emoji,emoji_vi --tag_column tags,tags_vi --caption_column caption,caption_vi \
 	--class_column caption,caption_vi --vocab_size 3072
-cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write their cards (two and a half hours on 2 cores)
+cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write their cards (four hours on 2 cores)
 	$(CARD) clip --output_dir model_cards/clip-emoji $(STEPS) 3300
 	$(CARD) clip --output_dir model_cards/clip-emoji-vi --language vi $(VIETNAMESE) $(STEPS) 3300
 	$(CARD) clip --output_dir model_cards/clip-emoji-en-vi --language en,vi $(BILINGUAL) $(STEPS) 5500
@@ -80,11 +80,14 @@ cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write
 	$(CARD) blip2 --output_dir build/blip2-emoji $(STEPS) 1500
 	$(CARD) blip2 --config blip2-emoji-2 --model_name_or_path build/blip2-emoji --output_dir model_cards/blip2-emoji \
 		$(STEPS) 14000 --spelling_share 0.99
-	$(CARD) blip --config blip-scenes-captions --output_dir build/blip-scenes-captions --eval_split none $(STEPS) 6500
+	$(CARD) blip --config blip-scenes-captions --output_dir build/blip-scenes-captions --eval_split none $(STEPS) 12000
 	$(CARD) blip --config blip-scenes --model_name_or_path build/blip-scenes-captions \
-		--output_dir model_cards/blip-scenes $(STEPS) 2700
+		--output_dir model_cards/blip-scenes $(STEPS) 3600
 	$(CARD) blip --config blip-scenes-vqa --output_dir model_cards/blip-scenes-vqa $(STEPS) 2200
-	$(CARD) blip --config blip-scenes-nlvr --output_dir model_cards/blip-scenes-nlvr $(STEPS) 2000
+	$(CARD) blip --config blip-scenes-nlvr --output_dir model_cards/blip-scenes-nlvr $(STEPS) 1700
+	$(CARD) blip2 --config blip2-scenes --output_dir build/blip2-scenes --eval_split none $(STEPS) 400
+	$(CARD) blip2 --config blip2-scenes-vqa --model_name_or_path build/blip2-scenes \
+		--output_dir model_cards/blip2-scenes-vqa $(STEPS) 1450 --spelling_share 0.97
 	$(EVALUATE) model_cards/blip-scenes --dataset scenes --dataset_config_name swaps --task composition --group_column kind
 	$(EVALUATE) model_cards/blip-scenes-vqa --dataset scenes --dataset_config_name questions --task vqa \
 		--caption_column question --group_column kind --num_beams 1

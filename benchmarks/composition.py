@@ -1,6 +1,6 @@
 """Compare models on captions with swapped words: `evaluate --task composition` on the scenes of the test split.
 
-    python benchmarks/composition.py model_cards/blip-scenes runs/clip-scenes
+    python benchmarks/composition.py runs/clip-scenes model_cards/blip-scenes
 
 runs/clip-scenes is a CLIP that was trained on the same scenes:
 

@@ -20,9 +20,9 @@ def test_recipe_names():
     assert NAMES == [
         "blip-captioning", "blip-emoji", "blip-emoji-towers", "blip-nlvr", "blip-retrieval", "blip-scenes",
         "blip-scenes-captions", "blip-scenes-nlvr", "blip-scenes-vqa", "blip-towers", "blip-vit-b-16",
-        "blip-vit-l-16", "blip-vqa", "blip2-emoji", "blip2-emoji-2", "blip2-stage-1", "blip2-stage-2", "capfilt",
-        "check", "clip-emoji", "clip-emoji-towers", "clip-emoji-vit", "clip-towers", "rn101", "rn50", "rn50x4",
-        "shards", "vit-b-16", "vit-b-32", "vit-l-14",
+        "blip-vit-l-16", "blip-vqa", "blip2-emoji", "blip2-emoji-2", "blip2-scenes", "blip2-scenes-vqa",
+        "blip2-stage-1", "blip2-stage-2", "capfilt", "check", "clip-emoji", "clip-emoji-towers", "clip-emoji-vit",
+        "clip-towers", "rn101", "rn50", "rn50x4", "shards", "vit-b-16", "vit-b-32", "vit-l-14",
     ]  # fmt: skip
 
 
