@@ -158,21 +158,21 @@ def scenes_block() -> str:
     """The tables of what models reach on scenes, and of what is reached without looking at them."""
     blind = json.loads((ROOT / "benchmarks/scenes.json").read_text())
     lines = [
-        "| | chance | most frequent answer | text alone | BLIP (95 % interval) |",
-        "| --- | --- | --- | --- | --- |",
+        "| | chance | most frequent answer | text alone | BLIP (95 % interval) | BLIP-2 (95 % interval) |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for part, model, file, metric in (
-        ("questions", "blip-scenes-vqa", "scenes-test-vqa-question.json", "vqa_accuracy"),
-        ("statements", "blip-scenes-nlvr", "scenes-test-nlvr-sentence.json", "nlvr_accuracy"),
+    for part, models, file, metric in (
+        ("questions", ("blip-scenes-vqa", "blip2-scenes-vqa"), "scenes-test-vqa-question.json", "vqa_accuracy"),
+        ("statements", ("blip-scenes-nlvr",), "scenes-test-nlvr-sentence.json", "nlvr_accuracy"),
     ):
-        found = json.loads((ROOT / "model_cards" / model / "evaluations" / file).read_text())
+        found = [json.loads((ROOT / "model_cards" / model / "evaluations" / file).read_text()) for model in models]
         guesses = [blind[part][way] for way in ("most frequent answer", "text alone")]
         cells = [percent(blind[part]["chance"]), *(percent(way["accuracy"]) for way in guesses)]
-        cells.append(with_interval(found["metrics"][metric], found["intervals"][metric]))
-        lines.append(f"| {part} | {' | '.join(cells)} |")
-        for kind, values in found["groups"].items():
-            cells = [percent(way["groups"][kind]) for way in guesses]
-            lines.append(f"| … {kind} | | {' | '.join(cells)} | {percent(values[metric])} |")
+        cells += [with_interval(each["metrics"][metric], each["intervals"][metric]) for each in found]
+        lines.append(f"| {part} | {' | '.join(cells)} |{' |' * (2 - len(models))}")
+        for kind, values in found[0]["groups"].items():
+            cells = [*(percent(way["groups"][kind]) for way in guesses), percent(values[metric])]
+            lines.append(f"| … {kind} | | {' | '.join(cells)} | |")
     return "\n".join([*lines, "", composition_block(WORDS["README.md"])])
 
 

@@ -1,6 +1,7 @@
-"""Draw the figure of the scenes: what similarity ranks, what ITM decides, what BLIP writes and what it answers.
+"""Draw the figure of the scenes: what similarity ranks, what ITM decides, what BLIP writes, what it and BLIP-2 answer.
 
-    python benchmarks/scenes_figure.py runs/clip-scenes model_cards/blip-scenes model_cards/blip-scenes-vqa [--seed 1]
+    python benchmarks/scenes_figure.py runs/clip-scenes model_cards/blip-scenes model_cards/blip-scenes-vqa \\
+        model_cards/blip2-scenes-vqa [--seed 1]
 
 The seed selects scenes of the test split. docs/scenes.png shows the results, right or wrong.
 """
@@ -22,23 +23,23 @@ from vlp.inference import load
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-TITLES = ("", "CLIP compares", "BLIP matches (ITM)", "BLIP describes", "BLIP answers")
+TITLES = ("", "CLIP compares", "BLIP matches (ITM)", "BLIP describes", "BLIP answers", "BLIP-2 answers")
 TARGET = Path(__file__).parents[1] / "docs/scenes.png"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("clip", "blip", "vqa"):
+    for name in ("clip", "blip", "vqa", "blip2"):
         parser.add_argument(name, help="folder of a model")
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    clip, matcher, captioner, answerer = (
+    clip, matcher, captioner, *answerers = (
         load(name, use) for name, use in ((options.clip, "embed"), (options.blip, "match"), (options.blip, "caption"),
-                                          (options.vqa, "answer"))
+                                          (options.vqa, "answer"), (options.blip2, "answer"))
     )  # fmt: skip
-    figure, axes = plt.subplots(options.count, 5, figsize=(13, 1.5 * options.count), dpi=90,
-                                width_ratios=(0.6, 1.5, 1.5, 1.3, 1.3))  # fmt: skip
+    figure, axes = plt.subplots(options.count, 6, figsize=(15.5, 1.5 * options.count), dpi=90,
+                                width_ratios=(0.6, 1.5, 1.5, 1.3, 1.3, 1.3))  # fmt: skip
     rng = random.Random(options.seed)
     for line in axes:
         scene = make_scene("test", rng)
@@ -58,9 +59,10 @@ def main() -> None:
                          for text, share in zip(texts, values, strict=True)])  # fmt: skip
         write(line[3], [(captioner.caption([picture])[0], None)])
         asked = rng.sample(questions(scene, "test", rng), 3)
-        answers = answerer.answer([picture] * len(asked), [each.question for each in asked])
-        write(line[4], [(f"{each.question} {answer}", answer == each.answer)
-                        for each, answer in zip(asked, answers, strict=True)])  # fmt: skip
+        for axis, answerer in zip(line[4:], answerers, strict=True):
+            answers = answerer.answer([picture] * len(asked), [each.question for each in asked])
+            write(axis, [(f"{each.question} {answer}", answer == each.answer)
+                         for each, answer in zip(asked, answers, strict=True)])  # fmt: skip
     for axis, title in zip(axes[0], TITLES, strict=True):
         axis.set_title(title, fontsize=11, fontweight="bold", loc="left", pad=12)
     figure.tight_layout()
