@@ -84,7 +84,7 @@ cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write
 	$(CARD) blip --config blip-scenes --model_name_or_path build/blip-scenes-captions \
 		--output_dir model_cards/blip-scenes $(STEPS) 3600
 	$(CARD) blip --config blip-scenes-vqa --output_dir model_cards/blip-scenes-vqa $(STEPS) 2200
-	$(CARD) blip --config blip-scenes-nlvr --output_dir model_cards/blip-scenes-nlvr $(STEPS) 1700
+	$(CARD) blip --config blip-scenes-nlvr --output_dir model_cards/blip-scenes-nlvr $(STEPS) 1675
 	$(CARD) blip2 --config blip2-scenes --output_dir build/blip2-scenes --eval_split none $(STEPS) 400
 	$(CARD) blip2 --config blip2-scenes-vqa --model_name_or_path build/blip2-scenes \
 		--output_dir model_cards/blip2-scenes-vqa $(STEPS) 1450 --spelling_share 0.97

@@ -30,7 +30,7 @@ class VlpBlip2Config(PreTrainedConfig):
         language_model_file: GGUF file in that repository or folder, if the weights are in GGUF format.
         language_model_revision: branch, tag or commit on the hub.
         num_prefix_words: if 0, the prefix of the language model is the projected queries, as in the paper; otherwise,
-            each of its vectors is the embedding of one of this many words (see `PrefixWords`).
+            each of its vectors is the embedding of one of this many words, plus an offset (see `PrefixWords`).
         num_prefix_pairs: number of pairs of these words that may follow each other; 0 for no such limit.
         num_prefix_repeats: how often the prefix is repeated; 1 in the paper.
         store_language_model: save the language model's weights in this model's checkpoint, as transformers' Blip2 does.

@@ -56,6 +56,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         r"^(itm_head|lm_head|vision_proj|text_proj)\.",
         r"^temp$",
     ]
+    _keys_to_ignore_on_load_missing = [r"^prefix_words\.offsets$"]
 
     def __init__(self, config: VlpBlip2Config, language_model: PreTrainedModel | None = None):
         super().__init__(config, text=self.reads_instructions)
@@ -69,9 +70,8 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         )
         self.prefix_words = None
         if config.num_prefix_words:
-            words, repeats = (config.num_prefix_words, config.num_prefix_pairs), config.num_prefix_repeats
-            width = self.language_projection.out_features
-            self.prefix_words = PrefixWords(*words, repeats, config.num_query_tokens, width)
+            sizes = config.num_prefix_words, config.num_prefix_pairs, config.num_prefix_repeats, config.num_query_tokens
+            self.prefix_words = PrefixWords(*sizes, self.language_projection.out_features)
         self.language_model = None
         if config.store_language_model and language_model is None:
             kind = AutoModelForSeq2SeqLM if config.text_config.is_encoder_decoder else AutoModelForCausalLM

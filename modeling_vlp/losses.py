@@ -114,8 +114,8 @@ def draw_hard_negatives(logits: Tensor, excluded: Tensor, uniform: Tensor) -> tu
     Source: salesforce/BLIP, models/blip_pretrain.py, which draws row by row and adds 1e-4 to every probability.
 
     Args:
-        logits: (B, K) similarities, divided by the temperature.
-        excluded: (B, K) bool, True for keys that are not negatives.
+        logits: (B, N) similarities, divided by the temperature.
+        excluded: (B, N) bool, True for keys that are not negatives.
         uniform: (B,) or (K, B) random numbers in [0, 1), which determine the draws. The K draws of a row differ.
 
     Returns:

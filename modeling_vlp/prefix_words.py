@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 CANDIDATES = 32  # words that are considered at each place
 PENALTY = 8.0  # in nats, for a pair of words that never follow each other
@@ -42,6 +43,10 @@ class PrefixWords(nn.Module):
         self.scale = nn.Parameter(torch.tensor(20.0))
         self.bias = nn.Parameter(torch.zeros(words))
         self.offsets = nn.Parameter(torch.zeros(repeats * places, width))
+
+    def initialize(self) -> None:
+        """Begin without offsets, also when a checkpoint that was saved before there were any is loaded."""
+        init.zeros_(self.offsets)
 
     def fill(self, ids: list[int], pairs: list[tuple[int, int]]) -> None:
         """Set the words and the pairs that may follow each other, both as token ids."""

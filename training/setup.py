@@ -33,7 +33,7 @@ from .machine.adapters import add_lora, check_lora, freeze_statistics, note_base
 from .machine.checkpoint import find_state
 from .machine.hardware import cpu_cores, make_accelerator, precision_of, start_trackers, use_cpu_well
 from .machine.hub import check_access
-from .machine.optim import make_optimizer, parameter_groups
+from .machine.optim import OFFSETS_RATE, make_optimizer, parameter_groups
 from .machine.sharding import let_layers_precompute, make_shardable, repeated_layers, size_of
 from .resume import resume
 
@@ -162,8 +162,9 @@ def make_run(
     if accelerator.is_fsdp2:
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = repeated_layers(objective)
     groups = parameter_groups(
-        model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay, arguments.tower_learning_rate
-    )
+        model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay, arguments.tower_learning_rate,
+        OFFSETS_RATE if getattr(arguments, "spelling_share", 0.0) else None,
+    )  # fmt: skip
     optimizer = make_optimizer(groups, arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon)
     average = None
     objective.to(accelerator.device)
@@ -304,7 +305,8 @@ def make_dataset(run: Run, maker: SampleMaker) -> tuple[PairDataset | ShardDatas
         ), None  # fmt: skip
     groups, size = None, arguments.group_captions
     if getattr(arguments, "group_images", 1) > 1:
-        columns = ["image_id"] if "image_id" in rows.column_names else list(maker.image_columns)
+        first, *others = maker.image_columns
+        columns = ["image_id" if "image_id" in rows.column_names else first, *others]
         groups = [stable_id(picture_id(row, *maker.image_columns)) for row in rows.select_columns(columns)]
         size = arguments.group_images
     elif arguments.group_captions > 1:

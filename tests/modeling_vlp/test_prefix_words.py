@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 from conftest import tiny_blip2, tiny_language_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 from vlp.modeling_vlp.prefix_words import PENALTY, PrefixWords
 
 import vlp
+from vlp.loading import load_model
 
 
 @pytest.mark.parametrize("pairs", [[(30, 10), (10, 20), (20, 20)], [(10, 10)], []])
@@ -70,3 +72,20 @@ def test_offsets_are_added_to_the_words_and_learnt(kind):
         offsets -= 1e-3 * offsets.grad.sign()
     assert_close(model.prefix(vision_states=states), before - 1e-3 * offsets.grad.sign(), rtol=1e-4, atol=1e-5)
     assert model(input_ids=ids, labels=ids, vision_states=states).loss < loss
+
+
+def test_a_checkpoint_without_offsets_begins_with_none(tmp_path):
+    model = vlp.VlpBlip2ForConditionalGeneration.from_pre_training(
+        tiny_blip2(), tiny_language_model("llama"), prefix_words=([2, 4, 7], [])
+    )
+    torch.nn.init.normal_(model.prefix_words.offsets)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["prefix_words.offsets"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for again in (
+        vlp.VlpBlip2ForConditionalGeneration.from_pretrained(tmp_path, language_model=tiny_language_model("llama")),
+        load_model(vlp.VlpBlip2ForConditionalGeneration, str(tmp_path), "model",
+                   language_model=tiny_language_model("llama")),
+    ):  # fmt: skip
+        assert torch.equal(again.prefix_words.offsets, torch.zeros(5, 32))

@@ -428,10 +428,11 @@ def test_offsets_of_a_prefix_of_words_have_a_rate_of_their_own():
     model = vlp.VlpBlip2ForConditionalGeneration.from_pre_training(
         tiny_blip2(), tiny_language_model("llama"), prefix_words=([2, 4, 7], [])
     )
-    groups = parameter_groups(model, 1e-4, 0.1)
+    groups = parameter_groups(model, 1e-4, 0.1, offsets_rate=OFFSETS_RATE)
     (own,) = [group for group in groups if group["constant"]]
     assert (own["lr"], own["weight_decay"], own["params"]) == (OFFSETS_RATE, 0.0, [model.prefix_words.offsets])
     assert {group["lr"] for group in groups} == {1e-4, OFFSETS_RATE}
+    assert not any(group["constant"] for group in parameter_groups(model, 1e-4, 0.1))
 
 
 @pytest.mark.parametrize("instruction_aware", [False, True])

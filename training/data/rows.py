@@ -153,12 +153,12 @@ def picture_id(row: dict, *image_columns: str) -> str:
         image_columns: the image columns.
 
     Returns:
-        The row's `image_id` if it has one; otherwise, for each image, a hash of its bytes if they are in the row, or of
-        its path.
+        The row's `image_id` if it has one, for the first image; otherwise, and for the others, a hash of its bytes if
+        they are in the row, or of its path.
     """
-    if row.get("image_id") is not None:
-        return str(row["image_id"])
-    return " ".join(content_id(row[column]) for column in image_columns)
+    first, *others = image_columns
+    identity = str(row["image_id"]) if row.get("image_id") is not None else content_id(row.get(first))
+    return " ".join([identity, *(content_id(row.get(column)) for column in others)])
 
 
 def content_id(image: Any) -> str:

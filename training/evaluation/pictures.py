@@ -26,7 +26,7 @@ class Picture:
 
     Attributes:
         rows: row numbers, in order.
-        texts: the captions of all rows, in order (vqa: the questions; nlvr: the sentence; composition: the first
+        texts: the captions of all rows, in order (vqa: the questions; nlvr: the sentences; composition: the first
             caption of each row).
         sources: the row number of each text.
         label: zero-shot: the class index; None for other tasks.

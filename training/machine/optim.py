@@ -13,8 +13,8 @@ NO_DECAY = re.compile(r"position(al)?_embedding|class_embedding|logit_scale|logi
 TOWER = re.compile(r"(vision|text)_model\.")
 
 MAX_TEMPERATURE_RATE = 3e-4  # the peak learning rate of BLIP's pre-training
-# The offsets of a prefix of words learn from the language model, which is run in the last steps only, when the learning
-# rate of the schedule is near 0.
+# With --spelling_share, the offsets of a prefix of words learn from the language model, which is run in the last steps
+# only, when the learning rate of the schedule is near 0.
 OFFSETS_RATE = 5e-3
 
 
@@ -24,6 +24,7 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     tower_learning_rate: float | None = None,
+    offsets_rate: float | None = None,
 ) -> list[dict]:
     """Group the trainable parameters for AdamW by learning rate and weight decay.
 
@@ -35,9 +36,11 @@ def parameter_groups(
         weight_decay: weight decay of matrices.
         layer_decay: factor on the learning rate from each layer to the one below.
         tower_learning_rate: peak learning rate of the towers, cross-attention excepted; None: `learning_rate`.
+        offsets_rate: constant learning rate of the offsets of a prefix of words; None: `learning_rate`.
 
     Returns:
-        Parameter groups; "peak_lr" is the learning rate before the schedule, which a group that is "constant" has not.
+        Parameter groups; "peak_lr" is the learning rate before the schedule, which does not apply to groups that are
+        "constant".
     """
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
@@ -49,8 +52,8 @@ def parameter_groups(
         rate = peak * layer_decay ** levels_below_top(model, name)
         if name == "temp":  # not a logarithm: a higher rate would make it jump across its whole range
             rate = min(rate, MAX_TEMPERATURE_RATE)
-        if constant := name.endswith("prefix_words.offsets"):
-            rate = OFFSETS_RATE
+        constant = offsets_rate is not None and name.endswith("prefix_words.offsets")
+        rate = offsets_rate if constant else rate
         fields = {"lr": rate, "peak_lr": rate, "weight_decay": decay, "constant": constant}
         groups.setdefault(tuple(fields.values()), fields | {"params": []})["params"].append(parameter)
     return list(groups.values())

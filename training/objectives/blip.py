@@ -181,7 +181,7 @@ class BlipObjective(Objective):
 
         Args:
             batch: the joined batch.
-            image_logits, text_logits: (B, K) similarities over the temperature, of the joined batch, then the queue.
+            image_logits, text_logits: (B, N) similarities over the temperature, of the joined batch, then the queue.
             same: bool of the same shape, True for positives.
 
         Returns:
@@ -199,7 +199,10 @@ class BlipObjective(Objective):
         if teacher.texts is not None:
             excluded = torch.cat([excluded, same[:, size:] | teacher.empty], dim=1)
         text_negatives, text_found = draw_hard_negatives(image_logits[:, : excluded.shape[1]], excluded, of_texts)
-        return (image_negatives.flatten(), text_negatives.flatten()), (image_found.flatten(), text_found.flatten())
+        found = image_found.flatten(), text_found.flatten()
+        # Where none is found, a row of this process takes the place, which does not count.
+        drawn = image_negatives.flatten(), text_negatives.flatten()
+        return tuple(torch.where(*each, batch.first) for each in zip(found, drawn, strict=True)), found
 
     def as_queued(self, input_ids: Tensor) -> Tensor:
         """Texts (T, N), padded to the length of those in the queue, or cut to it."""

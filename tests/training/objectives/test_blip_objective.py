@@ -233,6 +233,10 @@ def test_several_negatives_of_a_pair_give_the_loss_of_each(queued):
     assert len(drawn[0]) == len(drawn[1]) == len(found[0]) == 8 and found[0].all()
     for each in (drawn[0], drawn[1]):
         assert (each[:4] != each[4:]).all()
+    # In the third of three processes, whose rows are not negatives of each other.
+    same = torch.ones(2, 16, dtype=torch.bool)
+    drawn, found = objective.draw(JoinedBatch((2, 2, 2), 2), *torch.randn(2, 2, 16), same)
+    assert not found[0].any() and not found[1].any() and (drawn[0] == 4).all() and (drawn[1] == 4).all()
 
 
 def test_negative_texts_are_drawn_from_the_queue():

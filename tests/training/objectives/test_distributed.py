@@ -40,7 +40,7 @@ def make_objective(name: str) -> Objective:
         model.freeze()
     if name == "blip":
         return BlipObjective(model, Teacher(model, momentum=0.9, queue_size=10), global_negatives=True,
-                             contrastive_share=0.5).train()  # fmt: skip
+                             contrastive_share=0.5, itm_negatives=2).train()  # fmt: skip
     if name == "blip2":
         return Blip2Objective(model, contrastive_share=0.5).train()
     if name == "blip2 stage 2":

@@ -126,7 +126,7 @@ def question_rows(name: str, split: str, rng: random.Random) -> Iterator[dict]:
 
 
 def statement_rows(name: str, split: str, rng: random.Random) -> Iterator[dict]:
-    """Statements about two scenes, of different forms; half of those of each form are true.
+    """Statements about two scenes, one of each of FORMS at most; half of those of each form are true.
 
     The scenes are drawn for the first statement. Of the other forms, only those are used of which there are both true
     and false statements about these scenes.
