@@ -176,7 +176,11 @@ def test_rows_depend_on_number_split_and_seed_alone(config):
 @pytest.mark.parametrize("config", MAKERS)
 def test_scenes_are_a_data_set(config):
     rows = load_scenes("scenes:6", config, "train")
-    assert len(rows) == 6 or config in ("questions", "swaps")
+    if config == "captions":
+        assert len(rows) == 6
+    else:  # two scenes make a pair; a scene may have no swap
+        shown = len(set(rows["image_id"]))
+        assert shown == {"questions": 6, "statements": 3}.get(config, shown) and 0 < shown <= len(rows)
     for row in rows:
         with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
             assert image.size == (96, 96) and image.format == "JPEG"
