@@ -122,19 +122,16 @@ def draw_hard_negatives(logits: Tensor, excluded: Tensor, uniform: Tensor) -> tu
         The indices (B,) or (K, B) of the drawn keys, 0 where there is none; and a mask of the same shape, True if there
         is one.
     """
-    if uniform.ndim == 2:
-        draws = []
-        for each in uniform:
-            draws.append(draw_hard_negatives(logits, excluded, each))
-            excluded = excluded.scatter(1, draws[-1][0][:, None], True)
-        drawn, found = zip(*draws, strict=True)
-        return torch.stack(drawn), torch.stack(found)
-    weights = (logits.double().softmax(dim=1) + 1e-4).masked_fill(excluded, 0.0)
-    cumulative = weights.cumsum(dim=1)
-    total = cumulative[:, -1:]
-    drawn = (cumulative <= uniform.double()[:, None] * total).sum(dim=1)
-    found = total[:, 0] > 0
-    return torch.where(found, drawn, 0), found
+    weights, draws = (logits.double().softmax(dim=1) + 1e-4).masked_fill(excluded, 0.0), []
+    for each in uniform.double().view(-1, len(logits)):  # (B,)
+        cumulative = weights.cumsum(dim=1)
+        total = cumulative[:, -1:]
+        found = total[:, 0] > 0
+        drawn = torch.where(found, (cumulative <= each[:, None] * total).sum(dim=1), 0)
+        weights = weights.scatter(1, drawn[:, None], 0.0)
+        draws.append((drawn, found))
+    drawn, found = (torch.stack(parts).view(uniform.shape) for parts in zip(*draws, strict=True))
+    return drawn, found
 
 
 def matching_loss(logits: Tensor, matches: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -91,9 +91,8 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
     start_trackers(arguments, accelerator)
     if state is not None:
         resume(run, state)
-    grouped = getattr(arguments, "group_images", 1) > 1
-    collator = Collator(processor, arguments.max_length, getattr(arguments, "prompt", ""), grouped)
     maker = make_maker(run, family, chooser)
+    collator = Collator(processor, arguments.max_length, getattr(arguments, "prompt", ""), maker.same_views)
     dataset, sampler = make_dataset(run, maker)
     if getattr(arguments, "cache_features", False):
         run.batches = cached_pairs(run, maker, collator).batches(sampler, arguments.per_device_train_batch_size)
@@ -254,6 +253,7 @@ def make_maker(run: Run, family: Family, chooser: CaptionChooser) -> SampleMaker
         max_image_pixels=arguments.max_image_pixels,
         seed=arguments.seed,
         cache={} if arguments.cache_images else None,
+        same_views=getattr(arguments, "group_images", 1) > 1,
     )
     return family.samples(arguments, run.rows, run.model, run.processor, maker)
 
@@ -304,7 +304,7 @@ def make_dataset(run: Run, maker: SampleMaker) -> tuple[PairDataset | ShardDatas
             kinds_of(arguments),
         ), None  # fmt: skip
     groups, size = None, arguments.group_captions
-    if getattr(arguments, "group_images", 1) > 1:
+    if maker.same_views:
         first, *others = maker.image_columns
         columns = ["image_id" if "image_id" in rows.column_names else first, *others]
         groups = [stable_id(picture_id(row, *maker.image_columns)) for row in rows.select_columns(columns)]

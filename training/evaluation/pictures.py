@@ -178,11 +178,8 @@ def key_and_texts(
     Raises:
         BadRow: if the task cannot use the row.
     """
-    task, columns = arguments.task, (arguments.image_column,)
-    if task == "nlvr":
-        picture_of(row, arguments.second_image_column, arguments.max_image_pixels)
-        columns += (arguments.second_image_column,)
-    identity = picture_id(row, *columns)
+    task, others = arguments.task, [arguments.second_image_column] if arguments.task == "nlvr" else []
+    identity = picture_id(row, arguments.image_column, *others)
     if task == "zero-shot":
         if labels is None or labels[number] is None:
             raise BadRow("no label")
@@ -194,5 +191,6 @@ def key_and_texts(
         captions_of(row, arguments.wrong_column)
         texts = texts[:1]
     if task == "nlvr":
+        picture_of(row, arguments.second_image_column, arguments.max_image_pixels)
         label_of(row, arguments.label_column)
     return (identity,), texts

@@ -452,7 +452,6 @@ def make_samples(arguments: BlipArguments, rows, model, processor, maker: Sample
     Raises:
         ArgumentError: if a column that the task needs is missing.
     """
-    maker.same_views = arguments.group_images > 1
     if arguments.task == "vqa":
         if rows is not None:
             require_text(rows, arguments.answer_column, arguments.dataset_name, "--answer_column")

@@ -503,9 +503,8 @@ def make_samples(arguments: Blip2Arguments, rows, model, processor, maker: Sampl
         if rows is not None:
             require_text(rows, arguments.prompt_column, arguments.dataset_name, "--prompt_column")
         maker = dataclasses.replace(
-            maker, prompt_column=arguments.prompt_column, history_column=arguments.history_column,
-            same_views=arguments.group_images > 1,
-        )  # fmt: skip
+            maker, prompt_column=arguments.prompt_column, history_column=arguments.history_column
+        )
     if not arguments.cache_vision_features:
         return maker
     if rows is None:

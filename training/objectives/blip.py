@@ -238,7 +238,5 @@ class BlipObjective(Objective):
             self.pending[-1] += (texts,)  # they enter the queue after the step
             texts = torch.cat([texts, queued])
         own, count = batch.own(texts[: batch.size]), len(image_negatives) // len(input_ids)
-        again = memory if count == 1 else memory.select(torch.arange(len(memory), device=own.device).repeat(count))
-        return model.match(
-            torch.cat([own, own.repeat(count, 1), texts[text_negatives]]), None, Memory.join([memory, others, again])
-        )
+        images = Memory.join([memory, others, *[memory] * count])
+        return model.match(torch.cat([own, own.repeat(count, 1), texts[text_negatives]]), None, images)
