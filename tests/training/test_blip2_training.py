@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import AutoProcessor, AutoTokenizer, BertConfig, BertForMaskedLM, TextIteratorStreamer, pipeline
 from vlp.processing.blip2 import QUESTION, prompt_of
 from vlp.training.data.batches import Collator
-from vlp.training.data.features import Features, compute_features
+from vlp.training.data.features import Features, compute_features, key_of
 from vlp.training.data.rows import BadRow, CaptionChooser
 from vlp.training.data.samples import Sample
 from vlp.training.families import blip2
@@ -302,8 +302,16 @@ def test_features_are_recomputed_only_for_another_tower(pairs, towers, tmp_path,
                                                         CaptionChooser()))  # fmt: skip
     calls = []
     model.vision_model.register_forward_hook(lambda *_: calls.append(1))
-    path = compute_features(model, processor, rows, "image", 10**6)
-    assert compute_features(model, processor, rows, "image", 10**6) == path and len(calls) == 1
+
+    def compute() -> Path:
+        key = key_of(model.vision_model, model.config.vision_config, processor.image_processor, rows, "image")
+        return compute_features(encode, key, rows, "image", 10**6)
+
+    def encode(images: list) -> torch.Tensor:
+        return model.encode_image(processor.image_processor(images, return_tensors="pt")["pixel_values"])
+
+    path = compute()
+    assert compute() == path and len(calls) == 1
     features = Features(path)
     image = processor.image_processor(Image.open(pairs.parent / "2.png"), return_tensors="pt")["pixel_values"]
     assert_close(features[2], model.encode_image(image)[0], rtol=1e-5, atol=1e-6)
@@ -311,7 +319,7 @@ def test_features_are_recomputed_only_for_another_tower(pairs, towers, tmp_path,
         features[1]
     with torch.no_grad():
         next(model.vision_model.parameters()).add_(1)
-    assert compute_features(model, processor, rows, "image", 10**6) != path and len(calls) == 3
+    assert compute() != path and len(calls) == 3
     assert sorted(file.suffix for file in tmp_path.glob("*.*")) == [".json", ".json", ".npy", ".npy"]
 
 

@@ -1,7 +1,8 @@
-"""Cache the features of a frozen image tower on disk. They do not change if images are not augmented."""
+"""Cache what a frozen model computes for images on disk. It does not change if images are not augmented."""
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -9,30 +10,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets.utils.py_utils import iter_batched
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...files import cache_folder
 from ...loading import hash_weights
-from ...modeling_vlp.blip2 import VlpBlip2PreTrainedModel
 from .rows import BadRow, picture_of
 from .samples import SampleMaker
 
-# Shapes: R rows, M tokens per image, D width of the tower
+# Shapes: R rows, (...) the shape of one image's features: (M, D) tokens of a tower, or an embedding (E,)
 
 
-def key_of(model: VlpBlip2PreTrainedModel, processor, rows, image_column: str) -> str:
-    """A hash of the tower, the preprocessing and the rows, which names the cache file."""
+def key_of(module: nn.Module, config, image_processor, rows, image_column: str) -> str:
+    """A hash of all that the features depend on: weights, configuration, preprocessing and rows."""
     digest = blake2b(digest_size=16)
-    hash_weights(digest, model.vision_model)
-    digest.update(model.config.vision_config.to_json_string().encode())
-    digest.update(processor.image_processor.to_json_string().encode())
+    hash_weights(digest, module)
+    digest.update(config.to_json_string().encode())
+    digest.update(image_processor.to_json_string().encode())
     digest.update(f"{rows._fingerprint} {image_column}".encode())
     return digest.hexdigest()
 
 
 class Features:
-    """Features (R, M, D) of rows in float32, memory-mapped from disk.
+    """Features (R, ...) of rows in float32, memory-mapped from disk.
 
     Args:
         path: the file that `compute_features` returned.
@@ -46,7 +47,7 @@ class Features:
         self.bad = {int(row): cause for row, cause in json.loads(path.with_suffix(".json").read_text()).items()}
 
     def __getitem__(self, row: int) -> Tensor:
-        """The features (M, D) of a row. Raises BadRow if its image cannot be used."""
+        """The features of a row. Raises BadRow if its image cannot be used."""
         if row in self.bad:
             raise BadRow(self.bad[row])
         return torch.from_numpy(self.values[row].copy())
@@ -54,13 +55,14 @@ class Features:
 
 @torch.inference_mode()
 def compute_features(
-    model: VlpBlip2PreTrainedModel, processor, rows, image_column: str, max_pixels: int, batch_size: int = 256,
+    encode: Callable[[list[Image.Image]], Tensor], key: str, rows, image_column: str, max_pixels: int,
+    batch_size: int = 256,
 ) -> Path:  # fmt: skip
     """Compute the features of all rows and write them atomically, unless the file exists already.
 
     Args:
-        model: the model whose image tower is used; it runs in evaluation mode.
-        processor: its processor.
+        encode: returns the features (B, ...) of images.
+        key: the name of the cache file (see `key_of`).
         rows: rows of a data set.
         image_column: column with the images.
         max_pixels: larger images, in pixels, count as bad rows.
@@ -72,13 +74,11 @@ def compute_features(
     Raises:
         OSError: if no row has a usable image.
     """
-    path = cache_folder() / f"{key_of(model, processor, rows, image_column)}.npy"
+    path = cache_folder() / f"{key}.npy"
     if path.is_file() and path.with_suffix(".json").is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, values, bad = path.with_suffix(".writing.npy"), None, {}
-    training = model.training
-    model.eval()
     for numbers in iter_batched(tqdm(range(len(rows)), desc="Image features", unit="image"), batch_size):
         good, images = [], []
         for number in numbers:
@@ -89,12 +89,10 @@ def compute_features(
                 bad[number] = str(error)
         if not images:
             continue
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        states = model.encode_image(pixels.to(model.device, model.dtype)).float().cpu().numpy()
+        found = encode(images).float().cpu().numpy()
         if values is None:
-            values = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(rows), *states.shape[1:]))
-        values[good] = states
-    model.train(training)
+            values = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(rows), *found.shape[1:]))
+        values[good] = found
     if values is None:
         raise OSError("No row has a usable image.")
     values.flush()

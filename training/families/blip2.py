@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
+from torch import Tensor
+
 from ...configuration.blip import VlpBlipConfig
 from ...configuration.blip2 import VlpBlip2Config, VlpInstructBlipConfig
 from ...configuration.text import VlpQFormerConfig
@@ -26,7 +29,7 @@ from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, token_id
 from ...processing.blip2 import QUESTION, VlpBlip2Processor, VlpInstructBlipProcessor, prompt_of
 from ...towers import Start, vision_start
 from ..arguments import option, require_at_least_one, require_share
-from ..data.features import FeatureMaker, Features, compute_features
+from ..data.features import FeatureMaker, Features, compute_features, key_of
 from ..data.rows import CaptionChooser, caption_texts
 from ..data.samples import SampleMaker
 from ..data.sources import require_text
@@ -509,8 +512,15 @@ def make_samples(arguments: Blip2Arguments, rows, model, processor, maker: Sampl
         return maker
     if rows is None:
         raise ArgumentError("--cache_vision_features needs random access to the rows, which shards do not have.")
+
+    def encode(images: list[Image.Image]) -> Tensor:
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return model.encode_image(pixels.to(model.device, model.dtype))
+
+    images = processor.image_processor
+    key = key_of(model.vision_model, model.config.vision_config, images, rows, arguments.image_column)
     with main_process_first():
-        path = compute_features(model, processor, rows, arguments.image_column, arguments.max_image_pixels,
+        path = compute_features(encode, key, rows, arguments.image_column, arguments.max_image_pixels,
                                 arguments.eval_batch_size)  # fmt: skip
     return extend(maker, FeatureMaker, features=Features(path))
 
