@@ -58,6 +58,20 @@ def siglip_loss(
     return -terms.sum() / len(logits)
 
 
+def distillation_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
+    """Compute the cross entropy between a teacher's similarities and a student's (open_clip, loss.py, DistillClipLoss).
+
+    Args:
+        student: the scaled similarities of images to texts and of texts to images, (B, K) each.
+        teacher: those of the teacher, of the same shapes.
+
+    Returns:
+        Scalar, the mean over the batch and both directions.
+    """
+    terms = [soft_contrastive_loss(own, target.softmax(dim=1)) for own, target in zip(student, teacher, strict=True)]
+    return (terms[0] + terms[1]) / 2
+
+
 def same_pairs(*ids: Tensor) -> Tensor:
     """Compare rows by their ids, such as those of captions and images, each (B,) of integers.
 

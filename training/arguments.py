@@ -406,7 +406,7 @@ def check_values(arguments) -> None:
 PATHS = (
     "answer_list", "bert_name_or_path", "captioner", "class_names", "dataset", "dataset_name", "eval_dataset_name",
     "filter", "image_root", "image_tower", "language_model_name_or_path", "model_name_or_path", "output_dir",
-    "resume_from_checkpoint", "text_tower", "tokenizer_name", "vision_tower",
+    "resume_from_checkpoint", "teacher_name_or_path", "text_tower", "tokenizer_name", "vision_tower",
 )  # fmt: skip
 
 

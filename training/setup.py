@@ -92,7 +92,8 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
     if state is not None:
         resume(run, state)
     maker = make_maker(run, family, chooser)
-    collator = Collator(processor, arguments.max_length, getattr(arguments, "prompt", ""), maker.same_views)
+    collator = Collator(processor, arguments.max_length, getattr(arguments, "prompt", ""), maker.same_views,
+                        maker.teacher_texts)  # fmt: skip
     dataset, sampler = make_dataset(run, maker)
     if getattr(arguments, "cache_features", False):
         run.batches = cached_pairs(run, maker, collator).batches(sampler, arguments.per_device_train_batch_size)
@@ -104,7 +105,8 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
 def sources_of(arguments: TrainingArguments) -> list[str | None]:
     """The files and folders that a run reads, where the options name them."""
     names = ("dataset_name", "eval_dataset_name", "image_root", "model_name_or_path", "tokenizer_name", "image_tower",
-             "text_tower", "vision_tower", "bert_name_or_path", "language_model_name_or_path")  # fmt: skip
+             "text_tower", "vision_tower", "bert_name_or_path", "language_model_name_or_path",
+             "teacher_name_or_path")  # fmt: skip
     return [getattr(arguments, name, None) for name in names]
 
 

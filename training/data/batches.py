@@ -2,7 +2,7 @@
 
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,11 +50,13 @@ class Collator:
         max_length: maximum number of tokens per text.
         prompt: prefix of every text.
         images_once: put each image into the batch once, and the image of each text into `image_index`.
+        teacher_texts: for distillation: turns texts into the teacher's tokens (T, N) or embeddings (T, E).
     """
 
-    def __init__(self, processor, max_length: int, prompt: str = "", images_once: bool = False):
+    def __init__(self, processor, max_length: int, prompt: str = "", images_once: bool = False,
+                 teacher_texts: Callable[[list[str]], Tensor] | None = None):  # fmt: skip
         self.processor, self.max_length, self.prompt = processor, max_length, prompt
-        self.images_once = images_once
+        self.images_once, self.teacher_texts = images_once, teacher_texts
 
     def __call__(self, samples: list[Sample]) -> Batch:
         keys = [(sample.turns, sample.text) for sample in samples]
@@ -65,6 +67,10 @@ class Collator:
         shown = {sample.image_id if self.images_once else number: sample for number, sample in enumerate(samples)}
         pixels = torch.stack([sample.pixels for sample in shown.values()])
         extra = self.extra(samples, prompts)
+        if self.teacher_texts is not None:
+            extra["teacher_texts"] = self.teacher_texts(whole)
+        if samples[0].teacher is not None:
+            extra["teacher_images"] = torch.stack([sample.teacher for sample in samples])
         if self.images_once:
             order = {image: number for number, image in enumerate(shown)}
             extra["image_index"] = torch.tensor([order[sample.image_id] for sample in samples])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from ...files import cache_folder
 from ...loading import hash_weights
 from .rows import BadRow, picture_of
-from .samples import SampleMaker
+from .samples import Sample, SampleMaker
 
 # Shapes: R rows, (...) the shape of one image's features: (M, D) tokens of a tower, or an embedding (E,)
 
@@ -110,3 +111,15 @@ class FeatureMaker(SampleMaker):
     def pixels(self, row: dict, column: str, key, rng) -> Tensor:
         """The features (M, D) of a row. Raises BadRow if its image cannot be used."""
         return self.features[key]
+
+
+@dataclass(kw_only=True)
+class TaughtMaker(SampleMaker):
+    """Make samples with the embeddings that the teacher of a distillation has of the images."""
+
+    features: Features
+
+    def __call__(self, row: dict, key: Any, epoch: int) -> Sample:
+        sample = super().__call__(row, key, epoch)
+        sample.teacher = self.features[key]
+        return sample

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Sample:
     skipped: list[tuple[Any, str]] = field(default_factory=list)
     answers: list[tuple[str, float]] | None = None  # VQA: answers and their weights
     label: int | None = None  # NLVR2: 1 if the text is true of both images; pixels are (2, 3, S, S)
+    teacher: Tensor | None = None  # (E,) the embedding of the image that the teacher of a distillation has
     turns: tuple[str, ...] | None = None  # what the text answers: a question, or a conversation that ends with one
     place: dict[str, dict] = field(default_factory=dict)  # shards: position of its stream, by stream number
 
@@ -46,6 +47,7 @@ class SampleMaker:
         cache: preprocessed images by (row key, column); None to preprocess an image each time.
         prompt_column: column with a question that the caption answers; None if there is none.
         history_column: column with the questions and answers before that question, in turn; may be missing or empty.
+        teacher_texts: for distillation: turns texts into the teacher's tokens (T, N) or embeddings (T, E).
         same_views: whether all rows of a picture get the same augmentation in an epoch, so that it is encoded once.
     """
 
@@ -57,6 +59,7 @@ class SampleMaker:
     cache: dict[Any, Tensor] | None = None
     prompt_column: str | None = None
     history_column: str | None = None
+    teacher_texts: Callable[[list[str]], Tensor] | None = None
     same_views: bool = False
     last: tuple | None = None  # with same_views: what the last picture was made from, and its pixels
 

@@ -1,6 +1,7 @@
 """The CLIP family."""
 
 import copy
+import dataclasses
 import functools
 import math
 import zlib
@@ -10,11 +11,14 @@ from typing import Literal
 
 import datasets
 
+from ...configuration.blip import VlpBlipConfig
 from ...configuration.clip import TEXT, VISION, VlpClipConfig
 from ...configuration.text import VlpClipTextConfig
 from ...configuration.towers import IMAGE_POOLING, TEXT_POOLING
 from ...configuration.vision import VlpViTConfig
-from ...errors import ArgumentError, brief, printable
+from ...conversion import own_copy
+from ...errors import ArgumentError, UnsupportedModelError, brief, printable
+from ...inference import VlpPredictor, load
 from ...loading import load_auto_tokenizer, load_model, load_processor
 from ...modeling_vlp.clip import PROJECTED, VlpClipModel
 from ...modeling_vlp.towers import lock
@@ -23,20 +27,31 @@ from ...processing.prompts import CLASS_NAMES, TEMPLATES
 from ...processing.tokenizer import VlpClipTokenizer
 from ...towers import Start, text_start, vision_start, with_side
 from ..arguments import option, require_at_least_one, require_one_of
+from ..data.features import Features, TaughtMaker, compute_features, key_of
 from ..data.rows import CaptionChooser, caption_texts
 from ..data.samples import SampleMaker
+from ..data.sources import is_shards
 from ..evaluation.pictures import Pictures
 from ..objectives.clip import ClipObjective
+from ..objectives.distillation import (
+    DistillationTeacher,
+    DistilledClipObjective,
+    TeacherEmbeddings,
+    TeacherTokens,
+)
+from ..objectives.distributed import main_process_first
 from .base import (
     CachingArguments,
     Family,
     check_fields,
     evaluation_tasks,
+    extend,
     parts_of_model,
     possible_model,
     require_model_type,
 )
 
+TEACHERS = (VlpClipConfig.model_type, VlpBlipConfig.model_type)
 PROJECTIONS = ("visual_projection", "text_projection")
 
 
@@ -95,6 +110,21 @@ class ClipArguments(CachingArguments):
     loss: Literal["softmax", "sigmoid"] = option(
         "softmax", "contrastive loss: softmax (CLIP) or sigmoid (SigLIP)", bound=True, shown=True
     )
+    teacher_name_or_path: str | None = option(
+        None,
+        "distillation: folder or hub name of a CLIP, SigLIP or BLIP, of vlp, transformers or open_clip, whose "
+        "similarities between the images and texts of a batch the model also learns",
+        bound=True,
+        shown=True,
+    )
+    distillation_weight: float = option(1.0, "distillation: factor of its loss", shown=True)
+    cache_teacher: bool = option(
+        False,
+        "distillation: compute the teacher's embedding of each image once, without augmentation, and keep it in the "
+        "cache folder; otherwise the teacher embeds the augmented images in every step",
+        bound=True,
+        shown=True,
+    )
     micro_batch_size: int | None = option(
         None,
         "pairs per forward pass of a tower, to save memory; the gradient is still that of the whole batch",
@@ -138,8 +168,42 @@ class ClipArguments(CachingArguments):
             raise ArgumentError(
                 "--cache_features does not go with unlocked layers, which change, or --micro_batch_size."
             )
+        self.check_teacher()
         if self.model_name_or_path and (self.image_tower or self.text_tower):
             raise ArgumentError("--model_name_or_path loads both towers: omit --image_tower and --text_tower.")
+
+    def check_teacher(self) -> None:
+        """Raise ArgumentError unless the options of distillation fit each other and the data."""
+        if not self.teacher_name_or_path:
+            if self.cache_teacher:
+                raise ArgumentError("--cache_teacher needs --teacher_name_or_path, the model to learn from.")
+            return
+        if self.distillation_weight <= 0:
+            raise ArgumentError(f"--distillation_weight must be positive, got {self.distillation_weight}.")
+        if self.cache_features:
+            raise ArgumentError("--cache_features leaves no images for the teacher: omit it, or the teacher.")
+        if self.cache_teacher and (is_shards(self.dataset_name) or self.streaming or self.num_workers):
+            raise ArgumentError("--cache_teacher needs random access to the rows: no shards, and --num_workers 0.")
+
+    @functools.cached_property
+    def teacher(self) -> VlpPredictor | None:
+        """The teacher of the distillation, loaded once; None without one.
+
+        Raises:
+            ArgumentError: if the model cannot be loaded, or does not embed an image as one vector.
+        """
+        if not self.teacher_name_or_path:
+            return None
+        try:
+            predictor = load(own_copy(self.teacher_name_or_path, "--teacher_name_or_path"), "embed")
+        except UnsupportedModelError as error:
+            raise ArgumentError(f"--teacher_name_or_path: {brief(error)}") from error
+        if not isinstance(predictor, VlpPredictor) or predictor.model_type not in TEACHERS:
+            raise ArgumentError(
+                f"--teacher_name_or_path {printable(self.teacher_name_or_path, 120)} is a {predictor.model_type}; "
+                "expected a CLIP, SigLIP or BLIP."
+            )
+        return predictor
 
     @functools.cached_property
     def starts(self) -> tuple[Start | None, Start | None]:
@@ -312,13 +376,17 @@ def make_objective(arguments: ClipArguments, model: VlpClipModel, processor, ste
                 getattr(model, name).requires_grad_(False)
     if not any(parameter.requires_grad for name, parameter in model.named_parameters() if "logit_" not in name):
         raise ArgumentError("Nothing is left to train: both towers and their projections are locked.")
-    return ClipObjective(
-        model,
-        exclude_duplicates=arguments.exclude_duplicates,
-        cached_images=arguments.cache_features,
-        cached_texts=arguments.cache_features and arguments.lock_text_tower,
-        micro_batch_size=arguments.micro_batch_size,
-    )
+    options = {
+        "exclude_duplicates": arguments.exclude_duplicates,
+        "cached_images": arguments.cache_features,
+        "cached_texts": arguments.cache_features and arguments.lock_text_tower,
+        "micro_batch_size": arguments.micro_batch_size,
+    }
+    if arguments.teacher is None:
+        return ClipObjective(model, **options)
+    images = processor.image_processor
+    teacher = DistillationTeacher(arguments.teacher, images.image_mean, images.image_std)
+    return DistilledClipObjective(model, teacher, arguments.distillation_weight, **options)
 
 
 def make_evaluation(arguments: ClipArguments, rows, train_rows) -> list[Pictures]:
@@ -337,8 +405,20 @@ def make_evaluation(arguments: ClipArguments, rows, train_rows) -> list[Pictures
 
 
 def make_samples(arguments: ClipArguments, rows, model, processor, maker: SampleMaker) -> SampleMaker:
-    """Return the maker of image-caption pairs."""
-    return maker
+    """Return the maker of image-caption pairs, or of pairs with what the teacher of a distillation needs."""
+    teacher = arguments.teacher
+    if teacher is None:
+        return maker
+    if not arguments.cache_teacher:
+        return dataclasses.replace(maker, teacher_texts=TeacherTokens(teacher))
+    teacher.model.to(model.device)
+    images = teacher.processor.image_processor
+    key = key_of(teacher.model, teacher.model.config, images, rows, arguments.image_column)
+    with main_process_first():
+        path = compute_features(teacher.embed_images, key, rows, arguments.image_column, arguments.max_image_pixels,
+                                arguments.eval_batch_size)  # fmt: skip
+    maker = dataclasses.replace(maker, teacher_texts=TeacherEmbeddings(teacher))
+    return extend(maker, TaughtMaker, features=Features(path))
 
 
 CLIP = Family(

@@ -68,9 +68,19 @@ class ClipObjective(Objective):
         Returns:
             {"contrastive": the loss}, or {"sigmoid": the loss} if the model has a bias.
         """
+        image, text = self.embed(pixel_values, input_ids, text_index)
+        return self.contrast(image, text, JoinedBatch.of(text_index), caption_ids, image_ids)
+
+    def embed(self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed the images and the texts of a batch as (B, E) each, of unit length."""
         text = in_micro_batches(self.embed_texts, self.micro_batch_size, input_ids)[text_index]
-        image = in_micro_batches(self.embed_images, self.micro_batch_size, pixel_values)
-        batch, ids = JoinedBatch.of(text_index), (caption_ids, image_ids) if self.exclude_duplicates else ()
+        return in_micro_batches(self.embed_images, self.micro_batch_size, pixel_values), text
+
+    def contrast(
+        self, image: Tensor, text: Tensor, batch: JoinedBatch, caption_ids: Tensor, image_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """The contrastive loss of embeddings (B, E) by its name."""
+        ids = (caption_ids, image_ids) if self.exclude_duplicates else ()
         with torch.autocast(image.device.type, enabled=False):  # the loss is computed in float32
             scale = self.model.logit_scale.to(image.dtype).exp()
             if self.model.logit_bias is not None:

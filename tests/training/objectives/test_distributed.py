@@ -5,7 +5,16 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import free_port, tiny_batch, tiny_blip, tiny_blip2, tiny_blip2_generation, tiny_blip_batch, tiny_model
+from conftest import (
+    free_port,
+    tiny_batch,
+    tiny_blip,
+    tiny_blip2,
+    tiny_blip2_generation,
+    tiny_blip_batch,
+    tiny_model,
+    tiny_processor,
+)
 from processes import Program
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -16,10 +25,13 @@ from vlp.training.objectives.base import Objective
 from vlp.training.objectives.blip import BlipObjective
 from vlp.training.objectives.blip2 import Blip2Objective, LanguageObjective
 from vlp.training.objectives.clip import ClipObjective
+from vlp.training.objectives.distillation import DistillationTeacher, DistilledClipObjective
 from vlp.training.objectives.distributed import JoinedBatch
 from vlp.training.objectives.momentum import Teacher
 
-OBJECTIVES = ["softmax", "sigmoid", "micro batches", "resnet", "blip", "blip2", "blip2 stage 2"]
+from vlp.inference import VlpPredictor
+
+OBJECTIVES = ["softmax", "sigmoid", "micro batches", "distillation", "resnet", "blip", "blip2", "blip2 stage 2"]
 # Rows per process: evenly and unevenly divided batches.
 SHARES = {1: [(8,)], 2: [(4, 4), (5, 3)], 4: [(3, 1, 2, 2)]}
 WRAPPERS = ["ddp", "fsdp2"]
@@ -45,6 +57,10 @@ def make_objective(name: str) -> Objective:
         return Blip2Objective(model, contrastive_share=0.5).train()
     if name == "blip2 stage 2":
         return LanguageObjective(model, [], end_token_id=3).train()
+    if name == "distillation":
+        predictor = VlpPredictor(tiny_model("resnet").double(), tiny_processor())
+        teacher = DistillationTeacher(predictor, [0.5] * 3, [0.25] * 3)
+        return DistilledClipObjective(model, teacher, weight=0.5).train()
     objective = ClipObjective(model, micro_batch_size=2 if name == "micro batches" else None)
     # In training mode, batch norm would use only the local rows.
     return objective.eval() if name == "resnet" else objective.train()
@@ -57,7 +73,8 @@ def batch_of(name: str, objective: Objective, rows: slice) -> dict[str, torch.Te
         ids = ids.clamp(max=98)  # the vocabulary of the language model
     if name.startswith("blip"):  # like a collator, crop to the longest of these rows
         ids = ids[:, : int((ids != 0).sum(dim=1).max())]
-    return {"pixel_values": whole["pixel_values"][rows].double(), "input_ids": ids,
+    taught = {"teacher_texts": ids} if name == "distillation" else {}
+    return taught | {"pixel_values": whole["pixel_values"][rows].double(), "input_ids": ids,
             "text_index": torch.arange(len(ids)), "caption_ids": CAPTION_IDS[rows],
             "image_ids": torch.arange(8)[rows]}  # fmt: skip
 
