@@ -90,6 +90,27 @@ def wrapped(text: str, width: int, most: int, ending: str = "") -> list[str]:
     return [*lines[:-1], lines[-1] + ending]
 
 
+def plot_curve(positions: list[float], values: dict[str, list[float]], label: str, path: Path) -> None:
+    """Plot metrics over a number.
+
+    Args:
+        positions: the numbers.
+        values: by name of the metric, its value at each position.
+        label: what the number is.
+        path: PNG file to write.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 3.6), dpi=110)
+    for name, each in values.items():
+        axis.plot(positions, each, marker="o", markersize=3, label=printable(name, 80))
+    axis.set_xlabel(label)
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def plot_confusion(pairs: list[tuple[int, int]], names: list[str], path: Path, most: int = 24) -> None:
     """Draw a confusion matrix, normalised over the images of each class.
 

@@ -15,7 +15,7 @@ from vlp.training.command_line import TASKS, parse
 from vlp.training.run import train
 
 import vlp
-from vlp.commands import convert, index
+from vlp.commands import convert, index, merge
 from vlp.files import list_files
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -98,6 +98,8 @@ def test_commands_parse(name):
             assert all((DOCS.parent / word).is_file() for word in words if word.endswith(".yaml"))
         elif words[:2] == ["vlp", "check"]:
             parse(["--dataset_name", *words[2:]], "check")
+        elif words[:2] == ["vlp", "merge"]:
+            merge.build_parser().parse_args(words[2:])
         elif words[0] == "vlp-convert":
             convert.build_parser().parse_args(words[1:])
         elif words[0] == "vlp-index":

@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "train": ("vlp.training.run", [], "train clip, blip or blip2, or write shards (as `accelerate launch training`)"),
     "evaluate": ("vlp.training.evaluate", [], "evaluate a model"),
     "convert": ("vlp.commands.convert", [], "convert checkpoints of other libraries, and back"),
+    "merge": ("vlp.commands.merge", [], "average the weights of models (WiSE-FT, soups)"),
     "onnx": ("vlp.commands.onnx", [], "export a model to ONNX"),
     "index": ("vlp.commands.index", [], "index a folder of pictures, and search it"),
     "demo": ("vlp.commands.demo", [], "start a local web page to try a model"),
