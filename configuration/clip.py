@@ -31,6 +31,9 @@ class VlpClipConfig(PreTrainedConfig):
         logit_scale_init_value: natural logarithm of the initial logit scale: ln(1/0.07) for CLIP, ln(10) for SigLIP.
         logit_bias_init_value: initial bias of the sigmoid loss (-10 for SigLIP); None for a model without a bias.
 
+        embedding_sizes: Matryoshka embeddings: shorter sizes that the embeddings were trained for, besides
+            `projection_dim`; their first so many numbers, normalised again, are embeddings too. None: no other size.
+
     Raises:
         ValueError: if a value is out of range, or `projection_dim` does not fit the image tower.
 
@@ -49,6 +52,7 @@ class VlpClipConfig(PreTrainedConfig):
     projection_dropout: float = 0.0
     logit_scale_init_value: float = math.log(1 / 0.07)
     logit_bias_init_value: float | None = None
+    embedding_sizes: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         require_positive(self, "projection_dim")
@@ -67,6 +71,14 @@ class VlpClipConfig(PreTrainedConfig):
             raise ValueError(
                 f"VlpClipConfig: SigLIP's image tower has no projection, so projection_dim ({width}) must equal its "
                 f"hidden_size ({vision.hidden_size})."
+            )
+        sizes = self.embedding_sizes
+        if sizes is not None and not (
+            isinstance(sizes, (list, tuple)) and all(type(size) is int and 1 <= size < width for size in sizes)
+        ):
+            raise ValueError(
+                f"VlpClipConfig: embedding_sizes must be whole numbers from 1 to {width - 1} (below projection_dim), "
+                f"got {sizes!r}."
             )
         self.text_config = config_from(self.text_config, TEXT, "text_config", self)
         super().__post_init__(**kwargs)

@@ -53,7 +53,7 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
                       arguments.dataset_config_name, "--dataset", arguments.second_image_column,
                       arguments.caption_column, arguments.encoding)  # fmt: skip
     pictures = prepare_data(table, arguments, state)
-    predictor = load(model, use_of(arguments), state.device, getattr(torch, arguments.dtype))
+    predictor = load(model, use_of(arguments), state.device, getattr(torch, arguments.dtype), arguments.embedding_size)
     outcome = evaluate_task(predictor, pictures)
     name = local.name if local else model
     results = results_of(name, type(predictor.model).__name__, pictures, outcome, state.device.type)

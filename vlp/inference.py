@@ -54,6 +54,7 @@ class Predictor:
 
     def __init__(self, model: PreTrainedModel, processor):
         self.model, self.processor = model.eval(), processor
+        self.embedding_size: int | None = None  # numbers of an embedding that are used; None: all
 
     @property
     def model_type(self) -> str:
@@ -94,7 +95,7 @@ class Predictor:
         Returns:
             Embeddings of unit length, float32, on the CPU: (B, E), or (B, Q, E) for BLIP-2.
         """
-        return unit_features(self.model.get_image_features(pixel_values=self.prepare_images(images)))
+        return self.unit_features(self.model.get_image_features(pixel_values=self.prepare_images(images)))
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> Tensor:
@@ -103,7 +104,21 @@ class Predictor:
         Returns:
             Embeddings (T, E) of unit length, float32, on the CPU.
         """
-        return unit_features(self.model.get_text_features(**self.prepare_texts(texts)))
+        return self.unit_features(self.model.get_text_features(**self.prepare_texts(texts)))
+
+    def unit_features(self, output) -> Tensor:
+        """The features in a model's output, normalised to unit length, on the CPU.
+
+        Raises:
+            FloatingPointError: if they are not finite; a ranking by them would look perfect.
+        """
+        features = getattr(output, "pooler_output", output)
+        features = unit_length(features[..., : self.embedding_size]).cpu()
+        if not torch.isfinite(features).all():
+            raise FloatingPointError(
+                "The model's embeddings are not finite: its weights are broken, or its dtype too narrow."
+            )
+        return features
 
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
         """Cosine similarities of images and texts.
@@ -144,20 +159,6 @@ def require_room(max_length: int, prompt: int, positions: int) -> None:
         )
 
 
-def unit_features(output) -> Tensor:
-    """The features in a model's output, normalised to unit length, on the CPU.
-
-    Raises:
-        FloatingPointError: if they are not finite; a ranking by them would look perfect.
-    """
-    features = unit_length(getattr(output, "pooler_output", output)).cpu()
-    if not torch.isfinite(features).all():
-        raise FloatingPointError(
-            "The model's embeddings are not finite: its weights are broken, or its dtype too narrow."
-        )
-    return features
-
-
 class VlpPredictor(Predictor):
     """CLIP and SigLIP of vlp; base class for all models of vlp."""
 
@@ -172,11 +173,12 @@ class VlpPredictor(Predictor):
 
     @torch.inference_mode()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
-        return unit_features(self.model.get_image_features(self.prepare_images(images), pooled_only=True))
+        return self.unit_features(self.model.get_image_features(self.prepare_images(images), pooled_only=True))
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        return unit_features(self.model.get_text_features(self.prepare_texts(texts)["input_ids"], pooled_only=True))
+        ids = self.prepare_texts(texts)["input_ids"]
+        return self.unit_features(self.model.get_text_features(ids, pooled_only=True))
 
 
 class BlipPredictor(VlpPredictor):
@@ -288,7 +290,7 @@ class Blip2Predictor(BlipPredictor):
 
     @torch.inference_mode()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
-        return unit_features(self.model.get_image_features(pixel_values=self.prepare_images(images)))
+        return self.unit_features(self.model.get_image_features(pixel_values=self.prepare_images(images)))
 
     @torch.inference_mode()
     def encode_images(self, images: list[Image.Image]) -> Tensor:
@@ -387,7 +389,13 @@ def unsupported(what: str, use: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{what} cannot {use}: {LACKS[use]}.")
 
 
-def load(name: str | Path, use: str, device: str | torch.device = "cpu", dtype=torch.float32) -> Predictor:
+def load(
+    name: str | Path,
+    use: str,
+    device: str | torch.device = "cpu",
+    dtype=torch.float32,
+    embedding_size: int | None = None,
+) -> Predictor:
     """Load a model with its processor for one use.
 
     Args:
@@ -395,9 +403,11 @@ def load(name: str | Path, use: str, device: str | torch.device = "cpu", dtype=t
         use: one of `architectures.USES`.
         device: where to put the model.
         dtype: the dtype of its weights.
+        embedding_size: use only the first so many numbers of an embedding, of a model that was trained for that
+            (Matryoshka embeddings: `--embedding_sizes` of training); None: all.
 
     Raises:
-        UnsupportedModelError: if there is no such model, or it does not support the use.
+        UnsupportedModelError: if there is no such model, or it does not support the use or the embedding size.
     """
     name = own_copy(name)
     config = read_config(name)
@@ -405,8 +415,26 @@ def load(name: str | Path, use: str, device: str | torch.device = "cpu", dtype=t
         predictor = load_vlp(name, config, use)
     else:
         predictor = load_transformers(name, config, use)
+    if embedding_size is not None:
+        shorten_embeddings(predictor, name, embedding_size)
     predictor.model.to(device, dtype)
     return predictor
+
+
+def shorten_embeddings(predictor: Predictor, name: str | Path, size: int) -> None:
+    """Use only the first `size` numbers of embeddings. Raises UnsupportedModelError if the model does not allow it."""
+    config = predictor.model.config
+    if not getattr(config, "embedding_sizes", None):
+        raise UnsupportedModelError(
+            f"{printable(name, 120)} was not trained for shorter embeddings, as with --embedding_sizes: omit "
+            "--embedding_size."
+        )
+    if not 1 <= size <= config.projection_dim:
+        raise UnsupportedModelError(
+            f"--embedding_size must be from 1 to {config.projection_dim}, the size of the embeddings of "
+            f"{printable(name, 120)}, got {size}."
+        )
+    predictor.embedding_size = size
 
 
 def load_vlp(name: str | Path, config, use: str) -> Predictor:

@@ -49,6 +49,9 @@ class EvaluationArguments:
     num_beams: int = option(3, "captioning, vqa: number of beams")
     max_length: int = option(30, "captioning, vqa: maximum number of tokens to generate")
     answer_top_k: int = option(128, "vqa: candidates of --answer_list that are scored in full")
+    embedding_size: int | None = option(
+        None, "use only the first so many numbers of the embeddings, of a model that was trained with --embedding_sizes"
+    )
     batch_size: int = option(64, "images or texts per batch and process")
     max_samples: int | None = option(None, "evaluate only on the first rows; all rows if not given")
     max_image_pixels: int = option(MAX_PIXELS, "larger images, in pixels, are skipped as decompression bombs")
@@ -67,8 +70,7 @@ class EvaluationArguments:
         for name in ("resamples", "rerank_top_k"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
-        if self.max_samples is not None:
-            require_at_least_one(self, "max_samples")
+        require_at_least_one(self, "max_samples", "embedding_size")
         if is_shards(self.dataset):
             raise ArgumentError("Evaluation needs random access to the rows: --dataset cannot be shards.")
 

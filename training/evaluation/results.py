@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...errors import ArgumentError, printable
 from ...files import kind_of, list_files, require_own, usable_path
-from ...inference import predictor_of
+from ...inference import predictor_of, shorten_embeddings
 from ...model_cards.card import evaluation_table
 from ...model_cards.plots import plot_confusion
 from ..arguments import publishable
@@ -41,6 +41,8 @@ def evaluate_model(model: PreTrainedModel, processor, evaluations: list[Pictures
     for pictures in evaluations:
         arguments = dataclasses.replace(pictures.arguments, resamples=resamples)
         predictor = predictor_of(model, processor, use_of(arguments))
+        if arguments.embedding_size is not None:
+            shorten_embeddings(predictor, type(model).__name__, arguments.embedding_size)
         outcomes.append(evaluate_task(predictor, dataclasses.replace(pictures, arguments=arguments)))
     model.train(training)
     return outcomes
@@ -151,8 +153,9 @@ def write_results(
 
 
 def file_name(arguments: EvaluationArguments) -> str:
-    """The file name of an evaluation: data, split, task, and the column unless it is `caption`."""
+    """The file name of an evaluation: data, split, task, the column unless it is `caption`, and the embedding size."""
     parts = [Path(arguments.dataset).stem, arguments.split, arguments.task]
     parts += [column for column in (arguments.text_column,) if column != "caption"]
+    parts += [f"{arguments.embedding_size}-numbers"] if arguments.embedding_size else []
     text = "-".join(part.replace("/", "_") for part in parts)
     return printable(text, 150).replace("\\", "_")

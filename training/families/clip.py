@@ -110,6 +110,13 @@ class ClipArguments(CachingArguments):
     loss: Literal["softmax", "sigmoid"] = option(
         "softmax", "contrastive loss: softmax (CLIP) or sigmoid (SigLIP)", bound=True, shown=True
     )
+    embedding_sizes: str | None = option(
+        None,
+        "Matryoshka embeddings: sizes joined by commas, such as 64,128, for which the first so many numbers of the "
+        "embeddings are trained too; the loss is the mean over them and the whole embedding",
+        bound=True,
+        shown=True,
+    )
     teacher_name_or_path: str | None = option(
         None,
         "distillation: folder or hub name of a CLIP, SigLIP or BLIP, of vlp, transformers or open_clip, whose "
@@ -168,9 +175,17 @@ class ClipArguments(CachingArguments):
             raise ArgumentError(
                 "--cache_features does not go with unlocked layers, which change, or --micro_batch_size."
             )
+        if self.embedding_sizes is not None and not self.sizes:
+            raise ArgumentError(f"--embedding_sizes must be whole numbers joined by commas: {self.embedding_sizes!r}.")
         self.check_teacher()
         if self.model_name_or_path and (self.image_tower or self.text_tower):
             raise ArgumentError("--model_name_or_path loads both towers: omit --image_tower and --text_tower.")
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes of --embedding_sizes; empty if there are none, or they are no numbers."""
+        words = (self.embedding_sizes or "").split(",")
+        return sorted({int(word) for word in words}) if all(word.strip().isdecimal() for word in words) else []
 
     def check_teacher(self) -> None:
         """Raise ArgumentError unless the options of distillation fit each other and the data."""
@@ -352,6 +367,11 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
         if not hasattr(model.config.vision_config, "patch_dropout"):
             raise ArgumentError("--patch_dropout needs a vision transformer; a ResNet has no patches.")
         model.config.vision_config.patch_dropout = arguments.patch_dropout
+    if arguments.sizes:
+        width = model.config.projection_dim
+        if not 1 <= arguments.sizes[0] <= arguments.sizes[-1] <= width:
+            raise ArgumentError(f"--embedding_sizes must be from 1 to {width}, the size of the embeddings.")
+        model.config.embedding_sizes = [size for size in arguments.sizes if size < width]
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

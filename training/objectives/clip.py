@@ -18,6 +18,9 @@ from .micro_batches import in_micro_batches
 class ClipObjective(Objective):
     """Contrastive loss over the joined batch of all processes: softmax (CLIP), or sigmoid if the model has a bias.
 
+    If the model has `embedding_sizes`, the loss is the mean over these sizes and the whole embedding (Matryoshka
+    representation learning, Kusupati et al., 2022, arXiv:2205.13147).
+
     The result is that of one process with the joined batch, except that a ResNet's batch norm uses the statistics of
     each process's own images.
 
@@ -43,6 +46,7 @@ class ClipObjective(Objective):
         self.exclude_duplicates, self.micro_batch_size = exclude_duplicates, micro_batch_size
         self.cached_images, self.cached_texts = cached_images, cached_texts
         self.frozen = frozen_parts(model)
+        self.sizes = [*(model.config.embedding_sizes or ()), model.config.projection_dim]
 
     def after_step(self) -> None:
         """Clamp the scale."""
@@ -79,7 +83,16 @@ class ClipObjective(Objective):
     def contrast(
         self, image: Tensor, text: Tensor, batch: JoinedBatch, caption_ids: Tensor, image_ids: Tensor
     ) -> dict[str, Tensor]:
-        """The contrastive loss of embeddings (B, E) by its name."""
+        """The contrastive loss of embeddings (B, E) by its name; the mean over the sizes of Matryoshka embeddings."""
+        losses = [self.contrast_size(size, image, text, batch, caption_ids, image_ids) for size in self.sizes]
+        return {name: sum(each[name] for each in losses) / len(losses) for name in losses[0]}
+
+    def contrast_size(
+        self, size: int, image: Tensor, text: Tensor, batch: JoinedBatch, caption_ids: Tensor, image_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """The contrastive loss of the first `size` numbers of embeddings, normalised again, by its name."""
+        if size < image.shape[1]:
+            image, text = unit_length(image[:, :size]), unit_length(text[:, :size])
         ids = (caption_ids, image_ids) if self.exclude_duplicates else ()
         with torch.autocast(image.device.type, enabled=False):  # the loss is computed in float32
             scale = self.model.logit_scale.to(image.dtype).exp()

@@ -238,6 +238,7 @@ def build(
     batch_size: int = 64,
     faiss: str | None = None,
     predictor: Predictor | None = None,
+    embedding_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Counter:
     """Build or update the index of a folder of pictures.
@@ -251,6 +252,8 @@ def build(
         batch_size: number of pictures to embed at a time.
         faiss: factory string of faiss, such as "HNSW32", to search with faiss; None to search without it.
         predictor: the model, if it is already loaded; None to load it.
+        embedding_size: keep only the first so many numbers of an embedding, of a model that was trained for that
+            (`--embedding_sizes` of training); None: all.
         progress: called with the number of new pictures done and their total.
 
     Returns:
@@ -266,7 +269,7 @@ def build(
     if faiss is not None:
         check_factory(faiss)
     pictures, skipped = pictures_in(folder), Counter()
-    predictor = predictor or load(model, "embed")
+    predictor = predictor or load(model, "embed", embedding_size=embedding_size)
     identity = identity_of(predictor)
     known = StoredVectors.load(target, identity)
     missing, done = [picture for picture in pictures if picture not in known.places], 0
@@ -296,16 +299,21 @@ def build(
     kept = [picture for picture in pictures if picture in known.places]
     if not kept:
         raise NoIndexError(f"No picture in {folder} can be read: {describe(skipped)}.")
-    save(target, kept, known.take(kept), model, folder, faiss, identity)
+    save(target, kept, known.take(kept), model, folder, faiss, identity, predictor.embedding_size)
     for part in known.parts:
         remove_written(part)
     return skipped
 
 
 def identity_of(predictor: Predictor) -> str:
-    """A hash of a model's weights and preprocessing: embeddings of another model are never reused or searched."""
+    """A hash of a model's weights, preprocessing and embedding size.
+
+    Embeddings of another model are never reused or searched.
+    """
     found = blake2b(digest_size=16)
     hash_weights(found, predictor.model)
+    if predictor.embedding_size is not None:
+        found.update(f"{predictor.embedding_size} numbers".encode())
     for part in (predictor.processor.image_processor, predictor.processor.tokenizer):
         text = part.to_json_string() if hasattr(part, "to_json_string") else text_of(part)
         found.update(text.encode(errors="surrogatepass"))
@@ -392,7 +400,8 @@ class StoredVectors:
 
 
 def save(
-    target: Path, pictures: list, vectors: Tensor, model: str, folder: Path, faiss: str | None, identity: str = ""
+    target: Path, pictures: list, vectors: Tensor, model: str, folder: Path, faiss: str | None, identity: str = "",
+    embedding_size: int | None = None,
 ) -> None:  # fmt: skip
     """Write an index, completely or not at all; above EXACT pictures with faiss, if it is installed.
 
@@ -404,10 +413,12 @@ def save(
         folder: the folder of pictures.
         faiss: factory string of faiss; None for cells above EXACT pictures.
         identity: identity of the model, see `identity_of`.
+        embedding_size: the number of an embedding's numbers that are used; None: all.
     """
     if faiss is None and len(pictures) > EXACT and importlib.util.find_spec("faiss"):
         faiss = f"IVF{round(len(pictures) ** 0.5)},SQfp16"  # about sqrt(N) cells, vectors in float16
-    facts = {"model": str(model), "identity": identity, "folder": str(folder.resolve()), "width": vectors.shape[1]}
+    facts = {"model": str(model), "identity": identity, "folder": str(folder.resolve()), "width": vectors.shape[1],
+             "embedding_size": embedding_size}  # fmt: skip
     write_index(target, pictures, vectors.half().contiguous(), facts, faiss)
 
 
@@ -468,6 +479,9 @@ def build_parser() -> argparse.ArgumentParser:
     builder.add_argument(
         "--batch_size", type=int, default=64, help="number of pictures to embed at a time (default: 64)"
     )
+    builder.add_argument(
+        "--embedding_size", type=int, help="numbers to keep of an embedding, for a model trained with --embedding_sizes"
+    )
     builder.add_argument("--faiss", metavar="FACTORY", help='search with faiss; its factory string, such as "HNSW32"')
     searcher = commands.add_parser(
         "search", help="search for pictures; without words or --image, queries are read from standard input"
@@ -497,7 +511,7 @@ def search(options) -> None:
         )
     index = Index(usable_path(options.index, "INDEX"))
     try:
-        predictor = load(index.facts["model"], "embed")
+        predictor = load(index.facts["model"], "embed", embedding_size=index.facts.get("embedding_size"))
     except ArgumentError as error:
         raise NoIndexError(f"The model of the index {printable(options.index, 120)}: {brief(error)[:300]}") from error
     if index.facts.get("identity") != identity_of(predictor):
@@ -541,7 +555,7 @@ def main() -> None:
                 bar.update(done - bar.n)
 
             skipped = build(options.pictures, options.index, options.model, options.batch_size, options.faiss,
-                            progress=progress)  # fmt: skip
+                            embedding_size=options.embedding_size, progress=progress)  # fmt: skip
         count = len(Index(usable_path(options.index, "INDEX")))
         print(f"Indexed pictures in {printable(options.index)}: {count:,}. Skipped: {describe(skipped)}.")
 
