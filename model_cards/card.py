@@ -30,6 +30,14 @@ METRIC_NAMES = {
     "zero_shot_top1": "Zero-shot top-1 accuracy",
     "zero_shot_top5": "Zero-shot top-5 accuracy",
     "zero_shot_mean_per_class": "Zero-shot accuracy, mean over classes",
+    "linear_probe_top1": "Linear probe, top-1 accuracy",
+    "linear_probe_top5": "Linear probe, top-5 accuracy",
+    "linear_probe_mean_per_class": "Linear probe, accuracy, mean over classes",
+    "few_shot_top1_1": "Linear probe with 1 picture per class, top-1 accuracy",
+    "few_shot_top1_2": "Linear probe with 2 pictures per class, top-1 accuracy",
+    "few_shot_top1_4": "Linear probe with 4 pictures per class, top-1 accuracy",
+    "few_shot_top1_8": "Linear probe with 8 pictures per class, top-1 accuracy",
+    "few_shot_top1_16": "Linear probe with 16 pictures per class, top-1 accuracy",
     "text_to_image_recall_at_1": "Text to image, R@1",
     "text_to_image_recall_at_5": "Text to image, R@5",
     "text_to_image_recall_at_10": "Text to image, R@10",
@@ -106,6 +114,8 @@ def in_its_language(lines: str, language: str) -> str:
 
 def task_of(metric: str) -> tuple[str, str, str]:
     """The Hub's task type of a metric, the name of the task, and the metric type."""
+    if metric.startswith(("linear_probe", "few_shot")):
+        return "image-classification", "Image classification by a linear probe", "accuracy"
     if metric.startswith("zero_shot"):
         return "zero-shot-image-classification", "Zero-shot image classification", "accuracy"
     captioning = {"caption_exact": "exact_match", "rouge_l": "rouge", "cider": "cider"}
@@ -131,7 +141,8 @@ def evaluation_table(results: dict) -> str:
     """
     arguments, classes = results["arguments"], results["classes"]
     zero_shot = arguments["task"] == "zero-shot"
-    column = arguments["class_column"] if zero_shot else arguments["caption_column"]
+    has_classes = arguments["task"] in ("zero-shot", "linear-probe", "few-shot")
+    column = arguments["class_column"] if has_classes else arguments["caption_column"]
     pictures = results.get("pictures", results["rows"])
     rows = "" if pictures == results["rows"] else f" ({results['rows']:,} rows)"
     lines = [

@@ -20,10 +20,9 @@ from ..files import is_own, usable_path, write_file
 from ..inference import load
 from ..model_cards.card import RESULTS, evaluation_table, render_card
 from .arguments import add_options
-from .data.sources import load_rows
 from .evaluation.arguments import EvaluationArguments
 from .evaluation.results import check_results, results_of, write_results
-from .evaluation.tasks import evaluate_task, prepare_data, use_of
+from .evaluation.tasks import evaluate_task, load_table, prepare_data, use_of
 from .machine.hardware import cpu_cores, use_cpu_well
 
 
@@ -49,10 +48,7 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
     folder = usable_path(arguments.output_dir, "--output_dir") if arguments.output_dir else default
     root = local if local and folder == default else folder  # whose list of files has the results
     check_results(folder, arguments, root)
-    table = load_rows(arguments.dataset, arguments.split, arguments.image_column, arguments.image_root,
-                      arguments.dataset_config_name, "--dataset", arguments.second_image_column,
-                      arguments.caption_column, arguments.encoding)  # fmt: skip
-    pictures = prepare_data(table, arguments, state)
+    pictures = prepare_data(load_table(arguments, arguments.split), arguments, state)
     predictor = load(model, use_of(arguments), state.device, getattr(torch, arguments.dtype), arguments.embedding_size)
     outcome = evaluate_task(predictor, pictures)
     name = local.name if local else model

@@ -120,6 +120,22 @@ class Predictor:
             )
         return features
 
+    @torch.inference_mode()
+    def image_features(self, images: list[Image.Image]) -> Tensor:
+        """The features of the image tower, before any projection to the space that texts share, for linear probes.
+
+        Args:
+            images: B PIL images of any mode and size.
+
+        Returns:
+            Features (B, D), float32, on the CPU. Embeddings, not normalised, if the tower cannot be run alone.
+        """
+        pixels, tower = self.prepare_images(images), getattr(self.model, "vision_model", None)
+        output = None if tower is None else tower(pixel_values=pixels)
+        if getattr(output, "pooler_output", None) is None:
+            output = self.model.get_image_features(pixel_values=pixels)
+        return getattr(output, "pooler_output", output).float().cpu()
+
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
         """Cosine similarities of images and texts.
 
@@ -291,6 +307,12 @@ class Blip2Predictor(BlipPredictor):
     @torch.inference_mode()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
         return self.unit_features(self.model.get_image_features(pixel_values=self.prepare_images(images)))
+
+    @torch.inference_mode()
+    def image_features(self, images: list[Image.Image]) -> Tensor:
+        """The mean of the queries' embeddings (B, E), because the image tower itself is not trained."""
+        output = self.model.get_image_features(pixel_values=self.prepare_images(images))
+        return output.pooler_output.mean(dim=1).float().cpu()
 
     @torch.inference_mode()
     def encode_images(self, images: list[Image.Image]) -> Tensor:

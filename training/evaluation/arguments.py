@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, printable
 from ...processing.pictures import MAX_PIXELS
 from ...processing.prompts import CLASS_NAMES, TEMPLATES
 from ..arguments import EMOJI, check_values, option, require_at_least_one
 from ..data.sources import is_shards
 
-TaskName = Literal["zero-shot", "retrieval", "captioning", "vqa", "itm", "nlvr", "composition"]
+PROBES = ("linear-probe", "few-shot")  # tasks that train a classifier
+TaskName = Literal[
+    "zero-shot", "retrieval", "captioning", "vqa", "itm", "nlvr", "composition", "linear-probe", "few-shot"
+]
 
 
 @dataclass(kw_only=True)
@@ -19,6 +22,10 @@ class EvaluationArguments:
     dataset: str = option(EMOJI, "data to evaluate on, as --dataset_name of training; not shards")
     dataset_config_name: str | None = option(None, "configuration of a hub data set, or of the scenes")
     split: str = option("test", "split to evaluate on")
+    train_split: str = option("train", "linear-probe, few-shot: split to train the classifier on")
+    validation_split: str | None = option(
+        None, "linear-probe: split to choose the regularisation on; a fifth of the training split if not given"
+    )
     task: TaskName = option("zero-shot", "task to evaluate")
     image_column: str = option("image", "column with the images, or with their paths")
     second_image_column: str = option("second_image", "nlvr: column with the image on the right")
@@ -28,16 +35,20 @@ class EvaluationArguments:
         "caption", "column with a caption or a list of captions, or several columns joined by commas; vqa: the question"
     )
     class_column: str | None = option(
-        None, "zero-shot: column with the class; if not given, the first ClassLabel column, or else the captions"
+        None,
+        "zero-shot, linear-probe, few-shot: column with the class; if not given, the first ClassLabel column, or else "
+        "the captions",
     )
     class_names: str | None = option(
         None, f"zero-shot: names of integer labels: a file with one name per line, or one of {', '.join(CLASS_NAMES)}"
     )
     templates: str = option("name", f"zero-shot: prompt templates to average over, one of {', '.join(TEMPLATES)}")
     group_column: str | None = option(
-        None, "zero-shot, vqa, nlvr, composition: also report the accuracy for each value of this column"
+        None, "zero-shot, vqa, nlvr, composition, linear-probe: also report the accuracy for each value of this column"
     )
     wrong_column: str = option("wrong", "composition: column with the false caption")
+    shots: str = option("1,2,4,8,16", "few-shot: numbers of training pictures per class, joined by commas")
+    few_shot_draws: int = option(3, "few-shot: random draws of the training pictures to average over")
     answer_column: str = option("answers", "vqa: column with the human answers")
     answer_list: str | None = option(None, "vqa: file of candidate answers to rank, one per line")
     label_column: str = option("label", "nlvr: column with the label: whether the caption is true of both images")
@@ -66,7 +77,13 @@ class EvaluationArguments:
         check_values(self)
         if self.templates not in TEMPLATES:
             raise ArgumentError(f"--templates must be one of {', '.join(TEMPLATES)}, got {self.templates!r}.")
-        require_at_least_one(self, "batch_size", "num_beams", "max_length", "max_image_pixels", "answer_top_k")
+        require_at_least_one(
+            self, "batch_size", "num_beams", "max_length", "max_image_pixels", "answer_top_k", "few_shot_draws"
+        )
+        if not all(word.strip().isdecimal() and int(word) for word in self.shots.split(",")):
+            raise ArgumentError(f"--shots must be whole numbers joined by commas, got {printable(self.shots, 60)!r}.")
+        if self.task in PROBES and self.split in (self.train_split, self.validation_split):
+            raise ArgumentError(f"--split {self.split} is what the classifier learns from: choose another split.")
         for name in ("resamples", "rerank_top_k"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
@@ -76,5 +93,6 @@ class EvaluationArguments:
 
     @property
     def text_column(self) -> str | None:
-        """The column with the texts: zero-shot: the class column if given; otherwise the caption column."""
-        return (self.class_column or self.caption_column) if self.task == "zero-shot" else self.caption_column
+        """The column with the texts, or with the classes if a class column is given and the task uses it."""
+        uses_classes = self.task == "zero-shot" or self.task in PROBES
+        return (self.class_column or self.caption_column) if uses_classes else self.caption_column

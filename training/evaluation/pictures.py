@@ -29,7 +29,7 @@ class Picture:
         texts: the captions of all rows, in order (vqa: the questions; nlvr: the sentences; composition: the first
             caption of each row).
         sources: the row number of each text.
-        label: zero-shot: the class index; None for other tasks.
+        label: the class index, of tasks that have classes; None for others.
     """
 
     rows: list[int]
@@ -49,8 +49,10 @@ class Pictures:
         items: all usable pictures, in the order of their first rows.
         used: number of usable rows.
         skipped: number of unusable rows by cause.
-        names: zero-shot: the class names; None for other tasks.
+        names: the class names, of tasks that have classes; None for others.
         answers: vqa: candidate answers to rank in addition to generating one; may be empty.
+        train, validation: linear-probe, few-shot: the pictures that the classifier learns from; None for other tasks,
+            and for data without a validation split.
     """
 
     table: datasets.Dataset
@@ -61,6 +63,8 @@ class Pictures:
     skipped: Counter
     names: list[str] | None = None
     answers: list[str] = field(default_factory=list)
+    train: "Pictures | None" = None
+    validation: "Pictures | None" = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -131,8 +135,8 @@ def find_pictures(
         table: rows with undecoded images.
         arguments: the options of the evaluation.
         state: the process state of accelerate.
-        labels: zero-shot: the class index of each row, None if it has none.
-        names: zero-shot: the class names.
+        labels: the class index of each row, None if it has none; None for tasks without classes.
+        names: the class names.
 
     Returns:
         The usable pictures, the same in every process.
@@ -173,15 +177,15 @@ def key_and_texts(
         row: a row of the table.
         number: its number.
         arguments: the options of the evaluation.
-        labels: zero-shot: the class index of each row.
+        labels: the class index of each row; None for tasks without classes.
 
     Raises:
         BadRow: if the task cannot use the row.
     """
     task, others = arguments.task, [arguments.second_image_column] if arguments.task == "nlvr" else []
     identity = picture_id(row, arguments.image_column, *others)
-    if task == "zero-shot":
-        if labels is None or labels[number] is None:
+    if labels is not None:
+        if labels[number] is None:
             raise BadRow("no label")
         return (identity, labels[number]), []
     texts = captions_of(row, arguments.caption_column)

@@ -1,15 +1,18 @@
-"""The evaluation tasks: zero-shot classification, retrieval, matching, composition, captioning, VQA and NLVR.
+"""The evaluation tasks: zero-shot classification, linear probes, retrieval, matching, composition, captioning, VQA
+and NLVR.
 
 Training, the command `evaluate`, the model card and the demo share these implementations. Each task works on this
 process's share of the pictures, gathers the predictions of all processes and computes the metrics from them, so the
 results do not depend on the number of processes.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
@@ -22,11 +25,12 @@ from ...inference import Predictor, VlpPredictor
 from ...modeling_vlp.ranking import candidates_of, rerank
 from ...processing.prompts import CLASS_NAMES, prompts_for, read_names
 from ..data.rows import answers_of, captions_of, label_of
-from ..data.sources import require_column, require_text
-from .arguments import EvaluationArguments
+from ..data.sources import load_rows, require_column, require_text
+from . import probes
+from .arguments import PROBES, EvaluationArguments
 from .metrics import load as load_metric
 from .pictures import Pictures, find_pictures
-from .scores import answer_scores, preferences
+from .scores import answer_scores, estimate, mean, preferences
 
 # Shapes: I images, T texts, P pairs, K classes, E embedding, Q queries
 
@@ -104,6 +108,8 @@ def prepare_data(
     if arguments.task == "zero-shot":
         labels, names = labels_of(table, arguments)
         return find_pictures(table, arguments, state, labels, names)
+    if arguments.task in PROBES:
+        return prepare_probe(table, arguments, state)
     for column in arguments.caption_column.split(","):
         require_text(table, column, data, "--caption_column")
     if arguments.task == "vqa":
@@ -116,6 +122,34 @@ def prepare_data(
     pictures = find_pictures(table, arguments, state)
     pictures.answers = answer_list(arguments) if answers is None else answers
     return pictures
+
+
+def load_table(arguments: EvaluationArguments, split: str, option: str = "--dataset") -> datasets.Dataset:
+    """Load a split of the data to evaluate on, with undecoded images; `option` names it in error messages."""
+    return load_rows(arguments.dataset, split, arguments.image_column, arguments.image_root,
+                     arguments.dataset_config_name, option, arguments.second_image_column,
+                     arguments.caption_column, arguments.encoding)  # fmt: skip
+
+
+def prepare_probe(table: datasets.Dataset, arguments: EvaluationArguments, state: PartialState) -> Pictures:
+    """Prepare the pictures of a linear probe, and those that its classifier learns from.
+
+    The classes are those of all splits. A class that the training split lacks cannot be predicted.
+
+    Raises:
+        ArgumentError: if a split or a column is missing.
+    """
+    tables = {"test": table, "train": load_table(arguments, arguments.train_split)}
+    if arguments.validation_split and arguments.task == "linear-probe":
+        tables["validation"] = load_table(arguments, arguments.validation_split)
+    labels = {part: labels_of(each, arguments) for part, each in tables.items()}
+    names = list(dict.fromkeys(name for _, known in labels.values() for name in known))
+    numbers, found = {name: number for number, name in enumerate(names)}, {}
+    for part, (own, known) in labels.items():
+        own = [None if label is None else numbers[known[label]] for label in own]
+        limited = arguments if part == "test" else dataclasses.replace(arguments, max_samples=None)
+        found[part] = find_pictures(tables[part], limited, state, own, names)
+    return dataclasses.replace(found["test"], train=found["train"], validation=found.get("validation"))
 
 
 def answer_list(arguments: EvaluationArguments) -> list[str]:
@@ -232,6 +266,66 @@ def zero_shot(predictor: Predictor, pictures: Pictures) -> Outcome:
     hits = [float(label == predicted) for label, predicted in confusion]
     rows = [pictures.items[number].rows[0] for number in numbers]
     return Outcome(metrics, confusion, by_group(pictures, "zero_shot_top1", rows, hits))
+
+
+# --- linear probes ----------------------------------------------------------------------------------------------------
+
+
+def features_of(predictor: Predictor, pictures: Pictures, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The features (N, D) and labels (N,) of all pictures, gathered from all processes; `text` names them."""
+    found = []
+    for batch in pictures.batches(pictures.own, text):
+        features = predictor.image_features([pictures.image(number) for number in batch])
+        found += [
+            (number, pictures.items[number].label, row.numpy()) for number, row in zip(batch, features, strict=True)
+        ]
+    _, labels, features = transposed(pictures.gather(found))
+    return np.stack(features), np.array(labels)
+
+
+def linear_probe(predictor: Predictor, pictures: Pictures) -> Outcome:
+    """Linear probe: logistic regression on the features of the frozen image tower (see `probes`)."""
+    arguments = pictures.arguments
+    test, test_labels = features_of(predictor, pictures, "images")
+    train, labels = features_of(predictor, pictures.train, "training images")
+    if pictures.validation is not None:
+        other, other_labels = features_of(predictor, pictures.validation, "validation images")
+        strength = probes.choose_strength((train, labels), (other, other_labels))
+        train, labels = np.concatenate([train, other]), np.concatenate([labels, other_labels])
+    else:
+        kept, off = probes.split_off(labels, probes.VALIDATION_SHARE, arguments.seed)
+        strength = probes.WITHOUT_VALIDATION
+        if len(off):
+            strength = probes.choose_strength((train[kept], labels[kept]), (train[off], labels[off]))
+    scores = torch.from_numpy(probes.scores_of(probes.fit(train, labels, strength), test, len(pictures.names)))
+    ranked = best(scores, torch.from_numpy(test_labels)[:, None] == torch.arange(len(pictures.names)))
+    found = load_metric("zero_shot_accuracy").compute(
+        predictions=ranked, references=test_labels.tolist(), k=[k for k in (1, 5) if k < len(pictures.names)],
+        **bootstrap(arguments),
+    )  # fmt: skip
+    metrics = {name.replace("zero_shot", "linear_probe"): value for name, value in found.items()}
+    confusion = [(label, predicted[0]) for label, predicted in zip(test_labels.tolist(), ranked, strict=True)]
+    hits = [float(label == predicted) for label, predicted in confusion]
+    rows = [item.rows[0] for item in pictures.items]
+    return Outcome(metrics, confusion, by_group(pictures, "linear_probe_top1", rows, hits))
+
+
+def few_shot(predictor: Predictor, pictures: Pictures) -> Outcome:
+    """Few-shot linear probe: a few random training pictures of each class, averaged over draws (see `probes`)."""
+    arguments, statistics = pictures.arguments, {}
+    test, test_labels = features_of(predictor, pictures, "images")
+    train, labels = features_of(predictor, pictures.train, "training images")
+    for shots in dict.fromkeys(int(word) for word in arguments.shots.split(",")):
+        hits = np.zeros(len(test))
+        for draw in range(arguments.few_shot_draws):
+            chosen, others = probes.draw_shots(labels, shots, arguments.seed + draw)
+            strength = probes.WITHOUT_VALIDATION
+            if len(others):
+                strength = probes.choose_strength((train[chosen], labels[chosen]), (train[others], labels[others]))
+            classifier = probes.fit(train[chosen], labels[chosen], strength)
+            hits += (classifier.predict(test) == test_labels) / arguments.few_shot_draws
+        statistics[f"few_shot_top1_{shots}"] = mean(hits.tolist())
+    return Outcome(estimate(statistics, len(test), **bootstrap(arguments)))
 
 
 def embed_classes(predictor: Predictor, pictures: Pictures) -> Tensor:
@@ -526,6 +620,8 @@ def nlvr(predictor: Predictor, pictures: Pictures) -> Outcome:
 
 TASKS = {
     "zero-shot": Task("embed", zero_shot),
+    "linear-probe": Task("embed", linear_probe),
+    "few-shot": Task("embed", few_shot),
     "retrieval": Task("embed", retrieval),
     "itm": Task("match", itm),
     "composition": Task("embed", composition),

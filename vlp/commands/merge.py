@@ -31,11 +31,10 @@ from ..files import check_output, write_whole
 from ..loading import licence_of, load_model, load_processor, read_config, row_of, text_of
 from ..model_cards.plots import plot_curve
 from ..training.arguments import add_options, public_name
-from ..training.data.sources import load_rows
 from ..training.evaluation.arguments import EvaluationArguments
 from ..training.evaluation.pictures import Pictures
 from ..training.evaluation.results import evaluate_model, values_of
-from ..training.evaluation.tasks import prepare_data
+from ..training.evaluation.tasks import load_table, prepare_data
 
 MOST_POINTS = 101
 # The metric of each task that a curve shows and a greedy soup maximises.
@@ -47,6 +46,7 @@ METRIC = {
     "itm": "itm_accuracy",
     "nlvr": "nlvr_accuracy",
     "composition": "composition_accuracy",
+    "linear-probe": "linear_probe_top1",
 }
 State = dict[str, Tensor]
 
@@ -226,9 +226,9 @@ def prepare(text: str) -> Pictures:
     except ValueError as error:
         raise ArgumentError(f"--data {printable(text, 80)}: {error}.") from None
     arguments = EvaluationArguments(**vars(parser.parse_args(["--dataset", *words])))
-    rows = load_rows(arguments.dataset, arguments.split, arguments.image_column, arguments.image_root,
-                     arguments.dataset_config_name, "--data", arguments.second_image_column,
-                     arguments.caption_column, arguments.encoding)  # fmt: skip
+    if arguments.task not in METRIC:
+        raise ArgumentError(f"--data cannot be evaluated by --task {arguments.task}: use one of {', '.join(METRIC)}.")
+    rows = load_table(arguments, arguments.split, "--data")
     return prepare_data(rows, arguments, PartialState(cpu=not torch.accelerator.is_available()))
 
 
