@@ -165,6 +165,12 @@ class TrainingArguments:
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, slower steps"
     )
+    sync_batch_norm: bool = option(
+        False,
+        "compute the statistics of batch norm over the images of all processes, as one process with the whole batch "
+        "would; slower",
+        bound=True,
+    )
     torch_compile: bool = option(False, "compile the model with torch.compile: slower start, faster steps")
 
     # Objective and optimisation

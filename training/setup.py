@@ -30,6 +30,7 @@ from .data.streams import ShardDataset, kinds_of
 from .families import Family
 from .loop import Run
 from .machine.adapters import add_lora, check_lora, freeze_statistics, note_base
+from .machine.batch_norm import join_batch_norm
 from .machine.checkpoint import find_state
 from .machine.hardware import cpu_cores, make_accelerator, precision_of, start_trackers, use_cpu_well
 from .machine.hub import check_access
@@ -157,6 +158,8 @@ def make_run(
     size = len(rows) if rows is not None else arguments.shard_size
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     objective = family.objective(arguments, model, processor, size / batch if size else None)
+    if arguments.sync_batch_norm:
+        join_batch_norm(objective)
     sharded = accelerator.is_fsdp2 or accelerator.distributed_type == DistributedType.DEEPSPEED
     if sharded:
         make_shardable(objective)

@@ -22,7 +22,7 @@ class ClipObjective(Objective):
     representation learning, Kusupati et al., 2022, arXiv:2205.13147).
 
     The result is that of one process with the joined batch, except that a ResNet's batch norm uses the statistics of
-    each process's own images.
+    each process's own images, unless it is joined (`--sync_batch_norm`).
 
     Args:
         model: the model to train.
