@@ -18,6 +18,8 @@ class VlpViTConfig(PreTrainedConfig):
         hidden_act: "quick_gelu" (OpenAI's weights) or "gelu".
         patch_dropout: share of the patches of each training image that are dropped at random (FLIP, arXiv:2212.00794),
             at least 0 and below 1.
+        drop_path_rate: probability (at least 0, below 1) that the last block is skipped for an image in training; it
+            grows linearly from 0 for the first block (stochastic depth, arXiv:1603.09382).
         final_norm: whether a LayerNorm follows the blocks. BLIP-2's towers have none, because they omit the last block.
     """
 
@@ -35,6 +37,7 @@ class VlpViTConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     attention_dropout: float = 0.0
     patch_dropout: float = 0.0
+    drop_path_rate: float = 0.0
     final_norm: bool = True
 
     def __post_init__(self, **kwargs):
@@ -54,6 +57,7 @@ class VlpViTConfig(PreTrainedConfig):
         require_divisible(self, "image_size", "patch_size")
         require_fraction(self, "attention_dropout")
         require_fraction(self, "patch_dropout")
+        require_fraction(self, "drop_path_rate")
         require_activation(self)
 
 

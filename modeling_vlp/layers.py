@@ -34,8 +34,9 @@ class MLP(nn.Module):
 class Block(GradientCheckpointingLayer):
     """A pre-norm transformer block."""
 
-    def __init__(self, config, is_causal: bool):
+    def __init__(self, config, is_causal: bool, drop_path: float = 0.0):
         super().__init__()
+        self.drop_path = drop_path
         self.self_attn = Attention(config, is_causal)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
@@ -74,8 +75,15 @@ class Block(GradientCheckpointingLayer):
             row, x = (take_rows(part, pool_at) if packing is None else packing.take_rows(part, pool_at)
                       for part in (normed, x))  # fmt: skip
             attended = self.self_attn.forward_one(row, normed, visible, packing)
-        x = x + attended
-        return x + self.mlp(self.layer_norm2(x)), weights
+        x = x + self.drop(attended)
+        return x + self.drop(self.mlp(self.layer_norm2(x))), weights
+
+    def drop(self, branch: Tensor) -> Tensor:
+        """Leave out a branch (B, N, D) for random images in training, with probability `drop_path`."""
+        if not self.training or not self.drop_path:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * (kept / (1 - self.drop_path)).to(branch.dtype)
 
 
 class Encoder(nn.Module):
@@ -83,7 +91,10 @@ class Encoder(nn.Module):
 
     def __init__(self, config, is_causal: bool):
         super().__init__()
-        self.layers = nn.ModuleList(Block(config, is_causal) for _ in range(config.num_hidden_layers))
+        rate, count = getattr(config, "drop_path_rate", 0.0), config.num_hidden_layers
+        self.layers = nn.ModuleList(
+            Block(config, is_causal, rate * index / max(1, count - 1)) for index in range(count)
+        )
 
     def forward(
         self,

@@ -14,6 +14,7 @@ import vlp
         (lambda: vlp.VlpViTConfig(image_size=224, patch_size=15), r"image_size \(224\).*patch_size \(15\)"),
         (lambda: vlp.VlpViTConfig(num_hidden_layers=-1), "num_hidden_layers must be positive, got -1"),
         (lambda: vlp.VlpViTConfig(patch_dropout=1.0), "patch_dropout.*got 1.0"),
+        (lambda: vlp.VlpViTConfig(drop_path_rate=1.0), "drop_path_rate.*got 1.0"),
         (lambda: vlp.VlpViTConfig(hidden_act="quik_gelu"), "'quik_gelu'"),
         (lambda: vlp.VlpModifiedResNetConfig(depths=[3, 0, 1]), r"depths must be positive, got \[3, 0, 1\]"),
         (lambda: vlp.VlpModifiedResNetConfig(image_size=225), r"image_size \(225\).*stride \(32\)"),

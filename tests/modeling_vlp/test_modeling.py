@@ -238,6 +238,25 @@ def test_patch_dropout_is_active_only_in_training():
     assert model.eval().get_image_features(images).last_hidden_state.shape == (2, 17, 48)
 
 
+def test_drop_path_skips_blocks_for_random_images_in_training():
+    config = tiny_config()
+    config.vision_config.drop_path_rate = 0.5
+    torch.manual_seed(0)
+    model = vlp.VlpClipModel(config)
+    blocks = model.vision_model.encoder.layers
+    rates = [block.drop_path for block in blocks]
+    assert rates[0] == 0.0 and rates[-1] == 0.5 and rates == sorted(rates)
+    images = torch.randn(64, 3, 32, 32)
+    plain = vlp.VlpClipModel(tiny_config())
+    plain.load_state_dict(model.state_dict())
+    assert_close(model.eval().get_image_features(images), plain.eval().get_image_features(images))
+    branch = torch.ones(4000, 2, 3)
+    dropped = blocks[-1].train().drop(branch)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0} and (dropped == dropped[:, :1, :1]).all()
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.1)
+    assert blocks[0].train().drop(branch) is branch
+
+
 def test_initialisation_follows_openai():
     config = vlp.VlpClipConfig(
         vision_config={"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 1024},
