@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .linear import Linear
@@ -60,6 +61,44 @@ def plain_is_faster(query: Tensor, mask: Tensor | None) -> bool:
         and (mask is None or mask.dtype == torch.bool)
         and not torch.compiler.is_compiling()
     )
+
+
+_packing: bool | None = None
+
+
+def set_packing(packing: bool | None) -> None:
+    """Choose whether training removes the padding of texts before it computes anything for their tokens.
+
+    That saves the computation for the padding, but its amount must be known first: on a GPU, the host waits for it in
+    every step.
+
+    Args:
+        packing: True or False for all devices; None: on CPUs only, which never wait.
+    """
+    global _packing
+    _packing = packing
+
+
+def packs(x: Tensor) -> bool:
+    """Whether the padding of a tensor on its device is removed (see `set_packing`); not while it is compiled."""
+    wanted = x.device.type == "cpu" if _packing is None else _packing
+    return wanted and not torch.compiler.is_compiling()
+
+
+def padding_mask_for(config, x: Tensor, attention_mask: Tensor, states: Tensor | None = None) -> Tensor | None:
+    """The mask of attention from `x` to `states` (if None, to `x`), without causality, in the format of the kernel.
+
+    transformers reads whether there is any padding at all, for which the host waits; without packing, this does not.
+
+    Args:
+        config: has the name of the kernel, `_attn_implementation`.
+        x: (B, N, D).
+        attention_mask: (B, M), 0 for padding.
+        states: (B, M, D).
+    """
+    if config._attn_implementation == "sdpa" and not packs(x):
+        return attention_mask.bool()[:, None, None].expand(-1, 1, x.shape[1], -1)
+    return create_bidirectional_mask(config, x, attention_mask, encoder_hidden_states=states)
 
 
 class Packing:

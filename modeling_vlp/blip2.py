@@ -16,8 +16,7 @@ from ..configuration.towers import VlpVisionTowerConfig, states_size
 from ..configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig
 from .base import VlpPreTrainedModel
 from .blip import MatchesPairs, compare_within_batch, three_losses
-from .losses import language_modelling_loss
-from .med import LMHead, Memory, begin_with
+from .med import LMHead, Memory, begin_with, label_loss
 from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput, compared, with_pooled
 from .qformer import QFormerModel
 from .resnet import ModifiedResNet
@@ -271,12 +270,10 @@ class VlpBlip2ForPreTraining(VlpBlip2Matcher):
             input_ids: (B, N) texts that begin with [CLS], padded on the right.
             cache: self-attention keys and values of the queries.
         """
-        labels = input_ids[:, 1:]
-        kept = labels != self.config.qformer_config.pad_token_id
+        config = self.config.qformer_config
+        labels = input_ids[:, 1:].masked_fill(input_ids[:, 1:] == config.pad_token_id, -100)
         # No mask is needed: with causal attention, no text token attends to the padding on its right.
-        logits = self.lm_head(self.decode(input_ids[:, :-1], cache)[kept])
-        with torch.autocast(logits.device.type, enabled=False):
-            return language_modelling_loss(logits.float(), labels[kept], self.config.qformer_config.label_smoothing)
+        return label_loss(self.lm_head, self.decode(input_ids[:, :-1], cache), labels, config.label_smoothing)
 
     @can_return_tuple
     def forward(

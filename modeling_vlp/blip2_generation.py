@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput, find_adapter_config_file
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.blip2 import VlpBlip2Config
+from .attention import packs
 from .base import adopt, loaded
 from .blip2 import VlpBlip2ForPreTraining, VlpBlip2PreTrainedModel
 from .language_model import load_language_model, plain_config, prefill, with_padding_first
@@ -321,16 +322,16 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
             return output
         length = embeds.shape[1] - prefix.shape[1]
         keep = {"logits_to_keep": length + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        output = model(
-            inputs_embeds=embeds, attention_mask=mask, use_cache=False, return_dict=True, **flags, **keep
-        )  # fmt: skip
+        output = model(inputs_embeds=embeds, attention_mask=None if attention_mask is None else mask,
+                       use_cache=False, return_dict=True, **flags, **keep)  # fmt: skip
         # The logits at the last query predict the first token of the text.
         logits, loss = output.logits[:, -length - 1 :], None
         if labels is not None:
-            kept = labels != -100
+            kept = labels != -100 if packs(logits) else ...
             reduction = "mean" if num_items_in_batch is None else "sum"
             with torch.autocast(logits.device.type, enabled=False):
-                loss = F.cross_entropy(logits[:, :-1][kept].float(), labels[kept], reduction=reduction)
+                found = logits[:, :-1][kept].float().flatten(0, -2)
+                loss = F.cross_entropy(found, labels[kept].flatten(), reduction=reduction)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return CausalLMOutputWithPast(
             loss=loss, logits=logits[:, 1:], hidden_states=output.hidden_states, attentions=output.attentions

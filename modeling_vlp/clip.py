@@ -141,8 +141,8 @@ class VlpClipModel(VlpPreTrainedModel):
             attention_mask: ignored: padding is on the right, where causal attention does not attend to it.
             position_ids: (T, N); if None, 0 to N - 1.
             pooled_only: as for `get_image_features`.
-            pack: with `pooled_only`, skip the computation for padding (except for SigLIP, which attends to padding); on
-                a GPU, this causes a host-device synchronisation.
+            pack: with `pooled_only`, skip the computation for padding if `attention.packs` (except for SigLIP, which
+                attends to padding).
             output_hidden_states, output_attentions: also return these; if None, as the configuration says.
             kwargs: ignored, so that the processor's output can be passed as it is.
 

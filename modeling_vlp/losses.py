@@ -196,5 +196,5 @@ def spelling_loss(logits: Tensor, words: Tensor, ids: Tensor) -> tuple[Tensor, T
 
 
 def language_modelling_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Compute the cross entropy of (N, V) logits with the next tokens (N,), averaged over the tokens."""
+    """Compute the cross entropy of (N, V) logits with the next tokens (N,), averaged over those that are not -100."""
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)

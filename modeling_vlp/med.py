@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
 
 from ..configuration.text import VlpBlipTextConfig
-from .attention import Attention, Packing
+from .attention import Attention, Packing, packs, padding_mask_for
 from .base import VlpPreTrainedModel
 from .layers import MLP
 from .linear import Linear
@@ -249,7 +249,7 @@ class MedModel(VlpPreTrainedModel):
         if pooled_only:
             first_masks = self.masks(inputs_embeds[:, :1], attention_mask, memory, states=inputs_embeds)
         packing = None
-        if pack and attention_mask is not None:
+        if pack and attention_mask is not None and packs(inputs_embeds):
             packing = Packing(attention_mask)
             inputs_embeds = packing.pack(inputs_embeds)
             position_ids = packing.pack(position_ids.expand(texts, length))
@@ -279,14 +279,14 @@ class MedModel(VlpPreTrainedModel):
         """Return the masks of self-attention, from `x` to `states` (if None, `x`), and of cross-attention."""
         self_mask = image_mask = None
         if decode:
-            self_mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
+            # Without a cache, positions are of no use; transformers would look for packed sequences in them.
+            positions = position_ids if past_key_values is not None else None
+            self_mask = create_causal_mask(self.config, x, attention_mask, past_key_values, positions)
         elif attention_mask is not None:
-            self_mask = create_bidirectional_mask(self.config, x, attention_mask, encoder_hidden_states=states)
+            self_mask = padding_mask_for(self.config, x, attention_mask, states)
         if memory is not None and memory.mask is not None:
             grouped = x.reshape(memory.states.shape[0], -1, x.shape[-1])
-            image_mask = create_bidirectional_mask(
-                self.config, grouped, memory.mask, encoder_hidden_states=memory.states
-            )
+            image_mask = padding_mask_for(self.config, grouped, memory.mask, memory.states)
         return self_mask, image_mask
 
 
@@ -330,10 +330,31 @@ def next_token_loss(text_model: MedModel, lm_head: LMHead, input_ids, attention_
         labels = input_ids.masked_fill(input_ids == config.pad_token_id, -100)
     labels = labels[:, 1:]
     states = text_model(input_ids[:, :-1], attention_mask, memory, decode=True, pack=pack).last_hidden_state
-    kept = labels != -100
-    logits = lm_head(states[kept])
+    return label_loss(lm_head, states, labels, config.label_smoothing)
+
+
+def text_log_probabilities(text_model: MedModel, lm_head: LMHead, input_ids: Tensor, memory: Memory) -> Tensor:
+    """Compute the log-probability (T,) that a decoder gives to each text, with its end token.
+
+    Args:
+        text_model, lm_head: the decoder.
+        input_ids: (T, N) texts that begin with [CLS], which is replaced by [DEC], padded on the right.
+        memory: keys and values of the image of each text.
+    """
+    config, real = text_model.config, input_ids[:, 1:] != text_model.config.pad_token_id
+    ids = begin_with(input_ids, config.bos_token_id)[:, :-1]
+    states = text_model(ids, real, memory, decode=True, pack=True).last_hidden_state
+    found = lm_head(states).float().log_softmax(dim=-1).gather(2, input_ids[:, 1:, None])[..., 0]
+    return found.masked_fill(~real, 0.0).sum(dim=1)
+
+
+def label_loss(lm_head: nn.Module, states: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Compute the language modelling loss from states (T, N, D) and labels (T, N), of which -100 have no loss."""
+    if packs(states):  # logits of the other positions are not needed
+        states, labels = states[labels != -100], labels[labels != -100]
+    logits = lm_head(states).flatten(0, -2)
     with torch.autocast(states.device.type, enabled=False):
-        return language_modelling_loss(logits.float(), labels[kept], config.label_smoothing)
+        return language_modelling_loss(logits.float(), labels.flatten(), label_smoothing)
 
 
 def decode(

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..configuration.text import VlpQFormerConfig
+from .attention import padding_mask_for
 from .base import VlpPreTrainedModel
 from .layers import MLP
 from .med import Memory, ResidualAttention, initialize_as_bert
@@ -242,4 +243,4 @@ class QFormerModel(VlpPreTrainedModel):
             return create_causal_mask(self.config, x, attention_mask, cache)
         if attention_mask is None:
             return None
-        return create_bidirectional_mask(self.config, x, attention_mask, encoder_hidden_states=states)
+        return padding_mask_for(self.config, x, attention_mask, states)

@@ -7,7 +7,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..configuration.text import VlpClipTextConfig
-from .attention import Packing
+from .attention import Packing, packs
 from .base import VlpPreTrainedModel
 from .layers import Encoder, take_rows
 
@@ -78,8 +78,7 @@ class TextTransformer(VlpPreTrainedModel):
             input_ids: (B, N), each with an end token.
             position_ids: (B, N); if None, 0 to N - 1.
             pooled_only: compute only the end token in the last layer; `last_hidden_state` is then None.
-            pack: with `pooled_only`, skip the tokens after the end token; on a GPU, this causes one host-device
-                synchronisation.
+            pack: with `pooled_only`, skip the tokens after the end token, if `attention.packs`.
             kwargs: `output_hidden_states` and `output_attentions`.
 
         Returns:
@@ -92,7 +91,7 @@ class TextTransformer(VlpPreTrainedModel):
         end = (input_ids == self.config.eos_token_id).int().argmax(dim=-1)  # the first: it may also be the pad token
         mask = create_causal_mask(self.config, inputs_embeds=x, attention_mask=None, past_key_values=None)
         packing = None
-        if pack and pooled_only and not any(kwargs.values()) and not torch.compiler.is_compiling():
+        if pack and pooled_only and not any(kwargs.values()) and packs(x):
             packing = Packing(torch.arange(x.shape[1], device=x.device) <= end[:, None])
             x = packing.pack(x)
         encoded = self.encoder(x, mask, pool_at=end if pooled_only else None, packing=packing, **kwargs)

@@ -171,6 +171,11 @@ class TrainingArguments:
         "would; slower",
         bound=True,
     )
+    pack_texts: bool | None = option(
+        None,
+        "remove the padding of texts before anything is computed for their tokens; if not given, on CPUs only: on a "
+        "GPU, the host waits for the amount of padding in every step",
+    )
     torch_compile: bool = option(False, "compile the model with torch.compile: slower start, faster steps")
 
     # Objective and optimisation

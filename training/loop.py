@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .arguments import TrainingArguments
 from .data.batches import BadRows, Batch
 from .evaluation.pictures import Pictures
+from .machine.clock import Clock
 from .machine.optim import learning_rate_factor
 from .machine.sharding import gathered
 from .objectives.base import Objective
@@ -54,12 +54,8 @@ class Run:
     evaluations: list[Pictures] = field(default_factory=list)  # the prepared data of each evaluation task
     batches: Iterator[Batch] | None = None  # created after resuming, so that they continue from there
     progress: Progress = field(default_factory=Progress)
-    interrupted: bool = False
-
-    def agree(self) -> None:
-        """Share the main process' training time and whether it was interrupted; called once per step."""
-        if self.accelerator.num_processes > 1:
-            self.progress.seconds, self.interrupted = broadcast_object_list([self.progress.seconds, self.interrupted])
+    stop_requested: bool = False  # this process was asked to stop
+    interrupted: bool = False  # all processes stop before the next step
 
     def share_done(self) -> float:
         """Return the completed share of the schedule, from 0 to 1."""
@@ -120,12 +116,12 @@ def fit(run: Run, evaluate: Callable[[], dict], save: Callable[[], object]) -> N
         evaluate: called every `eval_steps` steps.
         save: called every `save_steps` steps and every `save_minutes` minutes.
     """
-    arguments, progress = run.arguments, run.progress
+    arguments, progress, clock = run.arguments, run.progress, Clock(run.accelerator.num_processes)
     saved_at = progress.seconds
     bar = tqdm(total=1.0, unit="", disable=not run.accelerator.is_main_process, mininterval=1.0,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")  # fmt: skip
     while True:
-        run.agree()
+        progress.seconds, run.interrupted = clock.agree(progress.seconds, run.stop_requested)
         share = run.share_done()
         bar.update(share - bar.n)
         if share >= 1 or run.interrupted:
@@ -137,7 +133,7 @@ def fit(run: Run, evaluate: Callable[[], dict], save: Callable[[], object]) -> N
         losses = train_step(run, share)
         logged = progress.step % arguments.logging_steps == 0 or progress.step == 1
         values = {name: loss.item() for name, loss in losses.items()} if logged else {}
-        progress.seconds += time.perf_counter() - started
+        progress.seconds += clock.count(time.perf_counter() - started)
         if logged:
             log(run, values, bar)
         if arguments.eval_steps and progress.step % arguments.eval_steps == 0 and run.share_done() < 1:

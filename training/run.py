@@ -163,9 +163,9 @@ def interruptible(run: Run) -> Iterator[None]:
     """Let Ctrl-C, SIGTERM or SIGHUP end the training loop after the current step; a second one ends it at once."""
 
     def stop(number, frame):
-        if run.interrupted:
+        if run.stop_requested:
             raise KeyboardInterrupt
-        run.interrupted = True
+        run.stop_requested = True
 
     before = {number: signal.signal(number, stop) for number in ENDING}
     try:

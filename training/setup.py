@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ..errors import ArgumentError, printable
 from ..files import start_anew, state_folder
 from ..loading import text_of
+from ..modeling_vlp.attention import set_packing
 from ..modeling_vlp.resnet import ModifiedResNet
 from ..processing.augmentation import PerImage, ToPixelValues, strong_augmentation
 from .arguments import TrainingArguments
@@ -66,6 +67,7 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
     accelerator = make_accelerator(arguments)
     if accelerator.device.type == "cpu":
         use_cpu_well(arguments.num_threads or max(1, cpu_cores() // accelerator.num_processes))
+    set_packing(arguments.pack_texts)
     set_seed(arguments.seed)
     rows, eval_rows = load_data(arguments)
     chooser = make_chooser(arguments)
@@ -158,6 +160,7 @@ def make_run(
     size = len(rows) if rows is not None else arguments.shard_size
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     objective = family.objective(arguments, model, processor, size / batch if size else None)
+    objective.even_batches = True  # the loaders leave out a last batch that is smaller
     if arguments.sync_batch_norm:
         join_batch_norm(objective)
     sharded = accelerator.is_fsdp2 or accelerator.distributed_type == DistributedType.DEEPSPEED

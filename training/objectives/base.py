@@ -11,9 +11,12 @@ class Objective(nn.Module):
     Attributes:
         frozen: parts of the model that are frozen, such as locked towers (LiT, arXiv:2111.07991); they stay in
             evaluation mode, with their batch norm and dropout.
+        even_batches: whether all processes have batches of the same size, as in training. If not, they exchange the
+            sizes in every step, for which the host waits.
     """
 
     frozen: Sequence[nn.Module] = ()
+    even_batches: bool = False
 
     def train(self, mode: bool = True) -> "Objective":
         super().train(mode)

@@ -108,7 +108,7 @@ class BlipObjective(Objective):
             pooled = model.vision_proj(pixel_values)
         image = unit_length(pooled)
         text = unit_length(model.get_text_features(input_ids, pooled_only=True).pooler_output)[text_index]
-        batch = JoinedBatch.of(text_index)
+        batch = JoinedBatch.of(text_index, self.even_batches)
         if self.contrastive_only:  # without teacher and queue, which lag behind a student that learns fast
             ids = (caption_ids, image_ids) if self.exclude_duplicates else ()
             with torch.autocast(image.device.type, enabled=False):

@@ -89,7 +89,7 @@ class Blip2Objective(Objective):
         queries = model.query(memory, past_key_values=cache).last_hidden_state
         image = unit_length(model.vision_proj(queries))
         text = unit_length(model.get_text_features(input_ids, pooled_only=True).pooler_output)[text_index]
-        batch = JoinedBatch.of(text_index)
+        batch = JoinedBatch.of(text_index, self.even_batches)
         with torch.autocast(image.device.type, enabled=False):
             image_logits, text_logits, same, loss_itc = self.compare(batch, image, text, caption_ids, image_ids)
         if self.contrastive_only:
@@ -236,9 +236,8 @@ class LanguageObjective(Objective):
             )
         else:
             labels = self.without_prompt(labels, text_index, prompt_lengths)
-            output = self.model(
-                input_ids=input_ids, attention_mask=real.long(), vision_states=states, labels=labels, **instructions
-            )
+            # No mask is needed: with causal attention, no token attends to the padding on its right.
+            output = self.model(input_ids=input_ids, vision_states=states, labels=labels, **instructions)
         return losses | {"lm": weigh_by_count(output.loss, (labels != -100).sum())}
 
     def without_prompt(self, labels: Tensor, text_index: Tensor, prompt_lengths: Tensor | None) -> Tensor:

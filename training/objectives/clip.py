@@ -73,12 +73,14 @@ class ClipObjective(Objective):
             {"contrastive": the loss}, or {"sigmoid": the loss} if the model has a bias.
         """
         image, text = self.embed(pixel_values, input_ids, text_index)
-        return self.contrast(image, text, JoinedBatch.of(text_index), caption_ids, image_ids)
+        batch = JoinedBatch.of(text_index, self.even_batches)
+        return self.contrast(image, text, batch, caption_ids, image_ids)
 
     def embed(self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor]:
         """Embed the images and the texts of a batch as (B, E) each, of unit length."""
-        text = in_micro_batches(self.embed_texts, self.micro_batch_size, input_ids)[text_index]
-        return in_micro_batches(self.embed_images, self.micro_batch_size, pixel_values), text
+        most = len(text_index) if self.even_batches else None
+        text = in_micro_batches(self.embed_texts, self.micro_batch_size, input_ids, most)[text_index]
+        return in_micro_batches(self.embed_images, self.micro_batch_size, pixel_values, most), text
 
     def contrast(
         self, image: Tensor, text: Tensor, batch: JoinedBatch, caption_ids: Tensor, image_ids: Tensor

@@ -32,9 +32,10 @@ class DistillationTeacher:
         self.side = predictor.model.config.vision_config.image_size
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> Tensor:
         """The number by which its cosines are multiplied before a softmax."""
-        return 1 / self.predictor.temperature
+        scale = getattr(self.model, "logit_scale", None)
+        return 1 / self.model.temp if scale is None else scale.exp()
 
     def embed_images(self, pixel_values: Tensor) -> Tensor:
         """Embed images as the student sees them, at the teacher's size.
@@ -121,22 +122,28 @@ class DistilledClipObjective(ClipObjective):
             The losses of `ClipObjective.forward`, and {"distillation": the loss times its weight}.
         """
         image, text = self.embed(pixel_values, input_ids, text_index)
-        batch = JoinedBatch.of(text_index)
+        batch = JoinedBatch.of(text_index, self.even_batches)
         losses = self.contrast(image, text, batch, caption_ids, image_ids)
         with torch.no_grad():
+            size, most = self.micro_batch_size, len(text_index) if self.even_batches else None
             if teacher_images is None:
-                teacher_images = in_micro_batches(self.teacher.embed_images, self.micro_batch_size, pixel_values)
+                teacher_images = in_micro_batches(self.teacher.embed_images, size, pixel_values, most)
             if not teacher_texts.is_floating_point():
-                teacher_texts = in_micro_batches(self.teacher.embed_texts, self.micro_batch_size, teacher_texts)
+                teacher_texts = in_micro_batches(self.teacher.embed_texts, size, teacher_texts, most)
             teacher_texts = teacher_texts[text_index]
         with torch.autocast(image.device.type, enabled=False):
             loss = distillation_loss(
                 similarities(image, text, self.model.logit_scale.to(image.dtype).exp(), batch),
-                similarities(teacher_images.to(image.dtype), teacher_texts.to(image.dtype), self.teacher.scale, batch),
+                similarities(
+                    teacher_images.to(image.dtype),
+                    teacher_texts.to(image.dtype),
+                    self.teacher.scale.to(image.dtype),
+                    batch,
+                ),
             )
         return losses | {"distillation": self.weight * batch.weigh(loss)}
 
 
-def similarities(image: Tensor, text: Tensor, scale: Tensor | float, batch: JoinedBatch) -> tuple[Tensor, Tensor]:
+def similarities(image: Tensor, text: Tensor, scale: Tensor, batch: JoinedBatch) -> tuple[Tensor, Tensor]:
     """The scaled cosines of this process's images with all texts, and of its texts with all images, (B, all) each."""
     return scale * image @ batch.gather(text).T, scale * text @ batch.gather(image).T

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from .distributed import largest
 
 
-def in_micro_batches(function: Callable[[Tensor], Tensor], size: int | None, rows: Tensor) -> Tensor:
+def in_micro_batches(
+    function: Callable[[Tensor], Tensor], size: int | None, rows: Tensor, most: int | None = None
+) -> Tensor:
     """Compute `function(rows)` with the activations of at most `size` rows in memory.
 
     Random operations such as dropout are repeated identically in the recomputation. Batch norm uses the statistics of
@@ -25,11 +27,12 @@ def in_micro_batches(function: Callable[[Tensor], Tensor], size: int | None, row
         function: maps rows to features, row by row.
         size: maximum number of rows per part; None: all rows at once.
         rows: the input.
+        most: a number that the rows of no process exceed, the same in all processes; None: they ask each other.
     """
     if size is None:
         return function(rows)
     # Every process needs the same number of parts: sharded parameters are gathered for each part.
-    parts = largest(math.ceil(len(rows) / size), rows.device)
+    parts = math.ceil(most / size) if most is not None else largest(math.ceil(len(rows) / size), rows.device)
     if parts == 1:
         return function(rows)
 
