@@ -6,6 +6,9 @@ With a temperature, scores are log posteriors. ITM learns to distinguish pairs f
 so its odds are the ratio of the true distribution to ITC's (noise-contrastive estimation; Deng et al., 2020,
 arXiv:2004.11714). The best score to rank by is then ITC's probability times those odds; its logarithm is cosine /
 temperature + log-odds.
+
+The decoder can re-rank, too: the probability that it gives to a caption of an image tells how well they fit (Lin et
+al., 2024, arXiv:2306.01879). Its logarithm is added to that of ITC's probability.
 """
 
 from dataclasses import dataclass
@@ -59,12 +62,27 @@ def rerank(similarity: Tensor, candidates: Tensor, logits: Tensor, temperature: 
         temperature: ITC's temperature, for log posteriors; if None, the original's scores.
 
     Returns:
-        (Q, N): for candidates, cosine + "yes", or cosine / temperature + "yes" - "no" with a temperature; for others,
-        cosine - 100, divided by the temperature if there is one.
+        (Q, N): for candidates, cosine + "yes", or cosine / temperature + "yes" - "no" with a temperature.
     """
     no, yes = logits.unbind(dim=-1)
-    matched = similarity + yes if temperature is None else similarity / temperature + yes - no
-    return torch.where(candidates, matched, (similarity + NOT_MATCHED) / (temperature or 1.0))
+    return combine(similarity, candidates, yes if temperature is None else yes - no, temperature)
+
+
+def combine(similarity: Tensor, candidates: Tensor, scores: Tensor, temperature: float | None = None) -> Tensor:
+    """Add scores to the similarities of candidates; other targets rank below all candidates.
+
+    Args:
+        similarity, candidates, temperature: as for `rerank`.
+        scores: (Q, N), such as log-odds of ITM or log-probabilities of captions; ignored where `candidates` is False.
+
+    Returns:
+        (Q, N): for candidates, cosine / temperature + score; for others, (cosine - 100) / temperature, or less if the
+        scores require it.
+    """
+    scale = temperature or 1.0
+    lowest = scores.masked_fill(~candidates, 0.0).min().item() if scores.numel() else 0.0
+    below = min(NOT_MATCHED / scale, lowest - 2 / scale)  # cosines differ by at most 2
+    return torch.where(candidates, similarity / scale + scores, similarity / scale + below)
 
 
 @torch.inference_mode()

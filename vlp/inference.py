@@ -232,6 +232,26 @@ class BlipPredictor(VlpPredictor):
         return self.model.match(self.prepare_texts(texts)["input_ids"], None, memory).float().cpu()
 
     @torch.inference_mode()
+    def caption_log_probabilities(self, states: Tensor, index: Tensor, texts: list[str]) -> Tensor:
+        """Compute the probability that the decoder gives to captions.
+
+        Args:
+            states, index, texts: as for `match`.
+
+        Returns:
+            Logarithms of the probabilities (T,), float32, on the CPU.
+
+        Raises:
+            UnsupportedModelError: if the model has no decoder beside its matching head.
+        """
+        if not hasattr(self.model, "caption_log_probabilities"):
+            raise UnsupportedModelError(
+                f"A {type(self.model).__name__} cannot re-rank by captioning: only a pre-trained BLIP has both heads."
+            )
+        memory = self.memory_of(states).select(index.to(self.model.device))
+        return self.model.caption_log_probabilities(self.prepare_texts(texts)["input_ids"], memory).cpu()
+
+    @torch.inference_mode()
     def caption(self, images: list[Image.Image], prompt: str = "", **options) -> list[str]:
         """Generate a caption for each image.
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from vlp.modeling_vlp.ranking import candidates_of, rerank
+from vlp.modeling_vlp.ranking import candidates_of, combine, rerank
 
 
 @pytest.mark.parametrize("temperature", [None, 0.05])
@@ -19,6 +19,16 @@ def test_matched_candidates_rank_above_the_rest(temperature):
         if candidates[row, row]:
             assert scores[row].argmax() == row
         assert scores[row][candidates[row]].min() > scores[row][~candidates[row]].max()
+
+
+def test_captions_of_low_probability_rank_above_what_is_no_candidate():
+    similarity = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
+    candidates = candidates_of(similarity, 3)
+    scores = -1000 * torch.rand(5, 5, generator=torch.Generator().manual_seed(1))
+    combined = combine(similarity, candidates, scores, 0.5)
+    for row in range(5):
+        assert combined[row][candidates[row]].min() > combined[row][~candidates[row]].max()
+    assert_close(combined[candidates], (similarity / 0.5 + scores)[candidates])
 
 
 def test_scores_are_the_originals_or_log_posteriors():

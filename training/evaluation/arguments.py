@@ -10,9 +10,16 @@ from ..arguments import EMOJI, check_values, option, require_at_least_one
 from ..data.sources import is_shards
 
 PROBES = ("linear-probe", "few-shot")  # tasks that train a classifier
+RERANKERS = {"matching": "reranked_", "captioning": "reranked_lm_"}  # what can re-rank, with the prefix of its metrics
 TaskName = Literal[
     "zero-shot", "retrieval", "captioning", "vqa", "itm", "nlvr", "composition", "linear-probe", "few-shot"
 ]
+
+
+def check_rerankers(names: str) -> None:
+    """Raise ArgumentError unless --rerank_by names what can re-rank."""
+    if not names or set(names.split(",")) - set(RERANKERS):
+        raise ArgumentError(f"--rerank_by must be {' or '.join(RERANKERS)}, or both: got {printable(names, 60)!r}.")
 
 
 @dataclass(kw_only=True)
@@ -56,6 +63,11 @@ class EvaluationArguments:
     rerank_posterior: bool = option(
         False, "re-rank by ITC probability times ITM odds, not by cosine plus ITM logit as the original does"
     )
+    rerank_by: str = option(
+        "matching",
+        "what re-ranks: matching (ITM), captioning (the probability of the caption, BLIP only), or both, as "
+        "matching,captioning",
+    )
     prompt: str = option("", "captioning: prompt that captions start with; it is removed from the result")
     num_beams: int = option(3, "captioning, vqa: number of beams")
     max_length: int = option(30, "captioning, vqa: maximum number of tokens to generate")
@@ -84,6 +96,7 @@ class EvaluationArguments:
             raise ArgumentError(f"--shots must be whole numbers joined by commas, got {printable(self.shots, 60)!r}.")
         if self.task in PROBES and self.split in (self.train_split, self.validation_split):
             raise ArgumentError(f"--split {self.split} is what the classifier learns from: choose another split.")
+        check_rerankers(self.rerank_by)
         for name in ("resamples", "rerank_top_k"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")

@@ -22,12 +22,12 @@ from ...architectures import architecture_of
 from ...errors import ArgumentError, brief, printable
 from ...files import usable_path
 from ...inference import Predictor, VlpPredictor
-from ...modeling_vlp.ranking import candidates_of, rerank
+from ...modeling_vlp.ranking import candidates_of, combine, rerank
 from ...processing.prompts import CLASS_NAMES, prompts_for, read_names
 from ..data.rows import answers_of, captions_of, label_of
 from ..data.sources import load_rows, require_column, require_text
 from . import probes
-from .arguments import PROBES, EvaluationArguments
+from .arguments import PROBES, RERANKERS, EvaluationArguments
 from .metrics import load as load_metric
 from .pictures import Pictures, find_pictures
 from .scores import answer_scores, estimate, mean, preferences
@@ -420,8 +420,9 @@ def retrieval(predictor: Predictor, pictures: Pictures) -> Outcome:
     found = embed(predictor, pictures, states=pictures.arguments.rerank_top_k > 0)
     metrics = recalls(found, found.similarity, found.similarity.T, "", pictures)
     if pictures.arguments.rerank_top_k:
-        to_texts, to_images = rerank_pairs(predictor, pictures, found)
-        metrics |= recalls(found, to_texts, to_images, "reranked_", pictures)
+        for name in dict.fromkeys(pictures.arguments.rerank_by.split(",")):
+            to_texts, to_images = rerank_pairs(predictor, pictures, found, name)
+            metrics |= recalls(found, to_texts, to_images, RERANKERS[name], pictures)
     return Outcome(metrics)
 
 
@@ -454,8 +455,10 @@ def recalls(found: Embedded, to_texts: Tensor, to_images: Tensor, prefix: str, p
     return result
 
 
-def rerank_pairs(predictor: Predictor, pictures: Pictures, found: Embedded) -> tuple[Tensor, Tensor]:
-    """Re-rank each query's best candidates by matching (see `modeling_vlp.ranking`).
+def rerank_pairs(
+    predictor: Predictor, pictures: Pictures, found: Embedded, name: str = "matching"
+) -> tuple[Tensor, Tensor]:
+    """Re-rank each query's best candidates by matching or captioning (see `modeling_vlp.ranking`).
 
     Each pair is matched once, in the process that has the image.
 
@@ -463,6 +466,7 @@ def rerank_pairs(predictor: Predictor, pictures: Pictures, found: Embedded) -> t
         predictor: the model.
         pictures: the data.
         found: the embedded data, with image states.
+        name: one of RERANKERS.
 
     Returns:
         Scores (I, T) of the texts for each image and (T, I) of the images for each text.
@@ -470,11 +474,21 @@ def rerank_pairs(predictor: Predictor, pictures: Pictures, found: Embedded) -> t
     similarity, arguments, own = found.similarity, pictures.arguments, pictures.own
     texts, images = (candidates_of(each, arguments.rerank_top_k) for each in (similarity, similarity.T))
     pairs = (texts | images.T)[own].nonzero().tolist()  # (position among own images, text)
-    matched = match(predictor, pictures, found, pairs).tolist()
-    logits = torch.zeros(*similarity.shape, 2)
-    for (image, text), row in pictures.gather(
+    score = predictor.match if name == "matching" else predictor.caption_log_probabilities
+    matched = score_pairs(score, pictures, found, pairs).tolist()
+    scored = pictures.gather(
         [((own[position], text), row) for (position, text), row in zip(pairs, matched, strict=True)]
-    ):
+    )
+    if name == "captioning":
+        scores = torch.zeros(similarity.shape)
+        for (image, text), value in scored:
+            scores[image, text] = value
+        return (
+            combine(similarity, texts, scores, predictor.temperature),
+            combine(similarity.T, images, scores.T, predictor.temperature),
+        )
+    logits = torch.zeros(*similarity.shape, 2)
+    for (image, text), row in scored:
         logits[image, text] = torch.tensor(row)
     temperature = predictor.temperature if arguments.rerank_posterior else None
     return (
@@ -483,23 +497,23 @@ def rerank_pairs(predictor: Predictor, pictures: Pictures, found: Embedded) -> t
     )
 
 
-def match(predictor: Predictor, pictures: Pictures, found: Embedded, pairs: list) -> Tensor:
-    """Compute ITM logits.
+def score_pairs(score: Callable, pictures: Pictures, found: Embedded, pairs: list) -> Tensor:
+    """Score pairs of images and texts.
 
     Args:
-        predictor: the model.
+        score: `match` or `caption_log_probabilities` of a predictor.
         pictures: the data.
         found: the embedded data, with image states.
         pairs: (position among this process's images, index of the text) of each pair.
 
     Returns:
-        (P, 2) logits.
+        (P, 2) logits of ITM, or (P,) log-probabilities; empty without pairs.
     """
-    logits = [torch.zeros(0, 2)]
-    for batch in pictures.batches(pairs, "matching"):
+    scores = []
+    for batch in pictures.batches(pairs, "pairs"):
         images, index = torch.tensor([image for image, _ in batch]).unique(return_inverse=True)
-        logits.append(predictor.match(found.states[images], index, [found.texts[number] for _, number in batch]))
-    return torch.cat(logits)
+        scores.append(score(found.states[images], index, [found.texts[number] for _, number in batch]))
+    return torch.cat(scores) if scores else torch.zeros(0)
 
 
 def itm(predictor: Predictor, pictures: Pictures) -> Outcome:
@@ -512,7 +526,7 @@ def itm(predictor: Predictor, pictures: Pictures) -> Outcome:
         pairs += [(position, text, 1) for text in right[image].nonzero()[:, 0].tolist()]
         if not right[image].all():
             pairs.append((position, int(hardest[image]), 0))
-    logits = match(predictor, pictures, found, [pair[:2] for pair in pairs])
+    logits = score_pairs(predictor.match, pictures, found, [pair[:2] for pair in pairs])
     predicted = [
         ((own[position], text), prediction, label)
         for (position, text, label), prediction in zip(pairs, logits.argmax(dim=1).tolist(), strict=True)

@@ -31,6 +31,7 @@ from ..arguments import TrainingArguments, option, require_at_least_one, require
 from ..data.rows import CaptionChooser, caption_texts, texts_of
 from ..data.samples import QuestionMaker, ReasoningMaker, SampleMaker
 from ..data.sources import require_column, require_text
+from ..evaluation.arguments import check_rerankers
 from ..evaluation.pictures import Pictures
 from ..objectives.blip import BlipObjective
 from ..objectives.blip_tasks import AnsweringObjective, CaptioningObjective, ReasoningObjective
@@ -158,6 +159,11 @@ class BlipArguments(CachingArguments, GroupingArguments):
     rerank_posterior: bool = option(
         False, "evaluation: re-rank by ITC probability times ITM odds, instead of the original's cosine plus ITM logit"
     )
+    rerank_by: str = option(
+        "matching",
+        "evaluation: what re-ranks: matching (ITM), captioning (the probability of the caption), or both, as "
+        "matching,captioning",
+    )
     eval_num_beams: int = option(3, "evaluation: beams for generating captions and answers")
 
     def __post_init__(self):
@@ -184,6 +190,9 @@ class BlipArguments(CachingArguments, GroupingArguments):
                 f"--prompt {self.prompt!r} can only be used with --task captioning, not with {self.task}."
             )
         require_share(self, "momentum", "alpha", "contrastive_share")
+        check_rerankers(self.rerank_by)
+        if self.task == "retrieval" and self.rerank_by != "matching":
+            raise ArgumentError("--task retrieval trains no decoder: --rerank_by must be matching.")
         require_at_least_one(self, "queue_size", "rerank_top_k", "eval_num_beams", "itm_negatives")
         self.check_groups(self.task in ("vqa", "nlvr"), "--task vqa and nlvr")
         if self.alpha_epochs < 0:
@@ -439,7 +448,7 @@ def make_evaluation(arguments: BlipArguments, rows, train_rows) -> list[Pictures
         return evaluation_tasks(arguments, rows, [{"task": "nlvr"} | columns])
     tasks: list[dict] = []
     if arguments.task != "captioning":
-        tasks += [{"task": "retrieval", "rerank_top_k": arguments.rerank_top_k,
+        tasks += [{"task": "retrieval", "rerank_top_k": arguments.rerank_top_k, "rerank_by": arguments.rerank_by,
                    "rerank_posterior": arguments.rerank_posterior}, {"task": "itm"}]  # fmt: skip
     if arguments.task != "retrieval":
         tasks.append({"task": "captioning", "prompt": arguments.prompt} | generation)

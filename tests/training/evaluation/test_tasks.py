@@ -17,7 +17,7 @@ from vlp.training.evaluation.results import evaluate_model, file_name, metrics_o
 from vlp.training.evaluation.tasks import embed_classes, evaluate_task, number_labels, prepare_data
 
 import vlp
-from vlp.errors import ArgumentError, BadDataError
+from vlp.errors import ArgumentError, BadDataError, UnsupportedModelError
 from vlp.inference import VlpPredictor, predictor_of
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow"]
@@ -232,3 +232,32 @@ def test_answers_and_statements_are_counted_by_group(blip):
     arguments = EvaluationArguments(task="vqa", group_column="kind", resamples=0, num_beams=1, max_length=5)
     outcome = evaluate_task(predictor_of(model, blip[1], "answer"), prepare_data(rows, arguments, PartialState()))
     assert outcome.groups == {"colour": {"vqa_accuracy": outcome.metrics["vqa_accuracy"], "rows": 6}}
+
+
+def test_captioning_reranks_by_the_probability_of_the_caption(blip):
+    """The log-probability is that of the training loss, without label smoothing, summed over the tokens."""
+    model, processor = blip
+    predictor, rows = predictor_of(model, processor, "match"), as_lists()
+    metrics = evaluate(model, processor, rows, task="retrieval", rerank_top_k=4, rerank_by="matching,captioning")
+    assert {name for name in metrics if name.startswith("reranked_lm_") and not name.endswith("_interval")} == {
+        f"reranked_lm_{way}_recall_at_{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)
+    }
+    assert "reranked_text_to_image_recall_at_1" in metrics
+    image = Image.open(io.BytesIO(png("red"))).convert("RGB")
+    states, texts = predictor.encode_images([image]), ["a red card", "green paper"]
+    found = predictor.caption_log_probabilities(states, torch.tensor([0, 0]), texts)
+    smoothing, model.config.text_config.label_smoothing = model.config.text_config.label_smoothing, 0.0
+    for text, value in zip(texts, found, strict=True):
+        ids = processor.tokenize([text], 30)["input_ids"]
+        with torch.inference_mode():
+            loss = model.lm_loss(ids, model.memory_of(states))
+        assert value.item() == pytest.approx(-loss.item() * (ids.shape[1] - 1), rel=1e-4)
+    model.config.text_config.label_smoothing = smoothing
+
+
+def test_rerankers_that_do_not_exist_or_need_a_decoder_are_refused(blip):
+    with pytest.raises(ArgumentError, match="--rerank_by must be matching or captioning"):
+        EvaluationArguments(task="retrieval", rerank_by="itm")
+    model = vlp.VlpBlipForImageTextRetrieval(blip[0].config).eval()
+    with pytest.raises(UnsupportedModelError, match="cannot re-rank by captioning"):
+        evaluate(model, blip[1], as_lists(), task="retrieval", rerank_top_k=4, rerank_by="captioning")
