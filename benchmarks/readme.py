@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import scaling
+import simulate
 from table import table
 
 ROOT = Path(__file__).parents[1]
@@ -252,7 +253,10 @@ def render(name: str) -> str:
     loss = json.loads((ROOT / "benchmarks/contrastive_loss.json").read_text())
     text = between(text, "memory", scaling.memory_lines(loss))
     text = between(text, "loading", loading_block())
-    return between(between(text, "measured", scaling.measured_table(result)), "plan", scaling.plan_table())
+    text = between(between(text, "measured", scaling.measured_table(result)), "plan", scaling.plan_table())
+    simulated = json.loads((ROOT / "benchmarks/simulate.json").read_text())
+    text = between(text, "simulation checked", simulate.check_table(simulated))
+    return between(text, "simulation", simulate.gpu_table(simulated))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class VlpClipConfig(PreTrainedConfig):
         logit_bias_init_value: initial bias of the sigmoid loss (-10 for SigLIP); None for a model without a bias.
 
         embedding_sizes: Matryoshka embeddings: shorter sizes that the embeddings were trained for, besides
-            `projection_dim`; their first so many numbers, normalised again, are embeddings too. None: no other size.
+            `projection_dim`: the first dimensions, normalised again, are embeddings too. None: no other size.
 
     Raises:
         ValueError: if a value is out of range, or `projection_dim` does not fit the image tower.

@@ -18,8 +18,9 @@ class VlpViTConfig(PreTrainedConfig):
         hidden_act: "quick_gelu" (OpenAI's weights) or "gelu".
         patch_dropout: share of the patches of each training image that are dropped at random (FLIP, arXiv:2212.00794),
             at least 0 and below 1.
-        drop_path_rate: probability (at least 0, below 1) that the last block is skipped for an image in training; it
-            grows linearly from 0 for the first block (stochastic depth, arXiv:1603.09382).
+        drop_path_rate: probability (at least 0, below 1) with which the attention, and likewise the MLP, of the last
+            block is skipped for an image in training; it grows linearly from 0 for the first block (stochastic depth,
+            arXiv:1603.09382).
         final_norm: whether a LayerNorm follows the blocks. BLIP-2's towers have none, because they omit the last block.
     """
 

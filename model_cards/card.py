@@ -147,6 +147,7 @@ def evaluation_table(results: dict) -> str:
     """
     arguments, classes = results["arguments"], results["classes"]
     zero_shot = arguments["task"] == "zero-shot"
+    short = arguments.get("embedding_size")
     has_classes = arguments["task"] in ("zero-shot", "linear-probe", "few-shot")
     column = arguments["class_column"] if has_classes else arguments["caption_column"]
     pictures = results.get("pictures", results["rows"])
@@ -157,6 +158,7 @@ def evaluation_table(results: dict) -> str:
         + (f", column {code(column)}" if column else "")
         + (f", {classes:,} classes" if classes else "")
         + (f", templates {code(arguments['templates'])}" if zero_shot else "")
+        + (f", first {arguments['embedding_size']} dimensions of the embeddings" if short else "")
         + ".",
         "",
         "| metric | value | 95 % interval |",
@@ -265,7 +267,9 @@ def render_card(folder: Path, config: PreTrainedConfig | None = None) -> ModelCa
     bases = results.get("base_models") or []
     weights_license, weights = data.get("weights") or licence_from(bases)
     title = data.get("title") or plain(data_name(arguments["dataset_name"]))
-    metrics = [eval_result(each, metric, value) for each in found for metric, value in each["metrics"].items()]
+    # The metadata has one value for each metric, that of whole embeddings.
+    whole = [each for each in found if not each["arguments"].get("embedding_size")]
+    metrics = [eval_result(each, metric, value) for each in whole for metric, value in each["metrics"].items()]
     card_data = ModelCardData(
         language=arguments["language"].split(",") if "," in arguments["language"] else arguments["language"],
         license=weights_license,

@@ -243,7 +243,9 @@ class TrainingArguments:
     save_minutes: float | None = option(10.0, "save the training state every this many minutes of training")
     save_total_limit: int = option(2, "number of training states to keep")
     resume_from_checkpoint: str | None = option(
-        None, 'folder of a training state to resume from, or "latest" for the last one in FOLDER.resume'
+        None,
+        'folder of a training state to resume from; "latest" for the last one in FOLDER.resume; "auto" for that one if '
+        "it exists, otherwise a new run, which is what torchrun needs",
     )
     logging_steps: int = option(10, "log every this many optimiser steps")
     report_to: str = option(

@@ -48,7 +48,8 @@ class Run:
     wrapped: torch.nn.Module  # the objective, wrapped by Accelerate
     optimizer: torch.optim.Optimizer
     to_pixel_values: Callable[[Tensor], Tensor]
-    total_steps: int | None
+    total_steps: int | None  # of the schedule, if it is a number of steps
+    total_samples: int | None  # of the schedule, if it is a number of epochs; it may be resumed with other batches
     bad_rows: BadRows
     average: AveragedModel | None = None
     evaluations: list[Pictures] = field(default_factory=list)  # the prepared data of each evaluation task
@@ -60,6 +61,8 @@ class Run:
     def share_done(self) -> float:
         """Return the completed share of the schedule, from 0 to 1."""
         done = self.progress.step / self.total_steps if self.total_steps else 0.0
+        if self.total_samples:
+            done = self.progress.samples / self.total_samples
         if self.arguments.max_train_minutes:
             done = max(done, self.progress.seconds / (60 * self.arguments.max_train_minutes))
         return min(done, 1.0)
@@ -121,7 +124,9 @@ def fit(run: Run, evaluate: Callable[[], dict], save: Callable[[], object]) -> N
     bar = tqdm(total=1.0, unit="", disable=not run.accelerator.is_main_process, mininterval=1.0,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")  # fmt: skip
     while True:
+        started = time.perf_counter()
         progress.seconds, run.interrupted = clock.agree(progress.seconds, run.stop_requested)
+        waited = time.perf_counter() - started
         share = run.share_done()
         bar.update(share - bar.n)
         if share >= 1 or run.interrupted:
@@ -133,7 +138,7 @@ def fit(run: Run, evaluate: Callable[[], dict], save: Callable[[], object]) -> N
         losses = train_step(run, share)
         logged = progress.step % arguments.logging_steps == 0 or progress.step == 1
         values = {name: loss.item() for name, loss in losses.items()} if logged else {}
-        progress.seconds += clock.count(time.perf_counter() - started)
+        progress.seconds += clock.count(waited + time.perf_counter() - started)
         if logged:
             log(run, values, bar)
         if arguments.eval_steps and progress.step % arguments.eval_steps == 0 and run.share_done() < 1:
@@ -156,15 +161,11 @@ def log(run: Run, losses: dict[str, float], bar: tqdm) -> None:
                 f"The {name} loss is {value} at step {progress.step}: lower --learning_rate, or --mixed_precision no."
             )
     progress.losses = sorted(losses)
-    values = (
-        losses
-        | run.objective.facts()
-        | {
-            "learning_rate": run.optimizer.param_groups[0]["lr"],
-            "samples_per_second": progress.samples / max(progress.seconds, 1e-9),
-        }
-    )
+    values = losses | run.objective.facts() | {"learning_rate": run.optimizer.param_groups[0]["lr"]}
+    if progress.seconds:  # several processes have agreed on no time before the second step
+        values["samples_per_second"] = progress.samples / progress.seconds
     progress.history.append({"step": progress.step, "samples": progress.samples} | values)
     run.accelerator.log(values, step=progress.step)
     shown = {name: f"{value:.3f}" for name, value in losses.items()}
-    bar.set_postfix(shown | {"step": progress.step, "samples/s": f"{values['samples_per_second']:.0f}"}, refresh=False)
+    rate = f"{values.get('samples_per_second', 0):.0f}"
+    bar.set_postfix(shown | {"step": progress.step, "samples/s": rate}, refresh=False)

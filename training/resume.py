@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 
 from ..errors import ResumeError, printable
 from .arguments import names_of
@@ -16,7 +16,7 @@ def state_facts(run: Run) -> dict:
     """Collect a run's progress, and the settings that a resumed run must share; every process must call this.
 
     Returns:
-        "model_config" and "recipe", which must not change, "progress" and "bad_rows".
+        "model_config" and "recipe", which must not change, "progress", "bad_rows" and "processes".
     """
     arguments, accelerator = run.arguments, run.accelerator
     recipe = {name: getattr(arguments, name) for name in names_of(arguments, "bound")}
@@ -32,13 +32,16 @@ def state_facts(run: Run) -> dict:
         "recipe": recipe,
         "progress": progress,
         "bad_rows": list(run.bad_rows.causes.items()),
+        "processes": accelerator.num_processes,
     }
 
 
 def resume(run: Run, path: Path) -> None:
     """Resume a run from a training state.
 
-    Learning rate, weight decay and the like are taken from the run's options, not from the state.
+    Learning rate, weight decay and the like are taken from the run's options, not from the state. The number of
+    processes may be another one if the model is not sharded: the order of the samples does not depend on it, and shards
+    go on where each of their streams was.
 
     Args:
         run: a run that has not started; its model, optimiser and progress are replaced.
@@ -53,6 +56,11 @@ def resume(run: Run, path: Path) -> None:
         group.update(values)
     run.progress = progress_of(facts["progress"], path)
     run.bad_rows.causes = {key: cause for key, cause in facts["bad_rows"]}
+    processes = facts.get("processes", run.accelerator.num_processes)
+    if processes != run.accelerator.num_processes:
+        if run.accelerator.process_index >= processes:  # it has no random state of its own
+            set_seed((run.arguments.seed + 1_000_003 * run.accelerator.process_index + run.progress.step) % 2**32)
+        run.accelerator.print(f"{processes} processes before, {run.accelerator.num_processes} now.")
     run.accelerator.print(f"Resumed from {printable(path)}, step {run.progress.step}.")
 
 

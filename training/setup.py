@@ -32,7 +32,7 @@ from .families import Family
 from .loop import Run
 from .machine.adapters import add_lora, check_lora, freeze_statistics, note_base
 from .machine.batch_norm import join_batch_norm
-from .machine.checkpoint import find_state
+from .machine.checkpoint import find_state, state_for_all
 from .machine.hardware import cpu_cores, make_accelerator, precision_of, start_trackers, use_cpu_well
 from .machine.hub import check_access
 from .machine.optim import OFFSETS_RATE, make_optimizer, parameter_groups
@@ -83,7 +83,7 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
         run.evaluations = family.evaluation(arguments, eval_rows, rows)
     state = None
     if arguments.resume_from_checkpoint:
-        state = find_state(arguments.resume_from_checkpoint, arguments.output_dir)
+        state = state_for_all(find_state(arguments.resume_from_checkpoint, arguments.output_dir))
     check_learnable(arguments, rows)
     check_batch(arguments, rows, accelerator.num_processes)
     if accelerator.is_main_process:
@@ -196,7 +196,8 @@ def make_run(
         wrapped=wrapped,
         optimizer=optimizer,
         to_pixel_values=to_pixel_values(arguments, processor.image_processor),
-        total_steps=total_steps(arguments, size, batch),
+        total_steps=arguments.max_train_steps,
+        total_samples=total_samples(arguments, size, batch),
         bad_rows=BadRows(arguments.max_bad_share, len(rows) if rows is not None else None),
         average=average,
     )
@@ -241,11 +242,11 @@ def growing_average(decay: float):
     return update
 
 
-def total_steps(arguments: TrainingArguments, size: int | None, batch: int) -> int | None:
-    """Return the number of optimiser steps of the schedule; None if only --max_train_minutes limits it."""
+def total_samples(arguments: TrainingArguments, size: int | None, batch: int) -> int | None:
+    """Return the number of samples of the schedule, in whole batches; None if it is a number of steps or minutes."""
     if arguments.max_train_steps or arguments.max_train_minutes:
-        return arguments.max_train_steps
-    return max(1, math.ceil(size * arguments.num_train_epochs / batch))
+        return None
+    return batch * max(1, math.ceil(size * arguments.num_train_epochs / batch))
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

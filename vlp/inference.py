@@ -54,7 +54,7 @@ class Predictor:
 
     def __init__(self, model: PreTrainedModel, processor):
         self.model, self.processor = model.eval(), processor
-        self.embedding_size: int | None = None  # numbers of an embedding that are used; None: all
+        self.embedding_size: int | None = None  # how many dimensions of an embedding are used; None: all
 
     @property
     def model_type(self) -> str:
@@ -113,12 +113,7 @@ class Predictor:
             FloatingPointError: if they are not finite; a ranking by them would look perfect.
         """
         features = getattr(output, "pooler_output", output)
-        features = unit_length(features[..., : self.embedding_size]).cpu()
-        if not torch.isfinite(features).all():
-            raise FloatingPointError(
-                "The model's embeddings are not finite: its weights are broken, or its dtype too narrow."
-            )
-        return features
+        return require_finite_features(unit_length(features[..., : self.embedding_size]).cpu())
 
     @torch.inference_mode()
     def image_features(self, images: list[Image.Image]) -> Tensor:
@@ -134,7 +129,7 @@ class Predictor:
         output = None if tower is None else tower(pixel_values=pixels)
         if getattr(output, "pooler_output", None) is None:
             output = self.model.get_image_features(pixel_values=pixels)
-        return getattr(output, "pooler_output", output).float().cpu()
+        return require_finite_features(getattr(output, "pooler_output", output).float().cpu())
 
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
         """Cosine similarities of images and texts.
@@ -155,6 +150,15 @@ class Predictor:
         """The temperature by which cosines are divided before a softmax."""
         scale = getattr(self.model, "logit_scale", None)
         return float((self.model.temp if scale is None else (-scale).exp()).detach())
+
+
+def require_finite_features(features: Tensor) -> Tensor:
+    """The features themselves. Raises FloatingPointError if they are not finite."""
+    if not torch.isfinite(features).all():
+        raise FloatingPointError(
+            "The model's embeddings are not finite: its weights are broken, or its dtype too narrow."
+        )
+    return features
 
 
 def require_room(max_length: int, prompt: int, positions: int) -> None:
@@ -246,7 +250,7 @@ class BlipPredictor(VlpPredictor):
         """
         if not hasattr(self.model, "caption_log_probabilities"):
             raise UnsupportedModelError(
-                f"A {type(self.model).__name__} cannot re-rank by captioning: only a pre-trained BLIP has both heads."
+                f"A {type(self.model).__name__} cannot re-rank by captioning: only a pre-trained BLIP can."
             )
         memory = self.memory_of(states).select(index.to(self.model.device))
         return self.model.caption_log_probabilities(self.prepare_texts(texts)["input_ids"], memory).cpu()
@@ -445,7 +449,7 @@ def load(
         use: one of `architectures.USES`.
         device: where to put the model.
         dtype: the dtype of its weights.
-        embedding_size: use only the first so many numbers of an embedding, of a model that was trained for that
+        embedding_size: use only the first dimensions of an embedding, this many, of a model that was trained for that
             (Matryoshka embeddings: `--embedding_sizes` of training); None: all.
 
     Raises:
@@ -464,7 +468,7 @@ def load(
 
 
 def shorten_embeddings(predictor: Predictor, name: str | Path, size: int) -> None:
-    """Use only the first `size` numbers of embeddings. Raises UnsupportedModelError if the model does not allow it."""
+    """Use only the first `size` dimensions of embeddings. Raises UnsupportedModelError if it was not trained so."""
     config = predictor.model.config
     if not getattr(config, "embedding_sizes", None):
         raise UnsupportedModelError(

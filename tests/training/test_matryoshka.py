@@ -66,7 +66,7 @@ def test_evaluation_with_shorter_embeddings(trained, pairs):  # noqa: F811
     short = evaluate(str(trained), EvaluationArguments(embedding_size=4, **options))["metrics"]
     assert whole["text_to_image_recall_at_1"] == short["text_to_image_recall_at_1"] == 1.0
     names = {path.name for path in (trained / "evaluations").glob("*.json")}
-    assert {"pairs-test-retrieval.json", "pairs-test-retrieval-4-numbers.json"} <= names
+    assert {"pairs-test-retrieval.json", "pairs-test-retrieval-4-dimensions.json"} <= names
 
 
 def test_index_keeps_shorter_embeddings(trained, pairs, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -89,6 +89,14 @@ def test_every_task_has_a_metric():
     )
 
 
+def test_settings_of_training_do_not_matter(models, tmp_path):
+    model, processor = tiny_pair("resnet")
+    model.config.embedding_sizes, model.config.text_config.attention_dropout = [4], 0.1
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "tuned")
+    assert merge([models[0], str(tmp_path / "tuned")], tmp_path / "merged", weights="0.5").is_dir()
+
+
 def test_folder_that_is_read_is_not_replaced(models):
     with pytest.raises(ArgumentError, match="which is read"):
         merge(models, models[1])
@@ -115,7 +123,8 @@ def test_curve_has_both_models_at_its_ends(models, pairs, tmp_path, monkeypatch,
     main()
     found = json.loads((tmp_path / "curve" / "curve.json").read_text())
     assert [point["weight"] for point in found["points"]] == [0.0, 0.5, 1.0]
-    assert found["metrics"] == ["zero_shot_top1, pairs.csv", "text_to_image_recall_at_1, pairs.csv"]
+    assert found["metrics"] == ["1: zero_shot_top1, pairs.csv, test, caption",
+                                "2: text_to_image_recall_at_1, pairs.csv, test, caption"]  # fmt: skip
     assert (tmp_path / "curve" / "curve.png").stat().st_size > 1000
     evaluations = [module.prepare(data), module.prepare(f"{data} --task retrieval")]
     for number, point in ((0, 0), (1, 2)):

@@ -73,7 +73,7 @@ class EvaluationArguments:
     max_length: int = option(30, "captioning, vqa: maximum number of tokens to generate")
     answer_top_k: int = option(128, "vqa: candidates of --answer_list that are scored in full")
     embedding_size: int | None = option(
-        None, "use only the first so many numbers of the embeddings, of a model that was trained with --embedding_sizes"
+        None, "use only the first dimensions of the embeddings, this many, of a model trained with --embedding_sizes"
     )
     batch_size: int = option(64, "images or texts per batch and process")
     max_samples: int | None = option(None, "evaluate only on the first rows; all rows if not given")
@@ -94,9 +94,13 @@ class EvaluationArguments:
         )
         if not all(word.strip().isdecimal() and int(word) for word in self.shots.split(",")):
             raise ArgumentError(f"--shots must be whole numbers joined by commas, got {printable(self.shots, 60)!r}.")
+        if self.task in PROBES and self.validation_split == self.train_split:
+            raise ArgumentError(f"--validation_split {self.train_split} is the training split: choose another split.")
         if self.task in PROBES and self.split in (self.train_split, self.validation_split):
             raise ArgumentError(f"--split {self.split} is what the classifier learns from: choose another split.")
         check_rerankers(self.rerank_by)
+        if self.embedding_size is not None and self.task not in ("zero-shot", "retrieval", "itm", "composition"):
+            raise ArgumentError(f"--embedding_size has no effect on --task {self.task}, which compares no embeddings.")
         for name in ("resamples", "rerank_top_k"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")

@@ -156,6 +156,6 @@ def file_name(arguments: EvaluationArguments) -> str:
     """The file name of an evaluation: data, split, task, the column unless it is `caption`, and the embedding size."""
     parts = [Path(arguments.dataset).stem, arguments.split, arguments.task]
     parts += [column for column in (arguments.text_column,) if column != "caption"]
-    parts += [f"{arguments.embedding_size}-numbers"] if arguments.embedding_size else []
+    parts += [f"{arguments.embedding_size}-dimensions"] if arguments.embedding_size else []
     text = "-".join(part.replace("/", "_") for part in parts)
     return printable(text, 150).replace("\\", "_")

@@ -526,7 +526,7 @@ def itm(predictor: Predictor, pictures: Pictures) -> Outcome:
         pairs += [(position, text, 1) for text in right[image].nonzero()[:, 0].tolist()]
         if not right[image].all():
             pairs.append((position, int(hardest[image]), 0))
-    logits = score_pairs(predictor.match, pictures, found, [pair[:2] for pair in pairs])
+    logits = score_pairs(predictor.match, pictures, found, [pair[:2] for pair in pairs]).reshape(len(pairs), 2)
     predicted = [
         ((own[position], text), prediction, label)
         for (position, text, label), prediction in zip(pairs, logits.argmax(dim=1).tolist(), strict=True)

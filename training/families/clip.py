@@ -112,8 +112,8 @@ class ClipArguments(CachingArguments):
     )
     embedding_sizes: str | None = option(
         None,
-        "Matryoshka embeddings: sizes joined by commas, such as 64,128, for which the first so many numbers of the "
-        "embeddings are trained too; the loss is the mean over them and the whole embedding",
+        "Matryoshka embeddings: sizes joined by commas, such as 64,128: the first 64 and the first 128 dimensions are "
+        "trained too, and the loss is the mean over these and the whole embedding",
         bound=True,
         shown=True,
     )
@@ -369,9 +369,12 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
         model.config.vision_config.patch_dropout = arguments.patch_dropout
     if arguments.sizes:
         width = model.config.projection_dim
-        if not 1 <= arguments.sizes[0] <= arguments.sizes[-1] <= width:
-            raise ArgumentError(f"--embedding_sizes must be from 1 to {width}, the size of the embeddings.")
-        model.config.embedding_sizes = [size for size in arguments.sizes if size < width]
+        shorter = [size for size in arguments.sizes if size != width]
+        if not shorter or not 1 <= shorter[0] <= shorter[-1] < width:
+            raise ArgumentError(
+                f"--embedding_sizes must be from 1 to {width - 1}; the embeddings have {width} dimensions."
+            )
+        model.config.embedding_sizes = shorter
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

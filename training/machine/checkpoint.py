@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -119,18 +119,23 @@ def save_state(
     return target
 
 
-def find_state(name: str, output_dir: str) -> Path:
+def find_state(name: str, output_dir: str) -> Path | None:
     """Find the training state that `--resume_from_checkpoint` names.
 
     Args:
-        name: folder of a state, or "latest".
+        name: folder of a state, "latest", or "auto".
         output_dir: output folder of the run, next to which its states are saved.
+
+    Returns:
+        The folder of the state; None for "auto" if there is none.
 
     Raises:
         ResumeError: if there is no such state.
     """
-    if name == "latest":
+    if name in ("latest", "auto"):
         found = states(state_folder(output_dir))
+        if not found and name == "auto":
+            return None
         if not found:
             raise ResumeError(f"--resume_from_checkpoint latest: there is no state in {state_folder(output_dir)}.")
         return found[-1]
@@ -145,12 +150,27 @@ def find_state(name: str, output_dir: str) -> Path:
     return path
 
 
+def state_for_all(path: Path | None) -> Path | None:
+    """The state that the main process found, for all processes; every process must call this.
+
+    Raises:
+        ResumeError: if another process cannot read it, such as one on a machine that does not share the folder.
+    """
+    found = broadcast_object_list([None if path is None else str(path)])[0]
+    if found is not None and not (Path(found) / STATE_FILE).is_file():
+        raise ResumeError(
+            f"The main process resumes from {printable(found, 160)}, which this process cannot read: use a folder that "
+            "all machines share."
+        )
+    return None if found is None else Path(found)
+
+
 def check_state(path: Path, rank: int) -> dict:
     """Check that a state is complete and unchanged, and read its facts.
 
     Args:
         path: folder of the state.
-        rank: index of this process, which has random states of its own.
+        rank: index of this process, which has random states of its own if the run had as many processes.
 
     Returns:
         The content of STATE_FILE.
@@ -161,7 +181,9 @@ def check_state(path: Path, rank: int) -> dict:
     told = f"The state {printable(path, 160)}"
     if pickles := sorted(path.glob("custom_checkpoint_*.pkl")):
         raise ResumeError(f"{told} contains {pickles[0].name}, a pickle, which is never loaded: start a new run.")
-    known, wanted = written_files(path), [f"random_states_{rank}.pkl", STATE_FILE]
+    known = written_files(path)
+    before = sum(name.startswith("random_states_") for name in known)  # processes that saved the state
+    wanted = [STATE_FILE] + [f"random_states_{rank}.pkl"] * (rank < before or not before)
     for name in {*known, *wanted}:
         file = path / name
         if not file.is_file():
@@ -200,6 +222,12 @@ def load_state(
         ResumeError: if the state is damaged, or belongs to another model or recipe; the message lists the differences.
     """
     saved = check_state(path, accelerator.process_index)
+    sharded = accelerator.is_fsdp2 or accelerator.distributed_type == DistributedType.DEEPSPEED
+    if sharded and saved.get("processes", accelerator.num_processes) != accelerator.num_processes:
+        raise ResumeError(
+            f"{printable(path, 160)} was saved by {saved['processes']} processes, and is sharded: resume with the same "
+            f"number, not with {accelerator.num_processes}."
+        )
     if average is not None and not (path / AVERAGE_FILE).is_file():
         raise ResumeError(f"{path} has no {AVERAGE_FILE}, which --ema_decay needs.")
     for name in ("model_config", "recipe"):
@@ -257,6 +285,8 @@ def compare(saved: dict, current: dict, prefix: str = "") -> list[str]:
     lines = []
     for key in sorted(saved.keys() | current.keys()):
         a, b = saved.get(key), current.get(key)
+        if key not in saved and not b:  # an option that is newer than the state, and off
+            continue
         if isinstance(a, dict) and isinstance(b, dict):
             lines += compare(a, b, f"{prefix}{key}.")
         elif a != b and not key.startswith("_") and key not in ("transformers_version", "dtype", "architectures"):

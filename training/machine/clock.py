@@ -9,9 +9,9 @@ MOST_STEPS = 100  # after which they do so at the latest
 class Clock:
     """Counts the time that a run trains for.
 
-    The main process shares its time and its wish to stop, but only every AGREE_SECONDS. Until then, each step counts in
-    all processes as long as the steps before took on average in the main process, so that they do the same at the same
-    step.
+    The main process shares its time, and whether it was asked to stop, but only every AGREE_SECONDS. Until then, each
+    step counts as the main process's average time per step so far, in all processes, so that they do the same at the
+    same step.
 
     Args:
         processes: number of processes.

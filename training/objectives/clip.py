@@ -92,7 +92,7 @@ class ClipObjective(Objective):
     def contrast_size(
         self, size: int, image: Tensor, text: Tensor, batch: JoinedBatch, caption_ids: Tensor, image_ids: Tensor
     ) -> dict[str, Tensor]:
-        """The contrastive loss of the first `size` numbers of embeddings, normalised again, by its name."""
+        """The contrastive loss of the first `size` dimensions of embeddings, normalised again, by its name."""
         if size < image.shape[1]:
             image, text = unit_length(image[:, :size]), unit_length(text[:, :size])
         ids = (caption_ids, image_ids) if self.exclude_duplicates else ()

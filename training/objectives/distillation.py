@@ -1,5 +1,7 @@
 """CLIP's objective with a teacher: the student also learns the similarities that a trained model finds in a batch."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
@@ -10,6 +12,8 @@ from ...modeling_vlp.losses import distillation_loss, unit_length
 from .clip import ClipObjective
 from .distributed import JoinedBatch
 from .micro_batches import in_micro_batches
+
+KNOWN_TEXTS = 250_000
 
 # Shapes: B pairs of this process, T distinct texts, E embedding of the teacher, C channels, S image side
 
@@ -72,15 +76,17 @@ class TeacherTokens:
 
 
 class TeacherEmbeddings:
-    """Turn texts into the embeddings (T, E) of a teacher, which embeds each text once and remembers it."""
+    """Turn texts into the embeddings (T, E) of a teacher, which remembers the last KNOWN_TEXTS of them.
+
+    Each text is embedded alone: in a batch, the last digits of its embedding would depend on the other texts, and a
+    resumed run on where it was resumed.
+    """
 
     def __init__(self, predictor: VlpPredictor):
-        self.predictor, self.known = predictor, {}
+        self.embed = functools.lru_cache(KNOWN_TEXTS)(lambda text: predictor.embed_texts([text])[0])
 
     def __call__(self, texts: list[str]) -> Tensor:
-        if missing := [text for text in dict.fromkeys(texts) if text not in self.known]:
-            self.known |= zip(missing, self.predictor.embed_texts(missing), strict=True)
-        return torch.stack([self.known[text] for text in texts])
+        return torch.stack([self.embed(text) for text in texts])
 
 
 class DistilledClipObjective(ClipObjective):

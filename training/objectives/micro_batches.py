@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .distributed import largest
+from .distributed import largest, processes
 
 
 def in_micro_batches(
@@ -32,7 +32,9 @@ def in_micro_batches(
     if size is None:
         return function(rows)
     # Every process needs the same number of parts: sharded parameters are gathered for each part.
-    parts = math.ceil(most / size) if most is not None else largest(math.ceil(len(rows) / size), rows.device)
+    parts = math.ceil(len(rows) / size)
+    if processes() > 1:
+        parts = math.ceil(most / size) if most is not None else largest(parts, rows.device)
     if parts == 1:
         return function(rows)
 

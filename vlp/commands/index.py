@@ -252,7 +252,7 @@ def build(
         batch_size: number of pictures to embed at a time.
         faiss: factory string of faiss, such as "HNSW32", to search with faiss; None to search without it.
         predictor: the model, if it is already loaded; None to load it.
-        embedding_size: keep only the first so many numbers of an embedding, of a model that was trained for that
+        embedding_size: keep only the first dimensions of an embedding, this many, of a model that was trained for that
             (`--embedding_sizes` of training); None: all.
         progress: called with the number of new pictures done and their total.
 
@@ -313,7 +313,7 @@ def identity_of(predictor: Predictor) -> str:
     found = blake2b(digest_size=16)
     hash_weights(found, predictor.model)
     if predictor.embedding_size is not None:
-        found.update(f"{predictor.embedding_size} numbers".encode())
+        found.update(f"{predictor.embedding_size} dimensions".encode())
     for part in (predictor.processor.image_processor, predictor.processor.tokenizer):
         text = part.to_json_string() if hasattr(part, "to_json_string") else text_of(part)
         found.update(text.encode(errors="surrogatepass"))
@@ -413,7 +413,7 @@ def save(
         folder: the folder of pictures.
         faiss: factory string of faiss; None for cells above EXACT pictures.
         identity: identity of the model, see `identity_of`.
-        embedding_size: the number of an embedding's numbers that are used; None: all.
+        embedding_size: how many dimensions of an embedding are kept; None: all.
     """
     if faiss is None and len(pictures) > EXACT and importlib.util.find_spec("faiss"):
         faiss = f"IVF{round(len(pictures) ** 0.5)},SQfp16"  # about sqrt(N) cells, vectors in float16
@@ -480,7 +480,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch_size", type=int, default=64, help="number of pictures to embed at a time (default: 64)"
     )
     builder.add_argument(
-        "--embedding_size", type=int, help="numbers to keep of an embedding, for a model trained with --embedding_sizes"
+        "--embedding_size",
+        type=int,
+        help="dimensions to keep of an embedding, for a model trained with --embedding_sizes",
     )
     builder.add_argument("--faiss", metavar="FACTORY", help='search with faiss; its factory string, such as "HNSW32"')
     searcher = commands.add_parser(

@@ -14,6 +14,7 @@ Sources: WiSE-FT (Wortsman et al., 2022, arXiv:2109.01903); model soups (arXiv:2
 import argparse
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ..conversion import own_copy
 from ..errors import ArgumentError, CommandParser, UserError, printable, reported_errors
 from ..files import check_output, write_whole
 from ..loading import licence_of, load_model, load_processor, read_config, row_of, text_of
+from ..model_cards.card import code
 from ..model_cards.plots import plot_curve
 from ..training.arguments import add_options, public_name
 from ..training.evaluation.arguments import EvaluationArguments
@@ -37,6 +39,9 @@ from ..training.evaluation.results import evaluate_model, values_of
 from ..training.evaluation.tasks import load_table, prepare_data
 
 MOST_POINTS = 101
+# Fields of a configuration that only training, or the initial weights, depend on.
+IRRELEVANT = re.compile(r"^_|^transformers_version$|dtype$|^architectures$|dropout|drop_path_rate|label_smoothing|"
+                        r"initializer|_init_value$|^embedding_sizes$")  # fmt: skip
 # The metric of each task that a curve shows and a greedy soup maximises.
 METRIC = {
     "zero-shot": "zero_shot_top1",
@@ -150,7 +155,7 @@ def settings_of(config: dict, prefix: str = "") -> dict:
     for name, value in config.items():
         if isinstance(value, dict):
             found |= settings_of(value, f"{prefix}{name}.")
-        elif name not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
+        elif not IRRELEVANT.search(str(name)):
             found[f"{prefix}{name}"] = value
     return found
 
@@ -226,10 +231,19 @@ def prepare(text: str) -> Pictures:
     except ValueError as error:
         raise ArgumentError(f"--data {printable(text, 80)}: {error}.") from None
     arguments = EvaluationArguments(**vars(parser.parse_args(["--dataset", *words])))
+    if arguments.output_dir or arguments.dtype != "float32":
+        raise ArgumentError("--data takes neither --output_dir nor --dtype: nothing is written, in float32.")
     if arguments.task not in METRIC:
         raise ArgumentError(f"--data cannot be evaluated by --task {arguments.task}: use one of {', '.join(METRIC)}.")
     rows = load_table(arguments, arguments.split, "--data")
     return prepare_data(rows, arguments, PartialState(cpu=not torch.accelerator.is_available()))
+
+
+def name_of(pictures: Pictures, number: int) -> str:
+    """The name of an evaluation's metric in a curve: it, the data, the split and the column."""
+    arguments = pictures.arguments
+    parts = (METRIC[arguments.task], public_name(arguments.dataset), arguments.split, arguments.text_column)
+    return f"{number}: " + ", ".join(part for part in parts if part)
 
 
 def scores(model: PreTrainedModel, processor, evaluations: list[Pictures]) -> list[float]:
@@ -262,7 +276,7 @@ def save_model(merged: Merged, shares: list[float], folder: Path) -> None:
         base_model=[public_name(member.name) for member, _ in used],
         license=licences.pop() if len(licences) == 1 else None,
     )  # fmt: skip
-    table = "".join(f"| `{public_name(member.name)}` | {share:.4g} |\n" for member, share in used)
+    table = "".join(f"| {code(public_name(member.name))} | {share:.4g} |\n" for member, share in used)
     text = f"---\n{data}\n---\n\n# Merged model\n\nAn average of the weights of:\n\n| model | share |\n| --- | --- |\n"
     (folder / "README.md").write_text(text + table, encoding="utf-8")
 
@@ -316,8 +330,9 @@ def merge(
     check_output(output_dir, "--output_dir", models)
     evaluations = [prepare(text) for text in data or []]
     merged = read_members(models)
+    merged.model.to(PartialState(cpu=not torch.accelerator.is_available()).device)
     if curve_points is not None:
-        names = [f"{METRIC[each.arguments.task]}, {public_name(each.arguments.dataset)}" for each in evaluations]
+        names = [name_of(each, number) for number, each in enumerate(evaluations, 1)]
         entries = []
         for entry in curve(merged, evaluations, curve_points):
             entries.append(entry)
@@ -335,7 +350,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", required=True, help="folder to write")
     parser.add_argument("--weights", help="share of the second model (0 to 1), or one number per model, as 1,1,2")
     parser.add_argument("--greedy", dest="greedy_soup", action="store_true", help="only models that help on --data")
-    parser.add_argument("--curve", dest="curve_points", type=int, metavar="POINTS", help="evaluate so many averages")
+    parser.add_argument(
+        "--curve", dest="curve_points", type=int, metavar="POINTS", help="number of averages to evaluate"
+    )
     parser.add_argument("--data", action="append", metavar="OPTIONS", help="data to evaluate on; can be repeated")
     return parser
 

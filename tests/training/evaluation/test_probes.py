@@ -130,6 +130,8 @@ def test_processes_give_the_result_of_one(models, cards, tmp_path):
     ("options", "message"),
     [
         ({"split": "train"}, "--split train is what the classifier learns from"),
+        ({"validation_split": "train"}, "--validation_split train is the training split"),
+        ({"embedding_size": 4}, "--embedding_size has no effect"),
         ({"shots": "1,x"}, "--shots must be whole numbers"),
         ({"few_shot_draws": 0}, "--few_shot_draws must be at least 1"),
     ],
