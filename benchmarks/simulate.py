@@ -93,11 +93,11 @@ def step_seconds(forward: float, backward: float, after: float, exchanges: float
 # --- real runs here ---------------------------------------------------------------------------------------------------
 
 
-def tiny_objective() -> tuple[ClipObjective, dict]:
-    """A small CLIP and a batch of OWN pairs."""
+def tiny_objective(width: int = 256, layers: int = 6) -> tuple[ClipObjective, dict]:
+    """A small CLIP, of a width and with this many layers in its image tower, and a batch of OWN pairs."""
     torch.manual_seed(0)
-    vision = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4,
-              "image_size": 96, "patch_size": 16}  # fmt: skip
+    vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+              "num_attention_heads": 4, "image_size": 96, "patch_size": 16}  # fmt: skip
     text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 4,
             "vocab_size": 2000, "max_position_embeddings": 16, "eos_token_id": 1999, "bos_token_id": 1998}  # fmt: skip
     model = vlp.VlpClipModel(vlp.VlpClipConfig(vision_config=vision, text_config=text, projection_dim=256))
@@ -196,10 +196,11 @@ def run_group(processes: int) -> dict:
     group = [context.Process(target=run, args=(rank, processes, port, queue)) for rank in range(processes)]
     for process in group:
         process.start()
-    found = queue.get()
     for process in group:
-        process.join()
-    return found
+        process.join(300)
+    if any(process.exitcode for process in group):
+        raise RuntimeError(f"A process of {processes} failed.")
+    return queue.get(timeout=10)
 
 
 def fitted(times: dict[int, float], processes: int) -> Network:
@@ -216,7 +217,7 @@ def predict(alone: dict, group: dict, processes: int, cores: int) -> float:
     """Predict the seconds of a step of several processes on this machine.
 
     Args:
-        alone: what one process measured.
+        alone: what one process measured; for one process, what is expected of it (see `expected_alone`).
         group: the collectives of the real group, and the times of its all-reduces.
         processes: number of processes.
         cores: cores of the machine, which the processes share.
@@ -247,12 +248,14 @@ class Machine:
 
     Attributes:
         peak: dense operations in bfloat16 per second.
+        single: operations in float32 per second, in which the loss is computed.
         inside: bytes per second to the other GPUs of the node, in one direction.
         between: bytes per second to other nodes, in one direction.
     """
 
     name: str
     peak: float
+    single: float
     inside: float
     between: float
     node: int = 8
@@ -262,8 +265,8 @@ class Machine:
         return Network(3e-6, 1 / self.inside, self.node, 8e-6, 1 / self.between)
 
 
-MACHINES = [Machine("A100 80 GB, NVLink 3, 200 Gb/s each", 312e12, 300e9, 25e9),
-            Machine("H100 80 GB, NVLink 4, 400 Gb/s each", 989e12, 450e9, 50e9)]  # fmt: skip
+MACHINES = [Machine("A100 80 GB, NVLink 3, 200 Gb/s each", 312e12, 19.5e12, 300e9, 25e9),
+            Machine("H100 80 GB, NVLink 4, 400 Gb/s each", 989e12, 67e12, 450e9, 50e9)]  # fmt: skip
 # Meta, 2024 (arXiv:2407.21783, table 5): 419 unexpected interruptions in 54 days on 16,384 GPUs.
 HOURS_BETWEEN_FAILURES = 54 * 24 * 16_384 / 419
 RESTART, SAVE_MINUTES = 300.0, 10.0  # seconds until a job runs again; minutes between states (the default)
@@ -279,6 +282,7 @@ class Workload:
         trained: parameters that are trained.
         batch: samples for each GPU.
         width: numbers of the features that each sample sends to all processes.
+        embedding: numbers of an embedding, in the products of the contrastive loss.
     """
 
     name: str
@@ -287,6 +291,7 @@ class Workload:
     trained: int
     batch: int
     width: int
+    embedding: int
 
 
 def counted(function) -> float:
@@ -323,12 +328,12 @@ def workloads() -> list[Workload]:
              for name, model in (("clip", clip), ("blip", blip), ("blip2", blip2))}  # fmt: skip
     learnt = 5 * queries + sentence  # ITC, ITM three times, and text generation after the queries
     return [
-        Workload("CLIP ViT-L/14", of_clip, 0.0, count["clip"], 512, 768),
+        Workload("CLIP ViT-L/14", of_clip, 0.0, count["clip"], 512, 768, 768),
         # ITM three times and LM; the teacher runs both towers forward once more
         Workload("BLIP ViT-B/16", vision + text + 4 * grounded, (vision + text) / (vision + text + 4 * grounded) / 3,
-                 count["blip"], 128, 256),
+                 count["blip"], 128, 256, 256),
         # the frozen tower runs forward only
-        Workload("BLIP-2, stage 1, ViT-L/14", learnt, tower / learnt / 3, count["blip2"], 128, 32 * 256),
+        Workload("BLIP-2, stage 1, ViT-L/14", learnt, tower / learnt / 3, count["blip2"], 128, 32 * 256, 32 * 256),
     ]  # fmt: skip
 
 
@@ -337,38 +342,53 @@ def simulate(work: Workload, machine: Machine, gpus: int, share: float) -> dict:
     forward = work.batch * work.operations / (machine.peak * share)
     backward, more = 2 * forward, 3 * work.again * forward
     network, features = machine.network, gpus * work.batch * work.width * 4
+    products = 4 * 2 * work.batch * (gpus * work.batch) * work.embedding / machine.single  # docs/scaling.md
     exchanges = 2 * network.gather(features, gpus)
     whole = -(-4 * work.trained // BUCKET)
     buckets = [network.reduce(4 * work.trained / whole, gpus)] * int(whole)
-    step = step_seconds(forward + more, backward, 0.0, exchanges, buckets)
+    step = step_seconds(forward + more, backward, 0.0, exchanges + products, buckets)
     alone = forward + more + backward
     failures = gpus / (HOURS_BETWEEN_FAILURES * 3600)  # per second
     lost = RESTART + SAVE_MINUTES * 60 / 2
     useful = 1 / (1 + failures * lost)
     rate = gpus * work.batch / step * useful
-    return {"gpus": gpus, "step_seconds": step, "waiting_seconds": step - alone, "samples_per_second": rate,
+    return {"gpus": gpus, "step_seconds": step, "waiting_seconds": step - alone - products,
+            "loss_seconds": products, "samples_per_second": rate,
             "efficiency": alone / step * useful, "failures_per_day": failures * 86_400,
             "days": GOAL / rate / 86_400}  # fmt: skip
 
 
-def reached_share() -> float:
-    """The share of this machine's own matrix-product peak that a step of ViT-B/32 reaches, with one thread."""
+def seconds_of(function, times: int = 8) -> float:
+    """The median seconds of a function, after two calls that are not counted."""
+    found = []
+    for _ in range(times + 2):
+        started = time.perf_counter()
+        function()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[2:])
+
+
+def reached_share() -> tuple[float, float]:
+    """This machine's matrix-product peak with one thread, and the share that a step of another, wider CLIP reaches."""
     torch.set_num_threads(1)
     left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    peaks = []
-    for _ in range(5):
-        started = time.perf_counter()
-        left @ right
-        peaks.append(2 * 2048**3 / (time.perf_counter() - started))
-    objective, batch = tiny_objective()
+    peak = 2 * 2048**3 / seconds_of(lambda: left @ right)
+    objective, batch = tiny_objective(384, 4)
+    seconds = seconds_of(lambda: objective(**batch)["contrastive"].backward())
+    return peak, step_operations(objective, batch) / seconds / peak
+
+
+def step_operations(objective: ClipObjective, batch: dict) -> float:
+    """The operations of a forward and a backward pass."""
     with FlopCounterMode(display=False) as counter:
         objective(**batch)["contrastive"].backward()
-    seconds = []
-    for _ in range(8):
-        started = time.perf_counter()
-        objective(**batch)["contrastive"].backward()
-        seconds.append(time.perf_counter() - started)
-    return counter.get_total_flops() / statistics.median(seconds) / statistics.median(peaks)
+    return float(counter.get_total_flops())
+
+
+def expected_alone(peak: float, share: float) -> dict:
+    """What one process should take for a step, from its operations alone: a third of them are the forward pass."""
+    seconds = step_operations(*tiny_objective()) / (peak * share)
+    return {"parts": [seconds / 3, 2 * seconds / 3, 0.0]}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -388,13 +408,14 @@ def check_table(result: dict) -> str:
 def gpu_table(result: dict) -> str:
     """The simulated runs."""
     lines = [
-        "| model | GPUs | samples/s | efficiency | a step | waiting | failures a day | days for 12.8 billion |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | GPUs | samples/s | efficiency | a step | loss | waiting | failures a day | days for 12.8 billion |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["gpus"]:
         lines.append(
             f"| {row['model']} | {row['gpus']:,} {row['machine'].split()[0]} | {row['samples_per_second']:,.0f} | "
             f"{100 * row['efficiency']:.0f} % | {1000 * row['step_seconds']:.0f} ms | "
+            f"{1000 * row['loss_seconds']:.1f} ms | "
             f"{1000 * row['waiting_seconds']:.1f} ms | {row['failures_per_day']:.2f} | {row['days']:,.1f} |"
         )
     return "\n".join(lines)
@@ -405,10 +426,12 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.4, help="share of the GPU's peak that is reached")
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
+    peak, share_here = reached_share()
     measured = {processes: run_group(processes) for processes in PROCESSES}
     here = []
     for processes in PROCESSES:
-        predicted = predict(measured[1], measured[processes], processes, cores)
+        alone = measured[1] if processes > 1 else expected_alone(peak, share_here)
+        predicted = predict(alone, measured[processes], processes, cores)
         here.append({"processes": processes, "measured": measured[processes]["seconds"], "predicted": predicted})
         print(f"{processes} processes: {here[-1]['measured']:.3f} s measured, {predicted:.3f} s predicted")
     rows = []
@@ -418,7 +441,7 @@ def main() -> None:
                 row = simulate(work, machine, gpus, options.share)
                 rows.append({"model": work.name, "machine": machine.name} | row)
     result = {"here": here, "measured": measured, "gpus": rows, "share": options.share,
-              "share_here": reached_share(), "workloads": [asdict(work) for work in workloads()]}  # fmt: skip
+              "share_here": share_here, "workloads": [asdict(work) for work in workloads()]}  # fmt: skip
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(check_table(result), gpu_table(result), f"share here: {result['share_here']:.2f}", sep="\n\n")
 

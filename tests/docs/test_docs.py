@@ -92,7 +92,7 @@ def test_commands_parse(name):
             options = vars(evaluate.build_parser().parse_args(words[words.index("vlp.training.evaluate") + 1 :]))
             options.pop("model")
             evaluate.EvaluationArguments(**options)
-        elif words[:2] == ["accelerate", "launch"]:
+        elif words[:2] == ["accelerate", "launch"] or words[0] == "torchrun":
             task = next(word for word in words if word in TASKS)
             parse(words[words.index(task) + 1 :], task)
             assert all((DOCS.parent / word).is_file() for word in words if word.endswith(".yaml"))
