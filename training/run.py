@@ -31,6 +31,7 @@ from .resume import state_facts
 from .setup import set_up, sources_of
 
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+GRACE = 5.0  # seconds after which a process other than the main one ends if its launcher has ended
 RESAMPLES = 1000  # bootstrap resamples for the confidence intervals of the published metrics
 
 
@@ -139,7 +140,8 @@ def save(run: Run) -> bool:
 def ends_with_its_launcher() -> Iterator[None]:
     """Interrupt the run when the program that launched it ends, so that no process goes on alone.
 
-    `accelerate launch` does not pass signals on to its process.
+    Neither `accelerate launch` nor torchrun passes on that it was killed. The main process stops after its step, and
+    saves the state. Another process cannot stop by itself: it ends, so that the others notice and are started again.
     """
     parent, over = int(os.environ.get("VLP_PARENT", os.getppid())), threading.Event()
 
@@ -147,9 +149,11 @@ def ends_with_its_launcher() -> Iterator[None]:
         while not over.wait(0.5):
             if os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGTERM)
+                if os.environ.get("RANK", "0") != "0" and not over.wait(GRACE):
+                    os._exit(1)
                 return
 
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch`
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     if launched:
         threading.Thread(target=watch, daemon=True).start()
     try:

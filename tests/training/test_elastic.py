@@ -103,6 +103,14 @@ def test_auto_starts_anew_without_a_state(tmp_path):
         find_state("latest", str(tmp_path / "run"))
 
 
+def kill_tree(agent: subprocess.Popen) -> None:
+    """Kill an agent of torchrun and its worker at once, as if their machine was lost."""
+    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True)
+    for pid in [agent.pid, *map(int, found.stdout.split())]:
+        os.kill(pid, signal.SIGKILL)
+    agent.wait()
+
+
 @pytest.mark.slow
 def test_killed_processes_are_replaced_by_torchrun(pairs, tmp_path):  # noqa: F811
     """Two agents of torchrun; one of them is killed at random and started again, ten times."""
@@ -136,12 +144,11 @@ def test_killed_processes_are_replaced_by_torchrun(pairs, tmp_path):  # noqa: F8
         if second is None:
             second = start(2)
         else:
-            os.killpg(second.pid, signal.SIGKILL)
-            second.wait()
+            kill_tree(second)
             second = None
     for agent in (first, second):
         if agent is not None:
-            os.killpg(agent.pid, signal.SIGKILL)
+            kill_tree(agent)
     state = progress()
     assert seen == {1, 2} and state["progress"]["step"] >= 1000
     history = state["progress"]["history"]
