@@ -4,10 +4,11 @@ import json
 
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import tiny_pair
+from conftest import tiny_blip, tiny_pair
 from test_training import arguments, pairs  # noqa: F401  # the fixture
 from vlp.training.run import train
 
+import vlp
 from vlp.conversion import convert
 from vlp.errors import ArgumentError
 from vlp.files import state_folder, states
@@ -87,3 +88,12 @@ def test_options_that_do_not_fit_are_refused(pairs, tmp_path, options, message):
 def test_teacher_that_cannot_teach_is_refused(pairs, tmp_path):  # noqa: F811
     with pytest.raises(ArgumentError, match="--teacher_name_or_path.*none"):
         train(arguments(pairs, tmp_path / "run", teacher_name_or_path=str(tmp_path / "none")))
+
+
+def test_teacher_without_embeddings_is_refused(pairs, tmp_path):  # noqa: F811
+    for part in tiny_pair():
+        part.save_pretrained(tmp_path / "teacher")
+    vlp.VlpBlipForConditionalGeneration(tiny_blip().config).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ArgumentError, match="cannot embed") as caught:
+        train(arguments(pairs, tmp_path / "run", teacher_name_or_path=str(tmp_path / "teacher")))
+    assert str(caught.value).count("--teacher_name_or_path") == 1

@@ -209,8 +209,9 @@ class ClipArguments(CachingArguments):
         """
         if not self.teacher_name_or_path:
             return None
+        name = own_copy(self.teacher_name_or_path, "--teacher_name_or_path")
         try:
-            predictor = load(own_copy(self.teacher_name_or_path, "--teacher_name_or_path"), "embed")
+            predictor = load(name, "embed")
         except UnsupportedModelError as error:
             raise ArgumentError(f"--teacher_name_or_path: {brief(error)}") from error
         if not isinstance(predictor, VlpPredictor) or predictor.model_type not in TEACHERS:
