@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 PIPELINE = "vlp.processing.pipeline.VlpZeroShotImageClassificationPipeline"  # by name, to import it only when used
-USES = ("embed", "match", "caption", "answer", "reason")
+USES = ("embed", "match", "rerank", "caption", "answer", "reason")
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,7 @@ ARCHITECTURES = [
         uses={
             "embed": VlpBlipForImageTextRetrieval,
             "match": VlpBlipForImageTextRetrieval,
+            "rerank": VlpBlipForPreTraining,
             "caption": VlpBlipForConditionalGeneration,
         },
         auto=(AutoModel,),

@@ -38,6 +38,7 @@ from .processing.pictures import to_rgb
 LACKS = {
     "embed": "it does not embed images and texts in one space",
     "match": "it has no matching head (ITM); BLIP and BLIP-2 have one",
+    "rerank": "re-ranking by captioning needs a matching head and a decoder, as a pre-trained BLIP has",
     "caption": "it has no decoder to generate captions; BLIP and BLIP-2 have one",
     "answer": "it was not fine-tuned to answer questions, as `training blip --task vqa` does",
     "reason": "it was not fine-tuned on pairs of images, as `training blip --task nlvr` does",

@@ -68,7 +68,7 @@ class Task:
 def use_of(arguments: EvaluationArguments) -> str:
     """The use that the model must support for an evaluation (see `architectures.USES`)."""
     if arguments.task == "retrieval" and arguments.rerank_top_k:
-        return "match"
+        return "rerank" if "captioning" in arguments.rerank_by.split(",") else "match"
     return TASKS[arguments.task].use
 
 

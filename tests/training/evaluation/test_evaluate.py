@@ -234,3 +234,14 @@ def test_class_names_come_from_label_column(tmp_path, data, monkeypatch):
     results = evaluate("perfect", EvaluationArguments(dataset=str(tmp_path / "cards"), split="train", resamples=0,
                                                       output_dir=str(tmp_path / "out")))  # fmt: skip
     assert results["metrics"]["zero_shot_top1"] == 1.0 and results["classes"] == 7
+
+
+def test_command_reranks_by_captioning(blip, data, tmp_path):
+    options = dict(dataset=str(data), split="train", task="retrieval", rerank_top_k=3, resamples=0,
+                   rerank_by="matching,captioning", output_dir=str(tmp_path))  # fmt: skip
+    metrics = evaluate(str(blip), EvaluationArguments(**options))["metrics"]
+    assert "reranked_image_to_text_recall_at_1" in metrics and "reranked_lm_image_to_text_recall_at_1" in metrics
+    for part in tiny_pair():
+        part.save_pretrained(tmp_path / "clip")
+    with pytest.raises(UnsupportedModelError, match="cannot rerank: re-ranking by captioning needs"):
+        evaluate(str(tmp_path / "clip"), EvaluationArguments(**options))
