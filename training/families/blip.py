@@ -191,8 +191,10 @@ class BlipArguments(CachingArguments, GroupingArguments):
             )
         require_share(self, "momentum", "alpha", "contrastive_share")
         check_rerankers(self.rerank_by)
-        if self.task == "retrieval" and self.rerank_by != "matching":
-            raise ArgumentError("--task retrieval trains no decoder: --rerank_by must be matching.")
+        if self.task == "retrieval":  # which trains no decoder
+            if self.rerank_by == "captioning":
+                raise ArgumentError("--task retrieval trains no decoder: --rerank_by captioning is not possible.")
+            self.rerank_by = "matching"
         require_at_least_one(self, "queue_size", "rerank_top_k", "eval_num_beams", "itm_negatives")
         self.check_groups(self.task in ("vqa", "nlvr"), "--task vqa and nlvr")
         if self.alpha_epochs < 0:
