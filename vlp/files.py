@@ -299,8 +299,12 @@ def exchange(first: Path, second: Path) -> None:
 
 
 def remove_written(folder: Path) -> None:
-    """Remove the files of a folder that its list has, and then the folder if nothing else is left in it."""
-    remove_own(folder, [folder / name for name in written_files(folder)])
+    """Remove the files of a folder that its list has, and then the folder if nothing else is left in it.
+
+    STATE_FILE is removed first: a state that is only partly removed, because the run was killed, is no longer one.
+    """
+    names = sorted(written_files(folder), key=lambda name: name != STATE_FILE)
+    remove_own(folder, [folder / name for name in names])
 
 
 def remove_own(folder: Path, files: Iterable[Path]) -> None:

@@ -218,3 +218,15 @@ def test_lists_of_files_that_are_damaged_protect_everything(tmp_path):
             check_output(tmp_path / "m")
     list_files(tmp_path / "m")
     check_output(tmp_path / "m")
+
+
+def test_state_that_is_partly_removed_is_no_state(tmp_path, monkeypatch):
+    state = tmp_path / "step-0000002"
+    state.mkdir()
+    for name in ("model.safetensors", "a.bin", files.STATE_FILE):
+        (state / name).write_text("x")
+    files.list_files(state)
+    removed = []
+    monkeypatch.setattr(files, "remove_own", lambda folder, paths: removed.extend(path.name for path in paths))
+    files.remove_written(state)
+    assert removed[0] == files.STATE_FILE and set(removed) == {"model.safetensors", "a.bin", files.STATE_FILE}
