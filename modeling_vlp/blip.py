@@ -13,7 +13,7 @@ from ..configuration.vision import VlpModifiedResNetConfig
 from .base import VlpPreTrainedModel
 from .layers import make_projection
 from .losses import draw_hard_negatives, matching_loss, same_pairs, smooth_targets, soft_contrastive_loss
-from .med import LMHead, MedModel, Memory, begin_with, next_token_loss, text_log_probabilities
+from .med import LMHead, MedModel, Memory, begin_with, next_token_loss, text_losses
 from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput, compared, with_pooled
 from .resnet import ModifiedResNet
 from .towers import VisionTower
@@ -222,8 +222,8 @@ class VlpBlipForPreTraining(VlpBlipMatcher):
         self.lm_head.decoder = value
 
     def caption_log_probabilities(self, input_ids: Tensor, memory: Memory) -> Tensor:
-        """Compute the log-probability (T,) of each text, as `med.text_log_probabilities`."""
-        return text_log_probabilities(self.text_model, self.lm_head, input_ids, memory)
+        """Compute the log-probability (T,) that the decoder gives to each text (see `med.text_losses`)."""
+        return -text_losses(self, input_ids, memory)
 
     def lm_loss(self, input_ids: Tensor, memory: Memory, labels: Tensor | None = None) -> Tensor:
         """Compute the language modelling loss.

@@ -21,7 +21,7 @@ from .base import VlpPreTrainedModel, adopt, loaded
 from .blip import VlpBlipForPreTraining, VlpBlipPreTrainedModel
 from .blip_captioner import with_length
 from .losses import weighted_answer_loss
-from .med import LMHead, MedModel, Memory, ResidualAttention, begin_with, decode, initialize_as_bert
+from .med import LMHead, MedModel, Memory, ResidualAttention, begin_with, decode, initialize_as_bert, text_losses
 
 # Shapes: B images, Q questions, N tokens of a text, M tokens of an image, A answers, D width, V vocabulary
 
@@ -203,7 +203,7 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel, GenerationMixin):
             memory = memory.select(answer_index)
         if answer_weights is None:
             answer_weights = torch.ones(len(labels), device=labels.device)
-        losses = answer_losses(self.answer_decoder, labels, memory, config.label_smoothing)
+        losses = text_losses(self.answer_decoder, labels, memory, config.label_smoothing)
         return CausalLMOutputWithCrossAttentions(loss=weighted_answer_loss(losses, answer_weights, len(input_ids)))
 
     @torch.no_grad()
@@ -263,19 +263,8 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel, GenerationMixin):
         count = min(top_k, len(answers))
         candidates = first[:, answers[:, 1]].topk(count, dim=1).indices  # (Q, count)
         # Candidates of the same question are consecutive, so they share its memory.
-        losses = answer_losses(self.answer_decoder, answers[candidates.flatten()], memory, 0.0).view(-1, count)
+        losses = text_losses(self.answer_decoder, answers[candidates.flatten()], memory).view(-1, count)
         return candidates.gather(1, losses.argmin(dim=1, keepdim=True))[:, 0]
-
-
-def answer_losses(decoder: AnswerDecoder, answers: Tensor, memory: Memory, label_smoothing: float) -> Tensor:
-    """Compute the cross entropy (A,) of each answer (A, L), summed over its tokens after [DEC]."""
-    config = decoder.config
-    ids = begin_with(answers, config.bos_token_id)
-    states = decoder.text_model(ids[:, :-1], ids[:, 1:] != config.pad_token_id, memory, decode=True, pack=True)
-    labels = answers[:, 1:].masked_fill(answers[:, 1:] == config.pad_token_id, -100)
-    logits = decoder.lm_head(states.last_hidden_state).float()
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", label_smoothing=label_smoothing)
-    return losses.sum(dim=1)
 
 
 class PairAttention(ResidualAttention):

@@ -333,19 +333,24 @@ def next_token_loss(text_model: MedModel, lm_head: LMHead, input_ids, attention_
     return label_loss(lm_head, states, labels, config.label_smoothing)
 
 
-def text_log_probabilities(text_model: MedModel, lm_head: LMHead, input_ids: Tensor, memory: Memory) -> Tensor:
-    """Compute the log-probability (T,) that a decoder gives to each text, with its end token.
+def text_losses(writer, input_ids: Tensor, memory: Memory, label_smoothing: float = 0.0) -> Tensor:
+    """Compute the cross entropy (T,) of each text, summed over its tokens, with its end token.
+
+    Without label smoothing, it is the negative logarithm of the probability that the decoder gives to the text.
 
     Args:
-        text_model, lm_head: the decoder.
+        writer: a model with a `text_model` and an `lm_head`.
         input_ids: (T, N) texts that begin with [CLS], which is replaced by [DEC], padded on the right.
         memory: keys and values of the image of each text.
+        label_smoothing: share that is distributed evenly over the vocabulary.
     """
-    config, real = text_model.config, input_ids[:, 1:] != text_model.config.pad_token_id
-    ids = begin_with(input_ids, config.bos_token_id)[:, :-1]
-    states = text_model(ids, real, memory, decode=True, pack=True).last_hidden_state
-    found = lm_head(states).float().log_softmax(dim=-1).gather(2, input_ids[:, 1:, None])[..., 0]
-    return found.masked_fill(~real, 0.0).sum(dim=1)
+    config = writer.text_model.config
+    ids, real = begin_with(input_ids, config.bos_token_id), input_ids[:, 1:] != config.pad_token_id
+    states = writer.text_model(ids[:, :-1], real, memory, decode=True, pack=True).last_hidden_state
+    labels = input_ids[:, 1:].masked_fill(~real, -100)
+    logits = writer.lm_head(states).float().transpose(1, 2)  # (T, V, N)
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    return losses.sum(dim=1)
 
 
 def label_loss(lm_head: nn.Module, states: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:

@@ -64,8 +64,13 @@ def rerank(similarity: Tensor, candidates: Tensor, logits: Tensor, temperature: 
     Returns:
         (Q, N): for candidates, cosine + "yes", or cosine / temperature + "yes" - "no" with a temperature.
     """
+    return combine(similarity, candidates, matching_scores(logits, temperature is not None), temperature)
+
+
+def matching_scores(logits: Tensor, posterior: bool) -> Tensor:
+    """The scores of ITM's logits (..., 2) for `combine`: log-odds for log posteriors, the "yes" logit otherwise."""
     no, yes = logits.unbind(dim=-1)
-    return combine(similarity, candidates, yes if temperature is None else yes - no, temperature)
+    return yes - no if posterior else yes
 
 
 def combine(similarity: Tensor, candidates: Tensor, scores: Tensor, temperature: float | None = None) -> Tensor:

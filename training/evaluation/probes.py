@@ -69,11 +69,13 @@ def choose_strength(train: tuple[np.ndarray, np.ndarray], validation: tuple[np.n
     """Search for the strength with the best accuracy on validation data; of equally good ones, the smallest.
 
     Args:
-        train, validation: features (N, D) and labels (N,).
+        train, validation: features (N, D) and labels (N,); without validation data, the strength is WITHOUT_VALIDATION.
 
     Returns:
         scikit-learn's C.
     """
+    if not len(validation[1]):
+        return WITHOUT_VALIDATION
     known: dict[int, float] = {}  # accuracy by the exponent of the strength, in steps
 
     def measure(step: int) -> float:

@@ -22,7 +22,7 @@ from ...architectures import architecture_of
 from ...errors import ArgumentError, brief, printable
 from ...files import usable_path
 from ...inference import Predictor, VlpPredictor
-from ...modeling_vlp.ranking import candidates_of, combine, rerank
+from ...modeling_vlp.ranking import candidates_of, combine, matching_scores
 from ...processing.prompts import CLASS_NAMES, prompts_for, read_names
 from ..data.rows import answers_of, captions_of, label_of
 from ..data.sources import load_rows, require_column, require_text
@@ -251,21 +251,35 @@ def bootstrap(arguments: EvaluationArguments) -> dict:
 
 def zero_shot(predictor: Predictor, pictures: Pictures) -> Outcome:
     """Zero-shot classification: compare images with the prompts of the class names."""
-    arguments, names, found = pictures.arguments, pictures.names, []
+    names, found = pictures.names, []
     classes = embed_classes(predictor, pictures)
     for batch in pictures.batches(pictures.own, "images"):
         similarity = predictor.similarity(predictor.embed_images([pictures.image(n) for n in batch]), classes)
         labels = torch.tensor([pictures.items[number].label for number in batch])
         ranked = best(similarity, labels[:, None] == torch.arange(len(names)))
         found += list(zip(batch, ranked, labels.tolist(), strict=True))
-    numbers, ranked, labels = transposed(pictures.gather(found))
-    metrics = load_metric("zero_shot_accuracy").compute(
-        predictions=ranked, references=labels, k=[k for k in (1, 5) if k < len(names)], **bootstrap(arguments)
-    )
+    _, ranked, labels = transposed(pictures.gather(found))
+    return classified(pictures, ranked, labels, "zero_shot")
+
+
+def classified(pictures: Pictures, ranked: list[list[int]], labels: list[int], name: str) -> Outcome:
+    """The outcome of a classification of all pictures.
+
+    Args:
+        pictures: the data.
+        ranked: the class indices for each picture, best first.
+        labels: the class index of each picture.
+        name: what the names of the metrics begin with.
+    """
+    found = load_metric("zero_shot_accuracy").compute(
+        predictions=ranked, references=labels, k=[k for k in (1, 5) if k < len(pictures.names)],
+        **bootstrap(pictures.arguments),
+    )  # fmt: skip
+    metrics = {metric.replace("zero_shot", name): value for metric, value in found.items()}
     confusion = [(label, predicted[0]) for label, predicted in zip(labels, ranked, strict=True)]
     hits = [float(label == predicted) for label, predicted in confusion]
-    rows = [pictures.items[number].rows[0] for number in numbers]
-    return Outcome(metrics, confusion, by_group(pictures, "zero_shot_top1", rows, hits))
+    rows = [picture.rows[0] for picture in pictures.items]
+    return Outcome(metrics, confusion, by_group(pictures, f"{name}_top1", rows, hits))
 
 
 # --- linear probes ----------------------------------------------------------------------------------------------------
@@ -285,7 +299,6 @@ def features_of(predictor: Predictor, pictures: Pictures, text: str) -> tuple[np
 
 def linear_probe(predictor: Predictor, pictures: Pictures) -> Outcome:
     """Linear probe: logistic regression on the features of the frozen image tower (see `probes`)."""
-    arguments = pictures.arguments
     test, test_labels = features_of(predictor, pictures, "images")
     train, labels = features_of(predictor, pictures.train, "training images")
     if pictures.validation is not None:
@@ -293,21 +306,11 @@ def linear_probe(predictor: Predictor, pictures: Pictures) -> Outcome:
         strength = probes.choose_strength((train, labels), (other, other_labels))
         train, labels = np.concatenate([train, other]), np.concatenate([labels, other_labels])
     else:
-        kept, off = probes.split_off(labels, probes.VALIDATION_SHARE, arguments.seed)
-        strength = probes.WITHOUT_VALIDATION
-        if len(off):
-            strength = probes.choose_strength((train[kept], labels[kept]), (train[off], labels[off]))
+        kept, off = probes.split_off(labels, probes.VALIDATION_SHARE, pictures.arguments.seed)
+        strength = probes.choose_strength((train[kept], labels[kept]), (train[off], labels[off]))
     scores = torch.from_numpy(probes.scores_of(probes.fit(train, labels, strength), test, len(pictures.names)))
     ranked = best(scores, torch.from_numpy(test_labels)[:, None] == torch.arange(len(pictures.names)))
-    found = load_metric("zero_shot_accuracy").compute(
-        predictions=ranked, references=test_labels.tolist(), k=[k for k in (1, 5) if k < len(pictures.names)],
-        **bootstrap(arguments),
-    )  # fmt: skip
-    metrics = {name.replace("zero_shot", "linear_probe"): value for name, value in found.items()}
-    confusion = [(label, predicted[0]) for label, predicted in zip(test_labels.tolist(), ranked, strict=True)]
-    hits = [float(label == predicted) for label, predicted in confusion]
-    rows = [item.rows[0] for item in pictures.items]
-    return Outcome(metrics, confusion, by_group(pictures, "linear_probe_top1", rows, hits))
+    return classified(pictures, ranked, test_labels.tolist(), "linear_probe")
 
 
 def few_shot(predictor: Predictor, pictures: Pictures) -> Outcome:
@@ -319,9 +322,7 @@ def few_shot(predictor: Predictor, pictures: Pictures) -> Outcome:
         hits = np.zeros(len(test))
         for draw in range(arguments.few_shot_draws):
             chosen, others = probes.draw_shots(labels, shots, arguments.seed + draw)
-            strength = probes.WITHOUT_VALIDATION
-            if len(others):
-                strength = probes.choose_strength((train[chosen], labels[chosen]), (train[others], labels[others]))
+            strength = probes.choose_strength((train[chosen], labels[chosen]), (train[others], labels[others]))
             classifier = probes.fit(train[chosen], labels[chosen], strength)
             hits += (classifier.predict(test) == test_labels) / arguments.few_shot_draws
         statistics[f"few_shot_top1_{shots}"] = mean(hits.tolist())
@@ -474,26 +475,20 @@ def rerank_pairs(
     similarity, arguments, own = found.similarity, pictures.arguments, pictures.own
     texts, images = (candidates_of(each, arguments.rerank_top_k) for each in (similarity, similarity.T))
     pairs = (texts | images.T)[own].nonzero().tolist()  # (position among own images, text)
-    score = predictor.match if name == "matching" else predictor.caption_log_probabilities
-    matched = score_pairs(score, pictures, found, pairs).tolist()
-    scored = pictures.gather(
-        [((own[position], text), row) for (position, text), row in zip(pairs, matched, strict=True)]
-    )
+    posterior = name == "captioning" or arguments.rerank_posterior
     if name == "captioning":
-        scores = torch.zeros(similarity.shape)
-        for (image, text), value in scored:
-            scores[image, text] = value
-        return (
-            combine(similarity, texts, scores, predictor.temperature),
-            combine(similarity.T, images, scores.T, predictor.temperature),
-        )
-    logits = torch.zeros(*similarity.shape, 2)
-    for (image, text), row in scored:
-        logits[image, text] = torch.tensor(row)
-    temperature = predictor.temperature if arguments.rerank_posterior else None
+        values = score_pairs(predictor.caption_log_probabilities, pictures, found, pairs)
+    else:
+        values = matching_scores(score_pairs(predictor.match, pictures, found, pairs).reshape(len(pairs), 2), posterior)
+    scores = torch.zeros(similarity.shape)
+    for (image, text), value in pictures.gather(
+        [((own[position], text), value) for (position, text), value in zip(pairs, values.tolist(), strict=True)]
+    ):
+        scores[image, text] = value
+    temperature = predictor.temperature if posterior else None
     return (
-        rerank(similarity, texts, logits, temperature),
-        rerank(similarity.T, images, logits.transpose(0, 1), temperature),
+        combine(similarity, texts, scores, temperature),
+        combine(similarity.T, images, scores.T, temperature),
     )
 
 
