@@ -296,7 +296,7 @@ class Workload:
 
 def counted(function) -> float:
     """The operations of a function."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter:
         function()
     return float(counter.get_total_flops())
 
@@ -380,9 +380,7 @@ def reached_share() -> tuple[float, float]:
 
 def step_operations(objective: ClipObjective, batch: dict) -> float:
     """The operations of a forward and a backward pass."""
-    with FlopCounterMode(display=False) as counter:
-        objective(**batch)["contrastive"].backward()
-    return float(counter.get_total_flops())
+    return counted(lambda: objective(**batch)["contrastive"].backward())
 
 
 def expected_alone(peak: float, share: float) -> dict:

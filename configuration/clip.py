@@ -30,7 +30,6 @@ class VlpClipConfig(PreTrainedConfig):
             with a hidden layer do; for small data on locked towers.
         logit_scale_init_value: natural logarithm of the initial logit scale: ln(1/0.07) for CLIP, ln(10) for SigLIP.
         logit_bias_init_value: initial bias of the sigmoid loss (-10 for SigLIP); None for a model without a bias.
-
         embedding_sizes: Matryoshka embeddings: shorter sizes that the embeddings were trained for, besides
             `projection_dim`: the first dimensions, normalised again, are embeddings too. None: no other size.
 

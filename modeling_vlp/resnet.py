@@ -14,11 +14,16 @@ from .outputs import ResNetOutput
 # Shapes: B batch, C channels, S image side, G cells along a side of the last stage, D last width, E embedding
 
 
+def is_recomputing() -> bool:
+    """Whether gradient checkpointing is recomputing a block, within the backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm that does not update its running statistics when gradient checkpointing recomputes a block."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if self.training and not torch.compiler.is_compiling() and is_recomputing():
             mean, var = self.running_mean.clone(), self.running_var.clone()
             return nn.functional.batch_norm(
                 x, mean, var, self.weight, self.bias, training=True, momentum=self.momentum, eps=self.eps

@@ -48,7 +48,6 @@ class Run:
     wrapped: torch.nn.Module  # the objective, wrapped by Accelerate
     optimizer: torch.optim.Optimizer
     to_pixel_values: Callable[[Tensor], Tensor]
-    total_steps: int | None  # of the schedule, if it is a number of steps
     total_samples: int | None  # of the schedule, if it is a number of epochs; it may be resumed with other batches
     bad_rows: BadRows
     average: AveragedModel | None = None
@@ -60,11 +59,13 @@ class Run:
 
     def share_done(self) -> float:
         """Return the completed share of the schedule, from 0 to 1."""
-        done = self.progress.step / self.total_steps if self.total_steps else 0.0
+        arguments, progress, done = self.arguments, self.progress, 0.0
         if self.total_samples:
-            done = self.progress.samples / self.total_samples
-        if self.arguments.max_train_minutes:
-            done = max(done, self.progress.seconds / (60 * self.arguments.max_train_minutes))
+            done = progress.samples / self.total_samples
+        if arguments.max_train_steps:
+            done = progress.step / arguments.max_train_steps
+        if arguments.max_train_minutes:
+            done = max(done, progress.seconds / (60 * arguments.max_train_minutes))
         return min(done, 1.0)
 
 

@@ -196,7 +196,6 @@ def make_run(
         wrapped=wrapped,
         optimizer=optimizer,
         to_pixel_values=to_pixel_values(arguments, processor.image_processor),
-        total_steps=arguments.max_train_steps,
         total_samples=total_samples(arguments, size, batch),
         bad_rows=BadRows(arguments.max_bad_share, len(rows) if rows is not None else None),
         average=average,

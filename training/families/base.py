@@ -12,11 +12,13 @@ from typing import Generic, TypeVar
 import datasets
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ...errors import ArgumentError, UserError, brief, printable
 from ...loading import read_config
 from ..arguments import TrainingArguments, option, require_at_least_one
+from ..data.features import Features, compute_features, key_of
 from ..data.rows import CaptionChooser
 from ..data.samples import SampleMaker
 from ..data.sources import is_shards
@@ -24,6 +26,7 @@ from ..evaluation.arguments import EvaluationArguments
 from ..evaluation.pictures import Pictures
 from ..evaluation.tasks import prepare_data
 from ..objectives.base import Objective
+from ..objectives.distributed import main_process_first
 
 A = TypeVar("A", bound=TrainingArguments)
 
@@ -87,8 +90,12 @@ class CachingArguments(TrainingArguments):
             raise ArgumentError(f"--cache_features needs {option}: features of a tower that is trained change.")
         if self.cache_images or self.lora_rank:
             raise ArgumentError("--cache_features does not go with --cache_images or --lora_rank.")
+        self.require_random_access("--cache_features")
+
+    def require_random_access(self, option: str) -> None:
+        """Raise ArgumentError unless this process can read any row at any time, as an option needs."""
         if is_shards(self.dataset_name) or self.streaming or self.num_workers:
-            raise ArgumentError("--cache_features needs random access to the rows: no shards, and --num_workers 0.")
+            raise ArgumentError(f"{option} needs random access to the rows: no shards, and --num_workers 0.")
 
 
 @dataclass(kw_only=True)
@@ -181,6 +188,24 @@ def extend(maker: SampleMaker, kind: type[SampleMaker], **parts) -> SampleMaker:
     """Return a maker of class `kind` with the settings of `maker` and additional fields."""
     settings = {item.name: getattr(maker, item.name) for item in dataclasses.fields(maker)}
     return kind(**settings, **parts)
+
+
+def cached_features(
+    arguments: TrainingArguments, rows, encode: Callable, module: nn.Module, config, images
+) -> Features:
+    """What a frozen model computes for the image of each row, from the cache folder; the main process computes it.
+
+    Args:
+        arguments: options of the run.
+        rows: rows of a data set.
+        encode: returns the features (B, ...) of PIL images.
+        module, config, images: the model, its configuration and its image processor.
+    """
+    key = key_of(module, config, images, rows, arguments.image_column)
+    with main_process_first():
+        path = compute_features(encode, key, rows, arguments.image_column, arguments.max_image_pixels,
+                                arguments.eval_batch_size)  # fmt: skip
+    return Features(path)
 
 
 def evaluation_tasks(

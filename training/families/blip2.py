@@ -29,16 +29,16 @@ from ...processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, token_id
 from ...processing.blip2 import QUESTION, VlpBlip2Processor, VlpInstructBlipProcessor, prompt_of
 from ...towers import Start, vision_start
 from ..arguments import option, require_at_least_one, require_share
-from ..data.features import FeatureMaker, Features, compute_features, key_of
+from ..data.features import FeatureMaker
 from ..data.rows import CaptionChooser, caption_texts
 from ..data.samples import SampleMaker
 from ..data.sources import require_text
 from ..evaluation.pictures import Pictures
 from ..objectives.blip2 import Blip2Objective, LanguageObjective
-from ..objectives.distributed import main_process_first
 from .base import (
     Family,
     GroupingArguments,
+    cached_features,
     check_fields,
     evaluation_tasks,
     extend,
@@ -517,12 +517,10 @@ def make_samples(arguments: Blip2Arguments, rows, model, processor, maker: Sampl
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return model.encode_image(pixels.to(model.device, model.dtype))
 
-    images = processor.image_processor
-    key = key_of(model.vision_model, model.config.vision_config, images, rows, arguments.image_column)
-    with main_process_first():
-        path = compute_features(encode, key, rows, arguments.image_column, arguments.max_image_pixels,
-                                arguments.eval_batch_size)  # fmt: skip
-    return extend(maker, FeatureMaker, features=Features(path))
+    features = cached_features(
+        arguments, rows, encode, model.vision_model, model.config.vision_config, processor.image_processor
+    )
+    return extend(maker, FeatureMaker, features=features)
 
 
 BLIP2 = Family(

@@ -27,10 +27,9 @@ from ...processing.prompts import CLASS_NAMES, TEMPLATES
 from ...processing.tokenizer import VlpClipTokenizer
 from ...towers import Start, text_start, vision_start, with_side
 from ..arguments import option, require_at_least_one, require_one_of
-from ..data.features import Features, TaughtMaker, compute_features, key_of
+from ..data.features import TaughtMaker
 from ..data.rows import CaptionChooser, caption_texts
 from ..data.samples import SampleMaker
-from ..data.sources import is_shards
 from ..evaluation.pictures import Pictures
 from ..objectives.clip import ClipObjective
 from ..objectives.distillation import (
@@ -39,10 +38,10 @@ from ..objectives.distillation import (
     TeacherEmbeddings,
     TeacherTokens,
 )
-from ..objectives.distributed import main_process_first
 from .base import (
     CachingArguments,
     Family,
+    cached_features,
     check_fields,
     evaluation_tasks,
     extend,
@@ -197,8 +196,8 @@ class ClipArguments(CachingArguments):
             raise ArgumentError(f"--distillation_weight must be positive, got {self.distillation_weight}.")
         if self.cache_features:
             raise ArgumentError("--cache_features leaves no images for the teacher: omit it, or the teacher.")
-        if self.cache_teacher and (is_shards(self.dataset_name) or self.streaming or self.num_workers):
-            raise ArgumentError("--cache_teacher needs random access to the rows: no shards, and --num_workers 0.")
+        if self.cache_teacher:
+            self.require_random_access("--cache_teacher")
 
     @functools.cached_property
     def teacher(self) -> VlpPredictor | None:
@@ -437,12 +436,9 @@ def make_samples(arguments: ClipArguments, rows, model, processor, maker: Sample
         return dataclasses.replace(maker, teacher_texts=TeacherTokens(teacher))
     teacher.model.to(model.device)
     images = teacher.processor.image_processor
-    key = key_of(teacher.model, teacher.model.config, images, rows, arguments.image_column)
-    with main_process_first():
-        path = compute_features(teacher.embed_images, key, rows, arguments.image_column, arguments.max_image_pixels,
-                                arguments.eval_batch_size)  # fmt: skip
+    features = cached_features(arguments, rows, teacher.embed_images, teacher.model, teacher.model.config, images)
     maker = dataclasses.replace(maker, teacher_texts=TeacherEmbeddings(teacher))
-    return extend(maker, TaughtMaker, features=Features(path))
+    return extend(maker, TaughtMaker, features=features)
 
 
 CLIP = Family(

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
-from ...modeling_vlp.resnet import BatchNorm2d
+from ...modeling_vlp.resnet import BatchNorm2d, is_recomputing
 
 # Shapes: B images of this process, C channels, H x W cells
 
@@ -25,7 +25,7 @@ class JointBatchNorm2d(BatchNorm2d):
         mean = SumOfProcesses.apply(values.sum(dim=(0, 2, 3))) / count  # (C,)
         centred = values - mean[:, None, None]
         variance = SumOfProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / count
-        if torch._C._current_graph_task_id() == -1:  # not while gradient checkpointing recomputes a block
+        if not is_recomputing():
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 unbiased = variance * count / (count - 1).clamp(min=1)

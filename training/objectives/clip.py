@@ -1,6 +1,7 @@
 """CLIP's objective, and SigLIP's."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -78,9 +79,13 @@ class ClipObjective(Objective):
 
     def embed(self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor]:
         """Embed the images and the texts of a batch as (B, E) each, of unit length."""
+        text = self.in_parts(self.embed_texts, input_ids, text_index)[text_index]
+        return self.in_parts(self.embed_images, pixel_values, text_index), text
+
+    def in_parts(self, function: Callable[[Tensor], Tensor], rows: Tensor, text_index: Tensor) -> Tensor:
+        """Compute `function(rows)` in micro batches; `text_index` has as many rows as the batch."""
         most = len(text_index) if self.even_batches else None
-        text = in_micro_batches(self.embed_texts, self.micro_batch_size, input_ids, most)[text_index]
-        return in_micro_batches(self.embed_images, self.micro_batch_size, pixel_values, most), text
+        return in_micro_batches(function, self.micro_batch_size, rows, most)
 
     def contrast(
         self, image: Tensor, text: Tensor, batch: JoinedBatch, caption_ids: Tensor, image_ids: Tensor

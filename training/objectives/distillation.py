@@ -11,7 +11,6 @@ from ...inference import VlpPredictor
 from ...modeling_vlp.losses import distillation_loss, unit_length
 from .clip import ClipObjective
 from .distributed import JoinedBatch
-from .micro_batches import in_micro_batches
 
 KNOWN_TEXTS = 250_000
 
@@ -41,6 +40,12 @@ class DistillationTeacher:
         scale = getattr(self.model, "logit_scale", None)
         return 1 / self.model.temp if scale is None else scale.exp()
 
+    def move_to(self, device: torch.device) -> None:
+        """Move the model to the device of the student, unless it is there already."""
+        if self.statistics.device != device:
+            self.model.to(device)
+            self.statistics = self.statistics.to(device)
+
     def embed_images(self, pixel_values: Tensor) -> Tensor:
         """Embed images as the student sees them, at the teacher's size.
 
@@ -50,8 +55,8 @@ class DistillationTeacher:
         Returns:
             (B, E), of unit length.
         """
-        self.model.to(pixel_values.device)
-        (own_mean, own_std), (mean, std) = self.statistics.to(pixel_values.device)
+        self.move_to(pixel_values.device)
+        (own_mean, own_std), (mean, std) = self.statistics
         pixels = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32)) * own_std + own_mean
         if pixels.shape[-1] != self.side:
             pixels = tv.resize(pixels, [self.side, self.side], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
@@ -60,7 +65,7 @@ class DistillationTeacher:
 
     def embed_texts(self, input_ids: Tensor) -> Tensor:
         """Embed texts (T, N), of the teacher's tokens, as (T, E) of unit length."""
-        self.model.to(input_ids.device)
+        self.move_to(input_ids.device)
         return unit_length(self.model.get_text_features(input_ids, pooled_only=True).pooler_output)
 
 
@@ -131,11 +136,10 @@ class DistilledClipObjective(ClipObjective):
         batch = JoinedBatch.of(text_index, self.even_batches)
         losses = self.contrast(image, text, batch, caption_ids, image_ids)
         with torch.no_grad():
-            size, most = self.micro_batch_size, len(text_index) if self.even_batches else None
             if teacher_images is None:
-                teacher_images = in_micro_batches(self.teacher.embed_images, size, pixel_values, most)
+                teacher_images = self.in_parts(self.teacher.embed_images, pixel_values, text_index)
             if not teacher_texts.is_floating_point():
-                teacher_texts = in_micro_batches(self.teacher.embed_texts, size, teacher_texts, most)
+                teacher_texts = self.in_parts(self.teacher.embed_texts, teacher_texts, text_index)
             teacher_texts = teacher_texts[text_index]
         with torch.autocast(image.device.type, enabled=False):
             loss = distillation_loss(

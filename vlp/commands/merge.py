@@ -199,9 +199,11 @@ def greedy(merged: Merged, evaluations: list[Pictures]) -> list[float]:
     """
     count = len(merged.members)
 
+    def shares(chosen: list[int]) -> list[float]:
+        return [1 / len(chosen) if number in chosen else 0.0 for number in range(count)]
+
     def score(chosen: list[int]) -> float:
-        shares = [1 / len(chosen) if number in chosen else 0.0 for number in range(count)]
-        return sum(scores(merged.put(shares), merged.processor, evaluations)) / len(evaluations)
+        return sum(scores(merged.put(shares(chosen)), merged.processor, evaluations)) / len(evaluations)
 
     alone = {number: score([number]) for number in range(count)}
     order = sorted(alone, key=alone.get, reverse=True)
@@ -211,7 +213,7 @@ def greedy(merged: Merged, evaluations: list[Pictures]) -> list[float]:
         print(f"{printable(merged.members[number].name, 120)}: {value:.4f} with it, {best:.4f} without.")
         if value >= best:
             chosen, best = [*chosen, number], value
-    return [1 / len(chosen) if number in chosen else 0.0 for number in range(count)]
+    return shares(chosen)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
