@@ -21,6 +21,8 @@ class VlpViTConfig(PreTrainedConfig):
         drop_path_rate: probability (at least 0, below 1) with which the attention, and likewise the MLP, of the last
             block is skipped for an image in training; it grows linearly from 0 for the first block (stochastic depth,
             arXiv:1603.09382).
+        max_num_patches: budget of patches of an image that keeps its resolution and shape (NaFlex), for which the model
+            is trained; None: square images. A vision transformer of CLIP embeds both.
         final_norm: whether a LayerNorm follows the blocks. BLIP-2's towers have none, because they omit the last block.
     """
 
@@ -39,6 +41,7 @@ class VlpViTConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     patch_dropout: float = 0.0
     drop_path_rate: float = 0.0
+    max_num_patches: int | None = None
     final_norm: bool = True
 
     def __post_init__(self, **kwargs):
@@ -59,6 +62,12 @@ class VlpViTConfig(PreTrainedConfig):
         require_fraction(self, "attention_dropout")
         require_fraction(self, "patch_dropout")
         require_fraction(self, "drop_path_rate")
+        if self.max_num_patches is not None:
+            require_positive(self, "max_num_patches")
+            if not isinstance(self.max_num_patches, int):
+                raise ValueError(
+                    f"{type(self).__name__}: max_num_patches must be a positive integer, got {self.max_num_patches!r}."
+                )
         require_activation(self)
 
 
@@ -157,11 +166,14 @@ def vision_config_from(
         The configuration.
 
     Raises:
-        ValueError: if "model_type" is not that of an allowed class, or a ResNet projects to another width.
+        ValueError: if "model_type" is not that of an allowed class, a ResNet projects to another width, or a model
+            other than CLIP is to read images of variable shape.
     """
     is_resnet = isinstance(given, dict) and given.get("model_type") == VlpModifiedResNetConfig.model_type
     more = {"projection_dim": projection_dim} if is_resnet else {}
     config = config_from(given, kinds, "vision_config", owner, **more)
+    if getattr(config, "max_num_patches", None) is not None and owner.model_type != "vlp_clip":
+        raise ValueError(f"{type(owner).__name__}: only CLIP reads images of variable shape: omit max_num_patches.")
     if getattr(config, "projection_dim", projection_dim) != projection_dim:
         raise ValueError(
             f"{type(owner).__name__}: the ResNet projects to {config.projection_dim} dimensions, but the shared space "

@@ -426,7 +426,9 @@ def describe_architecture(config: PreTrainedConfig) -> list[tuple[str, str]]:
     else:
         tower = f"ViT, {layers(vision.num_hidden_layers)} of {vision.hidden_size}, {vision.num_attention_heads} heads, "
         tower += f"patches of {vision.patch_size} px, {vision.hidden_act}"
-    tower += f", images of {vision.image_size} x {vision.image_size} px"
+    patches = getattr(vision, "max_num_patches", None)
+    square = f"images of {vision.image_size} x {vision.image_size} px"
+    tower += f", images of any shape with at most {patches} patches" if patches else f", {square}"
     if isinstance(config, VlpBlip2Config):
         return [("Image tower", f"{tower}{', frozen' if config.freeze_vision else ''}"), *describe_qformer(config)]
     text = config.text_config

@@ -11,7 +11,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.clip import VlpClipConfig
 from ..configuration.text import VlpSiglipTextConfig
 from ..configuration.towers import VlpTextTowerConfig, VlpVisionTowerConfig
-from ..configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig
+from ..configuration.vision import VlpBlipViTConfig, VlpModifiedResNetConfig, VlpSiglipViTConfig, VlpViTConfig
 from .base import VlpPreTrainedModel
 from .known_texts import KnownTexts
 from .layers import make_projection
@@ -28,9 +28,10 @@ MAX_LOGIT_SCALE = math.log(100)
 VISION_TOWERS = {VlpModifiedResNetConfig.model_type: ModifiedResNet, VlpSiglipViTConfig.model_type: SiglipViT,
                  VlpBlipViTConfig.model_type: BlipViT, VlpVisionTowerConfig.model_type: VisionTower}  # fmt: skip
 TEXT_TOWERS = {VlpSiglipTextConfig.model_type: SiglipTextTransformer, VlpTextTowerConfig.model_type: TextTower}
+VARIABLE = (VlpViTConfig.model_type, VlpSiglipViTConfig.model_type, VlpBlipViTConfig.model_type)  # read patches
 PROJECTED = (VlpModifiedResNetConfig.model_type, VlpSiglipViTConfig.model_type)  # towers whose pooling projects
 
-# Shapes: B images, T captions, N tokens, C channels, S image side, E embedding
+# Shapes: B images, T captions, N tokens, C channels, S image side, P patch side, E embedding
 
 
 class VlpClipModel(VlpPreTrainedModel):
@@ -95,6 +96,7 @@ class VlpClipModel(VlpPreTrainedModel):
         pixel_values: Tensor,
         interpolate_pos_encoding: bool = False,
         pooled_only: bool = False,
+        spatial_shapes: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs,
@@ -102,21 +104,29 @@ class VlpClipModel(VlpPreTrainedModel):
         """Embed images.
 
         Args:
-            pixel_values: (B, C, S, S).
+            pixel_values: (B, C, S, S), or patches (B, N, P * P * C) of images of any shape, for a vision transformer.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
             pooled_only: skip the computation in the last layer that `pooler_output` does not need; its values are the
                 same, and `last_hidden_state` is None.
+            spatial_shapes: (B, 2), the rows and columns of the patches of each image.
             output_hidden_states, output_attentions: also return these; if None, as the configuration says.
             kwargs: ignored, so that the processor's output can be passed as it is.
 
         Returns:
             `pooler_output` (B, E), projected but not normalised, as in transformers' CLIPModel, and
             `last_hidden_state`.
+
+        Raises:
+            ValueError: if the images do not have the required size, or the tower cannot embed patches.
         """
+        kind = self.config.vision_config.model_type
+        if pixel_values.ndim == 3 and kind not in VARIABLE:
+            raise ValueError(f"Only a vision transformer embeds images of variable shape; the image tower is a {kind}.")
         output = self.vision_model(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             pooled_only=pooled_only,
+            **({} if spatial_shapes is None else {"spatial_shapes": spatial_shapes}),
             **self.output_flags(output_hidden_states, output_attentions),
         )
         output.pooler_output = self.visual_projection(output.pooler_output)
@@ -193,6 +203,7 @@ class VlpClipModel(VlpPreTrainedModel):
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
         pooled_only: bool = False,
+        spatial_shapes: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs,
@@ -201,7 +212,7 @@ class VlpClipModel(VlpPreTrainedModel):
 
         Args:
             input_ids, attention_mask, position_ids: as for `get_text_features`.
-            pixel_values, interpolate_pos_encoding, pooled_only: as for `get_image_features`.
+            pixel_values, interpolate_pos_encoding, pooled_only, spatial_shapes: as for `get_image_features`.
             return_loss: also compute the loss of the batch, in which image i belongs to caption i: the sigmoid loss if
                 the model has a `logit_bias`, else the softmax loss.
             output_hidden_states, output_attentions: also return these; if None, as the configuration says.
@@ -213,7 +224,9 @@ class VlpClipModel(VlpPreTrainedModel):
         flags = dict(
             pooled_only=pooled_only, output_hidden_states=output_hidden_states, output_attentions=output_attentions
         )
-        vision = self.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **flags)
+        vision = self.get_image_features(
+            pixel_values, interpolate_pos_encoding, spatial_shapes=spatial_shapes, return_dict=True, **flags
+        )
         text = self.cached_text_features(input_ids, position_ids, **flags)
         image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
         text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)

@@ -72,6 +72,8 @@ class Block(GradientCheckpointingLayer):
                 length = x.shape[1] if packing is None else packing.shape[1]
                 visible = torch.arange(length, device=x.device) <= pool_at[:, None]  # (B, N)
                 visible = visible[:, None, None]
+            elif attention_mask is not None:  # the same for all rows
+                visible = attention_mask[..., :1, :] if attention_mask.ndim == 4 else attention_mask[:, None, None] > 0
             row, x = (take_rows(part, pool_at) if packing is None else packing.take_rows(part, pool_at)
                       for part in (normed, x))  # fmt: skip
             attended = self.self_attn.forward_one(row, normed, visible, packing)

@@ -14,6 +14,7 @@ from ..configuration.vision import VlpSiglipViTConfig
 from .attention import Attention
 from .base import VlpPreTrainedModel
 from .layers import MLP, Encoder
+from .patches import encode_real
 from .text import TextTransformer
 from .vit import PatchEmbeddings
 
@@ -33,9 +34,10 @@ class AttentionPooling(nn.Module):
     def initialize(self) -> None:
         init.normal_(self.probe, std=self.probe.shape[-1] ** -0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool the patches: (B, N, D) -> (B, D)."""
-        pooled = self.attention.forward_one(self.probe.expand(x.shape[0], -1, -1), x)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool the patches: (B, N, D) -> (B, D), without those that a mask (B, N) has False for."""
+        visible = None if mask is None else mask[:, None, None]
+        pooled = self.attention.forward_one(self.probe.expand(x.shape[0], -1, -1), x, visible)
         return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
 
 
@@ -67,14 +69,20 @@ class SiglipViT(VlpPreTrainedModel):
         initialize_blocks(self.encoder)
 
     def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, pooled_only: bool = False, **kwargs
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        pooled_only: bool = False,
+        spatial_shapes: Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images.
 
         Args:
-            pixel_values: (B, C, S, S).
+            pixel_values: (B, C, S, S), or patches (B, N, P * P * C) of images of any shape.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
             pooled_only: ignored, because pooling needs all patches.
+            spatial_shapes: (B, 2), the rows and columns of the patches of each image.
             kwargs: `output_hidden_states` and `output_attentions`.
 
         Returns:
@@ -83,11 +91,12 @@ class SiglipViT(VlpPreTrainedModel):
         Raises:
             ValueError: if the images do not have the required size.
         """
-        encoded = self.encoder(self.embeddings(pixel_values, interpolate_pos_encoding), **kwargs)
+        x, mask = self.embeddings(pixel_values, interpolate_pos_encoding, spatial_shapes)
+        encoded = encode_real(self.encoder, self.config, x, mask, **kwargs)
         last = self.post_layernorm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=last,
-            pooler_output=self.head(last),
+            pooler_output=self.head(last, mask),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )

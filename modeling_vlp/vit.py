@@ -11,8 +11,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..configuration.vision import VlpBlipViTConfig, VlpViTConfig
 from .base import VlpPreTrainedModel
 from .layers import Encoder, interpolate_grid, require_image_size, resample_table
+from .patches import encode_real, positions_of, real_patches, require_shapes
 
-# Shapes: B batch, C channels, G patches along a side, N tokens, D width
+# Shapes: B batch, C channels, P patch side, G patches along a side, N tokens, D width
 
 
 class PatchEmbeddings(nn.Module):
@@ -33,16 +34,52 @@ class PatchEmbeddings(nn.Module):
             init.normal_(self.class_embedding, std=self.config.hidden_size**-0.5)
         init.normal_(self.position_embedding.weight, std=self.config.hidden_size**-0.5)
 
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, spatial_shapes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embed square images, or patches.
+
+        Args:
+            pixel_values: (B, C, S, S), or patches (B, N, P * P * C), see `patches.patches_of`.
+            interpolate_pos_encoding: resample the position embeddings for images of another size.
+            spatial_shapes: (B, 2), the rows and columns of the patches of each image.
+
+        Returns:
+            The tokens (B, N, D), and for patches, the mask (B, N) of those that are not padding.
+
+        Raises:
+            ValueError: if the images do not have the required size, or the patches do not fit their shapes.
+        """
+        if pixel_values.ndim == 3:
+            patches, mask = self.embed_patches(pixel_values, spatial_shapes)
+            return self.with_class_token(patches, mask)
         require_image_size(pixel_values, self.config.image_size, self.config.patch_size, interpolate_pos_encoding)
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (B, D, G, G)
-        position = interpolate_grid(self.position_embedding.weight, *patches.shape[-2:])
-        patches = patches.flatten(2).transpose(1, 2)
+        position = interpolate_grid(self.position_embedding.weight, *patches.shape[-2:])[self.first :]
+        patches, _ = self.drop_patches(patches.flatten(2).transpose(1, 2) + position, None)
+        return self.with_class_token(patches, None)
+
+    @property
+    def first(self) -> int:
+        """The number of the position of the first patch: 1 after a class token, else 0."""
+        return int(self.class_embedding is not None)
+
+    def embed_patches(self, pixel_values: Tensor, spatial_shapes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embed patches (B, N, P * P * C); returns (B, N, D) and the mask (B, N) of those that are not padding."""
+        weight = self.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P * P * C)
+        require_shapes(pixel_values, spatial_shapes, weight.shape[1])
+        patches = nn.functional.linear(pixel_values.to(weight.dtype), weight, self.patch_embedding.bias)
+        table, most = self.position_embedding.weight[self.first :], pixel_values.shape[1]
+        patches = patches + positions_of(table, spatial_shapes, most).to(table.dtype)
+        return self.drop_patches(patches, real_patches(spatial_shapes, most))
+
+    def with_class_token(self, patches: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Put the class token, if there is one, before patches (B, N, D) and their mask."""
         if self.class_embedding is None:
-            return self.drop_patches(patches + position)
-        patches = patches + position[1:]
-        first = (self.class_embedding + position[0]).expand(patches.shape[0], 1, -1)
-        return torch.cat([first, self.drop_patches(patches)], dim=1)  # (B, N, D)
+            return patches, mask
+        token = (self.class_embedding + self.position_embedding.weight[0]).expand(patches.shape[0], 1, -1)
+        mask = None if mask is None else nn.functional.pad(mask, (1, 0), value=True)
+        return torch.cat([token, patches], dim=1), mask
 
     def resize_images(self, image_size: int) -> None:
         table = self.position_embedding
@@ -50,13 +87,18 @@ class PatchEmbeddings(nn.Module):
         table.num_embeddings = len(table.weight)
         self.config.image_size = image_size
 
-    def drop_patches(self, patches: Tensor) -> Tensor:
-        """Keep a random share of each image's patches in training (FLIP, arXiv:2212.00794)."""
+    def drop_patches(self, patches: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Keep a random share of the patches (B, N, D) of each image in training, and their mask (arXiv:2212.00794)."""
         if not self.training or not self.config.patch_dropout:
-            return patches
-        keep = max(1, round(patches.shape[1] * (1 - self.config.patch_dropout)))
-        order = torch.rand(patches.shape[:2], device=patches.device).argsort(dim=1)[:, :keep]
-        return patches.gather(1, order[..., None].expand(-1, -1, patches.shape[-1]))
+            return patches, mask
+        share = 1 - self.config.patch_dropout
+        keep = max(1, round(patches.shape[1] * share))
+        order = torch.rand(patches.shape[:2], device=patches.device)
+        if mask is not None:  # padding comes last
+            order = order + ~mask
+            mask = torch.arange(keep, device=mask.device) < (mask.sum(dim=1) * share).round().clamp(min=1)[:, None]
+        order = order.argsort(dim=1)[:, :keep]
+        return patches.gather(1, order[..., None].expand(-1, -1, patches.shape[-1])), mask
 
 
 def final_norm(config: VlpViTConfig) -> nn.Module:
@@ -80,14 +122,20 @@ class ViT(VlpPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, pooled_only: bool = False, **kwargs
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        pooled_only: bool = False,
+        spatial_shapes: Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images.
 
         Args:
-            pixel_values: (B, C, S, S).
+            pixel_values: (B, C, S, S), or patches (B, N, P * P * C) of images of any shape.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
             pooled_only: compute only the class token in the last layer; `last_hidden_state` is then None.
+            spatial_shapes: (B, 2), the rows and columns of the patches of each image.
             kwargs: `output_hidden_states` and `output_attentions`.
 
         Returns:
@@ -96,9 +144,8 @@ class ViT(VlpPreTrainedModel):
         Raises:
             ValueError: if the images do not have the required size.
         """
-        x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
-        class_row = x.new_zeros(x.shape[0], dtype=torch.long) if pooled_only else None
-        encoded = self.encoder(x, pool_at=class_row, **kwargs)
+        x, mask = self.embeddings(pixel_values, interpolate_pos_encoding, spatial_shapes)
+        encoded = encode_real(self.encoder, self.config, self.pre_layrnorm(x), mask, pooled_only, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=None if pooled_only else encoded.last_hidden_state,
             pooler_output=self.post_layernorm(encoded.last_hidden_state[:, 0]),
@@ -137,14 +184,20 @@ class BlipViT(VlpPreTrainedModel):
                 init.zeros_(module.bias)
 
     def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, pooled_only: bool = False, **kwargs
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        pooled_only: bool = False,
+        spatial_shapes: Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images.
 
         Args:
-            pixel_values: (B, C, S, S).
+            pixel_values: (B, C, S, S), or patches (B, N, P * P * C) of images of any shape.
             interpolate_pos_encoding: resample the position embeddings for images of another size.
             pooled_only: compute only the class token in the last layer; `last_hidden_state` is then None.
+            spatial_shapes: (B, 2), the rows and columns of the patches of each image.
             kwargs: `output_hidden_states` and `output_attentions`.
 
         Returns:
@@ -153,9 +206,8 @@ class BlipViT(VlpPreTrainedModel):
         Raises:
             ValueError: if the images do not have the required size.
         """
-        x = self.embeddings(pixel_values, interpolate_pos_encoding)
-        class_row = x.new_zeros(x.shape[0], dtype=torch.long) if pooled_only else None
-        encoded = self.encoder(x, pool_at=class_row, **kwargs)
+        x, mask = self.embeddings(pixel_values, interpolate_pos_encoding, spatial_shapes)
+        encoded = encode_real(self.encoder, self.config, x, mask, pooled_only, **kwargs)
         last = self.post_layernorm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=None if pooled_only else last,

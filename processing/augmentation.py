@@ -11,9 +11,11 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
 from .clip import resize_and_crop
+from .naflex import fit_patches, size_in_patches
 from .pictures import MAX_PIXELS, read_picture, to_rgb
 
 Box = tuple[int, int, int, int]  # left, top, width, height
+Size = tuple[int, int]  # width, height
 
 # Shapes: B images, S side
 
@@ -29,6 +31,8 @@ class PerImage:
         flip: whether to mirror half of the random crops.
         random_augment: whether to apply BLIP's RandomAugment to the random crops.
     """
+
+    resample = Image.Resampling.BICUBIC
 
     def __init__(self, side: int, crop: str, scale: float = 0.9, flip: bool = False, random_augment: bool = False):
         self.side, self.crop, self.scale, self.flip = side, crop, scale, flip
@@ -50,11 +54,12 @@ class PerImage:
         """
         if self.crop != "random":
             return self(read_picture(source, max_pixels), rng)
-        drawn: list[tuple[int, int, Box]] = []
+        drawn: list[tuple[int, int, Box, Size]] = []
 
         def share_needed(width: int, height: int) -> float:
-            drawn.append((width, height, random_box(width, height, rng, (self.scale, 1.0))))
-            return self.side / min(drawn[0][2][2:])
+            box = self.box(width, height, rng)
+            drawn.append((width, height, box, self.size(box, rng)))
+            return max(new / old for new, old in zip(drawn[0][3], box[2:], strict=True))
 
         image = read_picture(source, max_pixels, share_needed)
         if not drawn:  # not a JPEG
@@ -66,10 +71,20 @@ class PerImage:
             return resize_and_crop(image, self.side)
         if self.crop == "squeeze":
             return to_rgb(image).resize((self.side, self.side), Image.Resampling.BICUBIC)
-        box = random_box(image.width, image.height, rng, (self.scale, 1.0))
-        return self.cropped(image, *image.size, box, rng)
+        box = self.box(*image.size, rng)
+        return self.cropped(image, *image.size, box, self.size(box, rng), rng)
 
-    def cropped(self, image: Image.Image, width: int, height: int, box: Box, rng: random.Random) -> Image.Image:
+    def box(self, width: int, height: int, rng: random.Random) -> Box:
+        """Draw a random crop of an image of this size."""
+        return random_box(width, height, rng, (self.scale, 1.0))
+
+    def size(self, box: Box, rng: random.Random) -> Size:
+        """The size to which a crop is resized."""
+        return self.side, self.side
+
+    def cropped(
+        self, image: Image.Image, width: int, height: int, box: Box, size: Size, rng: random.Random
+    ) -> Image.Image:
         """Crop and augment an image.
 
         Args:
@@ -77,19 +92,55 @@ class PerImage:
             width: original width.
             height: original height.
             box: the crop in the original picture.
+            size: width and height of the result.
             rng: source of random numbers.
         """
         left, top, crop_width, crop_height = box
-        square, bicubic = (self.side, self.side), Image.Resampling.BICUBIC
         if image.size == (width, height):
-            image = to_rgb(image.crop((left, top, left + crop_width, top + crop_height))).resize(square, bicubic)
+            image = to_rgb(image.crop((left, top, left + crop_width, top + crop_height))).resize(size, self.resample)
         else:
             x, y = image.width / width, image.height / height
             region = (left * x, top * y, (left + crop_width) * x, (top + crop_height) * y)
-            image = to_rgb(image).resize(square, bicubic, box=region)
+            image = to_rgb(image).resize(size, self.resample, box=region)
         if self.flip and rng.random() < 0.5:
             image = tv.horizontal_flip(image)
         return random_augment(image, rng) if self.random_augment else image
+
+
+class PerImageOfAnyShape(PerImage):
+    """Crop and resize one image to whole patches, keeping its shape. Maps a PIL image to an RGB image.
+
+    Args:
+        patch_size: side of a patch in pixels; both sides of the result are multiples of it.
+        max_num_patches: maximum number of patches.
+        min_num_patches: draw the maximum for each image from the range between these two, for a random crop; None: the
+            maximum is always `max_num_patches`.
+        random_crop: whether to crop at random, keeping the shape; otherwise the whole image is used.
+        resample: PIL's resampling filter.
+        scale, flip, random_augment: as for `PerImage`.
+    """
+
+    def __init__(
+        self, patch_size: int, max_num_patches: int, min_num_patches: int | None, random_crop: bool, resample: int,
+        scale: float = 0.9, flip: bool = False, random_augment: bool = False,
+    ):  # fmt: skip
+        super().__init__(0, "random" if random_crop else "whole", scale, flip, random_augment)
+        self.patch_size, self.max_num_patches = patch_size, max_num_patches
+        self.min_num_patches, self.resample = min_num_patches or max_num_patches, resample
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        if self.crop == "random":
+            return super().__call__(image, rng)
+        return fit_patches(to_rgb(image), self.patch_size, self.max_num_patches, self.resample)
+
+    def box(self, width: int, height: int, rng: random.Random) -> Box:
+        share = math.sqrt(rng.uniform(self.scale, 1.0))
+        new_width, new_height = max(1, round(width * share)), max(1, round(height * share))
+        return rng.randint(0, width - new_width), rng.randint(0, height - new_height), new_width, new_height
+
+    def size(self, box: Box, rng: random.Random) -> Size:
+        most = rng.randint(self.min_num_patches, self.max_num_patches)
+        return size_in_patches(*box[2:], self.patch_size, most)
 
 
 def random_augment(image: Image.Image, rng: random.Random, count: int = 2) -> Image.Image:
@@ -277,10 +328,18 @@ class ToPixelValues:
         self.mean, self.std, self.augment = mean, std, augment
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Map images (B, 3, S, S) of dtype uint8 to normalised float32, on the same device."""
+        """Normalise images on their device.
+
+        Args:
+            pixels: (B, 3, S, S), or patches (B, N, P * P * 3), which are not augmented; uint8.
+
+        Returns:
+            The same shape, float32.
+        """
         images = pixels.float().div_(255)
+        mean, std = (torch.tensor(values, device=images.device) for values in (self.mean, self.std))
+        if images.ndim == 3:
+            return images.unflatten(-1, (-1, 3)).sub_(mean).div_(std).flatten(-2)
         if self.augment:
             images = self.augment(images)
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
-        return images.sub_(mean).div_(std)
+        return images.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))

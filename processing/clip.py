@@ -143,14 +143,35 @@ class VlpClipImageProcessor(PilBackend):
                 image = image.resize((size.width, size.height), resample)
             if do_center_crop:
                 image = crop_middle(image, crop_size.width, crop_size.height)
-            pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).float()
-            pixels = pixels / 255 if unit_range else pixels
-            if do_rescale:  # division gives exactly OpenAI's values
-                pixels = pixels / 255 if rescale_factor == 1 / 255 else pixels * rescale_factor
-            if do_normalize:
-                pixels = (pixels - as_channels(image_mean)) / as_channels(image_std)
-            pixel_values.append(pixels)
+            statistics = (image_mean, image_std) if do_normalize else None
+            pixel_values.append(
+                normalised(to_rgb(image), unit_range, rescale_factor if do_rescale else None, statistics)
+            )
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+def normalised(
+    image: Image.Image, unit_range: bool, factor: float | None, statistics: tuple[tuple, tuple] | None
+) -> torch.Tensor:
+    """The values of an image as a model reads them.
+
+    Args:
+        image: an RGB image.
+        unit_range: whether the image was made from floats in [0, 1].
+        factor: factor of the values; None: 1.
+        statistics: mean and standard deviation of each channel; None: the values are not normalised.
+
+    Returns:
+        (3, H, W), float32.
+    """
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    pixels = pixels / 255 if unit_range else pixels
+    if factor is not None:  # division gives exactly OpenAI's values
+        pixels = pixels / 255 if factor == 1 / 255 else pixels * factor
+    if statistics is None:
+        return pixels
+    mean, std = statistics
+    return (pixels - as_channels(mean)) / as_channels(std)
 
 
 def refuse_unsupported(

@@ -24,6 +24,5 @@ class VlpZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         if is_link or not self.model.config.model_type.startswith("vlp_"):
             return super().preprocess(image, *args, **kwargs)
         inputs = super().preprocess(BLANK, *args, **kwargs)
-        pixels = self.image_processor(images=[read_picture(image)], return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = pixels.to(inputs["pixel_values"].dtype)
+        inputs.update(self.image_processor(images=[read_picture(image)], return_tensors="pt").to(self.dtype))
         return inputs

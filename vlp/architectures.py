@@ -35,6 +35,7 @@ from .modeling_vlp.instructblip import VlpInstructBlipForConditionalGeneration
 from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor
 from .processing.blip2 import VlpBlip2Processor, VlpInstructBlipProcessor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
+from .processing.naflex import VlpNaflexImageProcessor
 from .processing.tokenizer import VlpClipTokenizer
 
 # The public names of vlp: `from vlp import VlpClipModel`.
@@ -64,6 +65,7 @@ __all__ = [
     "VlpInstructBlipForConditionalGeneration",
     "VlpInstructBlipProcessor",
     "VlpModifiedResNetConfig",
+    "VlpNaflexImageProcessor",
     "VlpQFormerConfig",
     "VlpSiglipTextConfig",
     "VlpSiglipViTConfig",
@@ -383,11 +385,15 @@ def add(row: Architecture, model_type: ModelType | None = None) -> None:
 def register_model_type(row: ModelType) -> None:
     """Register a processor and its parts for a configuration."""
     AutoProcessor.register(row.config, row.processor)
-    # The same image processor serves all backends.
-    AutoImageProcessor.register(
-        row.config, image_processor_classes={"torchvision": row.image_processor, "pil": row.image_processor}
-    )
+    register_image_processor(row.config, row.image_processor)
     AutoTokenizer.register(row.config, tokenizer_class=row.tokenizer)
+
+
+def register_image_processor(config: type[PreTrainedConfig], image_processor: type) -> None:
+    """Register an image processor for a configuration; the same serves all backends."""
+    AutoImageProcessor.register(
+        config, image_processor_classes={"torchvision": image_processor, "pil": image_processor}
+    )
 
 
 def register_architecture(row: Architecture) -> None:
@@ -407,5 +413,6 @@ def register() -> None:
         AutoConfig.register(config.model_type, config)
     for row in MODEL_TYPES:
         register_model_type(row)
+    register_image_processor(VlpViTConfig, VlpNaflexImageProcessor)  # a CLIP's, if it keeps the shape of images
     for row in ARCHITECTURES:
         register_architecture(row)

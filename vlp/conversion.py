@@ -33,6 +33,9 @@ from transformers import (
     InstructBlipProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2ImageProcessorPil,
+    Siglip2Processor,
     SiglipImageProcessor,
     SiglipProcessor,
     VisionTextDualEncoderModel,
@@ -81,6 +84,7 @@ from .modeling_vlp.exchange.places import ExchangeError, Rule, State, export_sta
 from .processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, with_blip_tokens
 from .processing.blip2 import VlpBlip2Processor, VlpInstructBlipProcessor
 from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
+from .processing.naflex import VlpNaflexImageProcessor
 from .processing.tokenizer import VlpClipTokenizer
 
 CONVERTED = (
@@ -89,12 +93,14 @@ CONVERTED = (
     "clip",
     "instructblip",
     "siglip",
+    "siglip2",
     "vision-text-dual-encoder",
 )  # model types of transformers that vlp has an architecture for
 OPEN_CLIP = "open_clip_config.json"
 QFORMER_TOKENIZER = "qformer_tokenizer"  # folder of the second tokenizer of an InstructBLIP, in vlp and transformers
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w.-]+")
 LARGEST = 4096  # image size, number of tokens and number of heads
+NAFLEX_OPTIONS = ("resample", "image_mean", "image_std", "patch_size", "max_num_patches")
 SINGLE_FILES = ("openai", "salesforce", "lavis")  # targets that are a file, not a folder
 TARGETS = ("vlp", "transformers", "open_clip", "openai", "salesforce", "lavis")
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
@@ -220,7 +226,9 @@ def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
     found = assemble(name, ours, state, peer.rules_of(ours, name), peer.IGNORED)
     if list(folder.glob("*processor_config.json")):
         theirs = load_image_processor(folder, "SOURCE", backend="pil")
-        found.images = (VlpClipImageProcessor if found.is_clip else VlpBlipImageProcessor)(**image_options(theirs))
+        found.images = image_processor_for(found.config, image_options(theirs))
+        if isinstance(found.images, VlpNaflexImageProcessor):
+            found.config.vision_config.max_num_patches = found.images.max_num_patches
     if (folder / "tokenizer_config.json").is_file():
         found.tokenizer = tokenizer_of(found, str(folder))
     if (folder / QFORMER_TOKENIZER).is_dir():
@@ -238,7 +246,7 @@ def name_of_peer(theirs: str) -> str:
     Raises:
         ExchangeError: if vlp has no such architecture.
     """
-    if theirs in ("SiglipModel", peer.DUAL_ENCODER_CLASS):
+    if theirs in ("SiglipModel", "Siglip2Model", peer.DUAL_ENCODER_CLASS):
         return VlpClipModel.__name__
     theirs = {"Blip2Model": "Blip2ForConditionalGeneration"}.get(theirs, theirs)  # the same parts
     # If two of our classes have the same peer, the later row wins: it has no language modelling head, like the peer.
@@ -378,15 +386,27 @@ def default_images(config: PreTrainedConfig) -> VlpClipImageProcessor:
         return VlpClipImageProcessor(size=square, do_center_crop=False)
     if config.model_type != VlpClipConfig.model_type:
         return VlpBlipImageProcessor(size=square)
+    if getattr(config.vision_config, "max_num_patches", None) is not None:
+        return image_processor_for(config, {"patch_size": config.vision_config.patch_size})
     if config.vision_config.model_type == VlpSiglipViTConfig.model_type:
         half = [0.5, 0.5, 0.5]
         return VlpClipImageProcessor(size=square, do_center_crop=False, image_mean=half, image_std=half)
     return VlpClipImageProcessor(size={"shortest_edge": side}, crop_size=square)
 
 
+def image_processor_for(config: PreTrainedConfig, options: dict) -> VlpClipImageProcessor:
+    """The image processor of a model, with these options (see `image_options`)."""
+    vision = config.vision_config
+    if getattr(vision, "max_num_patches", None) is not None:
+        kept = {name: options[name] for name in NAFLEX_OPTIONS if name in options}
+        return VlpNaflexImageProcessor(**{"max_num_patches": vision.max_num_patches} | kept)
+    is_clip = config.model_type == VlpClipConfig.model_type
+    return (VlpClipImageProcessor if is_clip else VlpBlipImageProcessor)(**options)
+
+
 def image_options(images) -> dict:
     """The options to construct an image processor like this one, ours or transformers'."""
-    names = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std")
+    names = ("size", "crop_size", "do_center_crop", *NAFLEX_OPTIONS)
     options = {name: getattr(images, name, None) for name in names}
     options["do_center_crop"] = bool(options["do_center_crop"])  # None if the processor has no such option
     return {name: dict(v) if hasattr(v, "items") else v for name, v in options.items() if v is not None}
@@ -467,6 +487,8 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
         state, left_out = export_state(found.tensors, peer.rules_of(found.config, found.architecture))
         write_whole(target, lambda fresh: save_transformers(found, config, state, fresh))
         return left_out
+    if getattr(found.config.vision_config, "max_num_patches", None) is not None:
+        raise ExchangeError(f"{to} stores models of square images; this one reads variable shapes.")
     if peer.has_foreign_tower(found.config):
         raise ExchangeError(f"{to} has no {found.architecture} with towers of transformers: use --to transformers.")
     if to in ("salesforce", "lavis"):
@@ -536,6 +558,8 @@ def save_transformers(found: Checkpoint, config: PreTrainedConfig, state: State,
         kinds = (CLIPImageProcessor, VisionTextDualEncoderProcessor)
     elif found.is_clip and peer.is_siglip(found.config):
         kinds = (SiglipImageProcessor, SiglipProcessor)
+        if isinstance(config, Siglip2Config):
+            kinds = (Siglip2ImageProcessorPil, Siglip2Processor)
     images = kinds[0](**image_options(found.images))
     if found.tokenizer is None or (found.reads_instructions and found.qformer_tokenizer is None):
         images.save_pretrained(folder)
@@ -753,6 +777,8 @@ def resize(found: Checkpoint, side: int) -> None:
     except ValueError as error:
         raise ExchangeError(f"--image_size: {error}") from error
     found.config, found.tensors = model.config, model.state_dict()
+    if isinstance(found.images, VlpNaflexImageProcessor):  # the size of its images does not follow from the table's
+        return
     square = {"height": side, "width": side}
     found.images.size = {"shortest_edge": side} if found.images.do_center_crop else square
     found.images.crop_size = square if found.images.do_center_crop else found.images.crop_size

@@ -43,6 +43,7 @@ LACKS = {
     "answer": "it was not fine-tuned to answer questions, as `training blip --task vqa` does",
     "reason": "it was not fine-tuned on pairs of images, as `training blip --task nlvr` does",
 }
+IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")  # what towers read of a processor's output
 
 
 class Predictor:
@@ -61,17 +62,23 @@ class Predictor:
     def model_type(self) -> str:
         return self.model.config.model_type
 
-    def prepare_images(self, images: list[Image.Image]) -> Tensor:
+    def prepare_images(self, images: list[Image.Image]) -> dict[str, Tensor]:
         """Preprocess images.
 
         Args:
             images: PIL images of any mode and size.
 
         Returns:
-            `pixel_values` (B, 3, S, S) on the model's device, in its dtype.
+            `pixel_values` (B, 3, S, S) on the model's device, in its dtype; or patches (B, N, P * P * 3) of images that
+            keep their shape, and their `spatial_shapes` (B, 2).
         """
-        pixels = self.processor.image_processor([to_rgb(image) for image in images], return_tensors="pt")
-        return pixels["pixel_values"].to(self.model.device, self.model.dtype)
+        inputs = self.processor.image_processor([self.readable(image) for image in images], return_tensors="pt")
+        kept = {name: inputs[name].to(self.model.device) for name in IMAGE_INPUTS if name in inputs}
+        return kept | {"pixel_values": kept["pixel_values"].to(self.model.dtype)}
+
+    def readable(self, image: Image.Image) -> Image.Image:
+        """The image as the processor can read it; transformers' processors cannot read all modes."""
+        return to_rgb(image)
 
     def prepare_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Tokenize texts, truncated to the model's maximum length.
@@ -96,7 +103,7 @@ class Predictor:
         Returns:
             Embeddings of unit length, float32, on the CPU: (B, E), or (B, Q, E) for BLIP-2.
         """
-        return self.unit_features(self.model.get_image_features(pixel_values=self.prepare_images(images)))
+        return self.unit_features(self.model.get_image_features(**self.prepare_images(images)))
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> Tensor:
@@ -126,10 +133,10 @@ class Predictor:
         Returns:
             Features (B, D), float32, on the CPU. Embeddings, not normalised, if the tower cannot be run alone.
         """
-        pixels, tower = self.prepare_images(images), getattr(self.model, "vision_model", None)
-        output = None if tower is None else tower(pixel_values=pixels)
+        inputs, tower = self.prepare_images(images), getattr(self.model, "vision_model", None)
+        output = None if tower is None else tower(**inputs)
         if getattr(output, "pooler_output", None) is None:
-            output = self.model.get_image_features(pixel_values=pixels)
+            output = self.model.get_image_features(**inputs)
         return require_finite_features(getattr(output, "pooler_output", output).float().cpu())
 
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
@@ -183,9 +190,8 @@ def require_room(max_length: int, prompt: int, positions: int) -> None:
 class VlpPredictor(Predictor):
     """CLIP and SigLIP of vlp; base class for all models of vlp."""
 
-    def prepare_images(self, images: list[Image.Image]) -> Tensor:
-        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return pixels.to(self.model.device, self.model.dtype)
+    def readable(self, image: Image.Image) -> Image.Image:
+        return image
 
     def prepare_texts(self, texts: list[str]) -> dict[str, Tensor]:
         config = self.model.config
@@ -194,7 +200,7 @@ class VlpPredictor(Predictor):
 
     @torch.inference_mode()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
-        return self.unit_features(self.model.get_image_features(self.prepare_images(images), pooled_only=True))
+        return self.unit_features(self.model.get_image_features(**self.prepare_images(images), pooled_only=True))
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> Tensor:
@@ -215,7 +221,7 @@ class BlipPredictor(VlpPredictor):
         Returns:
             The hidden states (B, M, D) of the image tower, on the CPU.
         """
-        return self.model.encode_image(self.prepare_images(images)).last_hidden_state.cpu()
+        return self.model.encode_image(**self.prepare_images(images)).last_hidden_state.cpu()
 
     def memory_of(self, states: Tensor) -> Memory:
         """The keys and values that texts attend to, from states (B, M, D)."""
@@ -271,7 +277,7 @@ class BlipPredictor(VlpPredictor):
         options = {"num_beams": 3, "do_sample": False, "max_length": 30} | options
         ids = self.processor.tokenize([prompt], 512)["input_ids"].to(self.model.device)
         require_room(options["max_length"], ids.shape[1] - 1, self.model.config.text_config.max_position_embeddings)
-        generated = self.model.generate(self.prepare_images(images), ids.expand(len(images), -1), **options)
+        generated = self.model.generate(**self.prepare_images(images), input_ids=ids.expand(len(images), -1), **options)
         return self.processor.decode_texts(generated[:, ids.shape[1] - 1 :])  # without [DEC] and the prompt
 
     @torch.inference_mode()
@@ -289,7 +295,7 @@ class BlipPredictor(VlpPredictor):
         options = {"num_beams": 3, "do_sample": False, "max_length": 12} | options
         require_room(options["max_length"], 1, self.model.config.text_config.max_position_embeddings)
         ids = self.prepare_texts(questions)["input_ids"]
-        return self.processor.decode_texts(self.model.generate(self.prepare_images(images), ids, **options))
+        return self.processor.decode_texts(self.model.generate(**self.prepare_images(images), input_ids=ids, **options))
 
     @torch.inference_mode()
     def rank_answers(
@@ -307,7 +313,8 @@ class BlipPredictor(VlpPredictor):
             B answers.
         """
         listed = self.prepare_texts(answers)["input_ids"]
-        best = self.model.rank(self.prepare_images(images), self.prepare_texts(questions)["input_ids"], listed, top_k)
+        pixels, ids = self.prepare_images(images)["pixel_values"], self.prepare_texts(questions)["input_ids"]
+        best = self.model.rank(pixels, ids, listed, top_k)
         return [answers[number] for number in best.tolist()]
 
     @torch.inference_mode()
@@ -322,7 +329,8 @@ class BlipPredictor(VlpPredictor):
         Returns:
             Logits (B, 2) of "false" and "true", float32, on the CPU.
         """
-        pixels = torch.stack([self.prepare_images(left), self.prepare_images(right)], dim=1)  # (B, 2, 3, S, S)
+        both = [self.prepare_images(images)["pixel_values"] for images in (left, right)]
+        pixels = torch.stack(both, dim=1)  # (B, 2, 3, S, S)
         return self.model(self.prepare_texts(texts)["input_ids"], pixels).logits.float().cpu()
 
 
@@ -331,17 +339,17 @@ class Blip2Predictor(BlipPredictor):
 
     @torch.inference_mode()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
-        return self.unit_features(self.model.get_image_features(pixel_values=self.prepare_images(images)))
+        return self.unit_features(self.model.get_image_features(**self.prepare_images(images)))
 
     @torch.inference_mode()
     def image_features(self, images: list[Image.Image]) -> Tensor:
         """The mean of the queries' embeddings (B, E), because the image tower itself is not trained."""
-        output = self.model.get_image_features(pixel_values=self.prepare_images(images))
+        output = self.model.get_image_features(**self.prepare_images(images))
         return output.pooler_output.mean(dim=1).float().cpu()
 
     @torch.inference_mode()
     def encode_images(self, images: list[Image.Image]) -> Tensor:
-        return self.model.encode_image(self.prepare_images(images)).cpu()
+        return self.model.encode_image(**self.prepare_images(images)).cpu()
 
 
 class LanguageModelPredictor(Blip2Predictor):
@@ -377,9 +385,7 @@ class LanguageModelPredictor(Blip2Predictor):
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         if "max_length" in options:
             options["max_new_tokens"] = options.pop("max_length")
-        generated = self.model.generate(
-            pixel_values=self.prepare_images(images), **inputs, **({"do_sample": False} | options)
-        )
+        generated = self.model.generate(**self.prepare_images(images), **inputs, **({"do_sample": False} | options))
         return [text.strip() for text in self.processor.decode_texts(generated[:, skip:])]
 
 

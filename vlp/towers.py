@@ -3,6 +3,7 @@
 The configuration of a tower is read and checked first; its weights are loaded when the model has been built.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,12 @@ class Start:
     def images(self) -> dict:
         """The options of an image processor that prepares images as the source does."""
         if self.part:
-            return image_options(load_image_processor(self.name, self.option))
+            options = image_options(load_image_processor(self.name, self.option))
+            if "max_num_patches" not in options:
+                return options
+            side = self.config.image_size  # a start reads squares
+            kept = {name: options[name] for name in ("resample", "image_mean", "image_std")}
+            return kept | {"size": {"height": side, "width": side}, "do_center_crop": False}
         return foreign_image_options(self.name, self.option)
 
     def tokenizer(self, max_length: int):
@@ -143,7 +149,10 @@ def vision_start(name: str, option: str, pooling: str | None = None, image_size:
     if config.model_type.startswith("vlp_"):
         if pooling:
             raise ArgumentError(f"{told} is a {config.model_type}, which has a pooling of its own.")
-        return Start(name, option, config.vision_config, "vision_model", space_of(config))
+        vision = copy.deepcopy(config.vision_config)
+        if getattr(vision, "max_num_patches", None) is not None:
+            vision.max_num_patches = None  # what it reads is decided anew
+        return Start(name, option, vision, "vision_model", space_of(config))
     if config.model_type not in IMAGE_ENCODERS:
         raise UnsupportedModelError(
             f"{told} is a {config.model_type}, not an image encoder; expected one such as a ViT, DINOv2, Swin, "

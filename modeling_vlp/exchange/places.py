@@ -26,12 +26,15 @@ class Rule:
             the other library stores the tensor several times, as it does for shared tensors.
         transposed: whether their tensor is the transpose of ours.
         leading: number of leading dimensions of size 1 that their tensor has in addition to ours.
+        channels: C if ours is the kernel of a convolution (D, C, P, P) and theirs a matrix (D, P * P * C) for patches;
+            else 0.
     """
 
     ours: str
     theirs: str | tuple[str, ...]
     transposed: bool = False
     leading: int = 0
+    channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,14 @@ class Place:
         name: their name.
         part: 0, 1 or 2 if our tensor is that third of theirs (query, key, value); None if it is the whole tensor.
         transposed: whether their tensor is the transpose of ours.
-        leading: number of leading dimensions of size 1 that their tensor has in addition to ours.
+        leading, channels: as for `Rule`.
     """
 
     name: str
     part: int | None
     transposed: bool
     leading: int
+    channels: int = 0
 
     def take(self, value: Tensor) -> Tensor:
         """Our tensor, from theirs."""
@@ -56,10 +60,15 @@ class Place:
             value = value.chunk(3)[self.part]
         if self.transposed:
             value = value.T
+        if self.channels:
+            side = round((value.shape[-1] / self.channels) ** 0.5)
+            value = value.unflatten(-1, (side, side, self.channels)).permute(0, 3, 1, 2)
         return value[(0,) * self.leading].contiguous()
 
     def give(self, value: Tensor) -> Tensor:
         """Their tensor (or the third of it that is ours), from ours."""
+        if self.channels:
+            value = value.permute(0, 2, 3, 1).flatten(1)
         return (value.T if self.transposed else value)[(None,) * self.leading].contiguous()
 
 
@@ -69,7 +78,7 @@ def places_of(name: str, rules: Iterable[Rule]) -> list[Place]:
         if match := re.fullmatch(rule.ours, name):
             part = "qkv".index(match["qkv"]) if "qkv" in match.groupdict() else None
             names = (rule.theirs,) if isinstance(rule.theirs, str) else rule.theirs
-            return [Place(match.expand(theirs), part, rule.transposed, rule.leading) for theirs in names]
+            return [Place(match.expand(theirs), part, rule.transposed, rule.leading, rule.channels) for theirs in names]
     return []
 
 
@@ -99,7 +108,7 @@ def import_state(theirs: State, wanted: State, rules: Iterable[Rule], ignored: s
         used |= {place.name for place in present}
         try:
             values = [place.take(theirs[place.name]) for place in present]
-        except IndexError:
+        except (IndexError, RuntimeError):  # another number of dimensions, or no patches of that shape
             wrong.append(f"{present[0].name} is {tuple(theirs[present[0].name].shape)}")
             continue
         if values[0].shape != expected.shape:

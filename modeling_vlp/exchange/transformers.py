@@ -1,6 +1,7 @@
-"""transformers' CLIPModel (vlp's CLIP uses its tensor names), SiglipModel, Blip, Blip2 and InstructBlip models."""
+"""transformers' CLIPModel (vlp's CLIP uses its names), Siglip, Siglip2, Blip, Blip2 and InstructBlip models."""
 
 import math
+import re
 
 from transformers import (
     Blip2Config,
@@ -8,6 +9,7 @@ from transformers import (
     CLIPConfig,
     InstructBlipConfig,
     PreTrainedConfig,
+    Siglip2Config,
     SiglipConfig,
     VisionTextDualEncoderConfig,
 )
@@ -95,12 +97,20 @@ def rules_of(config: VlpClipConfig | VlpBlipConfig | VlpBlip2Config, architectur
     if isinstance(config, VlpClipConfig):
         if has_foreign_tower(config):
             return DUAL_ENCODER
-        return SIGLIP if is_siglip(config) else CLIP
+        return siglip_rules_of(config) if is_siglip(config) else CLIP
     return (*BLIP_VISION, *HEADS, *salesforce.TEXTS[architecture])
 
 
+def siglip_rules_of(config: VlpClipConfig) -> tuple[Rule, ...]:
+    """The rules for SiglipModel, or for Siglip2Model, whose patch embedding is a matrix."""
+    if config.vision_config.max_num_patches is None:
+        return SIGLIP
+    name = "vision_model.embeddings.patch_embedding.weight"
+    return Rule(re.escape(name), name, channels=config.vision_config.num_channels), *SIGLIP
+
+
 def is_siglip(ours: PreTrainedConfig) -> bool:
-    """Whether a CLIP of ours is a SiglipModel in transformers.
+    """Whether a CLIP of ours is a SiglipModel or a Siglip2Model in transformers.
 
     Raises:
         ExchangeError: if only one of its towers is SigLIP's.
@@ -120,7 +130,7 @@ def config_from(
     vision = pick(theirs.vision_config, VISION_FIELDS)
     if isinstance(theirs, (Blip2Config, InstructBlipConfig)):
         return blip2_config_from(theirs, vision)
-    if isinstance(theirs, SiglipConfig):
+    if isinstance(theirs, (SiglipConfig, Siglip2Config)):
         return siglip_config_from(theirs, vision)
     if isinstance(theirs, CLIPConfig):
         text = pick(theirs.text_config, CLIP_TEXT_FIELDS)
@@ -189,14 +199,23 @@ def dual_encoder_config_to(ours: VlpClipConfig) -> VisionTextDualEncoderConfig:
     return theirs
 
 
-def siglip_config_from(theirs: SiglipConfig, vision: dict) -> VlpClipConfig:
-    """Convert the configuration of a SiglipModel to ours.
+def siglip_config_from(theirs: SiglipConfig | Siglip2Config, vision: dict) -> VlpClipConfig:
+    """Convert the configuration of a SiglipModel or a Siglip2Model to ours.
 
     Args:
         theirs: transformers' configuration.
         vision: the fields of its vision configuration that ours has too.
+
+    Raises:
+        ExchangeError: if the table of positions is not square, or there is no pooling.
     """
     text = pick(theirs.text_config, CLIP_TEXT_FIELDS)
+    if isinstance(theirs, Siglip2Config):
+        count = theirs.vision_config.num_patches
+        side = math.isqrt(count)
+        if side * side != count or not theirs.vision_config.vision_use_head:
+            raise ExchangeError("vlp's SigLIP 2 has a square table of positions, and pools by attention.")
+        vision |= {"max_num_patches": count, "image_size": side * vision["patch_size"]}
     for name in ("bos_token_id", "eos_token_id"):  # transformers' defaults are ids of CLIP's vocabulary
         if text[name] >= text["vocab_size"]:
             text[name] = None
@@ -206,8 +225,8 @@ def siglip_config_from(theirs: SiglipConfig, vision: dict) -> VlpClipConfig:
     )  # fmt: skip
 
 
-def siglip_config_to(ours: VlpClipConfig) -> SiglipConfig:
-    """Convert our configuration to that of a SiglipModel.
+def siglip_config_to(ours: VlpClipConfig) -> SiglipConfig | Siglip2Config:
+    """Convert our configuration to that of a SiglipModel or, for images of variable shape, of a Siglip2Model.
 
     Raises:
         ExchangeError: if the model has no `logit_bias`.
@@ -215,7 +234,15 @@ def siglip_config_to(ours: VlpClipConfig) -> SiglipConfig:
     if ours.logit_bias_init_value is None:
         raise ExchangeError("transformers' SiglipModel has a logit_bias; this model has none.")
     text = pick(ours.text_config, CLIP_TEXT_FIELDS) | {"projection_size": ours.projection_dim}
-    return SiglipConfig(vision_config=pick(ours.vision_config, VISION_FIELDS), text_config=text)
+    vision = pick(ours.vision_config, VISION_FIELDS)
+    if ours.vision_config.max_num_patches is None:
+        theirs = SiglipConfig(vision_config=vision, text_config=text)
+        theirs.architectures = ["SiglipModel"]
+        return theirs
+    count = (vision.pop("image_size") // vision["patch_size"]) ** 2
+    theirs = Siglip2Config(vision_config=vision | {"num_patches": count}, text_config=text)
+    theirs.architectures = ["Siglip2Model"]
+    return theirs
 
 
 def blip2_config_from(theirs: Blip2Config | InstructBlipConfig, vision: dict) -> VlpBlip2Config:
@@ -300,12 +327,12 @@ def config_to(
     if isinstance(ours, VlpBlip2Config):
         theirs = blip2_config_to(ours, peer in LANGUAGE_MODELS, image_token_id)
     elif is_siglip(ours):
-        theirs = siglip_config_to(ours)
-        theirs.architectures = ["SiglipModel"]
-        return theirs
+        return siglip_config_to(ours)
     elif isinstance(ours, VlpClipConfig):
         if ours.logit_bias_init_value is not None:
             raise ExchangeError("transformers' CLIPModel has no logit_bias.")
+        if ours.vision_config.max_num_patches is not None:
+            raise ExchangeError("transformers' CLIPModel reads square images; this model reads variable shapes.")
         if has_heads(ours) or ours.vision_config.model_type == "vlp_blip_vit":
             raise ExchangeError("transformers' CLIPModel has linear projections and CLIP's own vision transformer.")
         text = pick(ours.text_config, CLIP_TEXT_FIELDS)

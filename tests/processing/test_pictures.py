@@ -154,7 +154,7 @@ def test_every_path_reads_the_same_pixels(kind, tmp_path, monkeypatch):
     rows = datasets.Dataset.from_dict({"image": [str(path)], "caption": ["a"]})
     rows = rows.cast_column("image", datasets.Image(decode=False))
     pictures = prepare_data(rows, EvaluationArguments(task="retrieval"), PartialState())
-    pixels = {"evaluation": predictor.prepare_images([pictures.image(0)])}
+    pixels = {"evaluation": predictor.prepare_images([pictures.image(0)])["pixel_values"]}
     sample = PerImage(32, "middle")(picture_of(rows[0], "image"), random.Random(0))
     mean, std = (
         torch.tensor(v).view(3, 1, 1)
@@ -164,14 +164,14 @@ def test_every_path_reads_the_same_pixels(kind, tmp_path, monkeypatch):
     with Image.open(path) as opened:
         pixels["processor"] = processor(images=opened, return_tensors="pt")["pixel_values"]
     pixels["processor, path"] = processor(images=str(path), return_tensors="pt")["pixel_values"]
-    pixels["bytes"] = predictor.prepare_images([read_picture({"bytes": FILES[kind], "path": None})])
+    pixels["bytes"] = predictor.prepare_images([read_picture({"bytes": FILES[kind], "path": None})])["pixel_values"]
     classify = pipeline("zero-shot-image-classification", model=model, tokenizer=processor.tokenizer,
                         image_processor=processor.image_processor)  # fmt: skip
     pixels["pipeline"] = classify.preprocess(str(path), candidate_labels=["a"])["pixel_values"]
     embed, recorded = VlpPredictor.embed_images, []
 
     def embed_and_record(self, images):
-        recorded.append(self.prepare_images(images))
+        recorded.append(self.prepare_images(images)["pixel_values"])
         return embed(self, images)
 
     monkeypatch.setattr(VlpPredictor, "embed_images", embed_and_record)

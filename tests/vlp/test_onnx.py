@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_batch, tiny_blip, tiny_blip_batch, tiny_model
+from PIL import Image
 from processes import Program
 from torch.testing import assert_close
 
@@ -46,6 +47,18 @@ def test_clip_towers_match_the_model(tmp_path, tower):
           model.get_image_features(batch["pixel_values"]).pooler_output)  # fmt: skip
     close(compute(tmp_path / "onnx" / "text.onnx", input_ids=batch["input_ids"])[0],
           model.get_text_features(batch["input_ids"]).pooler_output)  # fmt: skip
+
+
+@pytest.mark.parametrize("tower", ["vit", "siglip"])
+@torch.no_grad()
+def test_images_of_variable_shape_match_the_model(tmp_path, tower):
+    model = tiny_model(tower)
+    model.config.vision_config.max_num_patches = 12
+    export(model, tmp_path / "onnx")
+    size = model.eval().config.vision_config.patch_size
+    pictures = [Image.effect_noise(shape, 80).convert("RGB") for shape in ((70, 20), (30, 30), (10, 99))]
+    images = vlp.VlpNaflexImageProcessor(patch_size=size, max_num_patches=12)(pictures, return_tensors="pt")
+    close(compute(tmp_path / "onnx" / "image.onnx", **images)[0], model.get_image_features(**images).pooler_output)
 
 
 @torch.no_grad()

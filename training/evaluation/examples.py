@@ -181,7 +181,11 @@ def draw_retrieval(predictor: Predictor, images: list, texts: list[str], path: P
 def draw_attention(predictor: BlipPredictor, images: list, texts: list[str], path: Path) -> None:
     """Draw the cross-attention of the decoder for each word that it generates."""
     rows = [
-        (image, text, attention_maps(predictor.model, predictor.processor, predictor.prepare_images([image])))
+        (
+            image,
+            text,
+            attention_maps(predictor.model, predictor.processor, predictor.prepare_images([image])["pixel_values"]),
+        )
         for image, text in zip(images, texts, strict=True)
     ]
     plot_heatmaps(rows, path)
@@ -191,7 +195,7 @@ def draw_matching(model, processor, images: list, texts: list[str], path: Path) 
     """Draw which regions of an image support each word of its text (Grad-CAM of ITM)."""
     predictor = predictor_of(model, processor, "match")
     rows = [
-        (image, text, matching_maps(model, processor, predictor.prepare_images([image]), text))
+        (image, text, matching_maps(model, processor, predictor.prepare_images([image])["pixel_values"], text))
         for image, text in zip(images, texts, strict=True)
     ]
     plot_heatmaps(rows, path)

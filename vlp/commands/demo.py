@@ -245,7 +245,7 @@ class Demo:
         heat = None
         if type(predictor) is BlipPredictor:
             grid = matching_maps(
-                predictor.model, predictor.processor, predictor.prepare_images([image]), bounded(text)
+                predictor.model, predictor.processor, predictor.prepare_images([image])["pixel_values"], bounded(text)
             ).maps[0]
             smaller = to_rgb(image)
             smaller.thumbnail((HEAT, HEAT))

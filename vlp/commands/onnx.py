@@ -1,11 +1,13 @@
 """`vlp-onnx FOLDER TARGET`: export the parts of a trained CLIP or BLIP to ONNX, for runtimes without PyTorch.
 
-    image.onnx   pixel_values (B, 3, S, S) -> image_embeds (B, E), not normalised; for BLIP also states (B, M, D)
+    image.onnx   pixel_values (B, 3, S, S) -> image_embeds (B, E), not normalised; for BLIP also states (B, M, D);
+                 for images of variable shape pixel_values (B, N, P * P * 3) and spatial_shapes (B, 2) as the processor
+                 gives them
     text.onnx    input_ids (B, N) -> text_embeds (B, E), not normalised
     match.onnx   BLIP: input_ids (B, N), states (B, M, D) -> itm_logits (B, 2)
     write.onnx   BLIP: input_ids (B, N) that begin with [DEC], states (B, M, D) -> logits (B, N, V) of each next token
 
-B and N are dynamic. Requires `pip install "vlp[onnx]"`.
+B and the number of tokens N are dynamic. Requires `pip install "vlp[onnx]"`.
 """
 
 import argparse
@@ -45,8 +47,8 @@ class Part(nn.Module):
         return self.function(self.model, *inputs)
 
 
-def image_embeds(model, pixel_values: Tensor) -> Tensor:
-    return model.get_image_features(pixel_values, pooled_only=True).pooler_output
+def image_embeds(model, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
+    return model.get_image_features(pixel_values, spatial_shapes=spatial_shapes, pooled_only=True).pooler_output
 
 
 def image_embeds_and_states(model, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,8 +82,9 @@ def parts_of(model) -> dict[str, tuple[Callable, list[str], list[str]]]:
         For each file, without its extension: the function that it computes, and the names of its inputs and outputs.
     """
     if isinstance(model, vlp.VlpClipModel):
+        shapes = ["spatial_shapes"] if most_patches(model) else []
         return {
-            "image": (image_embeds, ["pixel_values"], ["image_embeds"]),
+            "image": (image_embeds, ["pixel_values", *shapes], ["image_embeds"]),
             "text": (text_embeds, ["input_ids"], ["text_embeds"]),
         }
     parts = {"image": (image_states, ["pixel_values"], ["states"])}
@@ -92,6 +95,21 @@ def parts_of(model) -> dict[str, tuple[Callable, list[str], list[str]]]:
     if hasattr(model, "lm_head"):
         parts["write"] = (next_token_logits, ["input_ids", "states"], ["logits"])
     return parts
+
+
+def most_patches(model) -> int | None:
+    """The number of patches of a model that reads images of variable shape; None if it reads squares."""
+    return getattr(model.config.vision_config, "max_num_patches", None)
+
+
+def example_images(model) -> dict[str, Tensor]:
+    """Two images as a model reads them: squares, or patches and their shapes."""
+    vision, most = model.config.vision_config, most_patches(model)
+    channels = getattr(getattr(vision, "tower", vision), "num_channels", 3)
+    if most is None:
+        return {"pixel_values": torch.zeros(2, channels, vision.image_size, vision.image_size)}
+    patches = torch.zeros(2, most, channels * vision.patch_size**2)
+    return {"pixel_values": patches, "spatial_shapes": torch.tensor([[1, most], [1, 1]])}
 
 
 def example_texts(config) -> Tensor:
@@ -118,12 +136,8 @@ def export(model, target: Path) -> list[str]:
         ArgumentError: if the target contains other files.
     """
     check_output(target, "TARGET")
-    model, vision, text = model.eval(), model.config.vision_config, model.config.text_config
-    channels = getattr(getattr(vision, "tower", vision), "num_channels", 3)
-    examples = {
-        "pixel_values": torch.zeros(2, channels, vision.image_size, vision.image_size),
-        "input_ids": example_texts(text),
-    }
+    model = model.eval()
+    examples = example_images(model) | {"input_ids": example_texts(model.config.text_config)}
     parts, dynamic = parts_of(model), torch.export.Dim.DYNAMIC
     with torch.no_grad():
         if not isinstance(model, vlp.VlpClipModel):
