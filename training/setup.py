@@ -18,7 +18,8 @@ from ..files import start_anew, state_folder
 from ..loading import text_of
 from ..modeling_vlp.attention import set_packing
 from ..modeling_vlp.resnet import ModifiedResNet
-from ..processing.augmentation import PerImage, ToPixelValues, strong_augmentation
+from ..processing.augmentation import PerImage, PerImageOfAnyShape, ToPixelValues, strong_augmentation
+from ..processing.naflex import VlpNaflexImageProcessor
 from .arguments import TrainingArguments
 from .data.batches import BadRows, Collator, batches_of, train_loader
 from .data.build import load_data
@@ -268,10 +269,16 @@ def make_maker(run: Run, family: Family, chooser: CaptionChooser) -> SampleMaker
 
 def per_image(arguments: TrainingArguments, processor) -> PerImage:
     """Return the transform of each decoded image: a random crop, or the image processor's resize."""
+    images = processor.image_processor
+    if isinstance(images, VlpNaflexImageProcessor):
+        return PerImageOfAnyShape(
+            images.patch_size, images.max_num_patches, arguments.min_num_patches, arguments.augmentation == "crop",
+            images.resample, arguments.crop_scale, arguments.horizontal_flip, arguments.random_augment,
+        )  # fmt: skip
     if arguments.augmentation == "crop":
         return PerImage(arguments.image_size, "random", arguments.crop_scale, arguments.horizontal_flip,
                         arguments.random_augment)  # fmt: skip
-    return PerImage(arguments.image_size, "middle" if processor.image_processor.do_center_crop else "squeeze")
+    return PerImage(arguments.image_size, "middle" if images.do_center_crop else "squeeze")
 
 
 def cached_pairs(run: Run, maker: SampleMaker, collator: Collator) -> CachedPairs:

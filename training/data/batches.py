@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...errors import BadDataError, UserError
 from ...processing.blip2 import VlpInstructBlipProcessor, prompt_of
+from ...processing.naflex import VlpNaflexImageProcessor, padded_patches
 from .rows import describe
 from .samples import Sample
 
@@ -21,8 +22,8 @@ from .samples import Sample
 class Batch:
     """The input of a training step, and the bad rows that were skipped while it was prepared."""
 
-    # (B, 3, S, S) uint8; with two images per text (2 B, 3, S, S); cached features (B, M, D); with `image_index` in
-    # `extra`, which has the image of each text, each image once
+    # (B, 3, S, S) uint8; with two images per text (2 B, 3, S, S); cached features (B, M, D); with `spatial_shapes` in
+    # `extra`, patches (B, N, P * P * 3) uint8; with `image_index` in it, each image once, and the image of each text
     pixels: Tensor
     input_ids: Tensor  # (T, N): the distinct texts of the batch, padded to the longest
     text_index: Tensor  # (B,): the row of input_ids that belongs to each image
@@ -57,6 +58,8 @@ class Collator:
                  teacher_texts: Callable[[list[str]], Tensor] | None = None):  # fmt: skip
         self.processor, self.max_length, self.prompt = processor, max_length, prompt
         self.images_once, self.teacher_texts = images_once, teacher_texts
+        images = getattr(processor, "image_processor", None)
+        self.patch_size = images.patch_size if isinstance(images, VlpNaflexImageProcessor) else None
 
     def __call__(self, samples: list[Sample]) -> Batch:
         keys = [(sample.turns, sample.text) for sample in samples]
@@ -65,8 +68,11 @@ class Collator:
         whole = [prompt + text for prompt, (_, text) in zip(prompts, texts, strict=True)]
         tokens = self.processor.tokenize(whole, self.max_length)
         shown = {sample.image_id if self.images_once else number: sample for number, sample in enumerate(samples)}
-        pixels = torch.stack([sample.pixels for sample in shown.values()])
-        extra = self.extra(samples, prompts)
+        extra, images = self.extra(samples, prompts), [sample.pixels for sample in shown.values()]
+        if self.patch_size is None:
+            pixels = torch.stack(images)
+        else:
+            pixels, extra["spatial_shapes"] = padded_patches(images, self.patch_size)
         if self.teacher_texts is not None:
             extra["teacher_texts"] = self.teacher_texts(whole)
         if samples[0].teacher is not None:

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
+from transformers import PreTrainedConfig
 
 from ...configuration.blip import VlpBlipConfig
 from ...configuration.clip import TEXT, VISION, VlpClipConfig
 from ...configuration.text import VlpClipTextConfig
 from ...configuration.towers import IMAGE_POOLING, TEXT_POOLING
 from ...configuration.vision import VlpViTConfig
-from ...conversion import own_copy
+from ...conversion import NAFLEX_OPTIONS, image_options, own_copy
 from ...errors import ArgumentError, UnsupportedModelError, brief, printable
 from ...inference import VlpPredictor, load
-from ...loading import load_auto_tokenizer, load_model, load_processor
+from ...loading import load_auto_tokenizer, load_model, load_processor, read_config
 from ...modeling_vlp.clip import PROJECTED, VlpClipModel
 from ...modeling_vlp.towers import lock
 from ...processing.clip import VlpClipImageProcessor, VlpClipProcessor
+from ...processing.naflex import VlpNaflexImageProcessor
 from ...processing.prompts import CLASS_NAMES, TEMPLATES
 from ...processing.tokenizer import VlpClipTokenizer
 from ...towers import Start, text_start, vision_start, with_side
@@ -51,6 +53,7 @@ from .base import (
 )
 
 TEACHERS = (VlpClipConfig.model_type, VlpBlipConfig.model_type)
+MOST_PATCHES = 65_536
 PROJECTIONS = ("visual_projection", "text_projection")
 
 
@@ -100,6 +103,19 @@ class ClipArguments(CachingArguments):
     unlock_text_layers: int = option(
         0, "with --lock_text_tower: train this many of its last layers, and what follows them", bound=True
     )
+    max_num_patches: int | None = option(
+        None,
+        "variable resolution: each image keeps its shape and is scaled to at most this many patches, instead of to a "
+        "square; for vision transformers; a loaded model keeps its own",
+        bound=True,
+        shown=True,
+    )
+    min_num_patches: int | None = option(
+        None,
+        "with --max_num_patches: draw the number of patches of each training image from this one to the maximum",
+        bound=True,
+        shown=True,
+    )
     patch_dropout: float | None = option(
         None,
         "share of patches (0 to 1) that a vision transformer drops in training; the model's setting if not given",
@@ -148,6 +164,9 @@ class ClipArguments(CachingArguments):
         super().__post_init__()
         if self.micro_batch_size is not None:
             require_at_least_one(self, "micro_batch_size")
+        for name in ("max_num_patches", "min_num_patches"):
+            if getattr(self, name) is not None:
+                require_at_least_one(self, name)
         require_one_of("eval_templates", self.eval_templates, tuple(TEMPLATES))
         if self.class_names:
             require_one_of("class_names", self.class_names, tuple(CLASS_NAMES))
@@ -185,6 +204,20 @@ class ClipArguments(CachingArguments):
         """The sizes of --embedding_sizes; empty if there are none, or they are no numbers."""
         words = (self.embedding_sizes or "").split(",")
         return sorted({int(word) for word in words}) if all(word.strip().isdecimal() for word in words) else []
+
+    def check_variable_shape(self) -> None:
+        """Raise ArgumentError unless the options fit images of variable shape."""
+        if self.max_num_patches > MOST_PATCHES or (self.min_num_patches or 1) > self.max_num_patches:
+            raise ArgumentError(
+                f"--max_num_patches {self.max_num_patches} must be at most {MOST_PATCHES:,}, and at least "
+                "--min_num_patches."
+            )
+        if self.augmentation == "strong":
+            raise ArgumentError("--augmentation strong needs square images: use crop or none with --max_num_patches.")
+        if self.cache_features:
+            raise ArgumentError("--cache_features needs square images: omit it, or --max_num_patches.")
+        if self.teacher_name_or_path and not self.cache_teacher:
+            raise ArgumentError("A teacher reads square images: add --cache_teacher, or omit --max_num_patches.")
 
     def check_teacher(self) -> None:
         """Raise ArgumentError unless the options of distillation fit each other and the data."""
@@ -251,12 +284,16 @@ def make_processor(arguments: ClipArguments, rows, chooser: CaptionChooser) -> V
     """
     if arguments.model_name_or_path:
         require_model_type(arguments.base_model, VlpClipConfig.model_type)
-        return load_processor(arguments.base_model, "--model_name_or_path")
+        config = read_config(arguments.base_model, "--model_name_or_path")
+        processor = load_processor(arguments.base_model, "--model_name_or_path")
+        processor.image_processor = with_variable_shape(arguments, config.vision_config, processor.image_processor)
+        return processor
     vision, text = arguments.starts
     side = arguments.image_size
     images = VlpClipImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     if vision is not None:
         images = VlpClipImageProcessor(**with_side(vision.images(), side))
+    images = with_variable_shape(arguments, new_config(arguments).vision_config, images)
     if text is not None:
         return VlpClipProcessor(images, text.tokenizer(arguments.max_length))
     name, length = arguments.tokenizer_name, arguments.max_length
@@ -276,6 +313,34 @@ def make_processor(arguments: ClipArguments, rows, chooser: CaptionChooser) -> V
             raise ArgumentError(f"--vocab_size: {error}") from error
     check_tokenizer(tokenizer, name)
     return VlpClipProcessor(images, tokenizer)
+
+
+def with_variable_shape(
+    arguments: ClipArguments, config: PreTrainedConfig, images: VlpClipImageProcessor
+) -> VlpClipImageProcessor:
+    """The image processor for the number of patches in the options, or in a loaded one; else the same one.
+
+    Args:
+        arguments: options of the run; the number of patches of a loaded model is copied to them.
+        config: configuration of the image tower.
+        images: the image processor of the model.
+
+    Raises:
+        ArgumentError: if the image tower has no patches, or other options need square images.
+    """
+    loaded = getattr(images, "max_num_patches", None)
+    arguments.max_num_patches = arguments.max_num_patches or loaded
+    if arguments.max_num_patches is None:
+        if arguments.min_num_patches:
+            raise ArgumentError("--min_num_patches needs --max_num_patches.")
+        return images
+    if not hasattr(config, "max_num_patches"):
+        raise ArgumentError("--max_num_patches needs a vision transformer of vlp; this image tower has no patches.")
+    arguments.check_variable_shape()
+    options = image_options(images) | {
+        "patch_size": config.patch_size, "max_num_patches": arguments.max_num_patches,
+    }  # fmt: skip
+    return VlpNaflexImageProcessor(**{name: options[name] for name in NAFLEX_OPTIONS})
 
 
 def read_merges(name: str, length: int) -> VlpClipTokenizer:
@@ -363,6 +428,8 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
             model.vision_model.resize_images(arguments.image_size)
         except ValueError as error:
             raise ArgumentError(f"--image_size {arguments.image_size}: {brief(error)[:200]}") from error
+    if arguments.max_num_patches is not None:
+        model.config.vision_config.max_num_patches = arguments.max_num_patches
     if arguments.patch_dropout is not None:
         if not hasattr(model.config.vision_config, "patch_dropout"):
             raise ArgumentError("--patch_dropout needs a vision transformer; a ResNet has no patches.")

@@ -59,33 +59,43 @@ class ClipObjective(Objective):
         return {"logit_scale": math.exp(number(self.model.logit_scale))}
 
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, caption_ids: Tensor, image_ids: Tensor
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        text_index: Tensor,
+        caption_ids: Tensor,
+        image_ids: Tensor,
+        spatial_shapes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss of a batch.
 
         Args:
-            pixel_values: (B, C, S, S), or cached features (B, D).
+            pixel_values: (B, C, S, S), patches (B, N, P * P * C) of images of any shape, or cached features (B, D).
             input_ids: (T, N), the distinct texts, or cached features (T, D).
             text_index: (B,), the row of `input_ids` that belongs to each image.
             caption_ids: (B,) integers that are equal for equal captions.
             image_ids: (B,) integers that are equal for equal images.
+            spatial_shapes: (B, 2), the rows and columns of patches of each image; None for square images.
 
         Returns:
             {"contrastive": the loss}, or {"sigmoid": the loss} if the model has a bias.
         """
-        image, text = self.embed(pixel_values, input_ids, text_index)
+        image, text = self.embed(pixel_values, input_ids, text_index, spatial_shapes)
         batch = JoinedBatch.of(text_index, self.even_batches)
         return self.contrast(image, text, batch, caption_ids, image_ids)
 
-    def embed(self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, spatial_shapes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embed the images and the texts of a batch as (B, E) each, of unit length."""
-        text = self.in_parts(self.embed_texts, input_ids, text_index)[text_index]
-        return self.in_parts(self.embed_images, pixel_values, text_index), text
+        text = self.in_parts(self.embed_texts, text_index, input_ids)[text_index]
+        images = (pixel_values,) if spatial_shapes is None else (pixel_values, spatial_shapes)
+        return self.in_parts(self.embed_images, text_index, *images), text
 
-    def in_parts(self, function: Callable[[Tensor], Tensor], rows: Tensor, text_index: Tensor) -> Tensor:
-        """Compute `function(rows)` in micro batches; `text_index` has as many rows as the batch."""
+    def in_parts(self, function: Callable[..., Tensor], text_index: Tensor, *rows: Tensor) -> Tensor:
+        """Compute `function(*rows)` in micro batches; `text_index` has as many rows as the batch."""
         most = len(text_index) if self.even_batches else None
-        return in_micro_batches(function, self.micro_batch_size, rows, most)
+        return in_micro_batches(function, self.micro_batch_size, *rows, most=most)
 
     def contrast(
         self, image: Tensor, text: Tensor, batch: JoinedBatch, caption_ids: Tensor, image_ids: Tensor
@@ -107,11 +117,13 @@ class ClipObjective(Objective):
                 return {"sigmoid": sigmoid_loss(image, text, scale, self.model.logit_bias.to(image.dtype), batch, ids)}
             return {"contrastive": contrastive_loss(image, text, scale, batch, ids)}
 
-    def embed_images(self, pixel_values: Tensor) -> Tensor:
-        """Embed images (B, C, S, S), or their cached features (B, D), as (B, E) of unit length."""
+    def embed_images(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
+        """Embed images, patches or cached features (see `forward`) as (B, E) of unit length."""
         if self.cached_images:
             return unit_length(self.model.visual_projection(pixel_values))
-        return unit_length(self.model.get_image_features(pixel_values, pooled_only=True).pooler_output)
+        return unit_length(
+            self.model.get_image_features(pixel_values, spatial_shapes=spatial_shapes, pooled_only=True).pooler_output
+        )
 
     def embed_texts(self, input_ids: Tensor) -> Tensor:
         """Embed texts (T, N), or their cached features (T, D), as (T, E) of unit length."""

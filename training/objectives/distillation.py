@@ -121,25 +121,27 @@ class DistilledClipObjective(ClipObjective):
         image_ids: Tensor,
         teacher_texts: Tensor,
         teacher_images: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the losses of a batch.
 
         Args:
-            pixel_values, input_ids, text_index, caption_ids, image_ids: as in `ClipObjective.forward`.
+            pixel_values, input_ids, text_index, caption_ids, image_ids, spatial_shapes: as in `ClipObjective.forward`.
             teacher_texts: the texts of `input_ids` in the teacher's tokens (T, N), or as its embeddings (T, E).
-            teacher_images: its embeddings of the images (B, E); computed from `pixel_values` if None.
+            teacher_images: its embeddings of the images (B, E); computed from `pixel_values`, which must be square, if
+                None.
 
         Returns:
             The losses of `ClipObjective.forward`, and {"distillation": the loss times its weight}.
         """
-        image, text = self.embed(pixel_values, input_ids, text_index)
+        image, text = self.embed(pixel_values, input_ids, text_index, spatial_shapes)
         batch = JoinedBatch.of(text_index, self.even_batches)
         losses = self.contrast(image, text, batch, caption_ids, image_ids)
         with torch.no_grad():
             if teacher_images is None:
-                teacher_images = self.in_parts(self.teacher.embed_images, pixel_values, text_index)
+                teacher_images = self.in_parts(self.teacher.embed_images, text_index, pixel_values)
             if not teacher_texts.is_floating_point():
-                teacher_texts = self.in_parts(self.teacher.embed_texts, teacher_texts, text_index)
+                teacher_texts = self.in_parts(self.teacher.embed_texts, text_index, teacher_texts)
             teacher_texts = teacher_texts[text_index]
         with torch.autocast(image.device.type, enabled=False):
             loss = distillation_loss(

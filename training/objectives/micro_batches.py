@@ -16,29 +16,32 @@ from .distributed import largest, processes
 
 
 def in_micro_batches(
-    function: Callable[[Tensor], Tensor], size: int | None, rows: Tensor, most: int | None = None
+    function: Callable[..., Tensor], size: int | None, *rows: Tensor, most: int | None = None
 ) -> Tensor:
-    """Compute `function(rows)` with the activations of at most `size` rows in memory.
+    """Compute `function(*rows)` with the activations of at most `size` rows in memory.
 
     Random operations such as dropout are repeated identically in the recomputation. Batch norm uses the statistics of
     each part.
 
     Args:
-        function: maps rows to features, row by row.
+        function: maps one tensor or several, with the same number of rows, to features, row by row.
         size: maximum number of rows per part; None: all rows at once.
-        rows: the input.
+        rows: its inputs.
         most: a number that the rows of no process exceed, the same in all processes; None: they ask each other.
     """
     if size is None:
-        return function(rows)
+        return function(*rows)
     # Every process needs the same number of parts: sharded parameters are gathered for each part.
-    parts = math.ceil(len(rows) / size)
+    parts = math.ceil(len(rows[0]) / size)
     if processes() > 1:
-        parts = math.ceil(most / size) if most is not None else largest(parts, rows.device)
+        parts = math.ceil(most / size) if most is not None else largest(parts, rows[0].device)
     if parts == 1:
-        return function(rows)
+        return function(*rows)
 
-    def compute(part: Tensor) -> Tensor:
-        return function(part) if len(part) else function(rows[:1])[:0]  # an empty part still runs one row
+    def compute(*part: Tensor) -> Tensor:
+        if len(part[0]):
+            return function(*part)
+        return function(*(each[:1] for each in rows))[:0]  # an empty part still runs one row
 
-    return torch.cat([checkpoint(compute, part, use_reentrant=False) for part in rows.tensor_split(parts)])
+    split = zip(*(each.tensor_split(parts) for each in rows), strict=True)
+    return torch.cat([checkpoint(compute, *part, use_reentrant=False) for part in split])

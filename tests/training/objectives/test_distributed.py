@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from vlp.processing.naflex import padded_patches
 from vlp.training.machine.batch_norm import join_batch_norm
 from vlp.training.machine.sharding import let_layers_precompute, make_shardable, number, repeated_layers, whole_model
 from vlp.training.objectives.base import Objective
@@ -36,6 +37,7 @@ OBJECTIVES = [
     "softmax",
     "sigmoid",
     "micro batches",
+    "patches",
     "distillation",
     "resnet",
     "batch norm",
@@ -73,7 +75,7 @@ def make_objective(name: str) -> Objective:
         predictor = VlpPredictor(tiny_model("resnet").double(), tiny_processor())
         teacher = DistillationTeacher(predictor, [0.5] * 3, [0.25] * 3)
         return DistilledClipObjective(model, teacher, weight=0.5).train()
-    objective = ClipObjective(model, micro_batch_size=2 if name == "micro batches" else None)
+    objective = ClipObjective(model, micro_batch_size=2 if name in ("micro batches", "patches") else None)
     if name == "batch norm":
         join_batch_norm(objective)
     # In training mode, batch norm would use only the local rows, unless it is joined.
@@ -88,9 +90,16 @@ def batch_of(name: str, objective: Objective, rows: slice) -> dict[str, torch.Te
     if name.startswith("blip"):  # like a collator, crop to the longest of these rows
         ids = ids[:, : int((ids != 0).sum(dim=1).max())]
     taught = {"teacher_texts": ids} if name == "distillation" else {}
-    return taught | {"pixel_values": whole["pixel_values"][rows].double(), "input_ids": ids,
-            "text_index": torch.arange(len(ids)), "caption_ids": CAPTION_IDS[rows],
-            "image_ids": torch.arange(8)[rows]}  # fmt: skip
+    images = {"pixel_values": whole["pixel_values"][rows].double()}
+    if name == "patches":  # of different shapes, padded to the longest of these rows
+        size = objective.model.config.vision_config.patch_size
+        shapes = [(1 + row % 2, 2 - row % 3 % 2) for row in range(8)][rows]
+        cut = [image[:, : size * h, : size * w] for image, (h, w) in zip(images["pixel_values"], shapes, strict=True)]
+        images = dict(zip(("pixel_values", "spatial_shapes"), padded_patches(cut, size), strict=True))
+    return taught | images | {
+        "input_ids": ids, "text_index": torch.arange(len(ids)), "caption_ids": CAPTION_IDS[rows],
+        "image_ids": torch.arange(8)[rows],
+    }  # fmt: skip
 
 
 def steps(name: str, wrapped, objective: Objective, rows: slice) -> dict:
