@@ -40,7 +40,7 @@ def resume(run: Run, path: Path) -> None:
     """Resume a run from a training state.
 
     Learning rate, weight decay and the like are taken from the run's options, not from the state. The number of
-    processes may be another one if the model is not sharded: the order of the samples does not depend on it, and shards
+    processes may be another one, except with DeepSpeed: the order of the samples does not depend on it, and shards
     go on where each of their streams was.
 
     Args:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,17 @@ from ...files import (
 )
 
 AVERAGE_FILE = "average.safetensors"
+METADATA = {
+    *((f"torch.distributed.checkpoint.{module}", name) for module, names in {
+        "metadata": ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata",
+                     "BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        "filesystem": ("_StorageInfo",),
+    }.items() for name in names),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"), ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"), ("torch", "Size"), ("torch", "device"),
+    *(("torch", str(dtype).removeprefix("torch.")) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
+}  # fmt: skip
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # read by torch.load
 
 
@@ -181,6 +193,8 @@ def check_state(path: Path, rank: int) -> dict:
     told = f"The state {printable(path, 160)}"
     if pickles := sorted(path.glob("custom_checkpoint_*.pkl")):
         raise ResumeError(f"{told} contains {pickles[0].name}, a pickle, which is never loaded: start a new run.")
+    for metadata in path.glob("*/.metadata"):
+        require_plain_metadata(metadata, told)
     known = written_files(path)
     before = sum(name.startswith("random_states_") for name in known)  # processes that saved the state
     wanted = [STATE_FILE] + [f"random_states_{rank}.pkl"] * (rank < before or not before)
@@ -203,6 +217,26 @@ def check_state(path: Path, rank: int) -> dict:
     return facts
 
 
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads the metadata of torch.distributed.checkpoint, a pickle, and refuses classes that do not belong in it."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in METADATA:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        return super().find_class(module, name)
+
+
+def require_plain_metadata(path: Path, told: str) -> None:
+    """Raise ResumeError, with the name of the state, if loading its metadata could run code."""
+    try:
+        with path.open("rb") as file:
+            MetadataUnpickler(file).load()
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ResumeError(
+            f"{told} has a {path.parent.name}/{path.name} that is not loaded: {brief(error)[:120]}. Start a new run."
+        ) from error
+
+
 def load_state(
     accelerator: Accelerator, path: Path, facts: dict, output_dir: str, average: AveragedModel | None = None
 ) -> dict:
@@ -222,10 +256,10 @@ def load_state(
         ResumeError: if the state is damaged, or belongs to another model or recipe; the message lists the differences.
     """
     saved = check_state(path, accelerator.process_index)
-    sharded = accelerator.is_fsdp2 or accelerator.distributed_type == DistributedType.DEEPSPEED
-    if sharded and saved.get("processes", accelerator.num_processes) != accelerator.num_processes:
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed and saved.get("processes", accelerator.num_processes) != accelerator.num_processes:
         raise ResumeError(
-            f"{printable(path, 160)} was saved by {saved['processes']} processes, and is sharded: resume with the same "
+            f"{printable(path, 160)} was saved by {saved['processes']} processes with DeepSpeed: resume with the same "
             f"number, not with {accelerator.num_processes}."
         )
     if average is not None and not (path / AVERAGE_FILE).is_file():

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.state import PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from transformers.integrations import unset_hf_deepspeed_config
 
 from ...errors import ArgumentError
@@ -37,10 +43,12 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     # Tasks of BLIP that read only the cells of a ModifiedResNet do not use its pooling.
     partly |= getattr(arguments, "task", "pretrain") != "pretrain"
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=partly)]
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
+    on_cpus, deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if on_cpus and deepspeed:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))  # else Accelerate does not connect CPU processes
     try:
         accelerator = Accelerator(
+            cpu=on_cpus and not deepspeed,  # the same
             mixed_precision=precision,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
             log_with=None if arguments.report_to == "none" else arguments.report_to,
@@ -51,6 +59,8 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
         raise ArgumentError(f"--mixed_precision {precision}, --report_to {arguments.report_to}: {error}") from error
     if arguments.report_to != "none" and not accelerator.log_with:
         raise ArgumentError(f"--report_to {arguments.report_to} needs a package that is not installed.")
+    if on_cpus and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpus(accelerator)
     if accelerator.is_fsdp2 and arguments.ema_decay:
         raise ArgumentError(
             "--ema_decay needs a full copy of the model in each process, which FSDP2 does not keep: use --ema_decay 0."
@@ -66,6 +76,15 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, arguments, precision)
     return accelerator
+
+
+def shard_on_cpus(accelerator: Accelerator) -> None:
+    """Let Accelerate shard the model over CPU processes, too, as its configuration says; by itself it would not."""
+    plugin = FullyShardedDataParallelPlugin()  # from the environment that `accelerate launch` sets
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
 
 
 def configure_deepspeed(config: dict, arguments: TrainingArguments, precision: str) -> None:
