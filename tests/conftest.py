@@ -208,8 +208,8 @@ def free_port() -> int:
 
 # The slowest files, which `make test` starts first, so that its processes end together.
 SLOWEST = (
-    "test_blip_training", "test_training", "test_distributed", "test_blip2_training", "test_onnx", "test_exchange",
-    "test_blip_tasks", "test_hub", "test_modeling", "test_bundle", "test_docs", "test_processing",
+    "test_blip_training", "test_training", "test_distributed", "test_engines", "test_blip2_training", "test_onnx",
+    "test_exchange", "test_blip_tasks", "test_hub", "test_modeling", "test_bundle", "test_docs", "test_processing",
 )  # fmt: skip
 
 

@@ -183,9 +183,14 @@ class TrainingArguments:
         True, "do not use pairs that share a caption or an image as each other's negatives", bound=True, shown=True
     )
     per_device_train_batch_size: int = option(256, "pairs per batch in each process", bound=True, shown=True)
+    micro_batch_size: int | None = option(
+        None,
+        "pairs per forward pass of a part of the model, to save memory; the gradient is still that of the whole batch",
+        shown=True,
+    )
     gradient_accumulation_steps: int = option(
         1,
-        "batches per optimiser step; unlike CLIP's --micro_batch_size, this adds no negatives",
+        "batches per optimiser step; unlike --micro_batch_size, this adds no negatives",
         bound=True,
         shown=True,
     )
@@ -271,6 +276,7 @@ class TrainingArguments:
             "max_length", "vocab_size", "logging_steps", "group_captions", "save_total_limit", "max_image_pixels",
         )  # fmt: skip
         for name in (
+            "micro_batch_size",
             "max_train_steps",
             "max_train_minutes",
             "eval_steps",

@@ -49,6 +49,8 @@ from .base import (
 )
 from .bert import load_bert, text_fields
 
+COMPARED = ("pretrain", "retrieval")  # tasks whose losses compare the pairs of a batch
+
 
 @dataclass(kw_only=True)
 class BlipArguments(CachingArguments, GroupingArguments):
@@ -168,6 +170,11 @@ class BlipArguments(CachingArguments, GroupingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.micro_batch_size and self.task not in COMPARED:
+            raise ArgumentError(
+                f"--micro_batch_size is for --task {' and '.join(COMPARED)}, whose losses compare the pairs of a "
+                "batch: use --gradient_accumulation_steps."
+            )
         if self.fine_tune_image_size and not self.model_name_or_path:
             raise ArgumentError("--fine_tune_image_size needs --model_name_or_path, the model to fine-tune.")
         if self.image_size is None and not self.vision_tower:
@@ -415,6 +422,7 @@ def objective_of(arguments: BlipArguments, model, processor: VlpBlipProcessor, s
         contrastive_share=arguments.contrastive_share,
         itm_negatives=arguments.itm_negatives,
         seed=arguments.seed,
+        micro_batch_size=arguments.micro_batch_size,
     )
 
 

@@ -473,14 +473,16 @@ def make_objective(arguments: Blip2Arguments, model, processor, steps_per_epoch:
             )
             prompt = os.path.commonprefix([first, second])[::-1]
         return LanguageObjective(
-            model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.language_batch_size
-        )
+            model, prompt, tokenizer.eos_token_id, arguments.spelling_share, arguments.language_batch_size,
+            arguments.micro_batch_size,
+        )  # fmt: skip
     return Blip2Objective(
         model,
         exclude_duplicates=arguments.exclude_duplicates,
         label_smoothing=arguments.label_smoothing,
         contrastive_share=arguments.contrastive_share,
         seed=arguments.seed,
+        micro_batch_size=arguments.micro_batch_size,
     )
 
 

@@ -147,11 +147,6 @@ class ClipArguments(CachingArguments):
         bound=True,
         shown=True,
     )
-    micro_batch_size: int | None = option(
-        None,
-        "pairs per forward pass of a tower, to save memory; the gradient is still that of the whole batch",
-        shown=True,
-    )
     class_column: str | None = option(
         None, "column with the class name or label, for zero-shot evaluation; several columns, joined by commas"
     )
@@ -162,8 +157,6 @@ class ClipArguments(CachingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.micro_batch_size is not None:
-            require_at_least_one(self, "micro_batch_size")
         for name in ("max_num_patches", "min_num_patches"):
             if getattr(self, name) is not None:
                 require_at_least_one(self, name)

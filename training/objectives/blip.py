@@ -36,6 +36,7 @@ class BlipObjective(Objective):
             anything.
         itm_negatives: K, the number of hard negatives of ITM for each text, and for each image; 1 in the paper.
         seed: seed of the hard negatives, which depend only on the seed and the step.
+        micro_batch_size: see `Objective`; ITM counts each pair and each negative as a row.
 
     If the teacher's queue keeps texts, ITM's negative texts are drawn from the batch and the queue: they are harder
     than those of the batch alone.
@@ -44,9 +45,10 @@ class BlipObjective(Objective):
     def __init__(
         self, model: VlpBlipMatcher, teacher: Teacher, alpha: float = 0.4, alpha_steps: int = 0,
         exclude_duplicates: bool = True, global_negatives: bool = False, contrastive_share: float = 0.0,
-        itm_negatives: int = 1, seed: int = 0,
+        itm_negatives: int = 1, seed: int = 0, micro_batch_size: int | None = None,
     ):  # fmt: skip
         super().__init__()
+        self.micro_batch_size = micro_batch_size
         self.model, self.teacher, self.itm_negatives = model, teacher, itm_negatives
         self.alpha, self.alpha_steps = alpha, alpha_steps
         self.contrastive_share, self.contrastive_only = contrastive_share, False
@@ -99,15 +101,16 @@ class BlipObjective(Objective):
             {"itc", "itm", "lm"}, without "lm" if the model has no decoder; only "itc" during the first
             `contrastive_share` of the run.
         """
-        model = self.model
+        model, most = self.model, len(text_index)
         cached = image_states is not None
-        if not cached:
-            vision = model.get_image_features(pixel_values, pooled_only=self.contrastive_only)
-            pooled, image_states = vision.pooler_output, vision.last_hidden_state
-        else:
+        if cached:
             pooled = model.vision_proj(pixel_values)
+        elif self.contrastive_only:
+            pooled = self.in_parts(self.embed_images, pixel_values, most=most)
+        else:
+            pooled, image_states = self.in_parts(self.encode_images, pixel_values, most=most)
         image = unit_length(pooled)
-        text = unit_length(model.get_text_features(input_ids, pooled_only=True).pooler_output)[text_index]
+        text = unit_length(self.in_parts(self.embed_texts, input_ids, most=most))[text_index]
         batch = JoinedBatch.of(text_index, self.even_batches)
         if self.contrastive_only:  # without teacher and queue, which lag behind a student that learns fast
             ids = (caption_ids, image_ids) if self.exclude_duplicates else ()
@@ -115,8 +118,9 @@ class BlipObjective(Objective):
                 return {"itc": contrastive_loss(image, text, 1 / model.temp.to(image.dtype), batch, ids)}
         input_ids = input_ids[text_index]
         with torch.autocast(image.device.type, enabled=False):
+            taught = self.in_parts(lambda *rows: self.teacher(*rows, cached), pixel_values, input_ids, most=most)
             image_logits, text_logits, same, loss_itc = self.compare(
-                batch, image, text, *self.teacher(pixel_values, input_ids, cached), caption_ids, image_ids
+                batch, image, text, *taught, caption_ids, image_ids
             )
         with torch.no_grad():
             found = tuple(torch.ones_like(drawn, dtype=torch.bool) for drawn in negatives or ())
@@ -125,16 +129,45 @@ class BlipObjective(Objective):
                     image_logits[:, : batch.size] = image @ batch.gather(text).T / model.temp
                     text_logits[:, : batch.size] = text @ batch.gather(image).T / model.temp
                 negatives, found = self.draw(batch, image_logits, text_logits, same)
-        memory = model.text_model.memory_of(image_states)
-        itm_logits = self.match(batch, input_ids, image_states, memory, *negatives)
+        if self.micro_batch_size is None:
+            memory = model.text_model.memory_of(image_states)
+            itm_logits = self.match(batch, input_ids, image_states, memory, *negatives)
+        else:
+            itm_logits = self.match_in_parts(batch, input_ids, image_states, *negatives)
         matches, counted = matching_labels(len(input_ids), *found)
         with torch.autocast(image.device.type, enabled=False):
             loss_itm = weigh_by_count(matching_loss(itm_logits.float(), matches, counted), counted.sum())
         losses = {"itc": loss_itc, "itm": loss_itm}
         if self.has_decoder:
-            tokens = (input_ids[:, 1:] != model.config.text_config.pad_token_id).sum()
-            losses["lm"] = weigh_by_count(model.lm_loss(input_ids, memory), tokens)
+            tokens = self.count_tokens(input_ids)
+            if self.micro_batch_size is None:
+                loss_lm = model.lm_loss(input_ids, memory)
+            else:
+                loss_lm = self.in_parts(self.sum_lm, input_ids, image_states, most=most).sum() / tokens
+            losses["lm"] = weigh_by_count(loss_lm, tokens)
         return losses
+
+    def embed_images(self, pixel_values: Tensor) -> Tensor:
+        """Embed images (B, C, S, S) as (B, E), not normalised."""
+        return self.model.get_image_features(pixel_values, pooled_only=True).pooler_output
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """The embeddings (B, E) of images (B, C, S, S), not normalised, and their states (B, M, D)."""
+        vision = self.model.get_image_features(pixel_values)
+        return vision.pooler_output, vision.last_hidden_state
+
+    def embed_texts(self, input_ids: Tensor) -> Tensor:
+        """Embed texts (T, N) as (T, E), not normalised."""
+        return self.model.get_text_features(input_ids, pooled_only=True).pooler_output
+
+    def count_tokens(self, input_ids: Tensor) -> Tensor:
+        """The number of tokens of texts (T, N) that the decoder predicts."""
+        return (input_ids[:, 1:] != self.model.config.text_config.pad_token_id).sum()
+
+    def sum_lm(self, input_ids: Tensor, states: Tensor) -> Tensor:
+        """The sum (1,) of the language modelling loss over the tokens of texts (B, N) about images (B, M, D)."""
+        loss = self.model.lm_loss(input_ids, self.model.text_model.memory_of(states))
+        return (loss * self.count_tokens(input_ids))[None]
 
     def compare(self, batch: JoinedBatch, image, text, teacher_image, teacher_text, caption_ids, image_ids):
         """Compute ITC.
@@ -232,11 +265,33 @@ class BlipObjective(Objective):
             others = memory.select(image_negatives - batch.first)
         else:
             others = model.text_model.memory_of(batch.gather(states)[image_negatives])
-        texts = batch.gather_texts(input_ids, model.config.text_config.pad_token_id)
-        if queued is not None:
-            texts = self.as_queued(texts)
-            self.pending[-1] += (texts,)  # they enter the queue after the step
-            texts = torch.cat([texts, queued])
+        texts = self.joined_texts(batch, input_ids)
         own, count = batch.own(texts[: batch.size]), len(image_negatives) // len(input_ids)
         images = Memory.join([memory, others, *[memory] * count])
         return model.match(torch.cat([own, own.repeat(count, 1), texts[text_negatives]]), None, images)
+
+    def joined_texts(self, batch: JoinedBatch, input_ids: Tensor) -> Tensor:
+        """The texts of the joined batch, then those of the queue, if it keeps texts; the first are set aside for it."""
+        texts = batch.gather_texts(input_ids, self.model.config.text_config.pad_token_id)
+        if self.teacher.texts is None:
+            return texts
+        texts = self.as_queued(texts)
+        self.pending[-1] += (texts,)  # they enter the queue after the step
+        return torch.cat([texts, self.teacher.texts])
+
+    def match_in_parts(self, batch: JoinedBatch, input_ids, states, image_negatives, text_negatives) -> Tensor:
+        """The same as `match`, in micro batches, each of which computes the keys and values of its images."""
+        model, texts = self.model, self.joined_texts(batch, input_ids)
+        local = len(batch.counts) == 1 or not self.global_negatives
+        images, first = (states, 0) if local else (batch.gather(states), batch.first)
+        if local:
+            image_negatives = image_negatives - batch.first
+        own = torch.arange(len(input_ids), device=input_ids.device)
+        again = own.repeat(len(image_negatives) // len(own))
+        of_texts = torch.cat([batch.first + own, batch.first + again, text_negatives])
+        of_images = torch.cat([first + own, image_negatives, first + again])
+
+        def match(text: Tensor, image: Tensor) -> Tensor:
+            return model.match(texts[text], None, model.text_model.memory_of(images[image]))
+
+        return self.in_parts(match, of_texts, of_images, most=len(of_texts))

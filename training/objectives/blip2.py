@@ -40,13 +40,15 @@ class Blip2Objective(Objective):
         contrastive_share: share of the run (0 to 1), at its start, that trains with ITC only. The paper initialises the
             Q-Former from BERT instead.
         seed: seed of the hard negatives, which depend only on the seed and the step.
+        micro_batch_size: see `Objective`; ITM counts each pair and each negative as a row.
     """
 
     def __init__(
         self, model: VlpBlip2ForPreTraining, exclude_duplicates: bool = True, label_smoothing: float = 0.1,
-        contrastive_share: float = 0.0, seed: int = 0,
+        contrastive_share: float = 0.0, seed: int = 0, micro_batch_size: int | None = None,
     ):  # fmt: skip
         super().__init__()
+        self.micro_batch_size = micro_batch_size
         self.model = model
         self.exclude_duplicates, self.label_smoothing, self.seed = exclude_duplicates, label_smoothing, seed
         self.contrastive_share, self.contrastive_only = contrastive_share, False
@@ -83,12 +85,13 @@ class Blip2Objective(Objective):
         Returns:
             {"itc", "itm", "itg"}; only "itc" during the first `contrastive_share` of the run.
         """
-        model, cache = self.model, DynamicCache()
-        states = vision_states(model, pixel_values)
-        memory = model.memory_of(states)
-        queries = model.query(memory, past_key_values=cache).last_hidden_state
-        image = unit_length(model.vision_proj(queries))
-        text = unit_length(model.get_text_features(input_ids, pooled_only=True).pooler_output)[text_index]
+        model, most, in_parts = self.model, len(text_index), self.micro_batch_size is not None
+        states = self.in_parts(self.encode, pixel_values, most=most)
+        if in_parts:
+            image = self.in_parts(lambda rows: self.embed_queries(rows)[0], states, most=most)
+        else:
+            image, memory, cache = self.embed_queries(states)
+        text = unit_length(self.in_parts(self.embed_texts, input_ids, most=most))[text_index]
         batch = JoinedBatch.of(text_index, self.even_batches)
         with torch.autocast(image.device.type, enabled=False):
             image_logits, text_logits, same, loss_itc = self.compare(batch, image, text, caption_ids, image_ids)
@@ -101,12 +104,47 @@ class Blip2Objective(Objective):
             image_negatives, image_found = draw_hard_negatives(text_logits.detach(), same, uniform[:, 0])
             text_negatives, text_found = draw_hard_negatives(image_logits.detach(), same, uniform[:, 1])
             negatives, found = (image_negatives, text_negatives), (image_found, text_found)
-        itm_logits = self.match(batch, input_ids, states, memory, *negatives)
+        tokens = self.count_tokens(input_ids)
+        if in_parts:
+            itm_logits = self.match_in_parts(batch, input_ids, states, *negatives)
+            loss_itg = self.in_parts(self.sum_itg, input_ids, states, most=most).sum() / tokens
+        else:
+            itm_logits = self.match(batch, input_ids, states, memory, *negatives)
+            loss_itg = model.lm_loss(input_ids, cache)
         matches, counted = matching_labels(len(input_ids), *found)
         with torch.autocast(image.device.type, enabled=False):
             loss_itm = weigh_by_count(matching_loss(itm_logits.float(), matches, counted), counted.sum())
-        tokens = (input_ids[:, 1:] != model.config.qformer_config.pad_token_id).sum()
-        return {"itc": loss_itc, "itm": loss_itm, "itg": weigh_by_count(model.lm_loss(input_ids, cache), tokens)}
+        return {"itc": loss_itc, "itm": loss_itm, "itg": weigh_by_count(loss_itg, tokens)}
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The image tower's states of images (see `vision_states`)."""
+        return vision_states(self.model, images)
+
+    def embed_queries(self, states: Tensor) -> tuple[Tensor, Memory, DynamicCache]:
+        """Embed images by the queries that read them.
+
+        Args:
+            states: (B, M, D), the image tower's states.
+
+        Returns:
+            (B, Q, E) of unit length, the keys and values of the images, and those of the queries.
+        """
+        memory, cache = self.model.memory_of(states), DynamicCache()
+        queries = self.model.query(memory, past_key_values=cache).last_hidden_state
+        return unit_length(self.model.vision_proj(queries)), memory, cache
+
+    def embed_texts(self, input_ids: Tensor) -> Tensor:
+        """Embed texts (T, N) as (T, E), not normalised."""
+        return self.model.get_text_features(input_ids, pooled_only=True).pooler_output
+
+    def count_tokens(self, input_ids: Tensor) -> Tensor:
+        """The number of tokens of texts (T, N) that the Q-Former predicts."""
+        return (input_ids[:, 1:] != self.model.config.qformer_config.pad_token_id).sum()
+
+    def sum_itg(self, input_ids: Tensor, states: Tensor) -> Tensor:
+        """The sum (1,) of the loss of ITG over the tokens of texts (B, N) about images (B, M, D)."""
+        _, _, cache = self.embed_queries(states)
+        return (self.model.lm_loss(input_ids, cache) * self.count_tokens(input_ids))[None]
 
     def compare(self, batch: JoinedBatch, image: Tensor, text: Tensor, caption_ids: Tensor, image_ids: Tensor):
         """Compute ITC.
@@ -158,6 +196,18 @@ class Blip2Objective(Objective):
         own = batch.own(texts)
         return model.match(torch.cat([own, own, texts[text_negatives]]), None, Memory.join([memory, others, memory]))
 
+    def match_in_parts(self, batch: JoinedBatch, input_ids, states, image_negatives, text_negatives) -> Tensor:
+        """The same as `match`, in micro batches, each of which computes the keys and values of its images."""
+        model = self.model
+        texts = batch.gather_texts(input_ids, model.config.qformer_config.pad_token_id)
+        images, own = batch.gather(states), batch.first + torch.arange(len(input_ids), device=input_ids.device)
+        of_texts, of_images = torch.cat([own, own, text_negatives]), torch.cat([own, image_negatives, own])
+
+        def match(text: Tensor, image: Tensor) -> Tensor:
+            return model.match(texts[text], None, model.memory_of(images[image]))
+
+        return self.in_parts(match, of_texts, of_images, most=len(of_texts))
+
 
 class LanguageObjective(Objective):
     """BLIP-2's stage 2: a frozen language model generates texts (section 3.3; LAVIS, blip2_opt.py, blip2_t5.py).
@@ -175,13 +225,15 @@ class LanguageObjective(Objective):
         language_batch_size: from then on, pairs of each batch that the language model reads, with texts of similar
             lengths; the prefixes of all pairs go on to learn words. None: it reads all of them, and words are not
             learnt any longer.
+        micro_batch_size: see `Objective`.
     """
 
     def __init__(
         self, model: VlpBlip2ForConditionalGeneration, prompt: list[int], end_token_id: int,
-        spelling_share: float = 0.0, language_batch_size: int | None = None,
+        spelling_share: float = 0.0, language_batch_size: int | None = None, micro_batch_size: int | None = None,
     ):  # fmt: skip
         super().__init__()
+        self.micro_batch_size = micro_batch_size
         self.model, self.prompt, self.end_token_id = model, prompt, end_token_id
         self.spelling_share, self.language_batch_size = spelling_share, language_batch_size
         self.spelling_only = False
@@ -214,7 +266,7 @@ class LanguageObjective(Objective):
         input_ids = input_ids[text_index]
         real = self.until_the_end(input_ids)
         labels = input_ids.masked_fill(~real, -100)
-        states, losses = vision_states(self.model, pixel_values), {}
+        states, losses = self.in_parts(self.encode, pixel_values, most=len(text_index)), {}
         states = states if image_index is None else states[image_index]
         instructions = {name: value[text_index] for name, value in instructions.items()}
         if self.model.prefix_words is not None and (self.spelling_only or self.language_batch_size):
@@ -229,16 +281,37 @@ class LanguageObjective(Objective):
             input_ids, real, labels = (each[few, :longest] for each in (input_ids, real, labels))
             states, text_index = states[few], text_index[few]
             instructions = {name: value[few] for name, value in instructions.items()}
-        if self.model.language_model.config.is_encoder_decoder:
-            prompt = torch.tensor(self.prompt, device=input_ids.device).expand(len(input_ids), -1)
-            output = self.model(
-                input_ids=prompt if self.prompt else None, vision_states=states, labels=labels, **instructions
-            )
-        else:
+        if not self.model.language_model.config.is_encoder_decoder:
             labels = self.without_prompt(labels, text_index, prompt_lengths)
-            # No mask is needed: with causal attention, no token attends to the padding on its right.
-            output = self.model(input_ids=input_ids, vision_states=states, labels=labels, **instructions)
-        return losses | {"lm": weigh_by_count(output.loss, (labels != -100).sum())}
+        count, names = (labels != -100).sum(), list(instructions)
+        if self.micro_batch_size is None:
+            loss = self.read(input_ids, labels, states, instructions)
+        else:
+
+            def total(ids: Tensor, labels: Tensor, states: Tensor, *others: Tensor) -> Tensor:
+                loss = self.read(ids, labels, states, dict(zip(names, others, strict=True)))
+                return (loss * (labels != -100).sum())[None]
+
+            rows = input_ids, labels, states, *instructions.values()
+            loss = self.in_parts(total, *rows, most=len(rows[0])).sum() / count
+        return losses | {"lm": weigh_by_count(loss, count)}
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The image tower's states of images (see `vision_states`)."""
+        return vision_states(self.model, images)
+
+    def read(self, input_ids: Tensor, labels: Tensor, states: Tensor, instructions: dict[str, Tensor]) -> Tensor:
+        """The mean loss of the language model over the labels.
+
+        Args:
+            input_ids, labels: (B, N) each; -100 for tokens without loss.
+            states: (B, M, D), the image tower's states.
+            instructions: as in `forward`, (B, N') each.
+        """
+        if self.model.language_model.config.is_encoder_decoder:
+            input_ids = torch.tensor(self.prompt, device=labels.device).expand(len(labels), -1) if self.prompt else None
+        # A causal model needs no mask: no token attends to the padding on its right.
+        return self.model(input_ids=input_ids, vision_states=states, labels=labels, **instructions).loss
 
     def without_prompt(self, labels: Tensor, text_index: Tensor, prompt_lengths: Tensor | None) -> Tensor:
         """The labels (B, N) with -100 for the tokens of the prompt."""

@@ -1,7 +1,6 @@
 """CLIP's objective, and SigLIP's."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from ..machine.sharding import gathered, number
 from .base import Objective
 from .contrastive import contrastive_loss, sigmoid_loss
 from .distributed import JoinedBatch
-from .micro_batches import in_micro_batches
 
 
 class ClipObjective(Objective):
@@ -30,8 +28,7 @@ class ClipObjective(Objective):
         exclude_duplicates: rows that share a caption or an image are not negatives of each other.
         cached_images: `pixel_values` are the pooled outputs of the image tower, (B, D), which is locked.
         cached_texts: `input_ids` are the pooled outputs of the text tower, (T, D), which is locked.
-        micro_batch_size: rows that a tower processes at a time; they are recomputed in the backward pass (GradCache).
-            None: all at once.
+        micro_batch_size: see `Objective`.
     """
 
     def __init__(
@@ -88,14 +85,10 @@ class ClipObjective(Objective):
         self, pixel_values: Tensor, input_ids: Tensor, text_index: Tensor, spatial_shapes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Embed the images and the texts of a batch as (B, E) each, of unit length."""
-        text = self.in_parts(self.embed_texts, text_index, input_ids)[text_index]
+        most = len(text_index)
+        text = self.in_parts(self.embed_texts, input_ids, most=most)[text_index]
         images = (pixel_values,) if spatial_shapes is None else (pixel_values, spatial_shapes)
-        return self.in_parts(self.embed_images, text_index, *images), text
-
-    def in_parts(self, function: Callable[..., Tensor], text_index: Tensor, *rows: Tensor) -> Tensor:
-        """Compute `function(*rows)` in micro batches; `text_index` has as many rows as the batch."""
-        most = len(text_index) if self.even_batches else None
-        return in_micro_batches(function, self.micro_batch_size, *rows, most=most)
+        return self.in_parts(self.embed_images, *images, most=most), text
 
     def contrast(
         self, image: Tensor, text: Tensor, batch: JoinedBatch, caption_ids: Tensor, image_ids: Tensor

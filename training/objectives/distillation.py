@@ -139,9 +139,9 @@ class DistilledClipObjective(ClipObjective):
         losses = self.contrast(image, text, batch, caption_ids, image_ids)
         with torch.no_grad():
             if teacher_images is None:
-                teacher_images = self.in_parts(self.teacher.embed_images, text_index, pixel_values)
+                teacher_images = self.in_parts(self.teacher.embed_images, pixel_values, most=batch.counts[batch.rank])
             if not teacher_texts.is_floating_point():
-                teacher_texts = self.in_parts(self.teacher.embed_texts, text_index, teacher_texts)
+                teacher_texts = self.in_parts(self.teacher.embed_texts, teacher_texts, most=batch.counts[batch.rank])
             teacher_texts = teacher_texts[text_index]
         with torch.autocast(image.device.type, enabled=False):
             loss = distillation_loss(

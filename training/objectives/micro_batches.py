@@ -14,17 +14,20 @@ from torch.utils.checkpoint import checkpoint
 
 from .distributed import largest, processes
 
+Features = Tensor | tuple[Tensor, ...]
+
 
 def in_micro_batches(
-    function: Callable[..., Tensor], size: int | None, *rows: Tensor, most: int | None = None
-) -> Tensor:
+    function: Callable[..., Features], size: int | None, *rows: Tensor, most: int | None = None
+) -> Features:
     """Compute `function(*rows)` with the activations of at most `size` rows in memory.
 
     Random operations such as dropout are repeated identically in the recomputation. Batch norm uses the statistics of
     each part.
 
     Args:
-        function: maps one tensor or several, with the same number of rows, to features, row by row.
+        function: maps one tensor or several, with the same number of rows, to features, row by row, or several of
+            them; or to a sum over the rows, of shape (1,): the result has one for each part.
         size: maximum number of rows per part; None: all rows at once.
         rows: its inputs.
         most: a number that the rows of no process exceed, the same in all processes; None: they ask each other.
@@ -38,10 +41,14 @@ def in_micro_batches(
     if parts == 1:
         return function(*rows)
 
-    def compute(*part: Tensor) -> Tensor:
+    def compute(*part: Tensor) -> Features:
         if len(part[0]):
             return function(*part)
-        return function(*(each[:1] for each in rows))[:0]  # an empty part still runs one row
+        found = function(*(each[:1] for each in rows))  # an empty part still runs one row
+        return tuple(each[:0] for each in found) if isinstance(found, tuple) else found[:0]
 
     split = zip(*(each.tensor_split(parts) for each in rows), strict=True)
-    return torch.cat([checkpoint(compute, *part, use_reentrant=False) for part in split])
+    found = [checkpoint(compute, *part, use_reentrant=False) for part in split]
+    if isinstance(found[0], tuple):
+        return tuple(torch.cat(each) for each in zip(*found, strict=True))
+    return torch.cat(found)

@@ -67,6 +67,28 @@ def test_sampling_depends_only_on_step_and_seed():
     assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_micro_batches_of_the_language_model_give_the_gradient_of_the_whole_batch(kind, size):
+    found = []
+    for micro_batch_size in (None, size):
+        model = tiny_blip2_generation(kind).double()
+        model.freeze()
+        prompt = [5, 6] if kind == "llama" else []
+        objective = LanguageObjective(model, prompt, end_token_id=3, micro_batch_size=micro_batch_size).train()
+        batch = batch_of(slice(0, 8))
+        batch |= {"pixel_values": batch["pixel_values"].double(), "input_ids": batch["input_ids"].clamp(max=98)}
+        loss = objective(**batch)["lm"]
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (whole, gradients), (parts, others) = found
+    assert_close(parts, whole)
+    assert gradients and gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        size = max(gradient.abs().max().item(), 1e-3)  # losses are computed in float32
+        assert_close(others[name], gradient, rtol=1e-5, atol=1e-6 * size, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_first_share_of_training_uses_only_itc():
     objective = objective_of(contrastive_share=0.5)
     objective.before_step(0, 0.2)

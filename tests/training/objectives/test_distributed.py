@@ -44,6 +44,8 @@ OBJECTIVES = [
     "blip",
     "blip2",
     "blip2 stage 2",
+    "blip micro",
+    "blip2 micro",
 ]
 # Rows per process: evenly and unevenly divided batches.
 SHARES = {1: [(8,)], 2: [(4, 4), (5, 3)], 4: [(3, 1, 2, 2)]}
@@ -60,15 +62,16 @@ def make_objective(name: str) -> Objective:
         "blip": tiny_blip,
         "blip2": tiny_blip2,
         "blip2 stage 2": tiny_blip2_generation,
-    }.get(name, tiny_model)()
+    }.get(name.removesuffix(" micro"), tiny_model)()
+    few = 3 if name.endswith(" micro") else None
     model = model.double()  # float64, to compare gradients precisely
     if name == "blip2 stage 2":
         model.freeze()
-    if name == "blip":
+    if name in ("blip", "blip micro"):
         return BlipObjective(model, Teacher(model, momentum=0.9, queue_size=10), global_negatives=True,
-                             contrastive_share=0.5, itm_negatives=2).train()  # fmt: skip
-    if name == "blip2":
-        return Blip2Objective(model, contrastive_share=0.5).train()
+                             contrastive_share=0.5, itm_negatives=2, micro_batch_size=few).train()  # fmt: skip
+    if name in ("blip2", "blip2 micro"):
+        return Blip2Objective(model, contrastive_share=0.5, micro_batch_size=few).train()
     if name == "blip2 stage 2":
         return LanguageObjective(model, [], end_token_id=3).train()
     if name == "distillation":
@@ -105,7 +108,7 @@ def batch_of(name: str, objective: Objective, rows: slice) -> dict[str, torch.Te
 def steps(name: str, wrapped, objective: Objective, rows: slice) -> dict:
     """Losses, gradients and teacher state of one step; for BLIP and BLIP-2, of one ITC-only step and two full steps."""
     result = {"losses": [], "gradients": []}
-    for step, share in enumerate((0.2, 0.5, 0.8) if name in ("blip", "blip2") else (1.0,)):
+    for step, share in enumerate((0.2, 0.5, 0.8) if name.startswith("blip") and name != "blip2 stage 2" else (1.0,)):
         objective.zero_grad()
         objective.before_step(step, share)
         losses = wrapped(**batch_of(name, objective, rows))
@@ -175,9 +178,10 @@ def parts(request, tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_processes_match_one_with_joined_batch(parts, name, wrapper):
     """Compare losses, gradients, teacher and queue; negatives are sampled from the joined batch."""
-    objective = make_objective(name)
-    single = steps(name, objective, objective, slice(0, 8))
-    kinds = {"blip": ["itc", "itm", "lm"], "blip2": ["itc", "itm", "itg"]}.get(name)
+    whole = name.removesuffix(" micro")  # micro batches are compared with one process that has none
+    objective = make_objective(whole)
+    single = steps(whole, objective, objective, slice(0, 8))
+    kinds = {"blip": ["itc", "itm", "lm"], "blip2": ["itc", "itm", "itg"]}.get(whole)
     assert kinds is None or [list(losses) for losses in single["losses"]] == [["itc"], kinds, kinds]
     results = {key[2]: [part[key] for part in parts] for key in parts[0] if key[:2] == (wrapper, name)}
     assert list(results) == SHARES[len(parts)]

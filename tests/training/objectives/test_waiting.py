@@ -27,6 +27,7 @@ READING = {
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 OBJECTIVES = [
     "softmax", "sigmoid", "micro batches", "patches", "distillation", "resnet", "blip", "blip2", "blip2 stage 2",
+    "blip micro", "blip2 micro",
 ]  # fmt: skip
 SHARES = (0.2, 0.8)  # BLIP's first step is ITC only
 
