@@ -29,7 +29,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-readme: ## update the results in the READMEs from the stored ones
+readme: ## update the results in the READMEs from the stored ones, and the table of the commands' options
+	$(BIN)/python -m vlp.commands.tables
 	$(BIN)/python benchmarks/readme.py
 
 train: venv ## train CLIP on the included emoji data, evaluate and save it (options: make train ARGS="--seed 1")

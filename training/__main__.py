@@ -1,10 +1,15 @@
 """`accelerate launch training clip`, `accelerate launch -m vlp.training clip`, `python -m vlp.training clip`."""
 
+import contextlib
 import os
 import sys
 
 os.environ.setdefault("VLP_PARENT", str(os.getppid()))  # see run.ends_with_its_launcher
-if os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & set(sys.argv):
+if os.environ.get("RANK", "0") == "0":
+    with contextlib.suppress(ModuleNotFoundError):  # where only this folder was copied
+        from vlp_launcher import check
+
+        check(["train", *sys.argv[1:]])  # answers --help and wrong options at once
     print("Loading torch and transformers (a few seconds).", flush=True)
 if not __package__:
     sys.path.pop(0)  # launched as a folder: import its modules from the package `vlp`, not as top-level modules
