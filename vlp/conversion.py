@@ -101,6 +101,7 @@ QFORMER_TOKENIZER = "qformer_tokenizer"  # folder of the second tokenizer of an 
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w.-]+")
 LARGEST = 4096  # image size, number of tokens and number of heads
 NAFLEX_OPTIONS = ("resample", "image_mean", "image_std", "patch_size", "max_num_patches")
+LOCAL = "local"
 SINGLE_FILES = ("openai", "salesforce", "lavis")  # targets that are a file, not a folder
 TARGETS = ("vlp", "transformers", "open_clip", "openai", "salesforce", "lavis")
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
@@ -504,6 +505,15 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
     state, left_out = export_state(found.tensors, rules)
     if to == "open_clip":
         settings = {"model_cfg": open_clip.config_to(found.config), "preprocess_cfg": preprocess_cfg(found)}
+        if found.tokenizer is not None:  # open_clip then reads the tokenizer in the folder, whatever the name is
+            settings["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = LOCAL
+            found.notes.append(
+                "before a push to the hub, put the name of the repository into open_clip_config.json, hf_tokenizer_name"
+            )
+            if found.tokenizer("&amp;")["input_ids"] != found.tokenizer("&")["input_ids"]:
+                found.notes.append(
+                    "open_clip reads HTML entities such as &amp; in a text as their character, vlp as text"
+                )
         write_whole(target, lambda fresh: save_open_clip(found, settings, state, fresh))
     elif to == "openai":
         save_pickle(state | openai.facts_beside(found.config), target)
@@ -595,12 +605,24 @@ def add_image_token(found: Checkpoint) -> int:
     return number
 
 
+class PlainTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer that is saved as a PreTrainedTokenizerFast, which transformers 4 and 5 know."""
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory) / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return files
+
+
 def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The same tokenizer, as a class of transformers."""
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, model_max_length=tokenizer.model_max_length, **special
-    )
+    return PlainTokenizer(
+        tokenizer_object=tokenizer.backend_tokenizer, model_max_length=tokenizer.model_max_length,
+        model_input_names=["input_ids", "attention_mask"], **special,
+    )  # fmt: skip
 
 
 def save_open_clip(found: Checkpoint, settings: dict, state: State, folder: Path) -> None:

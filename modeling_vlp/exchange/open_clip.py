@@ -15,6 +15,7 @@ TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio",
         "tokenizer_kwargs"}  # fmt: skip
 MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias", "custom_text",
          "nonscalar_logit_scale"}  # fmt: skip
+STAGES = 4  # of open_clip's ResNet
 DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",), "pad_id": (0,)}
 
 
@@ -52,6 +53,8 @@ def config_to(ours: VlpClipConfig) -> dict:
             f"open_clip uses one activation, gelu or quick_gelu, in both towers; this model uses {sorted(acts)}."
         )
     if isinstance(vision, VlpModifiedResNetConfig):
+        if len(vision.depths) != STAGES:
+            raise ExchangeError(f"open_clip's ResNet has {STAGES} stages; this model's has {len(vision.depths)}.")
         tower = {"image_size": vision.image_size, "layers": vision.depths, "width": vision.embedding_size}
         if vision.num_attention_heads != max(vision.hidden_size // 64, 1):
             raise ExchangeError("open_clip's ResNet needs attention heads of width 64.")

@@ -12,8 +12,11 @@ import pytest
 import torch
 from conftest import tiny_blip, tiny_model, tiny_pair
 from huggingface_hub import ModelCard
+from PIL import Image
 from processes import Program
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from torch.testing import assert_close
 from transformers import (
     AutoImageProcessor,
     BlipConfig,
@@ -39,6 +42,7 @@ from vlp.commands.convert import main
 from vlp.conversion import convert
 from vlp.errors import ArgumentError
 from vlp.files import state_folder
+from vlp.inference import load
 
 open_clip = pytest.importorskip("open_clip")
 FIXTURE = Path(__file__).parents[1] / "reference" / "blip_pretrain_0.safetensors"
@@ -585,3 +589,43 @@ def test_licence_goes_along(tmp_path, to):
     (tmp_path / "source/README.md").write_text("---\nlicense: mit\n---\n\n# Model\n")
     convert(tmp_path / "source", tmp_path / "with", to)
     assert ModelCard.load(tmp_path / "with/README.md").data.license == "mit"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_open_clip_reads_pictures_and_words_as_vlp_does(tmp_path):
+    """The exported folder alone is enough: open_clip's own preprocessing and tokenizer, from that folder."""
+    model, processor = tiny_pair()
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    notes = convert(tmp_path / "ours", tmp_path / "theirs", to="open_clip")
+    assert any("hf_tokenizer_name" in note for note in notes)
+    theirs, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'theirs'}")
+    tokenize = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'theirs'}")
+    picture, texts = Image.effect_noise((40, 33), 90).convert("RGB"), [*CAPTIONS, "Two  DOGS", "red " * 40]
+    predictor = load(str(tmp_path / "ours"), "embed")
+    with torch.no_grad():
+        images = F.normalize(theirs.eval().encode_image(preprocess(picture)[None]), dim=-1)
+        words = F.normalize(theirs.encode_text(tokenize(texts)), dim=-1)
+    assert_close(predictor.embed_images([picture]), images, rtol=0, atol=1e-5)
+    assert_close(predictor.embed_texts(texts), words, rtol=0, atol=1e-5)
+
+
+def test_open_clip_has_no_resnet_of_three_stages(tmp_path):
+    vision = {"model_type": "vlp_modified_resnet", "depths": [1, 1, 1], "embedding_size": 8, "projection_dim": 24,
+              "image_size": 32}  # fmt: skip
+    config = vlp.VlpClipConfig(vision_config=vision, text_config=tiny_model().config.text_config, projection_dim=24)
+    vlp.VlpClipModel(config).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ExchangeError, match="open_clip's ResNet has 4 stages; this model's has 3"):
+        convert(tmp_path / "ours", tmp_path / "theirs", to="open_clip")
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_exported_tokenizers_have_a_class_that_transformers_4_has(tmp_path):
+    model, processor = tiny_pair()
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    for to in ("transformers", "open_clip"):
+        convert(tmp_path / "ours", tmp_path / to, to=to)
+        settings = json.loads((tmp_path / to / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert settings["model_input_names"] == ["input_ids", "attention_mask"]
