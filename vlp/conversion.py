@@ -183,17 +183,34 @@ def read_source(source: Path, options) -> Checkpoint:
             f"{source} contains neither config.json nor open_clip_config.json: pass a file of weights instead."
         )
     config = read_config(source, "SOURCE")
-    return from_vlp(source, config) if config.model_type.startswith("vlp_") else from_transformers(source, config)
+    if config.model_type.startswith("vlp_"):
+        return from_vlp(source, config, options.architecture)
+    return from_transformers(source, config)
 
 
-def from_vlp(folder: Path, config: PreTrainedConfig) -> Checkpoint:
+def readable_as(name: str) -> list[str]:
+    """The architectures that a model of an architecture can be read as, besides its own."""
+    return [row.model.__name__ for row in ARCHITECTURES if name in (row.model.loads or ())]
+
+
+def from_vlp(folder: Path, config: PreTrainedConfig, name: str | None = None) -> Checkpoint:
     """Read a folder of vlp.
 
     Args:
         folder: the folder.
         config: its configuration.
+        name: the architecture to read it as, such as a captioner from a pre-trained BLIP; None: its own.
+
+    Raises:
+        ExchangeError: if it cannot be read as that architecture.
     """
     row = row_of(folder, config, "SOURCE")
+    own = row.model.__name__
+    if name is not None and name != own:
+        if name not in readable_as(own):
+            choices = ", ".join([own, *readable_as(own)])
+            raise ExchangeError(f"--architecture {printable(name, 60)}: a {own} can be read as {choices}.")
+        row = architecture(name)
     model = load_model(row.model, folder, "SOURCE")
     found = Checkpoint(type(model).__name__, model.config, model.state_dict(), default_images(config))
     if (folder / ADAPTERS).is_file() or (folder / "tokenizer_config.json").is_file():
@@ -482,7 +499,9 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
     if to == "transformers":
         theirs = architecture(found.architecture).peer
         if theirs is None:
-            raise ExchangeError(f"transformers has no class for {found.architecture}.")
+            known = ", ".join(name for name in readable_as(found.architecture) if architecture(name).peer)
+            hint = f": pass --architecture, one of {known}" if known else ""
+            raise ExchangeError(f"transformers has no class for {found.architecture}{hint}.")
         image_token = add_image_token(found) if found.has_language_model else None
         config = peer.config_to(found.config, theirs, image_token)
         state, left_out = export_state(found.tensors, peer.rules_of(found.config, found.architecture))
@@ -751,7 +770,7 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
         ArgumentError: if the target would replace other files, or the source.
     """
     given = argparse.Namespace(**{"hidden_act": None, "vision_heads": None, "text_heads": None, "tokenizer": None,
-                                  "image_size": None, "max_length": None, "image_tower": None,
+                                  "image_size": None, "max_length": None, "image_tower": None, "architecture": None,
                                   "language_model": None} | options)  # fmt: skip
     if to in SINGLE_FILES:
         check_new_file(target)
@@ -767,6 +786,8 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
         place = downloaded(str(source))
     try:
         found = read_source(place, given)
+        if given.architecture not in (None, found.architecture):
+            raise ExchangeError("--architecture is for models of vlp.")
     except ExchangeError as error:
         raise ExchangeError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     found.licence, found.source = licence_of(place), printable(Path(source).name)

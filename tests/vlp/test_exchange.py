@@ -629,3 +629,32 @@ def test_exported_tokenizers_have_a_class_that_transformers_4_has(tmp_path):
         settings = json.loads((tmp_path / to / "tokenizer_config.json").read_text())
         assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("name, kind", [("VlpBlipForConditionalGeneration", BlipForConditionalGeneration),
+                                        ("VlpBlipForImageTextRetrieval", BlipForImageTextRetrieval)])  # fmt: skip
+def test_a_pretrained_blip_is_exported_as_the_class_that_is_named(name, kind, tmp_path):
+    model = tiny_blip().eval()
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ExchangeError, match=f"pass --architecture, one of .*{name}"):
+        convert(tmp_path / "ours", tmp_path / "theirs", to="transformers")
+    convert(tmp_path / "ours", tmp_path / "theirs", to="transformers", architecture=name)
+    theirs = kind.from_pretrained(tmp_path / "theirs").eval()
+    size = model.config.vision_config.image_size
+    with torch.no_grad():
+        wanted = model.encode_image(pixels(size)).last_hidden_state
+        assert_close(theirs.vision_model(pixels(size)).last_hidden_state, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_architectures_that_do_not_fit_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "clip")
+    tiny_blip().save_pretrained(tmp_path / "blip")
+    for folder, name, message in (
+        ("clip", "VlpBlipForConditionalGeneration", "a VlpClipModel can be read as VlpClipModel"),
+        ("blip", "Nothing", "a VlpBlipForPreTraining can be read as VlpBlipForPreTraining, "),
+    ):
+        with pytest.raises(ExchangeError, match=f"--architecture {name}: {message}"):
+            convert(tmp_path / folder, tmp_path / "out", architecture=name)
+    convert(tmp_path / "clip", tmp_path / "theirs", to="transformers")
+    with pytest.raises(ExchangeError, match="--architecture is for models of vlp"):
+        convert(tmp_path / "theirs", tmp_path / "out", architecture="VlpBlipForImageTextRetrieval")

@@ -26,6 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vision_heads", type=int, help="attention heads of the image tower, if not of width 64")
     parser.add_argument("--text_heads", type=int, help="attention heads of the text tower, if not of width 64")
+    parser.add_argument(
+        "--architecture",
+        metavar="CLASS",
+        help="read a pre-trained model of vlp as this class, such as "
+        "VlpBlipForConditionalGeneration, for formats that have no pre-trained BLIP",
+    )
     parser.add_argument("--tokenizer", help="hub name or folder of the tokenizer, or bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument("--image_tower", help="for LAVIS' BLIP-2: file of the frozen image tower (eva_vit_g.pth)")
     parser.add_argument("--language_model", help="for LAVIS' BLIP-2, stage 2: hub name or folder of the language model")
