@@ -126,7 +126,7 @@ class VlpClipModel(VlpPreTrainedModel):
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             pooled_only=pooled_only,
-            **({} if spatial_shapes is None else {"spatial_shapes": spatial_shapes}),
+            **({"spatial_shapes": spatial_shapes} if kind in VARIABLE else {}),
             **self.output_flags(output_hidden_states, output_attentions),
         )
         output.pooler_output = self.visual_projection(output.pooler_output)

@@ -127,6 +127,8 @@ def encode_real(
     if mask is None:
         return encoder(x, pool_at=first, **flags)
     visible = padding_mask_for(config, x, mask)
+    if not isinstance(visible, Tensor) and visible is not None:  # the mask of flex attention has no rows to take
+        first, pool_first = None, False
     if not packs(x) or any(flags.values()) or (encoder.training and config.drop_path_rate):
         return encoder(x, visible, pool_at=first, **flags)
     packing = Packing(mask)

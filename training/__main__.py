@@ -1,12 +1,12 @@
 """`accelerate launch training clip`, `accelerate launch -m vlp.training clip`, `python -m vlp.training clip`."""
 
-import contextlib
+import importlib.util
 import os
 import sys
 
 os.environ.setdefault("VLP_PARENT", str(os.getppid()))  # see run.ends_with_its_launcher
 if os.environ.get("RANK", "0") == "0":
-    with contextlib.suppress(ModuleNotFoundError):  # where only this folder was copied
+    if importlib.util.find_spec("vlp_launcher"):  # else only this folder was copied
         from vlp_launcher import check
 
         check(["train", *sys.argv[1:]])  # answers --help and wrong options at once

@@ -40,6 +40,7 @@ GENERATORS = {
 }
 PROCESSING = {
     "VlpClipProcessor": "processing_clip", "VlpClipImageProcessor": "processing_clip",
+    "VlpNaflexImageProcessor": "processing_naflex",
     "VlpBlipProcessor": "processing_blip", "VlpBlipImageProcessor": "processing_blip",
     "VlpBlip2Processor": "processing_blip2", "VlpInstructBlipProcessor": "processing_blip2",
     "VlpClipTokenizer": "processing_tokenizer",

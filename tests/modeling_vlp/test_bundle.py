@@ -37,7 +37,8 @@ inputs = processor(images=image, text=texts, return_tensors="pt")
 model = AutoModel.from_pretrained(folder, **trusted).eval()
 result = {"classes": [type(model).__name__, type(processor).__name__]}
 with torch.no_grad():
-    result["image"] = model.get_image_features(inputs["pixel_values"]).pooler_output
+    images = {name: inputs[name] for name in ("pixel_values", "spatial_shapes") if name in inputs}
+    result["image"] = model.get_image_features(**images).pooler_output
     result["text"] = model.get_text_features(inputs["input_ids"]).pooler_output
 if result["classes"][0] == "VlpClipModel":
     classify = pipeline("zero-shot-image-classification", model=folder, **trusted)
@@ -60,8 +61,21 @@ def run_without_vlp(folder: Path, tmp_path: Path, code: str = LOAD_MODEL) -> dic
 def expected(model, processor) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = processor(images=Image.new("RGB", (40, 32), "red"), text=["a red square", "two dogs"], return_tensors="pt")
     with torch.no_grad():
-        image = model.eval().get_image_features(inputs["pixel_values"]).pooler_output
+        images = {name: inputs[name] for name in ("pixel_values", "spatial_shapes") if name in inputs}
+        image = model.eval().get_image_features(**images).pooler_output
         return image, model.get_text_features(inputs["input_ids"]).pooler_output
+
+
+def test_clip_of_images_of_any_shape_loads_without_vlp(tmp_path):
+    model, processor = tiny_pair()
+    size = model.config.vision_config.patch_size
+    model.config.vision_config.max_num_patches = 12
+    processor.image_processor = vlp.VlpNaflexImageProcessor(patch_size=size, max_num_patches=12)
+    model.save_pretrained(tmp_path / "clip", bundle=True)
+    processor.save_pretrained(tmp_path / "clip", bundle=True)
+    result = run_without_vlp(tmp_path / "clip", tmp_path)
+    for name, value in zip(("image", "text"), expected(model, processor), strict=True):
+        assert_close(result[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_clip_of_foreign_towers_loads_without_vlp(tmp_path):

@@ -113,6 +113,7 @@ def test_impossible_shapes_are_refused(change, message):
 def test_other_towers_and_blip_refuse_variable_shapes():
     with pytest.raises(ValueError, match="Only a vision transformer"):
         tiny_model("resnet").get_image_features(torch.zeros(1, 4, 192), spatial_shapes=torch.tensor([[2, 2]]))
+    tiny_model("resnet").get_image_features(torch.zeros(1, 3, 64, 64), spatial_shapes=torch.tensor([[2, 2]]))  # ignored
     with pytest.raises(ValueError, match="only CLIP reads images of variable shape"):
         vlp.VlpBlipConfig(vision_config={"max_num_patches": 16})
     for wrong in (0, -1, 2.5, "a"):

@@ -149,15 +149,20 @@ class Runs:
         return Path.touch, (Path("executed"),)
 
 
-@pytest.mark.parametrize("content", [pickle.dumps(Runs()), b"no pickle", pickle.dumps({"a": print})])
-def test_metadata_of_a_sharded_state_is_never_executed(content, alone, tmp_path, monkeypatch):
+# Sets an attribute of a class that is allowed: PosixPath.is_file = StorageMeta.
+CHANGES = b"cpathlib\nPosixPath\n(N}Vis_file\nctorch.distributed.checkpoint.metadata\nStorageMeta\nstb."
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0.metadata"])
+@pytest.mark.parametrize("content", [pickle.dumps(Runs()), b"no pickle", pickle.dumps({"a": print}), CHANGES])
+def test_metadata_of_a_sharded_state_is_never_executed(content, name, alone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = tmp_path / "step-0000002"
     shutil.copytree(states(state_folder(alone))[0], state)
     (state / "pytorch_model_fsdp_0").mkdir()
-    (state / "pytorch_model_fsdp_0" / ".metadata").write_bytes(content)
+    (state / "pytorch_model_fsdp_0" / name).write_bytes(content)
     (state / ".vlp-files").unlink()
     list_files(state)
-    with pytest.raises(ResumeError, match="pytorch_model_fsdp_0/.metadata that is not loaded"):
+    with pytest.raises(ResumeError, match=f"pytorch_model_fsdp_0/{name} that is not loaded"):
         check_state(state, 0)
-    assert not Path("executed").exists()
+    assert not Path("executed").exists() and Path("missing").is_file() is False

@@ -147,6 +147,7 @@ def test_a_large_jpeg_is_decoded_smaller(tmp_path):
     [
         ({"augmentation": "strong"}, "--augmentation strong needs square images"),
         ({"min_num_patches": 10}, "at least --min_num_patches"),
+        ({"min_num_patches": 4}, "it needs --augmentation crop"),
         ({"max_num_patches": 10**9}, "at most 65,536"),
         ({"max_num_patches": 0}, "--max_num_patches must be at least 1"),
         ({"max_num_patches": None, "min_num_patches": 4}, "--min_num_patches needs --max_num_patches"),

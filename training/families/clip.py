@@ -112,7 +112,8 @@ class ClipArguments(CachingArguments):
     )
     min_num_patches: int | None = option(
         None,
-        "with --max_num_patches: draw the number of patches of each training image from this one to the maximum",
+        "with --max_num_patches and --augmentation crop: draw the number of patches of each training image from this "
+        "one to the maximum",
         bound=True,
         shown=True,
     )
@@ -205,6 +206,8 @@ class ClipArguments(CachingArguments):
                 f"--max_num_patches {self.max_num_patches} must be at most {MOST_PATCHES:,}, and at least "
                 "--min_num_patches."
             )
+        if self.min_num_patches and self.augmentation != "crop":
+            raise ArgumentError("--min_num_patches draws the size of random crops: it needs --augmentation crop.")
         if self.augmentation == "strong":
             raise ArgumentError("--augmentation strong needs square images: use crop or none with --max_num_patches.")
         if self.cache_features:

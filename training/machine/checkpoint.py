@@ -38,7 +38,7 @@ METADATA = {
                      "BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
         "filesystem": ("_StorageInfo",),
     }.items() for name in names),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"), ("torch.serialization", "_get_layout"),
+    ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib._local", "PosixPath"),
     ("pathlib._local", "WindowsPath"), ("torch", "Size"), ("torch", "device"),
     *(("torch", str(dtype).removeprefix("torch.")) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
@@ -193,8 +193,7 @@ def check_state(path: Path, rank: int) -> dict:
     told = f"The state {printable(path, 160)}"
     if pickles := sorted(path.glob("custom_checkpoint_*.pkl")):
         raise ResumeError(f"{told} contains {pickles[0].name}, a pickle, which is never loaded: start a new run.")
-    for metadata in path.glob("*/.metadata"):
-        require_plain_metadata(metadata, told)
+    require_plain_metadata(path, told)
     known = written_files(path)
     before = sum(name.startswith("random_states_") for name in known)  # processes that saved the state
     wanted = [STATE_FILE] + [f"random_states_{rank}.pkl"] * (rank < before or not before)
@@ -217,24 +216,41 @@ def check_state(path: Path, rank: int) -> dict:
     return facts
 
 
+class StandIn:
+    """Takes the place of any class of the metadata: keeps nothing, and cannot be changed by a pickle."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state) -> None:
+        pass
+
+
 class MetadataUnpickler(pickle.Unpickler):
-    """Reads the metadata of torch.distributed.checkpoint, a pickle, and refuses classes that do not belong in it."""
+    """Reads the metadata of torch.distributed.checkpoint, a pickle, and refuses classes that do not belong in it.
+
+    No real class is touched. A pickle that would change a class, instead of an object, is refused as well.
+    """
 
     def find_class(self, module: str, name: str):
         if (module, name) not in METADATA:
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-        return super().find_class(module, name)
+        return type(name, (StandIn,), {})
 
 
-def require_plain_metadata(path: Path, told: str) -> None:
-    """Raise ResumeError, with the name of the state, if loading its metadata could run code."""
-    try:
-        with path.open("rb") as file:
-            MetadataUnpickler(file).load()
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ResumeError(
-            f"{told} has a {path.parent.name}/{path.name} that is not loaded: {brief(error)[:120]}. Start a new run."
-        ) from error
+def require_plain_metadata(folder: Path, told: str) -> None:
+    """Raise ResumeError, with the name of the state, if loading the metadata in its folder could run code."""
+    for path in folder.glob("*/*.metadata"):
+        try:
+            if path.name != ".metadata":  # torch would load it if there is no .metadata
+                raise pickle.UnpicklingError("metadata of a single process")
+            with path.open("rb") as file:
+                MetadataUnpickler(file).load()
+        except Exception as error:  # a damaged pickle can raise anything
+            raise ResumeError(
+                f"{told} has a {path.parent.name}/{printable(path.name, 60)} that is not loaded: {brief(error)[:120]}. "
+                "Start a new run."
+            ) from error
 
 
 def load_state(

@@ -289,8 +289,12 @@ class LanguageObjective(Objective):
         else:
 
             def total(ids: Tensor, labels: Tensor, states: Tensor, *others: Tensor) -> Tensor:
+                count = (labels != -100).sum()
+                # The mean over no label would not be finite: read one, which then counts nothing.
+                last = torch.where(count == 0, ids[:, -1:], labels[:, -1:])
+                labels = torch.cat([labels[:, :-1], last], dim=1)
                 loss = self.read(ids, labels, states, dict(zip(names, others, strict=True)))
-                return (loss * (labels != -100).sum())[None]
+                return (loss * count)[None]
 
             rows = input_ids, labels, states, *instructions.values()
             loss = self.in_parts(total, *rows, most=len(rows[0])).sum() / count

@@ -6,11 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+from vlp_launcher import TABLES
+
 from ..errors import CommandParser
 from ..training.command_line import RECIPES, TASKS, build_parser
 from .main import COMMANDS, USAGE
 
-TABLES = Path(__file__).parents[1] / "launcher" / "commands.json"
 # Options and arguments that name something to read, here or on the hub.
 INPUTS = ("config", "dataset_name", "model_name_or_path", "image_tower", "text_tower", "vision_tower", "source",
           "folder", "model", "dataset", "pictures", "image", "models", "teacher_name_or_path")  # fmt: skip

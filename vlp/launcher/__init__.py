@@ -102,6 +102,8 @@ def check(words: list[str]) -> None:
     Raises:
         SystemExit: if it was answered.
     """
+    if importlib.util.find_spec("vlp") is None:  # the import says so
+        return
     known = tables()
     command, task, rest = split(words)
     if command in (None, "-h", "--help"):
@@ -126,7 +128,7 @@ def check(words: list[str]) -> None:
         if name not in inputs:
             continue
         for each in value if isinstance(value, list) else [value]:
-            if name == "config" and each and not Path(each).suffix:
+            if name == "config" and each and not Path(each).suffix and "/" not in each:
                 require_recipe(each, known["recipes"])
             elif isinstance(each, str):
                 require_place(each, name.upper() if name in arguments_of(parser) else f"--{name}")

@@ -89,6 +89,26 @@ def test_micro_batches_of_the_language_model_give_the_gradient_of_the_whole_batc
         assert_close(others[name], gradient, rtol=1e-5, atol=1e-6 * size, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_a_micro_batch_without_labels_counts_nothing():
+    """The text of one row is all prompt."""
+    losses = []
+    for size in (None, 1, 2):
+        model = tiny_blip2_generation().double()
+        model.freeze()
+        objective = LanguageObjective(model, [], end_token_id=3, micro_batch_size=size).train()
+        batch = batch_of(slice(0, 4))
+        ids = batch["input_ids"].clamp(max=98)
+        lengths = torch.tensor([2, 2, ids.shape[1], 2])
+        loss = objective(**batch | {"pixel_values": batch["pixel_values"].double(), "input_ids": ids,
+                                    "prompt_lengths": lengths})["lm"]  # fmt: skip
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        losses.append(loss.detach())
+    assert losses[0].isfinite()
+    assert_close(losses[1], losses[0])
+    assert_close(losses[2], losses[0])
+
+
 def test_first_share_of_training_uses_only_itc():
     objective = objective_of(contrastive_share=0.5)
     objective.before_step(0, 0.2)
