@@ -137,7 +137,8 @@ check: venv-dev ## check linting, formatting and the import order of the package
 
 bench: venv-dev ## benchmark vlp against other libraries, in one table (about an hour)
 	cd benchmarks && for each in "clip_step.py" "clip_step.py --model ViT-B-16 --batch 8 --rounds 4" \
-		"clip_step.py --model RN50 --rounds 4" blip_generate.py blip2_generate.py blip2_features.py contrastive_loss.py \
+		"clip_step.py --model RN50 --rounds 4" "clip_step.py --compiled" "clip_step.py --compiled --model RN50 --rounds 4" \
+		features.py blip_generate.py blip2_generate.py blip2_features.py contrastive_loss.py \
 		zero_shot.py attention.py shards.py data.py "data.py --train" startup.py scaling.py; \
 		do HF_HUB_OFFLINE=1 $(abspath $(BIN))/python $$each || exit 1; done
 	@test -x .venv-lavis/bin/python || echo "LAVIS needs .venv-lavis: see benchmarks/blip_step.py"

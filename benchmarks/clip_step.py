@@ -1,12 +1,17 @@
 """Time a whole training step of CLIP (forward, backward, AdamW) in vlp, open_clip and transformers, same weights.
 
-    python benchmarks/clip_step.py [--model ViT-B-32|ViT-B-16|RN50] [--rounds 7] [--batch 16] [--threads 2]
+    python benchmarks/clip_step.py [--model ViT-B-32|ViT-B-16|RN50] [--compiled] [--rounds 7] [--batch 16] [--threads 2]
 
 Images and captions of 8 to 18 tokens, float32, on the CPU. Each contender runs in its own process, set up as in its own
 trainer: vlp skips padding, computes the last layers only at the pooled positions, uses a fused AdamW and keeps freed
 memory for reuse; open_clip pads captions to 77 tokens and uses torch.optim.AdamW; transformers (which has no ResNet)
-pads to the longest caption and uses a fused AdamW. For ViT-B/32 there is one more process: open_clip with vlp's memory
-setting. Losses and gradients are compared first. Then the processes take turns, one at a time.
+pads to the longest caption and uses a fused AdamW. One more process trains open_clip with vlp's memory setting and a
+context as long as the longest caption (its option --force-context-length). With --compiled, each library's own
+torch.compile is compared instead (open_clip's with that setting and context), beside vlp without it. Losses and
+gradients are compared first. Then the processes take turns, one at a time.
+
+One more process, "products", multiplies large square matrices, with as many operations as the products of vlp's step
+have. Its time is the least that such a step can take on the machine.
 """
 
 import argparse
@@ -21,6 +26,7 @@ import open_clip
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 from vlp.modeling_vlp.exchange.open_clip import RULES
 from vlp.modeling_vlp.exchange.places import export_state
@@ -38,17 +44,17 @@ VISION = {
     "RN50": {"model_type": "vlp_modified_resnet"},
 }
 OPEN_CLIP = {"ViT-B-32": "ViT-B-32-quickgelu", "ViT-B-16": "ViT-B-16-quickgelu", "RN50": "RN50-quickgelu"}
-KEPT = "open_clip, memory kept"
+TUNED, PRODUCTS = "open_clip, memory kept, short context", "products"
+COMPILED = ", compiled"
+SIDE = 2048  # of the matrices of PRODUCTS
 
 
-def contenders(model: str) -> list[str]:
+def contenders(model: str, compiled: bool) -> list[str]:
     """The contenders for a model; vlp is the first."""
-    return [
-        "vlp",
-        "open_clip",
-        *([] if model == "RN50" else ["transformers"]),
-        *([KEPT] if model == "ViT-B-32" else []),
-    ]
+    peers = ["open_clip", *([] if model == "RN50" else ["transformers"])]
+    if compiled:
+        return ["vlp", *(f"{name}{COMPILED}" for name in ("vlp", *peers)), PRODUCTS]
+    return ["vlp", *peers, TUNED, PRODUCTS]
 
 
 def make_batch(size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,11 +96,14 @@ def adamw(model: torch.nn.Module, **options) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.98), eps=1e-6, **options)
 
 
-def open_clip_step(name: str, size: int):
+def open_clip_step(name: str, size: int, short: bool = False):
     """open_clip's model with the same weights, its loss, and the optimiser of its trainer."""
-    model = open_clip.create_model(OPEN_CLIP[name]).train()
-    model.load_state_dict(export_state(new_model(name).state_dict(), RULES)[0], strict=False)
-    pixels, _, ids = make_batch(size)
+    pixels, least, ids = make_batch(size)
+    ids = least if short else ids
+    model = open_clip.create_model(OPEN_CLIP[name], force_context_length=ids.shape[1]).train()
+    weights = export_state(new_model(name).state_dict(), RULES)[0]
+    weights["positional_embedding"] = weights["positional_embedding"][: ids.shape[1]].clone()
+    model.load_state_dict(weights, strict=False)
     loss = open_clip.ClipLoss()
     return model, lambda: loss(*model(pixels, ids)), adamw(model)
 
@@ -115,14 +124,20 @@ def work(contender: str, name: str, size: int, threads: int, folder: Path) -> No
         folder: where the loss and the gradients are stored.
     """
     torch.set_num_threads(threads)
-    if contender in ("vlp", KEPT):
+    library, compiled = contender.split(",")[0], contender.endswith(COMPILED)
+    tuned = library == "open_clip" and (compiled or contender == TUNED)
+    if library == "vlp" or tuned:
         use_cpu_well(threads)
-    make = {"vlp": vlp_step, "transformers": transformers_step}.get(contender, open_clip_step)
-    model, forward, optimizer = make(name, size)
+    if contender == PRODUCTS:
+        return serve_products(operations_of(name, size))
+    make = {"vlp": vlp_step, "transformers": transformers_step}.get(library, open_clip_step)
+    model, forward, optimizer = make(name, size, **({"short": True} if tuned else {}))
+    if compiled:
+        forward = torch.compile(forward)
     loss = forward()
     loss.backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    if contender in ("vlp", "transformers"):
+    if library in ("vlp", "transformers"):
         gradients = export_state(gradients, RULES)[0]
     torch.save({"loss": loss.detach(), "gradients": gradients}, folder / f"{contender}.pt")
 
@@ -130,6 +145,26 @@ def work(contender: str, name: str, size: int, threads: int, folder: Path) -> No
         optimizer.zero_grad()
         forward().backward()
         optimizer.step()
+
+    serve(step)
+
+
+def operations_of(name: str, size: int) -> int:
+    """The operations of the matrix products and convolutions of vlp's step, forward and backward."""
+    _, forward, _ = vlp_step(name, size)
+    with FlopCounterMode(display=False) as counter:
+        forward().backward()
+    return counter.get_total_flops()
+
+
+def serve_products(operations: int) -> None:
+    """Serve products of large matrices with about this number of operations."""
+    left, right = torch.randn(2, SIDE, SIDE)
+    out, count = torch.empty_like(left), max(1, round(operations / (2 * SIDE**3)))
+
+    def step(number: int) -> None:
+        for _ in range(count):
+            torch.mm(left, right, out=out)
 
     serve(step)
 
@@ -152,13 +187,16 @@ def compare(folder: Path, peer: str) -> float:
     for name, gradient in theirs["gradients"].items():
         # Skip gradients that are zero up to rounding: of key biases, and behind weights that start at zero (ResNet).
         if not name.endswith(("in_proj_bias", "k_proj.bias")) and gradient.abs().max() > 1e-12:
-            worst = max(worst, ((ours["gradients"][name] - gradient).abs().max() / gradient.abs().max()).item())
+            own = ours["gradients"][name]
+            own = own[: len(gradient)] if name == "positional_embedding" else own  # a short context has fewer
+            worst = max(worst, ((own - gradient).abs().max() / gradient.abs().max()).item())
     return worst
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32", choices=list(VISION))
+    parser.add_argument("--compiled", action="store_true", help="compare torch.compile in each library")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=cpu_cores())
@@ -168,11 +206,11 @@ def main() -> None:
         return work(options.work[0], options.model, options.batch, options.threads, Path(options.work[1]))
     words = [sys.executable, __file__, "--model", options.model]
     words += ["--batch", str(options.batch), "--threads", str(options.threads)]
-    names, differences = contenders(options.model), {}
+    names, differences = contenders(options.model, options.compiled), {}
     with tempfile.TemporaryDirectory() as folder:
 
         def compare_all() -> None:
-            differences.update({peer: compare(Path(folder), peer) for peer in names[1:] if peer != KEPT})
+            differences.update({peer: compare(Path(folder), peer) for peer in names[1:] if peer != PRODUCTS})
 
         commands = {name: [*words, "--work", name, folder] for name in names}
         seconds = interleave(commands, options.rounds, started=compare_all)
@@ -182,12 +220,14 @@ def main() -> None:
         "cores": os.cpu_count(),
         "seconds": seconds,
         "ratios_of_medians": ratios(seconds),
+        "share_of_the_products": statistics.median(seconds[PRODUCTS]) / statistics.median(seconds["vlp"]),
         "largest_relative_gradient_difference": differences,
         "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__,
                      "transformers": transformers.__version__, "vlp": vlp.__version__},
     }  # fmt: skip
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(stored | {options.model: result}, indent=1) + "\n")
+    key = f"{options.model}{COMPILED * options.compiled}"
+    RESULTS.write_text(json.dumps(stored | {key: result}, indent=1) + "\n")
     for name, values in seconds.items():
         print(f"{options.model}, {name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})")
     print({name: round(ratio, 2) for name, ratio in result["ratios_of_medians"].items()}, differences)

@@ -1,4 +1,4 @@
-"""Train a recipe for the bundled data with several seeds, and collect the results on the unseen design.
+"""Train a recipe for the included data with several seeds, and collect the results on what training never sees.
 
     python benchmarks/emoji_seeds.py [--seeds 0 1 2 3 4] [--config clip-emoji] [--more OPTIONS OF TRAINING]
 

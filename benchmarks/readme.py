@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+import features
 import scaling
 import simulate
 from table import table
@@ -139,7 +140,7 @@ def towers_block() -> str:
     """The table of the results of `make train-towers` and `make train-blip-towers` over several seeds."""
     known, titles = json.loads((ROOT / "benchmarks/emoji_seeds.json").read_text()), WORDS["README.md"]["rows"]
     lines = []
-    for name in sorted(known):
+    for name in sorted(name for name in known if name.endswith("-towers")):
         seeds, summary = known[name]["seeds"], known[name]["summary"]
         first = next(iter(seeds.values()))
         lines += [
@@ -178,7 +179,22 @@ def scenes_block() -> str:
         for kind, values in found[0]["groups"].items():
             cells = [*(percent(way["groups"][kind]) for way in guesses), percent(values[metric])]
             lines.append(f"| … {kind} | | {' | '.join(cells)} | |")
-    return "\n".join([*lines, "", composition_block(WORDS["README.md"])])
+    return "\n".join([*lines, "", scenes_seeds(), "", composition_block(WORDS["README.md"])])
+
+
+def scenes_seeds() -> str:
+    """A sentence about the accuracy of the models of several seeds."""
+    stored = json.loads((ROOT / "benchmarks/emoji_seeds.json").read_text())
+    parts = []
+    for config, metric, what in (("blip-scenes-vqa", "vqa_accuracy", "questions"),
+                                 ("blip-scenes-nlvr", "nlvr_accuracy", "statements")):  # fmt: skip
+        runs = stored[config]["seeds"]
+        found = ", ".join(percent(run["metrics"][metric]) for run in runs.values())
+        parts.append(f"{found} of the {what} (seeds {', '.join(runs)})")
+    return (
+        f"BLIP's training depends on the seed: {'; '.join(parts)}. All runs start from the same `blip-scenes`, and "
+        "each run on statements from the run on questions of the same seed."
+    )
 
 
 def composition_block(words: dict) -> str:
@@ -191,6 +207,17 @@ def composition_block(words: dict) -> str:
                 cells = [with_interval(result["metrics"][metric], result["intervals"][metric])]
                 cells += [percent(result["groups"][kind][metric]) for kind in ("colours", "order")]
                 lines.append(f"| `{name}`, {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def features_block(language: str) -> str:
+    """The table of the features that benchmarks/features.py found in each library."""
+    stored = json.loads((ROOT / "benchmarks/features.json").read_text())
+    heads = [f"{library} {facts['version']}" for library, facts in stored.items()]
+    lines = [f"| | {' | '.join(heads)} |", "| --- " + "| :-: " * len(heads) + "|"]
+    for english, vietnamese, _ in features.PROBES:
+        cells = ["✓" if facts["features"].get(english) else "–" for facts in stored.values()]
+        lines.append(f"| {english if language == 'en' else vietnamese} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -246,6 +273,7 @@ def render(name: str) -> str:
         words = WORDS[name]
         text = between(between(text, "models", models_block(words)), "search", search_block(words))
         text = between(text, "composition", composition_block(words))
+        text = between(text, "features", features_block(words["language"]))
         return between(text, "results", results_block(words))
     if name == "docs/towers.md":
         return between(text, "results", towers_block())

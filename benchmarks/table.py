@@ -13,6 +13,10 @@ HEADS = {
     "vi": "| 2 nhân CPU, float32, đo xen kẽ | vlp, trung vị (khoảng) | so với | trung vị (khoảng) | vlp |",
 }
 TIMES = {"en": "{:.2f} times as fast", "vi": "nhanh gấp {:.2f} lần"}
+PRODUCTS = {
+    "en": "Large matrix products with as many operations as those of vlp's step of {} take {:.0f} % of its time.",
+    "vi": "Các phép nhân ma trận lớn với cùng số phép tính như trong một bước {} của vlp chiếm {:.0f} % thời gian đó.",
+}
 FIRST_STEP = {
     "en": "From starting `training clip` to the end of its first step on the bundled data: {:.1f} s.",
     "vi": "Từ lúc chạy `training clip` đến hết bước đầu tiên trên dữ liệu đi kèm: {:.1f} s.",
@@ -39,8 +43,14 @@ LABELS = {
 }  # fmt: skip
 PEERS = {
     "step, tower computed": {"en": "computing the tower in each step", "vi": "tính tháp ảnh trong mỗi bước"},
-    "open_clip, memory kept": {"en": "open_clip with vlp's memory setting",
-                               "vi": "open_clip với thiết lập bộ nhớ của vlp"},
+    "open_clip, memory kept, short context": {
+        "en": "open_clip with vlp's memory setting and a context of 18 tokens",
+        "vi": "open_clip với thiết lập bộ nhớ của vlp và ngữ cảnh 18 token"},
+    "vlp, compiled": {"en": "vlp with `--torch_compile`", "vi": "vlp với `--torch_compile`"},
+    "open_clip, compiled": {
+        "en": "open_clip with the same settings and torch.compile",
+        "vi": "open_clip với cùng thiết lập đó và torch.compile"},
+    "transformers, compiled": {"en": "transformers with torch.compile", "vi": "transformers với torch.compile"},
     "webdataset": {"en": "webdataset, set up as in open_clip", "vi": "webdataset, thiết lập như trong open_clip"},
 }  # fmt: skip
 
@@ -57,11 +67,11 @@ def measured() -> list[tuple[str, dict, list[float], str, list[float]]]:
     def add(label: str, facts: dict, ours: str = "vlp") -> None:
         seconds = facts.get("seconds", {})
         for peer, values in seconds.items():
-            if peer != ours:
+            if peer not in (ours, "products"):
                 rows.append((label, facts, seconds[ours], peer, values))
 
     for model, facts in stored("clip_step").items():
-        add("clip", facts | {"model": model})
+        add("clip", facts | {"model": model.partition(",")[0]})
     add("blip", stored("blip_step"))
     if facts := stored("blip_generate"):
         add("caption", facts | {"seconds": {name: parts["whole"] for name, parts in facts["seconds"].items()}})
@@ -87,6 +97,10 @@ def table(language: str = "en") -> str:
         shown = PEERS.get(peer, {}).get(language, peer)
         what = LABELS[label][language].format(**facts)
         lines.append(f"| {what} | {spread(ours)} | {shown} | {spread(theirs)} | {TIMES[language].format(ratio)} |")
+    lines.append("")
+    for model, facts in stored("clip_step").items():
+        if "share_of_the_products" in facts and "," not in model:
+            lines.append(PRODUCTS[language].format(model, 100 * facts["share_of_the_products"]))
     if steps := stored("startup").get("first_step"):
         lines += ["", FIRST_STEP[language].format(statistics.median(steps))]
     return "\n".join(lines)

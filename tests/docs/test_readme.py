@@ -1,8 +1,10 @@
 """The snippets, commands, figures and links of the README work."""
 
+import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,18 @@ def test_both_languages_have_the_same_structure():
     for language in ("python", "bash"):
         for a, b in zip(blocks("README.md", language), blocks("README.vi.md", language), strict=True):
             assert strip(a) == strip(b)
+
+
+def test_each_library_was_asked_for_each_feature():
+    stored = json.loads((ROOT / "benchmarks/features.json").read_text())
+    code = "import features; print('\\n'.join(name for name, _, _ in features.PROBES))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True
+    )
+    names = found.stdout.splitlines()
+    assert len(names) > 10 and {"vlp", "open_clip", "transformers"} <= set(stored)
+    assert all(list(facts["features"]) == names for facts in stored.values())
+    assert all(stored["vlp"]["features"].values())
 
 
 def test_figures_match_the_stored_results(tmp_path):
