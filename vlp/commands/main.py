@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "merge": ("vlp.commands.merge", [], "average the weights of models (WiSE-FT, soups)"),
     "onnx": ("vlp.commands.onnx", [], "export a model to ONNX"),
     "index": ("vlp.commands.index", [], "index a folder of pictures, and search it"),
+    "space": ("vlp.commands.space", [], "write a Space of the hub: a page for a model, with the model"),
     "demo": ("vlp.commands.demo", [], "start a local web page to try a model"),
 }
 USAGE = "usage: vlp COMMAND [options]\n\n" + "\n".join(f"  {name:10} {text}" for name, (_, _, text) in COMMANDS.items())

@@ -1,0 +1,92 @@
+"""`vlp space` writes a page that runs as it is, without vlp."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_blip, tiny_pair
+from huggingface_hub import SpaceCard
+from PIL import Image
+from vlp.processing.blip import train_tokenizer
+
+import vlp
+from vlp.commands.space import main, write_space
+from vlp.errors import ArgumentError, UnsupportedModelError
+from vlp.inference import load
+
+gradio = pytest.importorskip("gradio")
+TRY = """
+import sys
+sys.modules["vlp"] = None  # as if it were not installed
+sys.path.insert(0, ".")
+import app
+from PIL import Image
+picture = Image.open(sys.argv[1])
+print(app.compares, app.writes)
+if app.compares:
+    scores = app.score(picture, "a red square\\n\\ntwo dogs\\ntwo dogs")
+    print({name: round(share, 4) for name, share in scores.items()})
+    for wrong in ((None, "a"), (picture, " "), (picture, "\\n".join(map(str, range(101))))):
+        try:
+            app.score(*wrong)
+            sys.exit("accepted")
+        except app.gr.Error:
+            pass
+if app.writes:
+    print(repr(app.describe(picture)))
+print(app.title, type(app.page).__name__)
+"""
+
+
+def saved(kind: str, folder: Path) -> str:
+    if kind == "clip":
+        model, processor = tiny_pair()
+    else:
+        model = tiny_blip().eval()
+        side = model.config.vision_config.image_size
+        images = vlp.VlpBlipImageProcessor(size={"height": side, "width": side})
+        processor = vlp.VlpBlipProcessor(images, train_tokenizer(["a red square", "two dogs"] * 9, 99, max_length=12))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["clip", "blip"])
+def test_a_space_runs_without_vlp(kind, tmp_path):
+    name = saved(kind, tmp_path / kind)
+    space = write_space(name, tmp_path / "space")
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    found = subprocess.run([sys.executable, "-c", TRY, str(picture)], cwd=space, env=environment, capture_output=True,
+                           text=True, timeout=300)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.strip().splitlines()
+    assert lines[0] == f"True {kind == 'blip'}" and lines[-1] == f"{kind} TabbedInterface"
+    predictor = load(name, "embed")
+    similarity = predictor.similarity(
+        predictor.embed_images([Image.open(picture)]), predictor.embed_texts(["a red square", "two dogs"])
+    )
+    shares = (similarity[0] / predictor.temperature).softmax(dim=-1).tolist()
+    scores = eval(lines[1])
+    assert scores == {text: pytest.approx(share, abs=2e-3) for text, share in zip(scores, shares, strict=True)}
+    card = SpaceCard.load(space / "README.md")
+    assert card.data.sdk == "gradio" and card.data.app_file == "app.py" and card.data.title == kind
+    needed = (space / "requirements.txt").read_text().splitlines()
+    assert any(line.startswith("transformers>=5") for line in needed) and not any("vlp" in line for line in needed)
+
+
+def test_what_cannot_be_a_space_is_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(UnsupportedModelError, match="MODEL"):
+        write_space(str(tmp_path / "nowhere"), tmp_path / "space")
+    name = saved("clip", tmp_path / "clip")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArgumentError, match="thesis.txt|other files"):
+        write_space(name, tmp_path / "mine")
+    monkeypatch.setattr(sys, "argv", ["vlp space", name, str(tmp_path / "space")])
+    main()
+    assert "Wrote" in capsys.readouterr().out and (tmp_path / "space" / "model" / "model.safetensors").is_file()
+    main()  # what vlp wrote is replaced
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
