@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from conftest import free_port
 from test_training import arguments, pairs, run_in_processes  # noqa: F401  # the fixture
 from vlp.training.data.samples import DrawSampler
@@ -84,15 +85,15 @@ def test_options_newer_than_a_state_do_not_matter_if_they_are_off(pairs, tmp_pat
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 2
 
 
-def test_sharded_models_need_as_many_processes(pairs, tmp_path):  # noqa: F811
+def test_states_of_deepspeed_need_as_many_processes(pairs, tmp_path):  # noqa: F811
     train(arguments(pairs, tmp_path / "run", max_train_steps=2, save_steps=1))
     for path in states(state_folder(tmp_path / "run")):
         file = path / "trainer_state.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"processes": 2}))
         list_files(path)
-    accelerator = SimpleNamespace(is_fsdp2=True, process_index=0, num_processes=1)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, process_index=0, num_processes=1)
     with pytest.raises(
-        ResumeError, match="was saved by 2 processes, and is sharded: resume with the same number, not with 1"
+        ResumeError, match="was saved by 2 processes with DeepSpeed: resume with the same number, not with 1"
     ):
         load_state(accelerator, path, {}, str(tmp_path / "run"))
 
