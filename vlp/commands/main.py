@@ -22,21 +22,9 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
 USAGE = "usage: vlp COMMAND [options]\n\n" + "\n".join(f"  {name:10} {text}" for name, (_, _, text) in COMMANDS.items())
 
 
-def main() -> None:
-    """Run the command that the command line names. Errors end the program with a one-line message."""
-    words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
-        print(f"{USAGE}\n\n`vlp COMMAND --help` lists the options of a command.")
-        return
-    name, rest = words[0], words[1:]
-    if name not in COMMANDS:
-        sys.exit(f"vlp: there is no command {name!r}; expected one of {', '.join(COMMANDS)}.")
+def main(words: list[str]) -> None:
+    """Run the command that words name; `vlp_launcher` has checked them."""
+    name, *rest = words
     module, before, _ = COMMANDS[name]
-    if name == "check" and rest and not rest[0].startswith("-"):
-        rest = ["--dataset_name", *rest]
     sys.argv = [f"vlp {name}", *before, *rest]
     importlib.import_module(module).main()
-
-
-if __name__ == "__main__":
-    main()

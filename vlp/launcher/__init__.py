@@ -56,9 +56,7 @@ def build(table: dict, kind: type[argparse.ArgumentParser]) -> argparse.Argument
     formatter = argparse.RawDescriptionHelpFormatter if table["raw"] else argparse.HelpFormatter
     parser = kind(prog=table["prog"], description=table["description"], formatter_class=formatter)
     for action in table["actions"]:
-        settings = {
-            name: value for name, value in action.items() if name not in ("flags", "action", "type", "commands")
-        }
+        settings = {name: value for name, value in action.items() if name not in OWN}
         if action["action"] == "commands":
             commands = parser.add_subparsers(**settings)
             for name, (text, each) in action["commands"].items():
@@ -93,17 +91,22 @@ def nearest(word: str, known: list[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def check(words: list[str]) -> None:
-    """Answer a command line that needs no work: --help, a wrong option or a missing file; otherwise return.
+def check(words: list[str]) -> list[str]:
+    """Answer a command line that needs no work: --help, a wrong option or a missing file; otherwise return it.
 
     Args:
         words: the words after `vlp`.
+
+    Returns:
+        The same words, with `check DATA` written as `check --dataset_name DATA`.
 
     Raises:
         SystemExit: if it was answered.
     """
     if importlib.util.find_spec("vlp") is None:  # the import says so
-        return
+        return words
+    if words[:1] == ["check"] and words[1:] and not words[1].startswith("-"):
+        words = ["check", "--dataset_name", *words[1:]]
     known = tables()
     command, task, rest = split(words)
     if command in (None, "-h", "--help"):
@@ -119,8 +122,6 @@ def check(words: list[str]) -> None:
                 f"vlp train: there is no {task!r}; expected one of {', '.join(table)}.{nearest(task, list(table))}"
             )
         table = table[task]
-    if command == "check" and rest and not rest[0].startswith("-"):
-        rest = ["--dataset_name", *rest]
     parser = build(table, parser_class())
     given = vars(parser.parse_args(rest))
     inputs = [*known["inputs"], *(["index"] if given.get("command") == "search" else [])]
@@ -132,6 +133,7 @@ def check(words: list[str]) -> None:
                 require_recipe(each, known["recipes"])
             elif isinstance(each, str):
                 require_place(each, name.upper() if name in arguments_of(parser) else f"--{name}")
+    return words
 
 
 def arguments_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -176,13 +178,12 @@ def complete(words: list[str]) -> list[str]:
                 return [name for name in table if name.startswith(last)]
             table = table.get(task, {"actions": []})
         actions = table["actions"]
-        for action in table["actions"]:
-            chosen = [word for word in before if word in action.get("commands", {})]
-            if action["action"] == "commands":
-                actions = action["commands"][chosen[0]][1]["actions"] if chosen else []
-                found = [] if chosen else list(action["commands"])
-                if found:
-                    return [name for name in found if name.startswith(last)]
+        subcommands = next((action["commands"] for action in actions if action["action"] == "commands"), None)
+        if subcommands is not None:
+            chosen = next((word for word in before if word in subcommands), None)
+            if chosen is None:
+                return [name for name in subcommands if name.startswith(last)]
+            actions = subcommands[chosen][1]["actions"]
         flags = {flag: action for action in actions for flag in action["flags"] if flag.startswith("-")}
         if before[-1] in flags and flags[before[-1]]["action"] == "store":
             found = [str(choice) for choice in flags[before[-1]].get("choices") or []]
@@ -202,11 +203,10 @@ def main(words: list[str] | None = None) -> None:
             sys.exit(f"usage: vlp completion {'|'.join(COMPLETION)}")
         print(COMPLETION[words[1]])
         return
-    check(words)
-    sys.argv = ["vlp", *words]
+    words = check(words)
     from vlp.commands.main import main as work
 
-    work()
+    work(words)
 
 
 def convert() -> None:
