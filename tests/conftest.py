@@ -26,6 +26,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from vlp.processing.blip import train_tokenizer
 
 import vlp
 
@@ -198,6 +199,21 @@ def tiny_blip2_generation(kind: str = "llama", tower: str = "blip") -> vlp.VlpBl
     torch.manual_seed(0)
     model = vlp.VlpBlip2ForConditionalGeneration(tiny_blip2_config(tower), tiny_language_model(kind))
     return with_larger_weights(model).eval()
+
+
+def saved_pair(kind: str, folder) -> str:
+    """The folder of a tiny CLIP or BLIP with its processor."""
+    if kind == "clip":
+        model, processor = tiny_pair()
+    else:
+        model = tiny_blip().eval()
+        side = model.config.vision_config.image_size
+        images = vlp.VlpBlipImageProcessor(size={"height": side, "width": side})
+        words = ["a red square", "two dogs", "green", "blue", "white"]
+        processor = vlp.VlpBlipProcessor(images, train_tokenizer(words * 9, 99, max_length=12))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
 
 
 def free_port() -> int:

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from conftest import tiny_blip, tiny_pair
+from conftest import saved_pair
 from datasets import Dataset
 from PIL import Image
 from torch.nn import functional as F
 from torch.testing import assert_close
-from vlp.processing.blip import train_tokenizer
 
-import vlp
 from vlp.inference import load
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -17,23 +15,9 @@ losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses"
 COLOURS = ["red", "green", "blue", "white"]
 
 
-def saved(kind: str, folder) -> str:
-    """The folder of a tiny CLIP or BLIP with its processor."""
-    if kind == "clip":
-        model, processor = tiny_pair()
-    else:
-        model = tiny_blip().eval()
-        side = model.config.vision_config.image_size
-        images = vlp.VlpBlipImageProcessor(size={"height": side, "width": side})
-        processor = vlp.VlpBlipProcessor(images, train_tokenizer(COLOURS * 9, 99, max_length=12))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("kind", ["clip", "blip"])
 def test_embeddings_are_those_of_vlp(kind, tmp_path):
-    name = saved(kind, tmp_path / kind)
+    name = saved_pair(kind, tmp_path / kind)
     model, predictor = sentence_transformers.SentenceTransformer(name, device="cpu"), load(name, "embed")
     pictures = [Image.new("RGB", (40, 33), colour) for colour in COLOURS]
     images, texts = (torch.tensor(model.encode(each)) for each in (pictures, COLOURS))
@@ -43,7 +27,7 @@ def test_embeddings_are_those_of_vlp(kind, tmp_path):
 
 
 def test_its_trainer_trains_a_clip_that_vlp_loads(tmp_path):
-    model = sentence_transformers.SentenceTransformer(saved("clip", tmp_path / "clip"), device="cpu")
+    model = sentence_transformers.SentenceTransformer(saved_pair("clip", tmp_path / "clip"), device="cpu")
     pictures = [Image.new("RGB", (32, 32), colour) for colour in COLOURS]
     arguments = sentence_transformers.SentenceTransformerTrainingArguments(
         output_dir=str(tmp_path / "run"), max_steps=25, per_device_train_batch_size=4, learning_rate=3e-3,

@@ -2,15 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import tiny_blip, tiny_pair
+from conftest import saved_pair
 from huggingface_hub import SpaceCard
 from PIL import Image
-from vlp.processing.blip import train_tokenizer
 
-import vlp
 from vlp.commands.space import main, write_space
 from vlp.errors import ArgumentError, UnsupportedModelError
 from vlp.inference import load
@@ -39,22 +36,9 @@ print(app.title, type(app.page).__name__)
 """
 
 
-def saved(kind: str, folder: Path) -> str:
-    if kind == "clip":
-        model, processor = tiny_pair()
-    else:
-        model = tiny_blip().eval()
-        side = model.config.vision_config.image_size
-        images = vlp.VlpBlipImageProcessor(size={"height": side, "width": side})
-        processor = vlp.VlpBlipProcessor(images, train_tokenizer(["a red square", "two dogs"] * 9, 99, max_length=12))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("kind", ["clip", "blip"])
 def test_a_space_runs_without_vlp(kind, tmp_path):
-    name = saved(kind, tmp_path / kind)
+    name = saved_pair(kind, tmp_path / kind)
     space = write_space(name, tmp_path / "space")
     picture = tmp_path / "picture.png"
     Image.new("RGB", (40, 30), "red").save(picture)
@@ -80,7 +64,7 @@ def test_a_space_runs_without_vlp(kind, tmp_path):
 def test_what_cannot_be_a_space_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(UnsupportedModelError, match="MODEL"):
         write_space(str(tmp_path / "nowhere"), tmp_path / "space")
-    name = saved("clip", tmp_path / "clip")
+    name = saved_pair("clip", tmp_path / "clip")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(ArgumentError, match="thesis.txt|other files"):

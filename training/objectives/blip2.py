@@ -1,5 +1,7 @@
 """BLIP-2's objectives: stage 1 (ITC, ITM and ITG with the Q-Former), stage 2 (generation by a language model)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -86,7 +88,7 @@ class Blip2Objective(Objective):
             {"itc", "itm", "itg"}; only "itc" during the first `contrastive_share` of the run.
         """
         model, most, in_parts = self.model, len(text_index), self.micro_batch_size is not None
-        states = self.in_parts(self.encode, pixel_values, most=most)
+        states = self.in_parts(partial(vision_states, self.model), pixel_values, most=most)
         if in_parts:
             image = self.in_parts(lambda rows: self.embed_queries(rows)[0], states, most=most)
         else:
@@ -115,10 +117,6 @@ class Blip2Objective(Objective):
         with torch.autocast(image.device.type, enabled=False):
             loss_itm = weigh_by_count(matching_loss(itm_logits.float(), matches, counted), counted.sum())
         return {"itc": loss_itc, "itm": loss_itm, "itg": weigh_by_count(loss_itg, tokens)}
-
-    def encode(self, images: Tensor) -> Tensor:
-        """The image tower's states of images (see `vision_states`)."""
-        return vision_states(self.model, images)
 
     def embed_queries(self, states: Tensor) -> tuple[Tensor, Memory, DynamicCache]:
         """Embed images by the queries that read them.
@@ -266,7 +264,7 @@ class LanguageObjective(Objective):
         input_ids = input_ids[text_index]
         real = self.until_the_end(input_ids)
         labels = input_ids.masked_fill(~real, -100)
-        states, losses = self.in_parts(self.encode, pixel_values, most=len(text_index)), {}
+        states, losses = self.in_parts(partial(vision_states, self.model), pixel_values, most=len(text_index)), {}
         states = states if image_index is None else states[image_index]
         instructions = {name: value[text_index] for name, value in instructions.items()}
         if self.model.prefix_words is not None and (self.spelling_only or self.language_batch_size):
@@ -299,10 +297,6 @@ class LanguageObjective(Objective):
             rows = input_ids, labels, states, *instructions.values()
             loss = self.in_parts(total, *rows, most=len(rows[0])).sum() / count
         return losses | {"lm": weigh_by_count(loss, count)}
-
-    def encode(self, images: Tensor) -> Tensor:
-        """The image tower's states of images (see `vision_states`)."""
-        return vision_states(self.model, images)
 
     def read(self, input_ids: Tensor, labels: Tensor, states: Tensor, instructions: dict[str, Tensor]) -> Tensor:
         """The mean loss of the language model over the labels.
