@@ -29,6 +29,15 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+# transformers.js, for the tests that run exported models in Node and in a browser; without npm, they are skipped.
+MODULES := build/browser/node_modules
+.PHONY: browser
+browser: $(MODULES)
+$(MODULES): tests/browser/package.json
+	mkdir -p build/browser && cp $< build/browser
+	command -v npm >/dev/null && cd build/browser && npm install --ignore-scripts --no-audit --no-fund --silent && \
+		touch node_modules || echo "npm is missing or reached no registry: the tests of exported models in Node are skipped."
+
 readme: ## update the results in the READMEs from the stored ones, and the table of the commands' options
 	$(BIN)/python -m vlp.commands.tables
 	$(BIN)/python benchmarks/readme.py
@@ -100,7 +109,7 @@ cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write
 
 demo: venv ## start a local web page to classify, search, caption and match pictures (options: make demo ARGS="--help")
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo]"
-	$(BIN)/vlp-demo $(ARGS)
+	$(BIN)/vlp demo $(ARGS)
 
 docs: venv-dev ## build the API reference from the docstrings into site/
 	$(BIN)/python -m pdoc -o site vlp vlp.inference vlp.commands.index vlp.training.evaluate vlp.training.objectives.clip vlp.training.objectives.blip \
@@ -109,10 +118,10 @@ docs: venv-dev ## build the API reference from the docstrings into site/
 
 # Three processes for two cores, because some tests wait; a file's tests share fixtures, so they stay in one process.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile
-test: venv-dev ## run the tests
+test: venv-dev browser ## run the tests
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: venv-dev ## run all tests, including the slow ones
+test-all: venv-dev browser ## run all tests, including the slow ones
 	$(PYTEST) $(ARGS)
 
 # The common tests are in transformers' source archive; those of `generate` run if TF_TESTS names the folder `tests` of a

@@ -1,10 +1,10 @@
-"""`vlp-convert SOURCE TARGET`: convert checkpoints of other libraries to vlp, and back.
+"""`vlp convert SOURCE TARGET`: convert checkpoints of other libraries to vlp, and back.
 
-    vlp-convert ViT-B-32.pt runs/clip                       # OpenAI's, read without running its code
-    vlp-convert open_clip_folder runs/clip                  # open_clip, transformers, salesforce/BLIP
-    vlp-convert model.pt runs/clip --hidden_act gelu        # a file of weights does not record its activation
-    vlp-convert blip2_pretrained.pth runs/blip2 --image_tower eva_vit_g.pth      # LAVIS
-    vlp-convert runs/clip exported --to transformers        # also open_clip, openai, salesforce, lavis
+    vlp convert ViT-B-32.pt runs/clip                       # OpenAI's, read without running its code
+    vlp convert open_clip_folder runs/clip                  # open_clip, transformers, salesforce/BLIP
+    vlp convert model.pt runs/clip --hidden_act gelu        # a file of weights does not record its activation
+    vlp convert blip2_pretrained.pth runs/blip2 --image_tower eva_vit_g.pth      # LAVIS
+    vlp convert runs/clip exported --to transformers        # also open_clip, openai, salesforce, lavis
 
 The format of the source is detected from its files, and the architecture is inferred from the tensor shapes.
 Preprocessing and tokenizer are converted too if the source has them.
@@ -72,6 +72,7 @@ from .loading import (
     load_model,
     load_processor,
     read_config,
+    readable_as,
     row_of,
     told_of,
 )
@@ -188,11 +189,6 @@ def read_source(source: Path, options) -> Checkpoint:
     return from_transformers(source, config)
 
 
-def readable_as(name: str) -> list[str]:
-    """The architectures that a model of an architecture can be read as, besides its own."""
-    return [row.model.__name__ for row in ARCHITECTURES if name in (row.model.loads or ())]
-
-
 def from_vlp(folder: Path, config: PreTrainedConfig, name: str | None = None) -> Checkpoint:
     """Read a folder of vlp.
 
@@ -202,15 +198,9 @@ def from_vlp(folder: Path, config: PreTrainedConfig, name: str | None = None) ->
         name: the architecture to read it as, such as a captioner from a pre-trained BLIP; None: its own.
 
     Raises:
-        ExchangeError: if it cannot be read as that architecture.
+        UnsupportedModelError: if it cannot be read as that architecture.
     """
-    row = row_of(folder, config, "SOURCE")
-    own = row.model.__name__
-    if name is not None and name != own:
-        if name not in readable_as(own):
-            choices = ", ".join([own, *readable_as(own)])
-            raise ExchangeError(f"--architecture {printable(name, 60)}: a {own} can be read as {choices}.")
-        row = architecture(name)
+    row = row_of(folder, config, "SOURCE", read_as=name)
     model = load_model(row.model, folder, "SOURCE")
     found = Checkpoint(type(model).__name__, model.config, model.state_dict(), default_images(config))
     if (folder / ADAPTERS).is_file() or (folder / "tokenizer_config.json").is_file():

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import cached_file, logging
 from transformers.utils.generic import is_timm_config_dict
 
-from .architectures import Architecture, architecture
+from .architectures import ARCHITECTURES, Architecture, architecture
 from .errors import UnsupportedModelError, UserError, brief, printable
 from .files import state_folder, usable_path
 
@@ -216,9 +216,9 @@ def read_config(name: str | Path, option: str = "") -> PreTrainedConfig:
             config.architectures = [trained_class(folder) or config.architectures[0]]
             return config
         if folder.is_file():
-            raise UnsupportedModelError(f"{told} is a file; expected the folder of a model. vlp-convert reads weights.")
+            raise UnsupportedModelError(f"{told} is a file; expected the folder of a model. vlp convert reads weights.")
         if folder.is_dir() and not (folder / "config.json").is_file():
-            more = "is a checkpoint of open_clip: convert it with vlp-convert first"
+            more = "is a checkpoint of open_clip: convert it with vlp convert first"
             if not (folder / "open_clip_config.json").is_file():
                 more = "contains no config.json, so it is not the folder of a model"
             raise UnsupportedModelError(f"{told} {more}.")
@@ -243,13 +243,35 @@ def read_config(name: str | Path, option: str = "") -> PreTrainedConfig:
     return config
 
 
-def row_of(name: str | Path, config: PreTrainedConfig, option: str = "") -> Architecture:
-    """The row of a model's architecture. Raises UnsupportedModelError if vlp has no such architecture."""
+def readable_as(name: str) -> list[str]:
+    """The architectures that a model of an architecture can be read as, besides its own."""
+    return [row.model.__name__ for row in ARCHITECTURES if name in (row.model.loads or ())]
+
+
+def row_of(name: str | Path, config: PreTrainedConfig, option: str = "", read_as: str | None = None) -> Architecture:
+    """The row of a model's architecture.
+
+    Args:
+        name: folder or hub name of the model.
+        config: its configuration.
+        option: the option that named it, for error messages.
+        read_as: the architecture to read it as, such as a captioner from a pre-trained BLIP; None: its own.
+
+    Raises:
+        UnsupportedModelError: if vlp has no such architecture, or the model cannot be read as `read_as`.
+    """
     try:
-        return architecture(config.architectures[0])
+        row = architecture(config.architectures[0])
     except KeyError as error:
         told = told_of(name, option)
         raise UnsupportedModelError(f"{told}: {printable(error.args[0], 300)}") from None
+    own = row.model.__name__
+    if read_as in (None, own):
+        return row
+    if read_as not in readable_as(own):
+        choices = ", ".join([own, *readable_as(own)])
+        raise UnsupportedModelError(f"--architecture {printable(read_as, 60)}: a {own} can be read as {choices}.")
+    return architecture(read_as)
 
 
 def load_model(kind: type, name: str | Path, option: str = "", **kwargs) -> PreTrainedModel:
@@ -286,7 +308,7 @@ def load_weights(name: str | Path, option: str = "") -> dict[str, Tensor]:
     with explained(name, "model.safetensors", option):
         if (Path(name) / ADAPTERS).is_file():
             told = told_of(name, option)
-            raise UnsupportedModelError(f"{told} has adapters: merge them with their base model by vlp-convert first.")
+            raise UnsupportedModelError(f"{told} has adapters: merge them with their base model by vlp convert first.")
         return load_file(cached_file(str(name), "model.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints from and to other libraries: `vlp-convert`."""
+"""Conversion of checkpoints from and to other libraries: `vlp convert`."""
 
 import json
 import pickle
@@ -40,7 +40,7 @@ from vlp.training.families.blip import BlipArguments, make_teacher
 import vlp
 from vlp.commands.convert import main
 from vlp.conversion import convert
-from vlp.errors import ArgumentError
+from vlp.errors import ArgumentError, UnsupportedModelError
 from vlp.files import state_folder
 from vlp.inference import load
 
@@ -572,7 +572,7 @@ def test_half_precision_tensors_are_loaded(tmp_path):
 
 def test_the_command_line(tmp_path):
     tiny_blip().save_pretrained(tmp_path / "ours")
-    command, other = ["vlp-convert", str(tmp_path / "ours"), str(tmp_path / "theirs.pth")], str(tmp_path / "other")
+    command, other = ["vlp convert", str(tmp_path / "ours"), str(tmp_path / "theirs.pth")], str(tmp_path / "other")
     code, output = Program(tmp_path / "1.txt", main, argv=[*command, "--to", "salesforce"]).wait()
     assert code == 0 and "Wrote " in output, output
     code, output = Program(tmp_path / "2.txt", main, argv=[*command[:2], other, "--to", "transformers"]).wait()
@@ -653,7 +653,7 @@ def test_architectures_that_do_not_fit_are_refused(tmp_path):
         ("clip", "VlpBlipForConditionalGeneration", "a VlpClipModel can be read as VlpClipModel"),
         ("blip", "Nothing", "a VlpBlipForPreTraining can be read as VlpBlipForPreTraining, "),
     ):
-        with pytest.raises(ExchangeError, match=f"--architecture {name}: {message}"):
+        with pytest.raises(UnsupportedModelError, match=f"--architecture {name}: {message}"):
             convert(tmp_path / folder, tmp_path / "out", architecture=name)
     convert(tmp_path / "clip", tmp_path / "theirs", to="transformers")
     with pytest.raises(ExchangeError, match="--architecture is for models of vlp"):

@@ -1,43 +1,76 @@
-"""`vlp-onnx FOLDER TARGET`: export the parts of a trained CLIP or BLIP to ONNX, for runtimes without PyTorch.
+"""`vlp onnx FOLDER TARGET`: export a trained CLIP or BLIP to ONNX, as transformers.js and optimum expect it.
 
-    image.onnx   pixel_values (B, 3, S, S) -> image_embeds (B, E), not normalised; for BLIP also states (B, M, D);
-                 for images of variable shape pixel_values (B, N, P * P * 3) and spatial_shapes (B, 2) as the processor
-                 gives them
-    text.onnx    input_ids (B, N) -> text_embeds (B, E), not normalised
-    match.onnx   BLIP: input_ids (B, N), states (B, M, D) -> itm_logits (B, 2)
-    write.onnx   BLIP: input_ids (B, N) that begin with [DEC], states (B, M, D) -> logits (B, N, V) of each next token
+    onnx/model.onnx           input_ids (T, N), pixel_values (B, 3, S, S) -> logits_per_image (B, T),
+                              logits_per_text (T, B), text_embeds (T, E), image_embeds (B, E), both of length 1
+    onnx/vision_model.onnx    pixel_values -> image_embeds (B, E), not normalised
+    onnx/text_model.onnx      input_ids -> text_embeds (T, E), not normalised
+    onnx/encoder_model.onnx   BLIP: pixel_values -> last_hidden_state (B, M, D)
+    onnx/itm_model.onnx       BLIP: input_ids (B, N), encoder_hidden_states (B, M, D) -> itm_logits (B, 2)
+    onnx/decoder_model.onnx   BLIP: input_ids (B, N) that begin with [DEC], encoder_hidden_states -> logits (B, N, V)
+                              of each next token
+    onnx/decoder_model_merged.onnx   the same with a cache: past_key_values.L.key and .value (B, H, P, D / H) of layer
+                              L, of the P tokens before these, which may be none -> also present.L.key and .value
 
-B and the number of tokens N are dynamic. Requires `pip install "vlp[onnx]"`.
+with config.json, preprocessor_config.json, the tokenizer and, for BLIP, generation_config.json. The pipelines of
+transformers.js read all of this but the ITM model. B, T and N may be any number. For images of variable shape,
+pixel_values are (B, N, P * P * 3), with spatial_shapes (B, 2), as the processor gives them; transformers.js has no such
+processor. Each file is also written with quantised weights, as *_quantized.onnx, which transformers.js loads in a
+browser unless told otherwise.
+
+Requires `pip install "vlp[onnx]"`.
 """
 
 import argparse
 import importlib.util
+import json
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import DynamicCache
 
 import vlp
 
+from ..conversion import plain_tokenizer
 from ..errors import ArgumentError, CommandParser, UnsupportedModelError, printable, reported_errors
 from ..files import check_output, usable_path, write_whole
-from ..loading import load_model, read_config, row_of
+from ..loading import load_model, load_processor, read_config, row_of
 from ..modeling_vlp.blip import VlpBlipDualEncoder
 from ..modeling_vlp.med import decode
+from ..processing.pictures import read_picture
+from ..training.data.sources import load_rows
 
 EXPORTED = (
     "VlpClipModel", "VlpBlipForPreTraining", "VlpBlipForImageTextRetrieval", "VlpBlipForConditionalGeneration",
 )  # fmt: skip
+QUANTIZED = ("MatMul", "Gemm", "Gather")  # of convolutions, accuracy would suffer: they need static quantisation
+DYNAMIC = torch.export.Dim.DYNAMIC
+FREE = {  # the axes of each input whose length is not fixed
+    "pixel_values": (0,), "spatial_shapes": (0,), "input_ids": (0, 1), "encoder_hidden_states": (0,),
+    "past_key_values": (0, 2),
+}  # fmt: skip
 
 
-class Part(nn.Module):
-    """Wraps a function of a model as a module, as `torch.onnx.export` requires.
+@dataclass
+class Part:
+    """A part of a model, for one ONNX file.
 
-    Args:
-        model: the model.
-        function: called with the model and the inputs; returns the outputs.
+    Attributes:
+        function: called with the model and the inputs, in this order; returns the outputs.
+        inputs, outputs: their names.
     """
+
+    function: Callable
+    inputs: list[str]
+    outputs: list[str]
+
+
+class Wrapped(nn.Module):
+    """A part as a module, as `torch.onnx.export` requires."""
 
     def __init__(self, model: nn.Module, function: Callable):
         super().__init__()
@@ -51,17 +84,23 @@ def image_embeds(model, pixel_values: Tensor, spatial_shapes: Tensor | None = No
     return model.get_image_features(pixel_values, spatial_shapes=spatial_shapes, pooled_only=True).pooler_output
 
 
-def image_embeds_and_states(model, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    output = model.get_image_features(pixel_values)
-    return output.pooler_output, output.last_hidden_state
-
-
 def image_states(model, pixel_values: Tensor) -> Tensor:
     return model.encode_image(pixel_values).last_hidden_state
 
 
 def text_embeds(model, input_ids: Tensor) -> Tensor:
     return model.get_text_features(input_ids).pooler_output
+
+
+def similarities(model, input_ids: Tensor, pixel_values: Tensor, spatial_shapes: Tensor | None = None):
+    images = normalize(image_embeds(model, pixel_values, spatial_shapes), dim=-1)
+    texts = normalize(text_embeds(model, input_ids), dim=-1)
+    if isinstance(model, VlpBlipDualEncoder):
+        logits = images @ texts.T / model.temp
+    else:
+        logits = model.logit_scale.exp() * images @ texts.T
+        logits = logits if model.logit_bias is None else logits + model.logit_bias
+    return logits, logits.T, texts, images
 
 
 def match(model, input_ids: Tensor, states: Tensor) -> Tensor:
@@ -72,28 +111,39 @@ def next_token_logits(model, input_ids: Tensor, states: Tensor) -> Tensor:
     return decode(model, input_ids, None, model.text_model.memory_of(states)).logits
 
 
-def parts_of(model) -> dict[str, tuple[Callable, list[str], list[str]]]:
-    """The parts of a model to export.
+def next_token_logits_and_cache(model, input_ids: Tensor, states: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
+        cache.update(key, value, layer)
+    logits = decode(model, input_ids, None, model.text_model.memory_of(states), past_key_values=cache).logits
+    return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 
-    Args:
-        model: a CLIP or BLIP.
 
-    Returns:
-        For each file, without its extension: the function that it computes, and the names of its inputs and outputs.
-    """
+def cached(model, prefix: str) -> list[str]:
+    """The names of the cached keys and values of a BLIP's decoder."""
+    layers = range(model.config.text_config.num_hidden_layers)
+    return [f"{prefix}.{layer}.{kind}" for layer in layers for kind in ("key", "value")]
+
+
+def parts_of(model) -> dict[str, Part]:
+    """The parts of a CLIP or BLIP to export; the keys are the names of the files, without their extension."""
+    pixels = ["pixel_values", *(["spatial_shapes"] if most_patches(model) else [])]
+    parts = {}
+    if isinstance(model, vlp.VlpClipModel | VlpBlipDualEncoder):
+        compared = ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"]
+        parts["model"] = Part(similarities, ["input_ids", *pixels], compared)
+        parts["vision_model"] = Part(image_embeds, pixels, ["image_embeds"])
+        parts["text_model"] = Part(text_embeds, ["input_ids"], ["text_embeds"])
     if isinstance(model, vlp.VlpClipModel):
-        shapes = ["spatial_shapes"] if most_patches(model) else []
-        return {
-            "image": (image_embeds, ["pixel_values", *shapes], ["image_embeds"]),
-            "text": (text_embeds, ["input_ids"], ["text_embeds"]),
-        }
-    parts = {"image": (image_states, ["pixel_values"], ["states"])}
+        return parts
+    attending = ["input_ids", "encoder_hidden_states"]
+    parts["encoder_model"] = Part(image_states, pixels, ["last_hidden_state"])
     if isinstance(model, VlpBlipDualEncoder):
-        parts["image"] = (image_embeds_and_states, ["pixel_values"], ["image_embeds", "states"])
-        parts["text"] = (text_embeds, ["input_ids"], ["text_embeds"])
-        parts["match"] = (match, ["input_ids", "states"], ["itm_logits"])
+        parts["itm_model"] = Part(match, attending, ["itm_logits"])
     if hasattr(model, "lm_head"):
-        parts["write"] = (next_token_logits, ["input_ids", "states"], ["logits"])
+        past, present = cached(model, "past_key_values"), cached(model, "present")
+        parts["decoder_model"] = Part(next_token_logits, attending, ["logits"])
+        parts["decoder_model_merged"] = Part(next_token_logits_and_cache, attending + past, ["logits", *present])
     return parts
 
 
@@ -112,72 +162,228 @@ def example_images(model) -> dict[str, Tensor]:
     return {"pixel_values": patches, "spatial_shapes": torch.tensor([[1, most], [1, 1]])}
 
 
-def example_texts(config) -> Tensor:
-    """Token ids (2, 5) of texts without padding, for a text model with this configuration."""
+def example_texts(config, texts: int = 2) -> Tensor:
+    """Token ids (T, 5) of texts without padding, for a text model with this configuration."""
     if hasattr(config, "tower"):  # an encoder of transformers: any tokens but the padding
         ids = [number for number in range(config.vocab_size) if number != config.pad_token_id][:5]
-        return torch.tensor([ids, ids])
-    ids = torch.full((2, 5), config.eos_token_id)
+        return torch.tensor([ids] * texts)
+    ids = torch.full((texts, 5), config.eos_token_id)
     ids[:, 0] = config.bos_token_id
     return ids
 
 
-def export(model, target: Path) -> list[str]:
-    """Export the parts of a model to a folder, completely or not at all.
+def example_inputs(model) -> dict[str, Tensor]:
+    """Inputs of all parts of a model."""
+    examples = example_images(model) | {"input_ids": example_texts(model.config.text_config)}
+    if not isinstance(model, vlp.VlpClipModel):
+        config = model.config.text_config
+        heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        examples["encoder_hidden_states"] = image_states(model, examples["pixel_values"])
+        examples |= {name: torch.zeros(2, heads, 3, size) for name in cached(model, "past_key_values")}
+    return examples
+
+
+def program_of(model, name: str, part: Part, examples: dict[str, Tensor]):
+    """Trace a part of a model."""
+    examples = dict(examples)
+    if name == "model":  # another number of texts than of images, so that the two are free of each other
+        examples["input_ids"] = example_texts(model.config.text_config, texts=3)
+    free = [FREE[name.partition(".")[0]] for name in part.inputs]
+    return torch.onnx.export(
+        Wrapped(model, part.function).eval(), tuple(examples[name] for name in part.inputs), dynamo=True, verbose=False,
+        input_names=part.inputs, output_names=part.outputs,
+        dynamic_shapes=(tuple({axis: DYNAMIC for axis in axes} for axes in free),),
+    )  # fmt: skip
+
+
+def config_of(model) -> dict:
+    """The config.json by which transformers.js and optimum choose their classes; it does not describe the layers."""
+    config, text = model.config, model.config.text_config
+    if isinstance(model, vlp.VlpClipModel):
+        kind = "clip" if model.logit_bias is None else "siglip"  # for which transformers.js computes sigmoids
+        described = {"model_type": kind, "architectures": ["CLIPModel" if kind == "clip" else "SiglipModel"]}
+        return described | {"projection_dim": config.projection_dim}
+    if not hasattr(model, "lm_head"):
+        return {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": config.image_text_hidden_size}
+    return {
+        "model_type": "vision-encoder-decoder",
+        "architectures": ["VisionEncoderDecoderModel"],
+        "is_encoder_decoder": True,
+        "encoder": {"model_type": "vit", "image_size": config.vision_config.image_size},
+        "decoder": {
+            "model_type": "gpt2",  # which also caches self-attention alone
+            "n_layer": text.num_hidden_layers,
+            "n_head": text.num_attention_heads,
+            "n_embd": text.hidden_size,
+            "n_positions": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "add_cross_attention": True,
+        },
+        **special_tokens(text),
+    }
+
+
+def special_tokens(text) -> dict[str, int]:
+    """The ids of the tokens with which a BLIP's decoder begins, ends and pads."""
+    return {
+        "bos_token_id": text.bos_token_id,
+        "decoder_start_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        "pad_token_id": text.pad_token_id,
+    }
+
+
+def save_processor(model, processor, folder: Path) -> None:
+    """Save a processor as classes of transformers, in the files that transformers.js reads."""
+    images = processor.image_processor.to_dict()
+    images["image_processor_type"] = "Siglip2ImageProcessor" if most_patches(model) else "CLIPImageProcessor"
+    images.pop("processor_class", None)
+    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
+    plain_tokenizer(processor.tokenizer).save_pretrained(folder)
+
+
+def quantize(source: Path) -> Path:
+    """Quantise the weights of an ONNX file to 8 bits, with onnxruntime's tool; activations follow as it runs."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    target = source.with_name(f"{source.stem}_quantized.onnx")
+    with tempfile.TemporaryDirectory() as place:
+        ready = Path(place) / source.name
+        quant_pre_process(source, ready, skip_symbolic_shape=True)
+        quantize_dynamic(ready, target, op_types_to_quantize=list(QUANTIZED), weight_type=QuantType.QUInt8)
+    return target
+
+
+class Sessions:
+    """The ONNX files of a folder, run by onnxruntime.
+
+    Args:
+        folder: a folder that `export` wrote.
+        suffix: the end of the files' names: "", or "_quantized".
+    """
+
+    def __init__(self, folder: Path, suffix: str = ""):
+        self.folder, self.suffix = folder / "onnx", suffix
+
+    def run(self, name: str, **inputs: Tensor) -> list[Tensor]:
+        """Run the file of a part of a model."""
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(self.folder / f"{name}{self.suffix}.onnx")
+        found = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+        return [torch.tensor(each) for each in found]
+
+
+def effect_of_quantization(folder: Path, processor, drawings: int = 256) -> str:
+    """What the quantised files do otherwise, on the first bundled drawings of the test design and their names.
+
+    Args:
+        folder: a folder that `export` wrote.
+        processor: the model's processor.
+        drawings: how many drawings, and names, to compare.
+
+    Returns:
+        A sentence for the user.
+    """
+    rows = load_rows("emoji", "test", "image")[:drawings]
+    images = processor.image_processor([read_picture(image) for image in rows["image"]], return_tensors="pt")
+    texts = processor.tokenizer(rows["caption"], padding=True, truncation=True, return_tensors="pt")["input_ids"]
+    both = Sessions(folder), Sessions(folder, "_quantized")
+    if (folder / "onnx" / "model.onnx").is_file():
+        what = "classification of drawings by their names"
+        first, second = (each.run("model", input_ids=texts, **images)[0].argmax(dim=1) for each in both)
+        right = torch.arange(drawings)
+        known = f", and is right for {percent(second == right)} instead of {percent(first == right)}"
+    else:
+        what, known = "choice of the first word of a caption", ""
+        start = torch.full((drawings, 1), processor.tokenizer.bos_token_id)
+        first, second = (
+            each.run("decoder_model", input_ids=start, encoder_hidden_states=each.run("encoder_model", **images)[0])[0]
+            .argmax(dim=2).flatten() for each in both
+        )  # fmt: skip
+    return (
+        f"The quantised model's {what} is that of the original for {percent(first == second)} of {drawings} bundled "
+        f"drawings{known}."
+    )
+
+
+def percent(found: Tensor) -> str:
+    return f"{100 * found.float().mean():.1f} %"
+
+
+def export(model, processor, target: Path, quantized: bool = True) -> Path:
+    """Export a model to a folder, completely or not at all.
 
     Args:
         model: a CLIP or BLIP; it is put into evaluation mode.
+        processor: its processor.
         target: the folder to write.
+        quantized: also write each file with weights of 8 bits.
 
     Returns:
-        The names of the files, sorted.
+        The folder that was written.
 
     Raises:
         ArgumentError: if the target contains other files.
     """
     check_output(target, "TARGET")
     model = model.eval()
-    examples = example_images(model) | {"input_ids": example_texts(model.config.text_config)}
-    parts, dynamic = parts_of(model), torch.export.Dim.DYNAMIC
     with torch.no_grad():
-        if not isinstance(model, vlp.VlpClipModel):
-            examples["states"] = model.encode_image(examples["pixel_values"]).last_hidden_state
+        examples = example_inputs(model)
         programs = {}
-        for name, (function, inputs, outputs) in parts.items():
-            shapes = tuple({0: dynamic, 1: dynamic} if i == "input_ids" else {0: dynamic} for i in inputs)
-            programs[name] = torch.onnx.export(
-                Part(model, function), tuple(examples[i] for i in inputs), dynamo=True, verbose=False,
-                input_names=inputs, output_names=outputs, dynamic_shapes=(shapes,),
-            )  # fmt: skip
+        for name, part in parts_of(model).items():
+            print(f"Exporting {name}.onnx", flush=True)
+            programs[name] = program_of(model, name, part, examples)
 
     def save(fresh: Path) -> None:
+        (fresh / "onnx").mkdir()
         for name, program in programs.items():
-            program.save(fresh / f"{name}.onnx")
+            program.save(fresh / "onnx" / f"{name}.onnx")
+            if quantized:
+                quantize(fresh / "onnx" / f"{name}.onnx")
+        (fresh / "config.json").write_text(json.dumps(config_of(model), indent=2) + "\n")
+        if hasattr(model, "lm_head"):
+            settings = special_tokens(model.config.text_config) | {"max_length": processor.tokenizer.model_max_length}
+            (fresh / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        save_processor(model, processor, fresh)
 
-    write_whole(target, save)
-    return sorted(f"{name}.onnx" for name in programs)
+    return write_whole(target, save)
 
 
 def main() -> None:
-    """The command `vlp-onnx`."""
-    parser = CommandParser(prog="vlp-onnx", description=__doc__,
+    """The command `vlp onnx`."""
+    parser = CommandParser(prog="vlp onnx", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("folder", help="folder or hub name of a model")
-    parser.add_argument("target", help="folder for the ONNX files")
+    parser.add_argument("target", help="folder to write")
+    parser.add_argument(
+        "--architecture",
+        help="class of vlp to export the model as, such as VlpBlipForImageTextRetrieval for a pre-trained BLIP",
+    )
+    parser.add_argument(
+        "--quantize", action=argparse.BooleanOptionalAction, default=True,
+        help="also write each file with weights of 8 bits (default: yes)",
+    )  # fmt: skip
     options = parser.parse_args()
     with reported_errors():
-        if importlib.util.find_spec("onnxscript") is None:
-            raise ArgumentError('vlp-onnx requires onnxscript: pip install "vlp[onnx]".')
+        for package in ("onnxscript", "onnxruntime"):
+            if importlib.util.find_spec(package) is None:
+                raise ArgumentError(f'vlp onnx requires {package}: pip install "vlp[onnx]".')
         check_output(options.target, "TARGET", [options.folder])
         config = read_config(options.folder)
-        row = row_of(options.folder, config)
+        row = row_of(options.folder, config, read_as=options.architecture)
         if row.model.__name__ not in EXPORTED:
             raise UnsupportedModelError(
-                f"{options.folder} is a {row.model.__name__}, which vlp-onnx does not export; it exports "
+                f"{options.folder} is a {row.model.__name__}, which vlp onnx does not export; it exports "
                 f"{', '.join(EXPORTED)}."
             )
-        files = export(load_model(row.model, options.folder), usable_path(options.target, "TARGET"))
-        print(f"Wrote to {printable(options.target)}: {', '.join(files)}")
+        model, processor = load_model(row.model, options.folder), load_processor(options.folder)
+        folder = export(model, processor, usable_path(options.target, "TARGET"), options.quantize)
+        files = sorted(file.name for file in (folder / "onnx").iterdir())
+        print(f"Wrote to {printable(folder)}/onnx: {', '.join(files)}")
+        if options.quantize:
+            print(effect_of_quantization(folder, processor))
 
 
 if __name__ == "__main__":
