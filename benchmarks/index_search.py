@@ -62,8 +62,8 @@ def main() -> None:
         flat = faiss.IndexFlatIP(WIDTH)
         flat.add(vectors.numpy())
         ways = {
-            "vlp-index": lambda query: {int(hit.path) for hit in index.search(query, TOP_K)},
-            "vlp-index, every cell": lambda query: {int(hit.path) for hit in index.search(query, TOP_K, probes=0)},
+            "vlp index": lambda query: {int(hit.path) for hit in index.search(query, TOP_K)},
+            "vlp index, every cell": lambda query: {int(hit.path) for hit in index.search(query, TOP_K, probes=0)},
             "torch, every vector, float32": lambda query: set((vectors @ query).topk(TOP_K).indices.tolist()),
             "faiss, every vector": lambda query: set(flat.search(query[None].numpy(), TOP_K)[1][0].tolist()),
         }

@@ -127,7 +127,7 @@ def models_block(words: dict) -> str:
 def search_block(words: dict) -> str:
     """The paragraph about the results of benchmarks/index_search.py."""
     result = json.loads((ROOT / "benchmarks/index_search.json").read_text())
-    own, exact = result["ways"]["vlp-index"], result["ways"]["torch, every vector, float32"]
+    own, exact = result["ways"]["vlp index"], result["ways"]["torch, every vector, float32"]
     return words["search"].format(
         vectors=f"{result['vectors']:,}", width=result["width"], median=own["median_ms"], low=own["range_ms"][0],
         high=own["range_ms"][1], queries=result["queries"], threads=result["threads"],

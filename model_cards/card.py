@@ -90,7 +90,7 @@ def usage(name: str, folder: str, prompt: str = "", adapters: bool = False) -> s
         adapters: whether the folder has adapters for a base model in another folder, which are merged before use.
     """
     if adapters:
-        command = printable(f"vlp-convert {shlex.quote(folder)} merged")
+        command = printable(f"vlp convert {shlex.quote(folder)} merged")
         return f"# First merge the adapters with their base model: {command}\n" + usage(name, "merged", prompt)
     # As between the quotes of a Python string: JSON's codes for quotes, line breaks and the like are Python's too.
     folder, prompt = (json.dumps(text, ensure_ascii=not text.isprintable())[1:-1] for text in (folder, prompt))

@@ -25,7 +25,7 @@ except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
 STATE_FILE = "trainer_state.json"
-TEACHER_FILE = "teacher.safetensors"  # momentum teacher of a converted checkpoint, written by vlp-convert
+TEACHER_FILE = "teacher.safetensors"  # momentum teacher of a converted checkpoint, written by vlp convert
 WRITTEN = ".vlp-files"  # the files that vlp wrote into a folder, with their digests
 UNFINISHED = ".vlp-unfinished-"  # prefix of the folders in which vlp prepares its files
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import QFORMER, VIT, save_language_model
 from processes import Program, run_script
+from test_docs import parse_vlp
 from transformers import AutoTokenizer, pipeline
 from vlp.model_cards.card import render_card
 from vlp.modeling_vlp.language_model import load_language_model
@@ -17,8 +18,6 @@ from vlp.training import evaluate
 from vlp.training.command_line import TASKS, parse
 
 import vlp
-from vlp.commands import index
-from vlp.commands.convert import build_parser
 
 ROOT = Path(__file__).parents[2]
 READMES = ["README.md", "README.vi.md"]
@@ -91,15 +90,15 @@ def test_commands_parse(name):
             assert words[1] in targets
         elif "vlp.training.evaluate" in words:
             evaluate.build_parser().parse_args(words[words.index("vlp.training.evaluate") + 1 :])
-        elif words[:1] == ["vlp-index"]:
-            index.build_parser().parse_args(words[1:])
         elif words[:2] == ["accelerate", "launch"] and "--help" not in words:
             task = next(word for word in words if word in TASKS)
             parse(words[words.index(task) + 1 :], task)
             parsed += 1
-        elif words[:1] == ["vlp-convert"]:
-            options = vars(build_parser().parse_args(words[1:]))
+        elif words[:2] == ["vlp", "convert"]:
+            options = parse_vlp(words[1:])
             converted += 1
+        elif words[:1] == ["vlp"] and "--help" not in words:
+            parse_vlp(words[1:])
     assert parsed == 15 and converted == 6
     convert_options = options
     for options in re.findall(r"`(--[^`]*)`", (ROOT / name).read_text()):

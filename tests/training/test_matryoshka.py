@@ -76,7 +76,7 @@ def test_index_keeps_shorter_embeddings(trained, pairs, tmp_path, monkeypatch, c
     assert json.loads((tmp_path / "index" / "index.json").read_text())["embedding_size"] == 4
     from vlp.commands import index as module
 
-    monkeypatch.setattr("sys.argv", ["vlp-index", "search", str(tmp_path / "index"), "red card", "--top_k", "5"])
+    monkeypatch.setattr("sys.argv", ["vlp index", "search", str(tmp_path / "index"), "red card", "--top_k", "5"])
     module.main()
     hits = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert sorted(hits) == sorted(f"{number}.png" for number in range(0, 40, 8))

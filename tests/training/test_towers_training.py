@@ -113,7 +113,7 @@ def test_models_of_transformers_are_converted_on_the_way(pairs, tmp_path, capsys
     assert AutoModel.from_pretrained(tmp_path / "run").config.model_type == "vlp_clip"
     card = (tmp_path / "run" / "README.md").read_text()
     assert "theirs" in card and "license: mit" in card
-    with pytest.raises(ArgumentError, match="convert .*theirs with vlp-convert first"):
+    with pytest.raises(ArgumentError, match="convert .*theirs with vlp convert first"):
         train(
             clip_options(pairs, tmp_path / "no", config="vit-b-32", model_name_or_path=tmp_path / "theirs", lora_rank=2)
         )

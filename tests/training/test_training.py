@@ -714,7 +714,7 @@ def test_adapters_are_trained_saved_loaded_and_merged(pairs, trained, tmp_path):
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "results.json"} <= files
     assert not {"model.safetensors", "config.json"} & files
     assert json.loads((tmp_path / "run/adapter_config.json").read_text())["base_model_name_or_path"] == trained.name
-    assert "vlp-convert" in (tmp_path / "run/README.md").read_text()
+    assert "vlp convert" in (tmp_path / "run/README.md").read_text()
     tuned = AutoModel.from_pretrained(trained)
     tuned.load_adapter(str(tmp_path / "run"))
     tuned.eval()

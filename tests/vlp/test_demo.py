@@ -124,7 +124,7 @@ def test_embedded_pictures_are_written_to_files(tmp_path):
 
 @pytest.fixture(scope="module")
 def address(demo):
-    """The address of the page, served as by `vlp-demo`."""
+    """The address of the page, served as by `vlp demo`."""
     pytest.importorskip("gradio")
     blocks = page(demo).queue(default_concurrency_limit=1)
     _, url, _ = blocks.launch(server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True,

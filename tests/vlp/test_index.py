@@ -153,7 +153,7 @@ def test_faiss_gives_the_same_results(model, pictures, tmp_path):
 
 def test_the_command_line(model, pictures, tmp_path, monkeypatch, capsys):
     def run(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["vlp-index", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["vlp index", *map(str, words)])
         main()
         return capsys.readouterr().out
 
@@ -170,7 +170,7 @@ def test_the_command_line(model, pictures, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["search", "nowhere", "x"], ".*nowhere contains no index: build one with `vlp-index build"),
+        (["search", "nowhere", "x"], ".*nowhere contains no index: build one with `vlp index build"),
         (["build", "nowhere", "index", "--model", "M"], ".*nowhere: no such folder"),
         (["build", "empty", "index", "--model", "M"], ".*empty contains no pictures"),
         (["build", "pictures", "empty/other", "--model", "M"], "INDEX empty/other contains other files"),
@@ -184,7 +184,7 @@ def test_errors_are_reported(words, message, model, pictures, tmp_path, monkeypa
     (tmp_path / "empty/other").mkdir(parents=True)
     (tmp_path / "empty/other/notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["vlp-index", *(model if word == "M" else word for word in words)])
+    monkeypatch.setattr(sys, "argv", ["vlp index", *(model if word == "M" else word for word in words)])
     with pytest.raises(SystemExit, match=f"error: {message}"):
         main()
 
@@ -225,7 +225,7 @@ def test_model_of_an_index_that_cannot_be_loaded_is_named(model, pictures, tmp_p
     build(pictures, tmp_path / "index", model)
     facts = json.loads((tmp_path / "index/index.json").read_text())
     (tmp_path / "index/index.json").write_text(json.dumps(facts | {"model": name}))
-    monkeypatch.setattr(sys, "argv", ["vlp-index", "search", str(tmp_path / "index"), "red"])
+    monkeypatch.setattr(sys, "argv", ["vlp index", "search", str(tmp_path / "index"), "red"])
     with pytest.raises(SystemExit, match="error: The model of the index .*index: ") as error:
         main()
     assert len(str(error.value)) < 500 and str(error.value).isprintable()

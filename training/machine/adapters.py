@@ -28,7 +28,7 @@ def check_lora(arguments: TrainingArguments) -> None:
     if not read_config(base, "--model_name_or_path").model_type.startswith("vlp_"):
         raise ArgumentError(
             f"--lora_rank publishes adapters, which refer to a base model in vlp's format: convert "
-            f"{printable(base, 120)} with vlp-convert first, and give the result."
+            f"{printable(base, 120)} with vlp convert first, and give the result."
         )
     needed, what = arguments.own_parts() or (None, "")
     if needed and needed not in read_config(base, "--model_name_or_path").architectures:

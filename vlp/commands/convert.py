@@ -1,10 +1,10 @@
-"""`vlp-convert SOURCE TARGET`: convert checkpoints of other libraries to vlp, and back.
+"""`vlp convert SOURCE TARGET`: convert checkpoints of other libraries to vlp, and back.
 
-vlp-convert ViT-B-32.pt runs/clip                       # OpenAI's, read without running its code
-vlp-convert open_clip_folder runs/clip                  # open_clip, transformers, salesforce/BLIP
-vlp-convert model.pt runs/clip --hidden_act gelu        # a file of weights does not record its activation
-vlp-convert blip2_pretrained.pth runs/blip2 --image_tower eva_vit_g.pth      # LAVIS
-vlp-convert runs/clip exported --to transformers        # also open_clip, openai, salesforce, lavis
+vlp convert ViT-B-32.pt runs/clip                       # OpenAI's, read without running its code
+vlp convert open_clip_folder runs/clip                  # open_clip, transformers, salesforce/BLIP
+vlp convert model.pt runs/clip --hidden_act gelu        # a file of weights does not record its activation
+vlp convert blip2_pretrained.pth runs/blip2 --image_tower eva_vit_g.pth      # LAVIS
+vlp convert runs/clip exported --to transformers        # also open_clip, openai, salesforce, lavis
 """
 
 import argparse
@@ -15,8 +15,8 @@ from ..modeling_vlp.exchange.places import ExchangeError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `vlp-convert`."""
-    parser = CommandParser(prog="vlp-convert", description=__doc__,
+    """The parser of `vlp convert`."""
+    parser = CommandParser(prog="vlp convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("source", help="a file of weights, or a folder")
     parser.add_argument("target", help="folder to write; for openai, salesforce and lavis a file")

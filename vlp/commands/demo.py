@@ -1,4 +1,4 @@
-"""`vlp-demo` (`make demo`): a web page to classify, search, caption and match pictures.
+"""`vlp demo` (`make demo`): a web page to classify, search, caption and match pictures.
 
 It uses models of vlp or transformers. By default, the server listens only on this machine (127.0.0.1). It reads
 models only from the folder in which it is started, and pictures to search only from the folder given by --pictures.
@@ -496,8 +496,8 @@ class OnlyOwnRequests:
 
 
 def main() -> None:
-    """The command `vlp-demo`."""
-    parser = CommandParser(prog="vlp-demo", description=__doc__,
+    """The command `vlp demo`."""
+    parser = CommandParser(prog="vlp demo", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--pictures", type=Path, help="folder of pictures to search (default: the embedded drawings)")
     parser.add_argument(
@@ -514,7 +514,7 @@ def serve(options: argparse.Namespace) -> None:
     """Serve the page until the program is interrupted.
 
     Args:
-        options: the options of `vlp-demo`.
+        options: the options of `vlp demo`.
 
     Raises:
         ArgumentError: if an option is wrong.

@@ -1,8 +1,8 @@
-"""`vlp-index`: search a folder of up to a million pictures by words or by a picture.
+"""`vlp index`: search a folder of up to a million pictures by words or by a picture.
 
-    vlp-index build pictures/ runs/index --model model_cards/clip-emoji     # run again to embed only new pictures
-    vlp-index search runs/index "a red apple"
-    vlp-index search runs/index --image apple.png
+    vlp index build pictures/ runs/index --model model_cards/clip-emoji     # run again to embed only new pictures
+    vlp index search runs/index "a red apple"
+    vlp index search runs/index --image apple.png
 
 An index is a folder with three files: `embeddings.safetensors` has one unit vector per picture in float16 and is
 memory-mapped; `pictures.parquet` has their paths in the same order; `index.json` names the model. Up to EXACT pictures,
@@ -91,7 +91,7 @@ class Index:
         if not (self.folder / "index.json").is_file():
             raise NoIndexError(
                 f"{printable(folder, 120)} contains no index: build one with "
-                "`vlp-index build PICTURES INDEX --model MODEL`."
+                "`vlp index build PICTURES INDEX --model MODEL`."
             )
         self.facts, self.table, self.embeddings = read_index(self.folder)
         self.faiss = None
@@ -121,7 +121,7 @@ class Index:
         if query.numel() != self.embeddings.shape[1]:
             raise NoIndexError(
                 f"The index {printable(self.folder, 120)} has embeddings of {self.embeddings.shape[1]} numbers, and "
-                f"its model of {query.numel()}: build it again with `vlp-index build`."
+                f"its model of {query.numel()}: build it again with `vlp index build`."
             )
         query, count = query.float().flatten(), min(top_k, len(self))
         near = self.candidates(query, min(4 * count, len(self)), probes)
@@ -195,7 +195,7 @@ def damaged(folder: Path, name: str, error: Exception) -> NoIndexError:
     """The error for a damaged file of an index."""
     return NoIndexError(
         f"The index {printable(folder, 120)} is damaged: {name}: {brief(error)[:160]}. Remove the folder, and build it "
-        "again with `vlp-index build`."
+        "again with `vlp index build`."
     )
 
 
@@ -468,8 +468,8 @@ def import_faiss():
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `vlp-index`, with its subcommands build and search."""
-    parser = CommandParser(prog="vlp-index", description=__doc__,
+    """The parser of `vlp index`, with its subcommands build and search."""
+    parser = CommandParser(prog="vlp index", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     builder = commands.add_parser("build", help="embed a folder's pictures")
@@ -502,7 +502,7 @@ def search(options) -> None:
     """Search an index and print the results, as the command line does.
 
     Args:
-        options: the options of `vlp-index search`, as attributes.
+        options: the options of `vlp index search`, as attributes.
 
     Raises:
         NoIndexError: if there is no index, or the picture cannot be read.
@@ -519,7 +519,7 @@ def search(options) -> None:
     if index.facts.get("identity") != identity_of(predictor):
         raise NoIndexError(
             f"The model {printable(index.facts['model'], 120)} is not the one that the index was built with: build it "
-            "again with `vlp-index build`."
+            "again with `vlp index build`."
         )
 
     def print_hits(query: Tensor) -> None:
@@ -544,7 +544,7 @@ def search(options) -> None:
 
 
 def main() -> None:
-    """The command `vlp-index`."""
+    """The command `vlp index`."""
     options = build_parser().parse_args()
     with reported_errors():
         if options.command == "search":
