@@ -194,6 +194,13 @@ class TrainingArguments:
         bound=True,
         shown=True,
     )
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw",
+        "muon: learn the matrices of the layers with Muon and the rest with AdamW, which takes fewer steps; not with "
+        "DeepSpeed",
+        bound=True,
+        shown=True,
+    )
     learning_rate: float = option(5e-4, "peak learning rate", shown=True)
     tower_learning_rate: float | None = option(
         None, "peak learning rate of the towers, for pre-trained ones; --learning_rate if not given", shown=True

@@ -171,7 +171,7 @@ def make_run(
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = repeated_layers(objective)
     groups = parameter_groups(
         model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay, arguments.tower_learning_rate,
-        OFFSETS_RATE if getattr(arguments, "spelling_share", 0.0) else None,
+        OFFSETS_RATE if getattr(arguments, "spelling_share", 0.0) else None, arguments.optimizer == "muon",
     )  # fmt: skip
     optimizer = make_optimizer(groups, arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon)
     average = None

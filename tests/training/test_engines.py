@@ -97,6 +97,22 @@ def test_two_processes_learn_what_one_learns(engine, runs, alone):
     require_same_run(runs[engine], alone)
 
 
+def test_muon_learns_the_same_from_shards_and_resumes_exactly(pairs, tmp_path):  # noqa: F811
+    options = OPTIONS | {"optimizer": "muon", "max_train_steps": 4}
+    train(arguments(pairs, tmp_path / "alone/run", **options | {"per_device_train_batch_size": 16}))
+    folder = tmp_path / "fsdp2/run"
+    folder.parent.mkdir()
+    launch("fsdp2", arguments(pairs, folder, **options))
+    expected = require_same_run(folder, tmp_path / "alone/run")
+    middle = states(state_folder(folder))[0]
+    assert middle.name == "step-0000002"
+    launch("fsdp2", arguments(pairs, folder, resume_from_checkpoint=str(middle), **options))
+    assert_close(load_file(folder / "model.safetensors"), expected, rtol=0, atol=0)
+    with pytest.raises(ResumeError, match="optimizer"):
+        changed = options | {"optimizer": "adamw", "per_device_train_batch_size": 16}
+        train(arguments(pairs, folder, resume_from_checkpoint=str(middle), **changed))
+
+
 def test_sharded_run_resumes_exactly(pairs, runs, tmp_path):  # noqa: F811
     folder = tmp_path / "run"
     shutil.copytree(runs["fsdp2"], folder)

@@ -74,6 +74,8 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
             "choose num_processes, distributed_type and use_cpu in its configuration for this machine."
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if arguments.optimizer == "muon":
+            raise ArgumentError("--optimizer muon needs whole matrices, which DeepSpeed does not keep: use FSDP2.")
         configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, arguments, precision)
     return accelerator
 

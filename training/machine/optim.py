@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from ...modeling_vlp.towers import layers_of
+from .muon import Muon
 
 # Position embeddings and the class token are added to activations like biases, so they are not decayed.
 NO_DECAY = re.compile(r"position(al)?_embedding|class_embedding|logit_scale|logit_bias|prefix_words\.offsets")
 TOWER = re.compile(r"(vision|text)_model\.")
+LAYER = re.compile(r"\.\d+\.")  # the number of a layer or a block
 
 MAX_TEMPERATURE_RATE = 3e-4  # the peak learning rate of BLIP's pre-training
 # With --spelling_share, the offsets of a prefix of words learn from the language model, which is run in the last steps
@@ -25,8 +27,9 @@ def parameter_groups(
     layer_decay: float = 1.0,
     tower_learning_rate: float | None = None,
     offsets_rate: float | None = None,
+    muon: bool = False,
 ) -> list[dict]:
-    """Group the trainable parameters for AdamW by learning rate and weight decay.
+    """Group the trainable parameters by learning rate and weight decay, and by optimiser.
 
     The paper (2.5) decays "all weights that are not gains or biases"; like open_clip 4, vlp also excludes positions.
 
@@ -37,6 +40,8 @@ def parameter_groups(
         layer_decay: factor on the learning rate from each layer to the one below.
         tower_learning_rate: peak learning rate of the towers, cross-attention excepted; None: `learning_rate`.
         offsets_rate: constant learning rate of the offsets of a prefix of words; None: `learning_rate`.
+        muon: mark the groups of the matrices and convolutions of the layers with "muon": True, for `Muon`. Embeddings,
+            heads and what surrounds the layers keep AdamW, as its author recommends.
 
     Returns:
         Parameter groups; "peak_lr" is the learning rate before the schedule, which does not apply to groups that are
@@ -55,8 +60,15 @@ def parameter_groups(
         constant = offsets_rate is not None and name.endswith("prefix_words.offsets")
         rate = offsets_rate if constant else rate
         fields = {"lr": rate, "peak_lr": rate, "weight_decay": decay, "constant": constant}
+        if muon:
+            fields["muon"] = is_hidden_matrix(name, parameter)
         groups.setdefault(tuple(fields.values()), fields | {"params": []})["params"].append(parameter)
     return list(groups.values())
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix or a convolution of a layer; one over single channels is no matrix."""
+    return bool(LAYER.search(name)) and parameter.ndim >= 2 and parameter.shape[1] > 1 and not NO_DECAY.search(name)
 
 
 def levels_below_top(model: nn.Module, name: str) -> int:
@@ -90,7 +102,9 @@ def depth(tower: nn.Module) -> int:
 
 
 def make_optimizer(groups: list[dict], beta1: float, beta2: float, epsilon: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=epsilon, fused=True)
+    """AdamW, or Muon if the groups say which of them it is for."""
+    kind = Muon if "muon" in groups[0] else torch.optim.AdamW
+    return kind(groups, betas=(beta1, beta2), eps=epsilon, fused=True)
 
 
 def learning_rate_factor(step: int, warmup_steps: int, progress: float) -> float:
