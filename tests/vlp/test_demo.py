@@ -15,7 +15,8 @@ from test_data import picture
 from vlp.processing.blip import train_tokenizer
 
 import vlp
-from vlp.commands.demo import MAX_BODY, Demo, DemoError, OnlyOwnRequests, embedded_pictures, page
+from vlp.commands.demo import MAX_BODY, Demo, DemoError, OnlyOwnRequests, embedded_pictures
+from vlp.commands.demo_page import DRAWINGS, SCENES, page, write_examples
 
 COLOURS = ["red", "green", "blue", "yellow"]
 
@@ -31,7 +32,9 @@ def place(tmp_path_factory) -> Path:
     tokenizer = train_tokenizer(["a red card, a green card, a blue card on yellow paper"], 118, 30)
     blip.save_pretrained(base / "root/runs/blip-tiny")
     images = vlp.VlpBlipImageProcessor(size={"height": 32, "width": 32})
-    vlp.VlpBlipProcessor(images, tokenizer).save_pretrained(base / "root/runs/blip-tiny")
+    vlp.VlpBlipForQuestionAnswering(blip.config).save_pretrained(base / "root/runs/vqa-tiny")
+    for name in ("blip-tiny", "vqa-tiny"):
+        vlp.VlpBlipProcessor(images, tokenizer).save_pretrained(base / "root/runs" / name)
     (base / "pictures/more").mkdir(parents=True)
     for colour in COLOURS:
         (base / f"pictures/{colour}.png").write_bytes(picture(colour))
@@ -46,12 +49,12 @@ def demo(place) -> Demo:
     return Demo(place / "root", place / "pictures", place / "indexes")
 
 
-CLIP, BLIP = "model_cards/clip-tiny", "runs/blip-tiny"
+CLIP, BLIP, VQA = "model_cards/clip-tiny", "runs/blip-tiny", "runs/vqa-tiny"
 
 
 def test_every_tab_works(demo, place):
     red = str(place / "pictures/red.png")
-    assert demo.models() == [CLIP, BLIP]
+    assert demo.models() == [CLIP, BLIP, VQA]
     for model in (CLIP, BLIP):
         shares = demo.classify(model, red, "red card, dog,\nrocket, dog")
         assert list(shares) == ["red card", "dog", "rocket"] and sum(shares.values()) == pytest.approx(1.0)
@@ -66,6 +69,15 @@ def test_every_tab_works(demo, place):
     predictor = demo.predictor(BLIP, "caption")
     assert partial[-1] == predictor.caption([Image.open(red)], num_beams=1)[0]
     assert len(partial) > 2 and all(len(a) <= len(b) for a, b in zip(partial, partial[1:], strict=False))
+    shares, found = demo.compare(BLIP, red, "a red card", "red a card")
+    assert list(shares) == list(found) == ["a red card", "red a card"] and sum(shares.values()) == pytest.approx(1.0)
+    assert demo.match(BLIP, red, "a red card")[0]["match"] == pytest.approx(found["a red card"], abs=1e-5)
+    assert demo.compare(CLIP, red, "a red card", "red a card")[1] is None
+    predictor = demo.predictor(VQA, "answer")
+    assert demo.answer(VQA, red, "which colour is it?") == predictor.answer(
+        [Image.open(red)], ["which colour is it?"], num_beams=1
+    )[0]  # fmt: skip
+    assert demo.models("answer") == [VQA] and demo.models("match") == [BLIP] and demo.models("embed") == [CLIP, BLIP]
     shares, heat = demo.match(BLIP, red, "a red card")
     assert sum(shares.values()) == pytest.approx(1.0) and heat.size == Image.open(red).size
 
@@ -85,6 +97,9 @@ def test_errors_are_reported(demo, place):
         (lambda: demo.classify("runs/none", red, "a, b"), "is not a model folder; choose from model_cards/clip-tiny"),
         (lambda: demo.match(CLIP, red, "a card"), "cannot match: it has no matching head"),
         (lambda: demo.match(BLIP, red, " "), "Enter a text to match with the picture"),
+        (lambda: demo.answer(VQA, red, " "), "Enter a question"),
+        (lambda: demo.answer(BLIP, red, "what?"), "cannot answer"),
+        (lambda: demo.compare(BLIP, red, "a card", " a card"), "Enter two different captions"),
         (lambda: list(demo.caption(CLIP, red)), "cannot caption"),
         (lambda: list(demo.caption(BLIP, red, "x" * 1001)), "1,001 characters"),
         (lambda: demo.search(BLIP, ".", "x", None), "no index of this folder for this model yet"),
@@ -122,11 +137,23 @@ def test_embedded_pictures_are_written_to_files(tmp_path):
     assert Image.open(folder / "red apple.webp").size == (64, 64)
 
 
+def test_examples_are_written_as_files(tmp_path):
+    examples = write_examples(tmp_path)
+    assert list(examples.drawings) == list(DRAWINGS)
+    assert len(examples.questions) == len(examples.captions) == SCENES
+    assert all(question.endswith("?") for _, question in examples.questions)
+    assert all(sorted(true.split()) == sorted(false.split()) for _, true, false in examples.captions)
+    paths = [*examples.drawings.values(), *(row[0] for row in [*examples.questions, *examples.captions])]
+    for path in paths:
+        Image.open(path).load()
+    assert len(set(paths)) == len(list(tmp_path.iterdir()))
+
+
 @pytest.fixture(scope="module")
-def address(demo):
+def address(demo, tmp_path_factory):
     """The address of the page, served as by `vlp demo`."""
     pytest.importorskip("gradio")
-    blocks = page(demo).queue(default_concurrency_limit=1)
+    blocks = page(demo, write_examples(tmp_path_factory.mktemp("examples"))).queue(default_concurrency_limit=1)
     _, url, _ = blocks.launch(server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True,
                               max_file_size=10_000_000, ssr_mode=False)  # fmt: skip
     yield url.rstrip("/")
@@ -176,19 +203,27 @@ def test_page_in_a_browser(address, place):
         window.goto(address)
 
         def upload(tab: str) -> None:
+            clear(tab)
             window.set_input_files(f"#{tab}-picture input[type=file]", red)
             window.wait_for_selector(f"#{tab}-picture img")
 
-        window.wait_for_selector("#classify-go")
+        def clear(tab: str) -> None:
+            window.click(f"#{tab}-picture button[aria-label='Remove Image']")
+            window.wait_for_selector(f"#{tab}-picture img", state="detached")
+
+        window.wait_for_selector("#classify-picture img")  # a picture to try
         window.fill("#classify-names textarea", "red card, dog")
+        clear("classify")
         window.click("#classify-go")
         window.get_by_text("Choose a picture first.").wait_for()
-        upload("classify")
+        window.set_input_files("#classify-picture input[type=file]", red)
+        window.wait_for_selector("#classify-picture img")
         window.click("#classify-go")
         window.wait_for_selector("#classify-result h2")
         shown = window.inner_text("#classify-result")
         assert "red card" in shown and "dog" in shown and "%" in shown
         window.get_by_role("tab", name="Search").click()
+        window.get_by_role("button", name="Folder: pictures").click()
         window.click("#search-build")
         window.wait_for_function(
             "document.querySelector('#search-state textarea').value.startsWith('Indexed pictures: 5')"
@@ -208,7 +243,13 @@ def test_page_in_a_browser(address, place):
         window.wait_for_selector("#match-result h2")
         assert "match" in window.inner_text("#match-result")
         window.wait_for_selector("#match-heat img")
-        assert errors == []
+        window.get_by_role("tab", name="Ask").click()
+        window.click("#ask-go")  # the picture and the question to try
+        window.wait_for_function("document.querySelector('#ask-result textarea').value.length > 0")
+        window.get_by_role("tab", name="Word order").click()
+        window.click("#order-go")
+        window.wait_for_selector("#order-match h2")
+        assert window.inner_text("#order-similarity") and errors == []
         chromium.close()
 
 

@@ -1,4 +1,4 @@
-"""`vlp demo` (`make demo`): a web page to classify, search, caption and match pictures.
+"""`vlp demo` (`make demo`): a web page to classify, search, caption, match and ask about pictures.
 
 It uses models of vlp or transformers. By default, the server listens only on this machine (127.0.0.1). It reads
 models only from the folder in which it is started, and pictures to search only from the folder given by --pictures.
@@ -6,14 +6,12 @@ Uploads are limited in bytes and in pixels.
 """
 
 import argparse
-import contextlib
-import functools
 import hashlib
-import html
 import ipaddress
 import os
 import re
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -27,7 +25,7 @@ from transformers import TextIteratorStreamer
 from ..errors import ArgumentError, CommandParser, UserError, brief, is_valid, printable, reported_errors
 from ..files import kind_of, usable_path
 from ..inference import BlipPredictor, Predictor, load
-from ..loading import holds_model
+from ..loading import holds_model, read_config, row_of
 from ..model_cards.plots import overlay
 from ..modeling_vlp.heatmaps import matching_maps
 from ..processing.pictures import PictureError, read_picture, to_rgb
@@ -60,12 +58,16 @@ class Demo:
         self.root, self.pictures, self.place = root.resolve(), pictures.resolve(), place
         self.load = lru_cache(maxsize=4)(load)
 
-    def models(self) -> list[str]:
-        """The folders of all models, shipped or trained, relative to the root."""
+    def models(self, use: str | None = None) -> list[str]:
+        """The folders of models, shipped or trained, relative to the root.
+
+        Args:
+            use: one of `architectures.USES`, which the models of vlp among them must support; None: any.
+        """
         found = [
             path for place in ("model_cards", "runs") for path in self.root.glob(f"{place}/*") if holds_model(path)
         ]
-        return [path.relative_to(self.root).as_posix() for path in sorted(found)]
+        return [path.relative_to(self.root).as_posix() for path in sorted(found) if use is None or supports(path, use)]
 
     def predictor(self, name: str, use: str) -> Predictor:
         """Load a model; the last four are cached.
@@ -106,11 +108,7 @@ class Demo:
             raise DemoError(f"Enter 2 to {MAX_NAMES} class names, separated by commas; got {len(listed)}.")
         for name in listed:
             bounded(name)
-        predictor = self.predictor(model, "embed")
-        image = predictor.embed_images([opened(picture)])
-        texts = torch.cat([predictor.embed_texts(batch) for batch in iter_batched(listed, 64)])
-        probabilities = (predictor.similarity(image, texts) / predictor.temperature).softmax(dim=1)[0]
-        return dict(zip(listed, probabilities.tolist(), strict=True))
+        return self.classify_among(self.predictor(model, "embed"), opened(picture), listed)
 
     def index(self, model: str, folder: str) -> Path:
         """The path of the index of a folder of pictures by a model."""
@@ -252,6 +250,64 @@ class Demo:
             heat = overlay(smaller, grid)
         return {"match": yes, "no match": no}, heat
 
+    def answer(self, model: str, picture: str | None, question: str) -> str:
+        """Answer a question about a picture.
+
+        Args:
+            model: the folder of a BLIP or BLIP-2 that answers questions, relative to the root.
+            picture: the path of the upload; None if there is none.
+            question: the question.
+
+        Raises:
+            DemoError: if the model, the picture or the question cannot be used.
+        """
+        if not bounded(question).strip():
+            raise DemoError("Enter a question.")
+        image = opened(picture)
+        return self.predictor(model, "answer").answer([image], [question], num_beams=1)[0]
+
+    def compare(self, model: str, picture: str | None, first: str, second: str) -> tuple[dict, dict | None]:
+        """Compare two captions of a picture, by similarity and by matching.
+
+        Args:
+            model: the folder of the model, relative to the root.
+            picture: the path of the upload; None if there is none.
+            first, second: the captions.
+
+        Returns:
+            For each caption, its share of the similarity, and the probability that it matches (None for a CLIP).
+
+        Raises:
+            DemoError: if the model, the picture or the captions cannot be used.
+        """
+        captions = [bounded(first).strip(), bounded(second).strip()]
+        if not all(captions) or captions[0] == captions[1]:
+            raise DemoError("Enter two different captions.")
+        shares = self.classify_among(self.predictor(model, "embed"), opened(picture), captions)
+        try:
+            predictor = self.predictor(model, "match")
+        except DemoError:
+            return shares, None
+        states = predictor.encode_images([opened(picture)])
+        logits = predictor.match(states, torch.zeros(2, dtype=torch.long), captions)
+        return shares, dict(zip(captions, logits.softmax(dim=1)[:, 1].tolist(), strict=True))
+
+    @staticmethod
+    def classify_among(predictor: Predictor, image: Image.Image, texts: list[str]) -> dict[str, float]:
+        """The probability of each text, if one of them describes the image."""
+        embedded = torch.cat([predictor.embed_texts(batch) for batch in iter_batched(texts, 64)])
+        similarity = predictor.similarity(predictor.embed_images([image]), embedded)
+        return dict(zip(texts, (similarity / predictor.temperature).softmax(dim=1)[0].tolist(), strict=True))
+
+
+def supports(folder: Path, use: str) -> bool:
+    """Whether a model supports a use, as far as its configuration tells."""
+    try:
+        config = read_config(folder)
+        return not config.model_type.startswith("vlp_") or use in row_of(folder, config).uses
+    except UserError:
+        return True  # choosing it shows the reason
+
 
 def inside(root: Path, name: str, what: str) -> Path:
     """Resolve a path and check that it is inside a folder.
@@ -340,94 +396,6 @@ def embedded_pictures(place: Path) -> Path:
             (folder / f"{row['caption'].replace('/', '-')}.webp").write_bytes(row["image"]["bytes"])
         (folder / "LICENCE.txt").write_text("Twemoji (emoji-datasource-twitter 16.0.0), CC BY 4.0.\n")
     return folder
-
-
-def page(demo: Demo):
-    """Build the page, as gradio's Blocks."""
-    import gradio as gr
-
-    @contextlib.contextmanager
-    def errors_shown():
-        """Show the message of a DemoError on the page."""
-        try:
-            yield
-        except DemoError as error:
-            raise gr.Error(html.escape(brief(error)), print_exception=False) from error
-        except Exception as error:
-            text = f"The request could not be served: {brief(error)[:200]}"
-            raise gr.Error(html.escape(text), print_exception=False) from error
-
-    def guarded(function):
-        @functools.wraps(function)  # keeps the names of the parameters for the API
-        def call(*values):
-            with errors_shown():
-                return function(*values)
-
-        return call
-
-    @functools.wraps(demo.caption)
-    def caption(*values):
-        with errors_shown():
-            yield from demo.caption(*values)
-
-    def build_index(model, folder, progress=gr.Progress()):  # noqa: B008 (gradio detects it by its default)
-        with errors_shown():
-            return demo.build(model, folder, lambda done, total: progress((done, total), unit="pictures"))
-
-    models = demo.models()
-    clip = next((m for m in models if "clip" in m), models[0] if models else "")
-    blip = next((m for m in models if "blip-" in m), clip)
-
-    def choose(value: str, name: str):
-        return gr.Dropdown(models, value=value or None, label="Model", allow_custom_value=True, elem_id=f"{name}-model",
-                           info="Folder of a model, relative to the folder in which the demo was started.")  # fmt: skip
-
-    def picture(name: str):
-        return gr.Image(type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"], label="Picture",
-                        elem_id=f"{name}-picture", height=260)  # fmt: skip
-
-    with gr.Blocks(title="vlp", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown("# vlp\nClassify, search, caption and match pictures with your own CLIP and BLIP.")
-        with gr.Tab("Classify", id="classify"), gr.Row():
-            with gr.Column():
-                classify_model, classify_picture = choose(clip, "classify"), picture("classify")
-                names = gr.Textbox("red apple, rocket, grinning face, dog", label="Class names, separated by commas",
-                                   elem_id="classify-names")  # fmt: skip
-                classify = gr.Button("Classify", variant="primary", elem_id="classify-go")
-            classes = gr.Label(label="Prediction", num_top_classes=10, elem_id="classify-result")
-        classify.click(guarded(demo.classify), [classify_model, classify_picture, names], classes, api_name="classify")
-        with gr.Tab("Search", id="search"), gr.Row():
-            with gr.Column():
-                search_model = choose(clip, "search")
-                folder = gr.Textbox(".", label=f"Folder in {demo.pictures.name}", elem_id="search-folder")
-                index = gr.Button("Build or update the index", elem_id="search-build")
-                status = gr.Textbox(label="Index", interactive=False, elem_id="search-state")
-                words = gr.Textbox(label="Query", placeholder="a red apple", elem_id="search-words")
-                search_picture = picture("search")
-                search = gr.Button("Search", variant="primary", elem_id="search-go")
-            results = gr.Gallery(label="Results", columns=4, elem_id="search-result")
-        index.click(build_index, [search_model, folder], status, api_name="index")
-        for event in (search.click, words.submit):
-            event(guarded(demo.search), [search_model, folder, words, search_picture], results, api_name="search")
-        with gr.Tab("Caption", id="caption"), gr.Row():
-            with gr.Column():
-                caption_model, caption_picture = choose(blip, "caption"), picture("caption")
-                prompt = gr.Textbox(label="Prompt (optional)", elem_id="caption-prompt")
-                generate = gr.Button("Caption", variant="primary", elem_id="caption-go")
-            generated = gr.Textbox(label="Caption", elem_id="caption-result", interactive=False)
-        generate.click(caption, [caption_model, caption_picture, prompt], generated, api_name="caption")
-        with gr.Tab("Match", id="match"), gr.Row():
-            with gr.Column():
-                match_model, match_picture = choose(blip, "match"), picture("match")
-                text = gr.Textbox(label="Text", placeholder="red apple", elem_id="match-text")
-                match = gr.Button("Match", variant="primary", elem_id="match-go")
-            with gr.Column():
-                probabilities = gr.Label(label="Match", elem_id="match-result")
-                heat = gr.Image(label="Heat map (Grad-CAM)", interactive=False, elem_id="match-heat", height=260,
-                                buttons=["download", "fullscreen"])  # fmt: skip
-        match.click(guarded(demo.match), [match_model, match_picture, text], [probabilities, heat],
-                    api_name="match")  # fmt: skip
-    return blocks
 
 
 class OnlyOwnRequests:
@@ -527,6 +495,8 @@ def serve(options: argparse.Namespace) -> None:
     if options.auth is not None and not all(options.auth.partition(":")):
         raise ArgumentError("--auth must be USER:PASSWORD.")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    from . import demo_page
+
     try:
         import gradio as gr
         from starlette.middleware import Middleware
@@ -541,14 +511,21 @@ def serve(options: argparse.Namespace) -> None:
     demo = Demo(Path.cwd(), pictures, indexes / "indexes")
     if not demo.models():
         print("There is no model in model_cards/ or runs/: train one with `make train`.")
-    print(f"The demo is running at http://{options.host}:{options.port} (press Ctrl-C to stop).", flush=True)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from the web
+    if not options.pictures and (found := demo.models("embed")):
+        print("Preparing the search of the included drawings ...", flush=True)
+        model = next((name for name in found if name.endswith("/clip-emoji")), found[0])
+        demo.build(model, ".", lambda done, total: None)
+    theme = gr.themes.Default(font=demo_page.THEME_FONT, font_mono=["monospace"])
     user, _, password = (options.auth or "").partition(":")
-    page(demo).queue(default_concurrency_limit=1, max_size=32).launch(
-        server_name=options.host, server_port=options.port, share=False, max_file_size=MAX_BYTES, theme=theme,
-        footer_links=[], ssr_mode=False, quiet=True, auth=[(user, password)] if options.auth else None,
-        app_kwargs={"middleware": [Middleware(OnlyOwnRequests, host=options.host)]},
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:  # gradio copies the examples to its own cache
+        blocks = demo_page.page(demo, demo_page.write_examples(Path(place)))
+        print(f"The demo is running at http://{options.host}:{options.port} (press Ctrl-C to stop).", flush=True)
+        blocks.queue(default_concurrency_limit=1, max_size=32).launch(
+            server_name=options.host, server_port=options.port, share=False, max_file_size=MAX_BYTES, theme=theme,
+            footer_links=[], ssr_mode=False, css=demo_page.STYLE, quiet=True,
+            auth=[(user, password)] if options.auth else None,
+            app_kwargs={"middleware": [Middleware(OnlyOwnRequests, host=options.host)]},
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
