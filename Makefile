@@ -107,8 +107,11 @@ cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write
 		$(EVALUATE) model_cards/$$each --task zero-shot --class_column caption_vi --group_column group || exit 1; done
 	rm -rf model_cards/*.resume model_cards/*.resume.previous
 
-demo: venv ## start a local web page to classify, search, caption and match pictures (options: make demo ARGS="--help")
+$(VENV)/installed-demo: | $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo]"
+	touch $@
+
+demo: venv $(VENV)/installed-demo ## open a local web page to try the models (options: make demo ARGS="--help")
 	$(BIN)/vlp demo $(ARGS)
 
 docs: venv-dev ## build the API reference from the docstrings into site/

@@ -273,7 +273,7 @@ def render_card(folder: Path, config: PreTrainedConfig | None = None) -> ModelCa
     card_data = ModelCardData(
         language=arguments["language"].split(",") if "," in arguments["language"] else arguments["language"],
         license=weights_license,
-        base_model=[base["name"] for base in bases] or None,
+        base_model=[base["name"] for base in bases if "/" in base["name"]] or None,  # else a folder, not on the hub
         library_name="transformers",
         pipeline_tag=kind.pipeline_tag,
         tags=["vlp", kind.tag],
@@ -301,9 +301,8 @@ def render_card(folder: Path, config: PreTrainedConfig | None = None) -> ModelCa
         failures=failures(found),
         data_license=plain(arguments["data_license"]) if arguments["data_license"] else data.get("license"),
         limits=data.get("limits"),
-        unseen=f"the rows {plain(arguments['hold_out'])}"
-        if arguments["hold_out"]
-        else f"the split {code(arguments['eval_split'])}",
+        unseen=unseen_part(arguments),
+        seen=seen_parts(arguments, found),
         options={k: plain(v) for k, v in arguments.items() if k in results["shown_options"] and (v or k == "seed")},
         evaluations=[evaluation_table(each) for each in found],
         confusions=[f"evaluations/{quote(path.name)}" for path in sorted(evaluations.glob("*.png"))],
@@ -313,6 +312,31 @@ def render_card(folder: Path, config: PreTrainedConfig | None = None) -> ModelCa
         has_examples=(folder / "examples.png").exists(),
         results=results,
     )
+
+
+def unseen_part(arguments: dict) -> str:
+    """The part of the data that a run kept for its evaluation."""
+    held_out = arguments["hold_out"]
+    return f"the rows {plain(held_out)}" if held_out else f"the split {code(arguments['eval_split'])}"
+
+
+def seen_parts(arguments: dict, evaluations: list[dict]) -> str:
+    """What a model was trained on, of the data that it was evaluated on.
+
+    Args:
+        arguments: the options of the run.
+        evaluations: the results of evaluations.
+    """
+    data, split = arguments["dataset_name"], arguments.get("train_split") or "train"
+    evaluated = {(each["arguments"]["dataset"], each["arguments"]["split"]) for each in evaluations}
+    if not arguments["hold_out"] and (data, split) in evaluated:
+        return (
+            f"The model was trained on the split {code(split)} of {plain(data_name(data))}: its figures there say "
+            "little about other pictures."
+        )
+    if not arguments["hold_out"] and not arguments["eval_split"]:
+        return "The run kept no data for its evaluation: whether the model was trained on the data below is not known."
+    return f"The model was not trained on {unseen_part(arguments)}."
 
 
 def read_json(path: Path) -> dict:
@@ -441,7 +465,8 @@ def describe_architecture(config: PreTrainedConfig) -> list[tuple[str, str]]:
     if isinstance(config, VlpBlipConfig):
         kind, width = "Mixture of encoder and decoder (MED)", config.image_text_hidden_size
     else:
-        kind, width = "Causal Transformer", config.projection_dim
+        causal = not text.model_type == "vlp_siglip_text"
+        kind, width = "Causal Transformer" if causal else "Bidirectional Transformer", config.projection_dim
     space = shared_space(config) if isinstance(config, VlpClipConfig) else ("Shared space", f"{width} dimensions")
     return [("Image tower", tower), ("Text tower", f"{kind}, {size}"), space]
 

@@ -26,3 +26,11 @@ class VlpZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         inputs = super().preprocess(BLANK, *args, **kwargs)
         inputs.update(self.image_processor(images=[read_picture(image)], return_tensors="pt").to(self.dtype))
         return inputs
+
+    def postprocess(self, model_outputs):
+        """As the base class, but with the sigmoid loss each score is a probability of its own, as for SigLIP."""
+        if not self.model.config.model_type.startswith("vlp_") or getattr(self.model, "logit_bias", None) is None:
+            return super().postprocess(model_outputs)
+        scores = model_outputs["logits"][0].sigmoid().tolist()
+        found = zip(scores, model_outputs["candidate_labels"], strict=True)
+        return [{"score": score, "label": label} for score, label in sorted(found, key=lambda pair: -pair[0])]

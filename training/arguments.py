@@ -494,7 +494,9 @@ def json_object(word: str) -> dict:
     try:
         value = json.loads(word)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"not valid JSON: {brief(error)[:100]}") from None
+        raise argparse.ArgumentTypeError(
+            f"not valid JSON: {brief(error)[:100]} (to start from a model, use --model_name_or_path)"
+        ) from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'expected an object such as {{"projection_dim": 256}}, got {word[:60]}')
     return value

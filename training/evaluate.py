@@ -56,8 +56,8 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
     if state.is_main_process:
         path = write_results(folder, results, pictures, outcome, root)
         print(evaluation_table(results))
-        more = " and .png" if outcome.confusion else ""
-        print(f"Results written to {printable(path)}, with .md{more} files next to it.")
+        endings = ".md and .png" if outcome.confusion else ".md"
+        print(f"Results written to {printable(path)}, and as {endings} beside it.")
         if root == local and (root / RESULTS).is_file():
             update_card(root)
     state.wait_for_everyone()

@@ -507,8 +507,8 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
     else:
         rules = openai.RULES if found.is_clip and not peer.is_siglip(found.config) else None
     if rules is None:
-        towers = " with SigLIP's towers" if found.is_clip and peer.is_siglip(found.config) else ""
-        raise ExchangeError(f"{to} has no {found.architecture}{towers}.")
+        what = "SigLIP" if found.is_clip and peer.is_siglip(found.config) else found.architecture
+        raise ExchangeError(f"vlp cannot write a {what} for {to}: use --to transformers.")
     if to in ("salesforce", "lavis") and isinstance(found.config.vision_config, VlpModifiedResNetConfig):
         raise ExchangeError("salesforce/BLIP and LAVIS have no ModifiedResNet.")
     state, left_out = export_state(found.tensors, rules)
@@ -630,7 +630,8 @@ def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     return PlainTokenizer(
         tokenizer_object=tokenizer.backend_tokenizer, model_max_length=tokenizer.model_max_length,
-        model_input_names=["input_ids", "attention_mask"], **special,
+        model_input_names=[name for name in tokenizer.model_input_names if name != "token_type_ids"],  # SigLIP: no mask
+        **special,
     )  # fmt: skip
 
 

@@ -79,7 +79,8 @@ class CommandParser(argparse.ArgumentParser):
             known = [name for action in self._actions for name in action.option_strings]
             if near := difflib.get_close_matches(match[1], known, 1):
                 message += f"; did you mean {near[0]}?"
-        self.exit(2, f"{self.prog}: error: {brief(message, LONGEST - len(self.prog) - 24)} See --help.\n")
+        shown = brief(message, LONGEST - len(self.prog) - 24)
+        self.exit(2, f"{self.prog}: error: {shown}{'' if shown.endswith(('.', '?')) else '.'} See --help.\n")
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def explained(name: str | Path, what: str, option: str = "") -> Iterator[None]:
             reason = f"there is no such folder, and {hub_says(text)}"
         else:
             reason = brief(f"{type(error).__name__}: {text}")[:200]
-        raise UnsupportedModelError(f"{told}: {what} cannot be loaded: {reason}.") from error
+        raise UnsupportedModelError(f"{told}: {what} cannot be loaded: {reason.rstrip('.')}.") from error
 
 
 def hub_says(text: str) -> str:
@@ -231,7 +231,8 @@ def read_config(name: str | Path, option: str = "") -> PreTrainedConfig:
                     f"{told}: config.json has the model_type {shown}, which this version of vlp and transformers does "
                     "not know; expected vlp_clip, vlp_blip, vlp_blip2 or one of transformers."
                 )
-        config = AutoConfig.from_pretrained(name, **NO_CODE)
+        with quiet():  # transformers warns about its own defaults for SigLIP
+            config = AutoConfig.from_pretrained(name, **NO_CODE)
         if config.model_type == "timm_wrapper" and not config.architectures:  # as timm's own files are
             config.architectures = ["TimmWrapperModel"]
         names = config.architectures

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_config
 from huggingface_hub import ModelCard
 from PIL import Image
-from vlp.model_cards.card import examples_of, prompt_for_use, render_card, write_card
+from vlp.model_cards.card import examples_of, prompt_for_use, render_card, seen_parts, write_card
 from vlp.model_cards.plots import wrapped
 
 from vlp.architectures import architecture
@@ -257,7 +257,7 @@ def test_licence_follows_the_models_that_training_started_from(tmp_path, bases, 
     text = (tmp_path / "README.md").read_text()
     data = ModelCard(text).data
     assert data.license == licence and words in text
-    names = [base["name"] for base in bases]
+    names = [base["name"] for base in bases if "/" in base["name"]]
     assert (data.base_model or []) in (names, "".join(names))
 
 
@@ -265,3 +265,17 @@ def test_long_texts_are_broken_into_lines():
     assert wrapped("a red circle above a blue star", 12, 4) == ["a red circle", "above a blue", "star"]
     assert wrapped("a red circle above a blue star", 12, 2) == ["a red circle", "above a blu…"]
     assert wrapped("", 12, 1, "  90 %") == ["  90 %"] and wrapped("star", 12, 1, "  90 %") == ["star  90 %"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "evaluated", "words"),
+    [
+        ({}, "test", "The model was not trained on the split `test`."),
+        ({}, "train", "The model was trained on the split `train` of me/pairs: its figures there say little"),
+        ({"eval_split": None}, "test", "whether the model was trained on the data below is not known."),
+        ({"hold_out": "album=2"}, "train", "The model was not trained on the rows album=2."),
+    ],
+)
+def test_card_says_what_the_model_was_trained_on(changes, evaluated, words):
+    arguments = facts()["arguments"] | changes
+    assert words in seen_parts(arguments, [{"arguments": {"dataset": "me/pairs", "split": evaluated}}])

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import shutil
+import signal
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -11,11 +13,13 @@ import pytest
 import torch
 from conftest import free_port, tiny_blip, tiny_pair
 from PIL import Image
+from processes import Program
 from test_data import picture
 from vlp.processing.blip import train_tokenizer
 
 import vlp
 from vlp.commands.demo import MAX_BODY, Demo, DemoError, OnlyOwnRequests, embedded_pictures
+from vlp.commands.demo import main as demo_main
 from vlp.commands.demo_page import DRAWINGS, SCENES, page, write_examples
 
 COLOURS = ["red", "green", "blue", "yellow"]
@@ -251,6 +255,21 @@ def test_page_in_a_browser(address, place):
         window.wait_for_selector("#order-match h2")
         assert window.inner_text("#order-similarity") and errors == []
         chromium.close()
+
+
+def test_a_port_in_use_is_refused_and_one_ctrl_c_stops(tmp_path):
+    pytest.importorskip("gradio")
+    port = str(free_port())
+    argv = ["vlp demo", "--port", port, "--pictures", str(tmp_path), "--indexes", str(tmp_path / "indexes")]
+    first = Program(tmp_path / "first.txt", demo_main, argv=argv, folder=tmp_path)
+    while "press Ctrl-C to stop" not in ((tmp_path / "first.txt").read_text() if first.output.exists() else ""):
+        assert first.process.is_alive()
+        time.sleep(0.2)
+    code, output = Program(tmp_path / "second.txt", demo_main, argv=argv, folder=tmp_path).wait()
+    assert code == 1 and f"--port {port}: Address already in use." in output
+    first.send_signal(signal.SIGINT)
+    code, output = first.wait()
+    assert code == 0 and "Traceback" not in output
 
 
 # --- requests of others -----------------------------------------------------------------------------------------------

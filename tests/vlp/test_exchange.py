@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import (
     AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
@@ -39,7 +41,7 @@ from vlp.training.families.blip import BlipArguments, make_teacher
 
 import vlp
 from vlp.commands.convert import main
-from vlp.conversion import convert
+from vlp.conversion import convert, plain_tokenizer
 from vlp.errors import ArgumentError, UnsupportedModelError
 from vlp.files import state_folder
 from vlp.inference import load
@@ -95,6 +97,28 @@ def compare_clip(folder: Path, theirs, side: int) -> vlp.VlpClipModel:
 
 
 @torch.no_grad()
+def test_siglip_scores_the_same_with_its_exported_processor(tmp_path):
+    """SigLIP attends to padding: its tokenizer gives no mask, neither before nor after it is exported."""
+    _, processor = tiny_pair("vit")
+    tokenizer, config = processor.tokenizer, tiny_model("siglip").config
+    config.text_config.vocab_size, tokenizer.model_input_names = len(tokenizer), ["input_ids"]
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config.text_config, name, getattr(tokenizer, name))
+    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    processor = vlp.VlpClipProcessor(processor.image_processor, plain_tokenizer(tokenizer))
+    for part in (vlp.VlpClipModel(config), processor):
+        part.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", "transformers")
+    picture, texts, scores = Image.new("RGB", (40, 30), "red"), ["a red square", "a blue circle"], []
+    for folder in ("ours", "theirs"):
+        reader = AutoProcessor.from_pretrained(tmp_path / folder)
+        inputs = reader(images=picture, text=texts, padding="max_length", return_tensors="pt")
+        assert set(inputs) == {"input_ids", "pixel_values"}
+        scores.append(AutoModel.from_pretrained(tmp_path / folder).eval()(**inputs).logits_per_image)
+    same(*scores)
+
+
+@torch.no_grad()
 def test_transformers_siglip_both_ways(tmp_path):
     """Loss, attention to padding, pooling and preprocessing match transformers."""
     torch.manual_seed(0)
@@ -124,7 +148,7 @@ def test_transformers_siglip_both_ways(tmp_path):
     again = SiglipModel.from_pretrained(tmp_path / "back").eval()
     assert torch.equal(again(texts, pixels()).logits_per_image, expected.logits_per_image)
     for target in ("openai", "open_clip"):
-        with pytest.raises(ExchangeError, match=f"{target} has no VlpClipModel with SigLIP's towers"):
+        with pytest.raises(ExchangeError, match=f"cannot write a SigLIP for {target}"):
             convert(tmp_path / "ours", tmp_path / "x", target)
     convert(tmp_path / "theirs", tmp_path / "larger", image_size=48)
     larger = vlp.VlpClipModel.from_pretrained(tmp_path / "larger").eval()
@@ -295,7 +319,7 @@ def test_end_token_of_early_configurations_is_corrected(tmp_path):
 @pytest.mark.parametrize(("tower", "to", "message"), [
     ("resnet", "transformers", "transformers has no ModifiedResNet"),
     ("vit", "openai", "heads are not 64 wide"),
-    ("vit", "salesforce", "salesforce has no VlpClipModel"),
+    ("vit", "salesforce", "cannot write a VlpClipModel for salesforce"),
 ])  # fmt: skip
 def test_unsupported_targets_are_rejected(tmp_path, tower, to, message):
     tiny_model(tower).save_pretrained(tmp_path / "ours")

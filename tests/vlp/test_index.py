@@ -229,3 +229,17 @@ def test_model_of_an_index_that_cannot_be_loaded_is_named(model, pictures, tmp_p
     with pytest.raises(SystemExit, match="error: The model of the index .*index: ") as error:
         main()
     assert len(str(error.value)) < 500 and str(error.value).isprintable()
+
+
+def test_what_a_camera_writes_and_another_model_are_told(model, pictures, tmp_path, monkeypatch, capsys):
+    (pictures / "photo.HEIC").write_bytes(b"ftypheic")
+    other, processor = tiny_pair("resnet")
+    for part in (other, processor):
+        part.save_pretrained(tmp_path / "other")
+    for name in (model, str(tmp_path / "other")):
+        words = ["vlp index", "build", str(pictures), str(tmp_path / "index"), "--model", name]
+        monkeypatch.setattr(sys, "argv", words)
+        main()
+        shown = capsys.readouterr()
+        assert "warning: skipped 1 .heic pictures, which Pillow cannot read" in shown.err
+    assert f"The index was built with {model}: all pictures are embedded again." in shown.out

@@ -10,6 +10,7 @@ from PIL import Image
 from processes import Program
 from torch.testing import assert_close
 from vlp.processing.blip import train_tokenizer
+from vlp.training.data.sources import load_rows
 
 import vlp
 from vlp.commands.onnx import effect_of_quantization, export, main
@@ -138,8 +139,8 @@ def test_quantised_files_are_close_and_their_effect_is_told(tmp_path):
     assert small.stat().st_size < whole.stat().st_size
     expected, found = (compute(path, pixel_values=pixels)[0] for path in (whole, small))
     assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
-    said = effect_of_quantization(folder, processor, drawings=20)
-    assert "of 20 bundled drawings" in said and "instead of" in said
+    said = effect_of_quantization(folder, processor, load_rows("emoji", "test", "image"), most=20)
+    assert "chooses among the 20 captions" in said and "of 20 pictures; " in said and "of the original's" in said
 
 
 def test_the_command_line(tmp_path):

@@ -45,7 +45,7 @@ def check(arguments: CheckArguments) -> Findings:
     eval_rows = rows_to_evaluate_on(arguments)
     findings = look(arguments, rows, eval_rows)
     written = write_whole(Path(target), lambda folder: write_report(folder, findings, rows, eval_rows, arguments))
-    print(f"Report written to {printable(written)}/check.html, with .md and .json files next to it.")
+    print(f"Report written to {printable(written)}/check.html, and as .md and .json beside it.")
     return findings
 
 

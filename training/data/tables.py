@@ -114,9 +114,10 @@ def read_table(
                 f"{told}: row {number + 1} is {printable(repr(row), 60)}; expected an object with the columns as keys."
             )
     if split != "train" and not any("split" in row for row in rows):
+        others = "--hold_out COLUMN=VALUE, or another file with --eval_dataset_name and --eval_split train"
         raise ArgumentError(
             f"{path} has no column split, so all rows are in split 'train' and there is no split {split!r}: use "
-            "--hold_out COLUMN=VALUE, or another file with --eval_dataset_name and --eval_split train."
+            f"{'--split train' if option == '--dataset' else others}."
         )
     return with_lists(rows)
 

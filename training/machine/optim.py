@@ -12,7 +12,8 @@ from .muon import Muon
 # Position embeddings and the class token are added to activations like biases, so they are not decayed.
 NO_DECAY = re.compile(r"position(al)?_embedding|class_embedding|logit_scale|logit_bias|prefix_words\.offsets")
 TOWER = re.compile(r"(vision|text)_model\.")
-LAYER = re.compile(r"\.\d+\.")  # the number of a layer or a block
+# Embeddings, which are tables, and heads, the last matrices.
+NO_MUON = re.compile(r".*embed|(visual|vision|text|language)_proj(ection)?\.|(lm|itm|cls)_head\.|query_tokens")
 
 MAX_TEMPERATURE_RATE = 3e-4  # the peak learning rate of BLIP's pre-training
 # With --spelling_share, the offsets of a prefix of words learn from the language model, which is run in the last steps
@@ -40,8 +41,8 @@ def parameter_groups(
         layer_decay: factor on the learning rate from each layer to the one below.
         tower_learning_rate: peak learning rate of the towers, cross-attention excepted; None: `learning_rate`.
         offsets_rate: constant learning rate of the offsets of a prefix of words; None: `learning_rate`.
-        muon: mark the groups of the matrices and convolutions of the layers with "muon": True, for `Muon`. Embeddings,
-            heads and what surrounds the layers keep AdamW, as its author recommends.
+        muon: mark the groups of matrices and convolutions with "muon": True, for `Muon`. Embeddings and heads keep
+            AdamW, as its author recommends.
 
     Returns:
         Parameter groups; "peak_lr" is the learning rate before the schedule, which does not apply to groups that are
@@ -67,8 +68,9 @@ def parameter_groups(
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix or a convolution of a layer; one over single channels is no matrix."""
-    return bool(LAYER.search(name)) and parameter.ndim >= 2 and parameter.shape[1] > 1 and not NO_DECAY.search(name)
+    """Whether a parameter is a matrix or a convolution inside a model; one over single channels is no matrix."""
+    is_matrix = parameter.ndim >= 2 and parameter.shape[1] > 1
+    return is_matrix and not NO_MUON.match(name) and not NO_DECAY.search(name)
 
 
 def levels_below_top(model: nn.Module, name: str) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import ipaddress
 import os
 import re
+import signal
 import socket
 import tempfile
 import threading
@@ -478,6 +479,16 @@ def main() -> None:
         serve(parser.parse_args())
 
 
+def require_free(host: str, port: int) -> None:
+    """Raise ArgumentError if another program uses a port."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ArgumentError(f"--host {printable(host, 60)} --port {port}: {brief(error.strerror)}.") from None
+
+
 def serve(options: argparse.Namespace) -> None:
     """Serve the page until the program is interrupted.
 
@@ -492,6 +503,7 @@ def serve(options: argparse.Namespace) -> None:
         raise ArgumentError(f"--port must be from 1 to 65535, got {printable(options.port, 40)}.")
     if not options.host.strip() or not is_valid(options.host):
         raise ArgumentError(f"--host must be an address, such as 127.0.0.1; got {printable(repr(options.host), 60)}.")
+    require_free(options.host, options.port)
     if options.auth is not None and not all(options.auth.partition(":")):
         raise ArgumentError("--auth must be USER:PASSWORD.")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -519,13 +531,18 @@ def serve(options: argparse.Namespace) -> None:
     user, _, password = (options.auth or "").partition(":")
     with tempfile.TemporaryDirectory() as place:  # gradio copies the examples to its own cache
         blocks = demo_page.page(demo, demo_page.write_examples(Path(place)))
-        print(f"The demo is running at http://{options.host}:{options.port} (press Ctrl-C to stop).", flush=True)
+        stopped = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):  # gradio's own waiting loses a Ctrl-C that comes early
+            signal.signal(number, lambda *_: stopped.set())
         blocks.queue(default_concurrency_limit=1, max_size=32).launch(
             server_name=options.host, server_port=options.port, share=False, max_file_size=MAX_BYTES, theme=theme,
-            footer_links=[], ssr_mode=False, css=demo_page.STYLE, quiet=True,
+            prevent_thread_lock=True, footer_links=[], ssr_mode=False, css=demo_page.STYLE, quiet=True,
             auth=[(user, password)] if options.auth else None,
             app_kwargs={"middleware": [Middleware(OnlyOwnRequests, host=options.host)]},
         )  # fmt: skip
+        print(f"The demo is running at http://{options.host}:{options.port} (press Ctrl-C to stop).", flush=True)
+        stopped.wait()
+        blocks.close(verbose=False)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     vlp index search runs/index --image apple.png
 
 An index is a folder with three files: `embeddings.safetensors` has one unit vector per picture in float16 and is
-memory-mapped; `pictures.parquet` has their paths in the same order; `index.json` names the model. Up to EXACT pictures,
-and without faiss, the query is compared with every vector. Larger indexes are searched with faiss
+memory-mapped; `pictures.parquet` has their paths in the same order; `index.json` names the model. Up to 100,000
+pictures, and without faiss, the query is compared with every vector. Larger indexes are searched with faiss
 (`pip install "vlp[faiss]"`), which groups the vectors into cells and searches the `--probes` nearest ones.
 """
 
@@ -48,6 +48,7 @@ from ..training.data.rows import describe
 
 # Shapes: N pictures, E width of the embeddings, K cells, T queries
 
+UNREADABLE = (".heic", ".heif", ".avif", ".cr2", ".dng", ".nef", ".arw")  # of cameras; Pillow may not know them
 EXACT = 100_000  # up to this many pictures, every vector is compared
 PROBES = 64  # cells to search in larger indexes
 TRAINED = 200_000  # vectors that faiss finds the cells with, at most about twice as many
@@ -216,8 +217,10 @@ def pictures_in(folder: Path) -> list[tuple[str, int, int]]:
     root = folder.resolve()
     if not root.is_dir():
         raise NoIndexError(f"{folder}: no such folder.")
-    found = []
+    found, unreadable = [], Counter()
     for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in UNREADABLE and path.suffix.lower() not in extensions():
+            unreadable[path.suffix.lower()] += 1
         if path.suffix.lower() in extensions() and path.is_file() and path.resolve().is_relative_to(root):
             stat, name = path.stat(), path.relative_to(root).as_posix()
             try:
@@ -226,6 +229,9 @@ def pictures_in(folder: Path) -> list[tuple[str, int, int]]:
                 print(f"warning: skipped {printable(name, 120)}: its name is not valid UTF-8.", file=sys.stderr)
                 continue
             found.append((name, stat.st_size, stat.st_mtime_ns))
+    for ending, count in unreadable.items():
+        print(f"warning: skipped {count:,} {ending} pictures, which Pillow cannot read: convert them to JPEG.",
+              file=sys.stderr)  # fmt: skip
     if not found:
         raise NoIndexError(f"{folder} contains no pictures ({', '.join(sorted(extensions()))}).")
     return found
@@ -543,6 +549,14 @@ def search(options) -> None:
             print_hits(predictor.embed_texts([line])[0])
 
 
+def model_of(index: str) -> str | None:
+    """The name of the model that an index was built with; None if there is no index."""
+    try:
+        return Index(index).facts["model"]
+    except UserError:
+        return None
+
+
 def main() -> None:
     """The command `vlp index`."""
     options = build_parser().parse_args()
@@ -550,7 +564,10 @@ def main() -> None:
         if options.command == "search":
             search(options)
             return
-        with tqdm(unit="picture") as bar:
+        before = model_of(options.index)
+        if before not in (None, options.model):
+            print(f"The index was built with {printable(before, 120)}: all pictures are embedded again.")
+        with tqdm(unit=" pictures") as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.total = total

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "demo": ("vlp.commands.demo", [], "start a local web page to try a model"),
 }
 USAGE = "usage: vlp COMMAND [options]\n\n" + "\n".join(f"  {name:10} {text}" for name, (_, _, text) in COMMANDS.items())
+USAGE += "\n  completion bash, zsh or fish: the script that completes the options of vlp"
 
 
 def main(words: list[str]) -> None:

@@ -275,36 +275,38 @@ class Sessions:
         return [torch.tensor(each) for each in found]
 
 
-def effect_of_quantization(folder: Path, processor, drawings: int = 256) -> str:
-    """What the quantised files do otherwise, on the first bundled drawings of the test design and their names.
+def effect_of_quantization(folder: Path, processor, rows, most: int = 256) -> str:
+    """What the quantised files do otherwise.
 
     Args:
         folder: a folder that `export` wrote.
         processor: the model's processor.
-        drawings: how many drawings, and names, to compare.
+        rows: a `datasets.Dataset` of pairs, with the columns image and caption.
+        most: how many of them to compare, from the first.
 
     Returns:
         A sentence for the user.
     """
-    rows = load_rows("emoji", "test", "image")[:drawings]
-    images = processor.image_processor([read_picture(image) for image in rows["image"]], return_tensors="pt")
-    texts = processor.tokenizer(rows["caption"], padding=True, truncation=True, return_tensors="pt")["input_ids"]
+    pairs = rows[:most]
+    captions = [each[0] if isinstance(each, list) else each for each in pairs["caption"]]
+    images = processor.image_processor([read_picture(image) for image in pairs["image"]], return_tensors="pt")
+    texts = processor.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")["input_ids"]
     both = Sessions(folder), Sessions(folder, "_quantized")
     if (folder / "onnx" / "model.onnx").is_file():
-        what = "classification of drawings by their names"
+        what = f"chooses among the {len(captions)} captions"
         first, second = (each.run("model", input_ids=texts, **images)[0].argmax(dim=1) for each in both)
-        right = torch.arange(drawings)
-        known = f", and is right for {percent(second == right)} instead of {percent(first == right)}"
+        right = torch.arange(len(captions))
+        known = f"; {percent(second == right)} of its choices are right, {percent(first == right)} of the original's"
     else:
-        what, known = "choice of the first word of a caption", ""
-        start = torch.full((drawings, 1), processor.tokenizer.bos_token_id)
+        what, known = "begins a caption", ""
+        start = torch.full((len(captions), 1), processor.tokenizer.bos_token_id)
         first, second = (
             each.run("decoder_model", input_ids=start, encoder_hidden_states=each.run("encoder_model", **images)[0])[0]
             .argmax(dim=2).flatten() for each in both
         )  # fmt: skip
     return (
-        f"The quantised model's {what} is that of the original for {percent(first == second)} of {drawings} bundled "
-        f"drawings{known}."
+        f"The quantised model {what} as the original does for {percent(first == second)} of {len(captions)} "
+        f"pictures{known}."
     )
 
 
@@ -341,6 +343,7 @@ def export(model, processor, target: Path, quantized: bool = True) -> Path:
         for name, program in programs.items():
             program.save(fresh / "onnx" / f"{name}.onnx")
             if quantized:
+                print(f"Quantising {name}.onnx", flush=True)
                 quantize(fresh / "onnx" / f"{name}.onnx")
         (fresh / "config.json").write_text(json.dumps(config_of(model), indent=2) + "\n")
         if hasattr(model, "lm_head"):
@@ -365,6 +368,11 @@ def main() -> None:
         "--quantize", action=argparse.BooleanOptionalAction, default=True,
         help="also write each file with weights of 8 bits (default: yes)",
     )  # fmt: skip
+    parser.add_argument(
+        "--dataset", default="emoji",
+        help="pairs on which the quantised model is compared with the original (default: the included drawings)",
+    )  # fmt: skip
+    parser.add_argument("--split", default="train", help="split of --dataset (default: train)")
     options = parser.parse_args()
     with reported_errors():
         for package in ("onnxscript", "onnxruntime"):
@@ -378,12 +386,16 @@ def main() -> None:
                 f"{options.folder} is a {row.model.__name__}, which vlp onnx does not export; it exports "
                 f"{', '.join(EXPORTED)}."
             )
+        rows = None
+        if options.quantize:  # loaded first, so that a wrong name is told at once
+            split = "test" if options.dataset == "emoji" else options.split
+            rows = load_rows(options.dataset, split, option="--dataset")
         model, processor = load_model(row.model, options.folder), load_processor(options.folder)
         folder = export(model, processor, usable_path(options.target, "TARGET"), options.quantize)
         files = sorted(file.name for file in (folder / "onnx").iterdir())
         print(f"Wrote to {printable(folder)}/onnx: {', '.join(files)}")
         if options.quantize:
-            print(effect_of_quantization(folder, processor))
+            print(effect_of_quantization(folder, processor, rows))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ compares = hasattr(model, "get_text_features")
 
 @torch.inference_mode()
 def score(picture, text: str) -> dict[str, float]:
-    """The probability of each caption, one per line, if one of them is right."""
+    """The probability of each caption, one per line: one of them is right, or, with SigLIP's bias, each by itself."""
     captions = list(dict.fromkeys(line.strip() for line in (text or "").splitlines() if line.strip()))
     if picture is None or not captions:
         raise gr.Error("Choose a picture, and write one caption per line.")
@@ -37,7 +37,8 @@ def score(picture, text: str) -> dict[str, float]:
         for output in (model.get_image_features(**images), model.get_text_features(**texts))
     )
     scale = model.logit_scale.exp() if hasattr(model, "logit_scale") else 1 / model.temp
-    shares = (scale * image @ words.T)[0].softmax(dim=-1)
+    logits, bias = (scale * image @ words.T)[0], getattr(model, "logit_bias", None)
+    shares = logits.softmax(dim=-1) if bias is None else (logits + bias).sigmoid()
     return dict(zip(captions, shares.tolist(), strict=True))
 
 
@@ -55,7 +56,7 @@ if compares:
     captions = gr.Textbox(lines=4, label="Captions, one per line", value="a cat\na dog\na rocket")
     pages["Score captions"] = gr.Interface(
         score, [gr.Image(type="pil", label="Picture"), captions],
-        gr.Label(num_top_classes=10, label="Probability, if one of them is right"), flagging_mode="never",
+        gr.Label(num_top_classes=10, label="Probability"), flagging_mode="never",
     )  # fmt: skip
 if writes:
     pages["Describe"] = gr.Interface(

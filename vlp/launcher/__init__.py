@@ -8,6 +8,7 @@ This package is installed as `vlp_launcher`, because importing a part of `vlp` i
 
 import argparse
 import difflib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -91,11 +92,12 @@ def nearest(word: str, known: list[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def check(words: list[str]) -> list[str]:
+def check(words: list[str], as_vlp: bool = False) -> list[str]:
     """Answer a command line that needs no work: --help, a wrong option or a missing file; otherwise return it.
 
     Args:
         words: the words after `vlp`.
+        as_vlp: call the command `vlp COMMAND` in messages, not as the table does, such as `accelerate launch ...`.
 
     Returns:
         The same words, with `check DATA` written as `check --dataset_name DATA`.
@@ -109,6 +111,9 @@ def check(words: list[str]) -> list[str]:
         words = ["check", "--dataset_name", *words[1:]]
     known = tables()
     command, task, rest = split(words)
+    if command == "--version":
+        print(f"vlp {importlib.metadata.version('vlp')}")
+        raise SystemExit(0)
     if command in (None, "-h", "--help"):
         print(f"{known['usage']}\n\n`vlp COMMAND --help` lists the options of a command.")
         raise SystemExit(0)
@@ -123,6 +128,8 @@ def check(words: list[str]) -> list[str]:
             )
         table = table[task]
     parser = build(table, parser_class())
+    if as_vlp:
+        parser.prog = " ".join(["vlp", command, *([task] if task else [])])
     given = vars(parser.parse_args(rest))
     inputs = [*known["inputs"], *(["index"] if given.get("command") == "search" else [])]
     for name, value in given.items():
@@ -203,7 +210,9 @@ def main(words: list[str] | None = None) -> None:
             sys.exit(f"usage: vlp completion {'|'.join(COMPLETION)}")
         print(COMPLETION[words[1]])
         return
-    words = check(words)
+    words = check(words, as_vlp=True)
+    if sys.stderr.isatty():
+        print("Loading torch and transformers (a few seconds).", file=sys.stderr, flush=True)
     from vlp.commands.main import main as work
 
     work(words)
