@@ -196,8 +196,8 @@ class TrainingArguments:
     )
     optimizer: Literal["adamw", "muon"] = option(
         "adamw",
-        "muon: learn the matrices of the layers with Muon and the rest with AdamW, which takes fewer steps; not with "
-        "DeepSpeed",
+        "muon: learn matrices and convolutions with Muon, and embeddings, heads and vectors with AdamW, which takes "
+        "fewer steps; not with DeepSpeed",
         bound=True,
         shown=True,
     )
