@@ -42,6 +42,7 @@ class Task:
 # What recipes for the included data say of its columns and splits, which other data do not have.
 OF_THE_DATA = ("dataset_config_name", "train_split", "eval_split", "class_column", "caption_column", "answer_column",
                "tag_column", "tag_share", "templates", "template_share")  # fmt: skip
+LENGTHS = ("max_train_steps", "max_train_minutes", "num_train_epochs")
 TOWERS = ("image_tower", "text_tower", "vision_tower")
 TASKS = {
     each.name: Task(each.arguments, each.recipe, each.text, each.recipe_with_towers) for each in FAMILIES.values()
@@ -56,6 +57,8 @@ TASKS = {
 
 def parse(arguments: list[str], task: str = "clip"):
     """Parse a command line: its options override those of the recipe (`--config`).
+
+    If it chooses the length of the run, in steps, minutes or epochs, the recipe's length does not count.
 
     Args:
         arguments: words of the command line after the command.
@@ -80,12 +83,22 @@ def parse(arguments: list[str], task: str = "clip"):
     own, chosen = values.get("dataset_name", EMOJI), given.dataset_name
     if chosen is not None and (own == EMOJI or is_scenes(own)) and chosen.partition(":")[0] != own.partition(":")[0]:
         values = {name: value for name, value in values.items() if name not in OF_THE_DATA}
+    lengths = lengths_in(arguments)
+    values = {name: value for name, value in values.items() if not lengths or name not in LENGTHS or name in lengths}
     parser.set_defaults(**values)
     parsed = vars(parser.parse_args(arguments))
     del parsed["config"]
     if parsed["output_dir"] is None:
         parsed["output_dir"] = f"runs/{Path(recipe).stem}"
     return TASKS[task].arguments(**parsed)
+
+
+def lengths_in(arguments: list[str]) -> set[str]:
+    """The options in a command line that choose the length of the run, which those of the recipe then do not."""
+    pairs = [word.removeprefix("--").partition("=") for word in arguments if word.startswith("--")]
+    after = dict(zip(arguments, [*arguments[1:], ""], strict=False))
+    chosen = {name: value or after.get(f"--{name}", "") for name, _, value in pairs if name in LENGTHS}
+    return {name for name, value in chosen.items() if value != "none"}
 
 
 def read_recipe(name: str, kind: type[TrainingArguments]) -> dict:

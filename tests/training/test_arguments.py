@@ -42,10 +42,25 @@ def test_recipes_build_models_of_published_size(name, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("words", "steps", "minutes"),
+    [
+        ("", 2000, None), ("--max_train_minutes 3", None, 3.0), ("--max_train_minutes=3", None, 3.0),
+        ("--max_train_steps 9", 9, None), ("--num_train_epochs 2", None, None),
+        ("--max_train_minutes none", 2000, None), ("--max_train_minutes 3 --max_train_steps 9", 9, 3.0),
+        ("--config blip-emoji --max_train_steps 9", 9, None), ("--config blip-emoji", None, 10.0),
+    ],
+)  # fmt: skip
+def test_length_on_the_command_line_replaces_that_of_the_recipe(words, steps, minutes):
+    arguments = parse(words.split(), "blip" if "blip" in words else "clip")
+    assert (arguments.max_train_steps, arguments.max_train_minutes) == (steps, minutes)
+
+
 def test_default_recipe_and_command_line_overrides():
     arguments = parse([])
     assert arguments.dataset_name == "emoji" and arguments.output_dir == "runs/clip-emoji"
-    assert arguments.max_train_minutes <= 6 and arguments.templates in TEMPLATES
+    assert arguments.max_train_steps == 2000 and arguments.max_train_minutes is None
+    assert arguments.templates in TEMPLATES
     changed = parse(
         ["--learning_rate", "1e-5", "--no-cache_images", "--output_dir", "x", "--model", '{"projection_dim": 8}']
     )

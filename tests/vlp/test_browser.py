@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -73,6 +74,20 @@ def test_node_gives_what_python_gives(exported, tmp_path):
         best = max(found[name], key=lambda each: each["score"])
         assert best["label"] == "red apple" and best["score"] > 0.99, found[name]
         assert {each["label"] for each in found[name]} == set(NAMES)
+
+
+def test_snippets_of_the_page_run(exported, tmp_path):
+    """The JavaScript of docs/browser.md, with the files that it names."""
+    text = (ROOT / "docs/browser.md").read_text()
+    snippets = re.findall(r"```js\n(.*?)```", text, re.DOTALL)
+    assert snippets
+    for target, source in (("node_modules", MODULES), ("model", exported / "clip"), ("red-apple.webp", PICTURE)):
+        (tmp_path / target).symlink_to(source)
+    for number, snippet in enumerate(snippets):
+        script = tmp_path / f"{number}.mjs"
+        script.write_text(snippet)
+        ran = subprocess.run(["node", script.name], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+        assert ran.returncode == 0 and "red apple" in ran.stdout, ran.stderr
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
