@@ -89,6 +89,7 @@ cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write
 	$(CARD) clip --output_dir model_cards/clip-emoji $(STEPS) 3000
 	$(CARD) clip --output_dir model_cards/clip-emoji-vi --language vi $(VIETNAMESE) $(STEPS) 3000
 	$(CARD) clip --output_dir model_cards/clip-emoji-en-vi --language en,vi $(BILINGUAL) $(STEPS) 4000
+	$(CARD) clip --config clip-emoji-vit --output_dir model_cards/clip-emoji-vit $(STEPS) 2000
 	$(CARD) blip --output_dir model_cards/blip-emoji $(STEPS) 4500
 	$(CARD) blip2 --output_dir build/blip2-emoji $(STEPS) 1500
 	$(CARD) blip2 --config blip2-emoji-2 --model_name_or_path build/blip2-emoji --output_dir model_cards/blip2-emoji \
@@ -104,7 +105,7 @@ cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write
 	$(EVALUATE) model_cards/blip-scenes --dataset scenes --dataset_config_name swaps --task composition --group_column kind
 	$(EVALUATE) model_cards/blip-scenes-vqa --dataset scenes --dataset_config_name questions --task vqa \
 		--caption_column question --group_column kind --num_beams 1
-	for each in clip-emoji clip-emoji-en-vi blip-emoji; do \
+	for each in clip-emoji clip-emoji-vit clip-emoji-en-vi blip-emoji; do \
 		$(EVALUATE) model_cards/$$each --task zero-shot --group_column group || exit 1; done
 	for each in clip-emoji-vi clip-emoji-en-vi; do \
 		$(EVALUATE) model_cards/$$each --task zero-shot --class_column caption_vi --group_column group || exit 1; done

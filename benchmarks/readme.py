@@ -14,78 +14,77 @@ import simulate
 from table import table
 
 ROOT = Path(__file__).parents[1]
+SEARCH = (
+    "On {threads} CPU cores, a text query over {vectors} vectors of {width} dimensions takes "
+    "**{median} ms** (median of {queries} queries; {low} to {high}) and finds {recall} of the ten nearest. "
+    "Comparing every vector takes {exact} ms. Building the index took {seconds} s, without embedding; it "
+    "takes up {megabytes} MB."
+)
+HEAD = "| `{name}` | value (95 % interval) |"
+ROWS = {
+    "zero_shot_top1": "zero-shot top-1, {classes} names",
+    "zero_shot_top5": "zero-shot top-5",
+    "text_to_image_recall_at_1": "text to image, R@1",
+    "image_to_text_recall_at_1": "image to text, R@1",
+    "text_to_image_recall_at_10": "text to image, R@10",
+    "reranked_text_to_image_recall_at_1": "text to image, R@1, re-ranked by ITM",
+    "reranked_image_to_text_recall_at_1": "image to text, R@1, re-ranked by ITM",
+    "reranked_lm_text_to_image_recall_at_1": "text to image, R@1, re-ranked by captioning",
+    "reranked_lm_image_to_text_recall_at_1": "image to text, R@1, re-ranked by captioning",
+    "itm_accuracy": "ITM accuracy on pairs and their hardest wrong captions",
+    "caption_exact": "captions identical to the name",
+    "bleu_4": "captions, BLEU-4",
+    "cider": "captions, CIDEr",
+}
 WORDS = {
     "README.md": {
         "language": "en",
         "models": "| model | languages | parameters | file size | minutes "
         "| top-1, English (95 % interval) | top-1, Vietnamese |",
-        "search": "On {threads} CPU cores, a text query over {vectors} vectors of {width} dimensions takes "
-        "**{median} ms** (median of {queries} queries; {low} to {high}) and finds {recall} of the ten nearest. "
-        "Comparing every vector takes {exact} ms. Building the index took {seconds} s, without embedding; it "
-        "takes up {megabytes} MB.",
+        "train": (
+            "`make train` trains for {steps} steps on any machine. Of {classes} names, the model then chooses the "
+            "right one for {mean} of the drawings of an artist whose work it never saw (mean of {seeds} seeds, "
+            "{low} to {high}; chance is 0.05 %). Training alone took:",
+            "| machine, with nothing else running | precision | minutes |",
+            {"no": "float32"},
+        ),
         "composition": (
             "| | true caption first (95 % interval) | colours swapped | objects swapped |",
             "by similarity",
             "by matching (ITM)",
         ),
-        "head": "| `{name}` | value (95 % interval) |",
-        "rows": {
-            "zero_shot_top1": "zero-shot top-1, {classes} names",
-            "zero_shot_top5": "zero-shot top-5",
-            "text_to_image_recall_at_1": "text to image, R@1",
-            "image_to_text_recall_at_1": "image to text, R@1",
-            "text_to_image_recall_at_10": "text to image, R@10",
-            "reranked_text_to_image_recall_at_1": "text to image, R@1, re-ranked by ITM",
-            "reranked_image_to_text_recall_at_1": "image to text, R@1, re-ranked by ITM",
-            "reranked_lm_text_to_image_recall_at_1": "text to image, R@1, re-ranked by captioning",
-            "reranked_lm_image_to_text_recall_at_1": "image to text, R@1, re-ranked by captioning",
-            "itm_accuracy": "ITM accuracy on pairs and their hardest wrong captions",
-            "caption_exact": "captions identical to the name",
-            "bleu_4": "captions, BLEU-4",
-            "cider": "captions, CIDEr",
-        },
     },
     "README.vi.md": {
         "language": "vi",
         "models": "| mô hình | ngôn ngữ | tham số | dung lượng | phút "
         "| top-1, tiếng Anh (khoảng tin cậy 95 %) | top-1, tiếng Việt |",
-        "search": "Trên {threads} nhân CPU, một truy vấn văn bản trên {vectors} vector {width} chiều mất "
-        "**{median} ms** (trung vị của {queries} truy vấn; từ {low} đến {high}) và tìm được {recall} trong "
-        "mười vector gần nhất. So sánh với mọi vector mất {exact} ms. Dựng chỉ mục mất {seconds} s, không kể "
-        "việc nhúng ảnh; chỉ mục chiếm {megabytes} MB.",
+        "train": (
+            "`make train` huấn luyện {steps} bước trên mọi máy. Sau đó, trong {classes} tên, mô hình chọn đúng tên cho "
+            "{mean} hình vẽ của một hoạ sĩ mà nó chưa từng thấy (trung bình của {seeds} seed, từ {low} đến {high}; "
+            "chọn ngẫu nhiên: 0,05 %). Riêng phần huấn luyện mất:",
+            "| máy, không chạy gì khác | độ chính xác số | phút |",
+            {"no": "float32"},
+        ),
         "composition": (
             "| | chú thích đúng đứng trước (khoảng tin cậy 95 %) | tráo màu | tráo vật |",
             "theo độ tương đồng",
             "theo ghép cặp (ITM)",
         ),
-        "head": "| `{name}` | giá trị (khoảng tin cậy 95 %) |",
-        "rows": {
-            "zero_shot_top1": "zero-shot top-1, {classes} tên",
-            "zero_shot_top5": "zero-shot top-5",
-            "text_to_image_recall_at_1": "văn bản sang ảnh, R@1",
-            "image_to_text_recall_at_1": "ảnh sang văn bản, R@1",
-            "text_to_image_recall_at_10": "văn bản sang ảnh, R@10",
-            "reranked_text_to_image_recall_at_1": "văn bản sang ảnh, R@1, xếp hạng lại bằng ITM",
-            "reranked_image_to_text_recall_at_1": "ảnh sang văn bản, R@1, xếp hạng lại bằng ITM",
-            "reranked_lm_text_to_image_recall_at_1": "văn bản sang ảnh, R@1, xếp hạng lại bằng bộ giải mã",
-            "reranked_lm_image_to_text_recall_at_1": "ảnh sang văn bản, R@1, xếp hạng lại bằng bộ giải mã",
-            "itm_accuracy": "độ chính xác ITM trên các cặp đúng và chú thích sai khó nhất của chúng",
-            "caption_exact": "chú thích trùng hoàn toàn với tên",
-            "bleu_4": "chú thích, BLEU-4",
-            "cider": "chú thích, CIDEr",
-        },
     },
 }
 
-DOCUMENTS = (*WORDS, "docs/scaling.md", "docs/evaluation.md", "docs/towers.md", "docs/scenes.md")
+DOCUMENTS = (
+    *WORDS, "docs/scaling.md", "docs/evaluation.md", "docs/towers.md", "docs/scenes.md", "docs/results.md",
+    "docs/training.md",
+)  # fmt: skip
 
 
-def results_block(words: dict) -> str:
+def results_block() -> str:
     """The tables of the metrics of the included English models, from their evaluations, and the table of timings."""
     lines = []
     for name in ("clip-emoji", "blip-emoji", "blip2-emoji"):
         folder = ROOT / "model_cards" / name
-        lines += [words["head"].format(name=name), "| --- | --- |"]
+        lines += [HEAD.format(name=name), "| --- | --- |"]
         values, bounds, classes = {}, {}, None
         for task in ("zero-shot", "retrieval", "itm", "captioning"):
             path = folder / "evaluations" / f"emoji-test-{task}.json"
@@ -93,13 +92,13 @@ def results_block(words: dict) -> str:
                 found = json.loads(path.read_text())
                 values, bounds = values | found["metrics"], bounds | found["intervals"]
                 classes = classes or found["classes"]
-        for metric, title in words["rows"].items():
+        for metric, title in ROWS.items():
             if metric in values:
                 unit = "" if metric == "cider" else " %"
                 title = title.format(classes=f"{classes:,}" if classes else "")
                 lines.append(f"| {title} | {with_interval(values[metric], bounds[metric], unit)} |")
         lines.append("")
-    lines.append(table(words["language"]))
+    lines.append(table())
     return "\n".join(lines)
 
 
@@ -124,11 +123,45 @@ def models_block(words: dict) -> str:
     return "\n".join(lines)
 
 
-def search_block(words: dict) -> str:
+def train_block(words: dict) -> str:
+    """What `make train` reaches over several seeds, and how long it takes on machines where nothing else runs."""
+    known = json.loads((ROOT / "benchmarks/emoji_seeds.json").read_text())["clip-emoji"]
+    top1, runs = known["summary"]["zero_shot_top1"], list(known["seeds"].values())
+    sentence, head, precisions = words["train"]
+    lines = [
+        sentence.format(
+            steps=f"{runs[0]['steps']:,}", classes=f"{runs[0]['classes']:,}", mean=percent(top1["mean"]),
+            low=percent(top1["min"], ""), high=percent(top1["max"]), seeds=len(runs),
+        ),
+        "",
+        head,
+        "| --- | --- | --- |",
+    ]  # fmt: skip
+    for run in json.loads((ROOT / "benchmarks/train_time.json").read_text()):
+        minutes = f"{run['seconds'] / 60:.1f}"
+        lines.append(f"| {run['hardware']} | {precisions.get(run['precision'], run['precision'])} | {minutes} |")
+    return "\n".join(lines)
+
+
+def optimizers_block() -> str:
+    """The table of the results of benchmarks/optimizers.py."""
+    stored = json.loads((ROOT / "benchmarks/optimizers.json").read_text())
+    lines = [
+        "| `--optimizer` | `--learning_rate` | zero-shot top-1 | text to image, R@1 | image to text, R@1 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    metrics = ("zero_shot_top1", "text_to_image_recall_at_1", "image_to_text_recall_at_1")
+    for run in stored["runs"]:
+        cells = " | ".join(percent(run["metrics"][name]) for name in metrics)
+        lines.append(f"| {run['optimizer']} | {run['learning_rate']:g} | {cells} |")
+    return "\n".join(lines)
+
+
+def search_block() -> str:
     """The paragraph about the results of benchmarks/index_search.py."""
     result = json.loads((ROOT / "benchmarks/index_search.json").read_text())
     own, exact = result["ways"]["vlp index"], result["ways"]["torch, every vector, float32"]
-    return words["search"].format(
+    return SEARCH.format(
         vectors=f"{result['vectors']:,}", width=result["width"], median=own["median_ms"], low=own["range_ms"][0],
         high=own["range_ms"][1], queries=result["queries"], threads=result["threads"],
         recall=percent(own["recall_at_10"]), exact=exact["median_ms"], seconds=result["build_seconds"],
@@ -138,7 +171,7 @@ def search_block(words: dict) -> str:
 
 def towers_block() -> str:
     """The table of the results of `make train-towers` and `make train-blip-towers` over several seeds."""
-    known, titles = json.loads((ROOT / "benchmarks/emoji_seeds.json").read_text()), WORDS["README.md"]["rows"]
+    known, titles = json.loads((ROOT / "benchmarks/emoji_seeds.json").read_text()), ROWS
     lines = []
     for name in sorted(name for name in known if name.endswith("-towers")):
         seeds, summary = known[name]["seeds"], known[name]["summary"]
@@ -187,13 +220,14 @@ def scenes_seeds() -> str:
     stored = json.loads((ROOT / "benchmarks/emoji_seeds.json").read_text())
     parts = []
     for config, metric, what in (("blip-scenes-vqa", "vqa_accuracy", "questions"),
-                                 ("blip-scenes-nlvr", "nlvr_accuracy", "statements")):  # fmt: skip
+                                 ("blip-scenes-nlvr", "nlvr_accuracy", "statements"),
+                                 ("blip2-scenes-vqa", "vqa_accuracy", "questions by BLIP-2")):  # fmt: skip
         runs = stored[config]["seeds"]
         found = ", ".join(percent(run["metrics"][metric]) for run in runs.values())
         parts.append(f"{found} of the {what} (seeds {', '.join(runs)})")
     return (
-        f"BLIP's training depends on the seed: {'; '.join(parts)}. All runs start from the same `blip-scenes`, and "
-        "each run on statements from the run on questions of the same seed."
+        f"Training depends on the seed: {'; '.join(parts)}. BLIP's runs start from the same `blip-scenes`, and each "
+        "run on statements from the run on questions of the same seed; BLIP-2's include stage 1."
     )
 
 
@@ -271,16 +305,19 @@ def render(name: str) -> str:
     text = (ROOT / name).read_text()
     if name in WORDS:
         words = WORDS[name]
-        text = between(between(text, "models", models_block(words)), "search", search_block(words))
-        text = between(text, "composition", composition_block(words))
-        text = between(text, "features", features_block(words["language"]))
-        return between(text, "results", results_block(words))
+        text = between(between(text, "models", models_block(words)), "composition", composition_block(words))
+        text = between(between(text, "train", train_block(words)), "speed", table(words["language"], short=True))
+        return between(text, "features", features_block(words["language"]))
+    if name == "docs/results.md":
+        return between(text, "results", results_block())
+    if name == "docs/training.md":
+        return between(text, "muon", optimizers_block())
     if name == "docs/towers.md":
         return between(text, "results", towers_block())
     if name == "docs/scenes.md":
         return between(text, "results", scenes_block())
     if name == "docs/evaluation.md":
-        return between(text, "search", search_block(WORDS["README.md"]))
+        return between(text, "search", search_block())
     result = json.loads((ROOT / "benchmarks/scaling.json").read_text())
     loss = json.loads((ROOT / "benchmarks/contrastive_loss.json").read_text())
     text = between(text, "memory", scaling.memory_lines(loss))

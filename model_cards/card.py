@@ -273,7 +273,7 @@ def render_card(folder: Path, config: PreTrainedConfig | None = None) -> ModelCa
     card_data = ModelCardData(
         language=arguments["language"].split(",") if "," in arguments["language"] else arguments["language"],
         license=weights_license,
-        base_model=[base["name"] for base in bases if "/" in base["name"]] or None,  # else a folder, not on the hub
+        base_model=[base["name"] for base in bases if not base.get("local")] or None,
         library_name="transformers",
         pipeline_tag=kind.pipeline_tag,
         tags=["vlp", kind.tag],
@@ -316,8 +316,9 @@ def render_card(folder: Path, config: PreTrainedConfig | None = None) -> ModelCa
 
 def unseen_part(arguments: dict) -> str:
     """The part of the data that a run kept for its evaluation."""
-    held_out = arguments["hold_out"]
-    return f"the rows {plain(held_out)}" if held_out else f"the split {code(arguments['eval_split'])}"
+    held_out, other = arguments["hold_out"], arguments.get("eval_dataset_name")
+    part = f"the rows {plain(held_out)}" if held_out else f"the split {code(arguments['eval_split'])}"
+    return f"{part} of {plain(data_name(other))}" if other else part
 
 
 def seen_parts(arguments: dict, evaluations: list[dict]) -> str:

@@ -241,6 +241,9 @@ class TrainingArguments:
     # Evaluation
     eval_dataset_name: str | None = option(None, "data to evaluate on; --dataset_name if not given")
     eval_split: str | None = option(None, "split to evaluate on; none: no evaluation, unless --hold_out is given")
+    eval_image_root: str | None = option(
+        None, "folder that the image paths of the evaluation data start from; --image_root if not given"
+    )
     eval_image_column: str | None = option(None, "image column of the evaluation data; --image_column if not given")
     eval_steps: int | None = option(
         None, "evaluate every this many optimiser steps; the run always evaluates at the end"
@@ -329,7 +332,9 @@ class TrainingArguments:
                 f"--num_workers 0, got {self.augmentation} and {self.num_workers}."
             )
         if self.eval_dataset_name and not self.eval_split:
-            raise ArgumentError("--eval_dataset_name needs --eval_split, the split to evaluate on.")
+            raise ArgumentError(
+                "--eval_dataset_name needs --eval_split, the split to evaluate on: train, if it has no splits."
+            )
         if self.eval_split and self.eval_split == self.train_split and not self.eval_dataset_name and not self.hold_out:
             raise ArgumentError(
                 f"--eval_split {self.eval_split} is the training split: choose another split, or use --hold_out."

@@ -104,7 +104,14 @@ def base_models(arguments: TrainingArguments) -> list[dict]:
     names = ("model_name_or_path", "image_tower", "text_tower", "vision_tower", "bert_name_or_path",
              "language_model_name_or_path")  # fmt: skip
     given = dict.fromkeys(value for name in names if (value := getattr(arguments, name, None)))
-    return [{"name": public_name(value.removeprefix("package:")), "license": licence_of(value)} for value in given]
+    return [
+        {
+            "name": public_name(value.removeprefix("package:")),
+            "license": licence_of(value),
+            "local": value.startswith("package:") or Path(value).exists(),  # not a name of the hub
+        }
+        for value in given
+    ]
 
 
 def print_results(run: Run, results: dict) -> None:

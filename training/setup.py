@@ -90,7 +90,9 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
     if accelerator.is_main_process:
         describe_run(run)
         if state is None:
-            start_anew(state_folder(arguments.output_dir))
+            earlier = start_anew(state_folder(arguments.output_dir))
+            if earlier:
+                print(f"The states of an earlier run are in {printable(earlier)}: to resume from one, name it.")
     accelerator.wait_for_everyone()
     start_trackers(arguments, accelerator)
     if state is not None:
@@ -108,9 +110,9 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
 
 def sources_of(arguments: TrainingArguments) -> list[str | None]:
     """The files and folders that a run reads, where the options name them."""
-    names = ("dataset_name", "eval_dataset_name", "image_root", "model_name_or_path", "tokenizer_name", "image_tower",
-             "text_tower", "vision_tower", "bert_name_or_path", "language_model_name_or_path",
-             "teacher_name_or_path")  # fmt: skip
+    names = ("dataset_name", "eval_dataset_name", "image_root", "eval_image_root", "model_name_or_path",
+             "tokenizer_name", "image_tower", "text_tower", "vision_tower", "bert_name_or_path",
+             "language_model_name_or_path", "teacher_name_or_path")  # fmt: skip
     return [getattr(arguments, name, None) for name in names]
 
 

@@ -395,14 +395,17 @@ def locked(folder: Path, name: str) -> Iterator[None]:
 # --- states -----------------------------------------------------------------------------------------------------------
 
 
-def start_anew(folder: Path) -> None:
+def start_anew(folder: Path) -> Path | None:
     """Move the states of an earlier run to FOLDER.previous, so that they are not mistaken for those of this run.
 
     The states that were there before are removed; other files stay where they are.
+
+    Returns:
+        The folder of the earlier states; None if there are none.
     """
     earlier, previous = states(folder), folder.with_name(f"{folder.name}.previous")
     if not earlier:
-        return
+        return None
     for state in states(previous):
         remove_written(state)
     for state in earlier:
@@ -410,6 +413,7 @@ def start_anew(folder: Path) -> None:
         goal = previous / state.name
         if not os.path.lexists(goal):
             os.rename(state, goal)
+    return previous
 
 
 def states(folder: Path) -> list[Path]:

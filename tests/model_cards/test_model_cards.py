@@ -248,6 +248,7 @@ def test_other_files_beside_the_evaluations_are_reported(tmp_path, content):
         ([], "apache-2.0", "Apache-2.0"),
         ([{"name": "me/clip", "license": "mit"}], "mit", "mit, as of me/clip, from which training started"),
         ([{"name": "clip", "license": None}], "other", "clip (unknown)"),
+        ([{"name": "clip", "license": None, "local": True}], "other", "clip (unknown)"),
         ([{"name": "a", "license": "mit"}, {"name": "b", "license": "cc-by-nc-4.0"}], "other", "b (cc-by-nc-4.0)"),
     ],
 )
@@ -257,7 +258,7 @@ def test_licence_follows_the_models_that_training_started_from(tmp_path, bases, 
     text = (tmp_path / "README.md").read_text()
     data = ModelCard(text).data
     assert data.license == licence and words in text
-    names = [base["name"] for base in bases if "/" in base["name"]]
+    names = [base["name"] for base in bases if not base.get("local")]
     assert (data.base_model or []) in (names, "".join(names))
 
 
@@ -274,6 +275,7 @@ def test_long_texts_are_broken_into_lines():
         ({}, "train", "The model was trained on the split `train` of me/pairs: its figures there say little"),
         ({"eval_split": None}, "test", "whether the model was trained on the data below is not known."),
         ({"hold_out": "album=2"}, "train", "The model was not trained on the rows album=2."),
+        ({"eval_dataset_name": "b.csv", "eval_split": "train"}, "test", "not trained on the split `train` of b.csv."),
     ],
 )
 def test_card_says_what_the_model_was_trained_on(changes, evaluated, words):

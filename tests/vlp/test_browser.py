@@ -81,12 +81,14 @@ def test_snippets_of_the_page_run(exported, tmp_path):
     text = (ROOT / "docs/browser.md").read_text()
     snippets = re.findall(r"```js\n(.*?)```", text, re.DOTALL)
     assert snippets
-    for target, source in (("node_modules", MODULES), ("model", exported / "clip"), ("red-apple.webp", PICTURE)):
-        (tmp_path / target).symlink_to(source)
+    place = tmp_path / "browser"
+    place.mkdir()
+    for target, source in (("node_modules", MODULES), ("model", exported / "clip"), ("../red-apple.webp", PICTURE)):
+        (place / target).symlink_to(source)
     for number, snippet in enumerate(snippets):
-        script = tmp_path / f"{number}.mjs"
+        script = place / f"{number}.mjs"
         script.write_text(snippet)
-        ran = subprocess.run(["node", script.name], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+        ran = subprocess.run(["node", script.name], capture_output=True, text=True, timeout=200, cwd=place)
         assert ran.returncode == 0 and "red apple" in ran.stdout, ran.stderr
 
 

@@ -28,9 +28,11 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPProcessor,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    pipeline,
 )
 from vlp.modeling_vlp.exchange import salesforce
 from vlp.modeling_vlp.exchange.files import read_tensors
@@ -47,6 +49,7 @@ from vlp.files import state_folder
 from vlp.inference import load
 
 open_clip = pytest.importorskip("open_clip")
+ROOT = Path(__file__).parents[2]
 FIXTURE = Path(__file__).parents[1] / "reference" / "blip_pretrain_0.safetensors"
 CAPTIONS = ["a red square", "two dogs on a green hill", "blue"]
 
@@ -682,3 +685,33 @@ def test_architectures_that_do_not_fit_are_refused(tmp_path):
     convert(tmp_path / "clip", tmp_path / "theirs", to="transformers")
     with pytest.raises(ExchangeError, match="--architecture is for models of vlp"):
         convert(tmp_path / "theirs", tmp_path / "out", architecture="VlpBlipForImageTextRetrieval")
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_every_library_classifies_a_drawing_with_the_included_vit(tmp_path):
+    """Each reads the exported folder with its own preprocessing and tokenizer."""
+    source, names = ROOT / "model_cards/clip-emoji-vit", ["red apple", "dog", "rocket"]
+    picture = Image.open(ROOT / "docs/red-apple.webp").convert("RGB")
+    expected = pipeline("zero-shot-image-classification", model=str(source))(
+        picture, candidate_labels=names, hypothesis_template="{}"
+    )
+    assert expected[0]["label"] == "red apple"
+    scores = {each["label"]: each["score"] for each in expected}
+    convert(source, tmp_path / "transformers", to="transformers")
+    model = CLIPModel.from_pretrained(tmp_path / "transformers").eval()
+    inputs = CLIPProcessor.from_pretrained(tmp_path / "transformers")(
+        images=picture, text=names, padding=True, return_tensors="pt"
+    )
+    theirs = model(**inputs).logits_per_image.softmax(dim=-1)[0]
+    assert_close(theirs, torch.tensor([scores[name] for name in names]), rtol=1e-4, atol=1e-5)
+    convert(source, tmp_path / "open_clip", to="open_clip")
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'open_clip'}")
+    tokenize = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'open_clip'}")
+    images = F.normalize(model.eval().encode_image(preprocess(picture)[None]), dim=-1)
+    words = F.normalize(model.encode_text(tokenize(names)), dim=-1)
+    theirs = (model.logit_scale.exp() * images @ words.T).softmax(dim=-1)[0]
+    assert_close(theirs, torch.tensor([scores[name] for name in names]), rtol=1e-3, atol=1e-4)
+    convert(source, tmp_path / "model.pt", to="openai")
+    convert(tmp_path / "model.pt", tmp_path / "back", hidden_act="gelu")
+    equal(load_file(tmp_path / "back/model.safetensors"), load_file(source / "model.safetensors"))

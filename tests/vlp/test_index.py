@@ -241,5 +241,5 @@ def test_what_a_camera_writes_and_another_model_are_told(model, pictures, tmp_pa
         monkeypatch.setattr(sys, "argv", words)
         main()
         shown = capsys.readouterr()
-        assert "warning: skipped 1 .heic pictures, which Pillow cannot read" in shown.err
-    assert f"The index was built with {model}: all pictures are embedded again." in shown.out
+        assert "warning: .heic files skipped: 1. Pillow cannot read them" in shown.err
+    assert f"The index was built with {model}, or with other weights: all pictures are embedded again." in shown.err

@@ -55,8 +55,8 @@ def load_data(arguments: TrainingArguments) -> tuple:
         config = None if arguments.eval_dataset_name else arguments.dataset_config_name
         option = "--eval_dataset_name" if arguments.eval_dataset_name else "--dataset_name"
         eval_rows = load_rows(
-            eval_name, arguments.eval_split, image_column, arguments.image_root, config, option, second,
-            arguments.caption_column, arguments.encoding,
+            eval_name, arguments.eval_split, image_column, arguments.eval_image_root or arguments.image_root, config,
+            option, second, arguments.caption_column, arguments.encoding,
         )  # fmt: skip
         if image_column != arguments.image_column:
             eval_rows = eval_rows.rename_column(image_column, arguments.image_column)

@@ -43,6 +43,10 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     # Tasks of BLIP that read only the cells of a ModifiedResNet do not use its pooling.
     partly |= getattr(arguments, "task", "pretrain") != "pretrain"
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=partly)]
+    if precision == "fp16" and arguments.optimizer == "muon":
+        raise ArgumentError(
+            "--optimizer muon does not skip the steps that overflow in fp16: use --mixed_precision bf16."
+        )
     on_cpus, deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if on_cpus and deepspeed:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))  # else Accelerate does not connect CPU processes

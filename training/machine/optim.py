@@ -13,7 +13,7 @@ from .muon import Muon
 NO_DECAY = re.compile(r"position(al)?_embedding|class_embedding|logit_scale|logit_bias|prefix_words\.offsets")
 TOWER = re.compile(r"(vision|text)_model\.")
 # Embeddings, which are tables, and heads, the last matrices.
-NO_MUON = re.compile(r".*embed|(visual|vision|text|language)_proj(ection)?\.|(lm|itm|cls)_head\.|query_tokens")
+NO_MUON = re.compile(r"embed|query_tokens|(^|\.)((visual|vision|text|language)_proj(ection)?|(lm|itm|cls)_head)\.")
 
 MAX_TEMPERATURE_RATE = 3e-4  # the peak learning rate of BLIP's pre-training
 # With --spelling_share, the offsets of a prefix of words learn from the language model, which is run in the last steps
@@ -70,7 +70,7 @@ def parameter_groups(
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter is a matrix or a convolution inside a model; one over single channels is no matrix."""
     is_matrix = parameter.ndim >= 2 and parameter.shape[1] > 1
-    return is_matrix and not NO_MUON.match(name) and not NO_DECAY.search(name)
+    return is_matrix and not NO_MUON.search(name) and not NO_DECAY.search(name)
 
 
 def levels_below_top(model: nn.Module, name: str) -> int:

@@ -295,10 +295,12 @@ class Demo:
 
     @staticmethod
     def classify_among(predictor: Predictor, image: Image.Image, texts: list[str]) -> dict[str, float]:
-        """The probability of each text, if one of them describes the image."""
+        """The probability of each text: that it is the one that describes the image; with SigLIP, each by itself."""
         embedded = torch.cat([predictor.embed_texts(batch) for batch in iter_batched(texts, 64)])
-        similarity = predictor.similarity(predictor.embed_images([image]), embedded)
-        return dict(zip(texts, (similarity / predictor.temperature).softmax(dim=1)[0].tolist(), strict=True))
+        logits = predictor.similarity(predictor.embed_images([image]), embedded)[0] / predictor.temperature
+        bias = getattr(predictor.model, "logit_bias", None)  # SigLIP: each text by itself
+        shares = logits.softmax(dim=0) if bias is None else (logits + bias).sigmoid()
+        return dict(zip(texts, shares.tolist(), strict=True))
 
 
 def supports(folder: Path, use: str) -> bool:
@@ -526,7 +528,10 @@ def serve(options: argparse.Namespace) -> None:
     if not options.pictures and (found := demo.models("embed")):
         print("Preparing the search of the included drawings ...", flush=True)
         model = next((name for name in found if name.endswith("/clip-emoji")), found[0])
-        demo.build(model, ".", lambda done, total: None)
+        try:
+            demo.build(model, ".", lambda done, total: None)
+        except DemoError as error:
+            print(f"warning: the drawings cannot be searched yet: {brief(error)}")
     theme = gr.themes.Default(font=demo_page.THEME_FONT, font_mono=["monospace"])
     user, _, password = (options.auth or "").partition(":")
     with tempfile.TemporaryDirectory() as place:  # gradio copies the examples to its own cache

@@ -219,7 +219,7 @@ def pictures_in(folder: Path) -> list[tuple[str, int, int]]:
         raise NoIndexError(f"{folder}: no such folder.")
     found, unreadable = [], Counter()
     for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in UNREADABLE and path.suffix.lower() not in extensions():
+        if path.suffix.lower() in UNREADABLE and path.suffix.lower() not in extensions() and path.is_file():
             unreadable[path.suffix.lower()] += 1
         if path.suffix.lower() in extensions() and path.is_file() and path.resolve().is_relative_to(root):
             stat, name = path.stat(), path.relative_to(root).as_posix()
@@ -230,7 +230,7 @@ def pictures_in(folder: Path) -> list[tuple[str, int, int]]:
                 continue
             found.append((name, stat.st_size, stat.st_mtime_ns))
     for ending, count in unreadable.items():
-        print(f"warning: skipped {count:,} {ending} pictures, which Pillow cannot read: convert them to JPEG.",
+        print(f"warning: {ending} files skipped: {count:,}. Pillow cannot read them: convert them to JPEG.",
               file=sys.stderr)  # fmt: skip
     if not found:
         raise NoIndexError(f"{folder} contains no pictures ({', '.join(sorted(extensions()))}).")
@@ -388,6 +388,10 @@ class StoredVectors:
             if facts.get("identity") == identity:
                 rows = zip(*(table[name].to_pylist() for name in ("path", "size", "changed")), strict=True)
                 known.add(list(rows), embeddings)
+            elif place == target:
+                other = printable(facts["model"], 120)
+                print(f"The index was built with {other}, or with other weights: all pictures are embedded again.",
+                      file=sys.stderr)  # fmt: skip
         return known
 
     def add(self, pictures: list[tuple], embeddings: Tensor) -> None:
@@ -549,14 +553,6 @@ def search(options) -> None:
             print_hits(predictor.embed_texts([line])[0])
 
 
-def model_of(index: str) -> str | None:
-    """The name of the model that an index was built with; None if there is no index."""
-    try:
-        return Index(index).facts["model"]
-    except UserError:
-        return None
-
-
 def main() -> None:
     """The command `vlp index`."""
     options = build_parser().parse_args()
@@ -564,9 +560,6 @@ def main() -> None:
         if options.command == "search":
             search(options)
             return
-        before = model_of(options.index)
-        if before not in (None, options.model):
-            print(f"The index was built with {printable(before, 120)}: all pictures are embedded again.")
         with tqdm(unit=" pictures") as bar:
 
             def progress(done: int, total: int) -> None:

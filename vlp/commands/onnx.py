@@ -21,14 +21,17 @@ Requires `pip install "vlp[onnx]"`.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
+from datasets.utils.py_utils import iter_batched
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import DynamicCache
@@ -41,13 +44,16 @@ from ..files import check_output, usable_path, write_whole
 from ..loading import load_model, load_processor, read_config, row_of
 from ..modeling_vlp.blip import VlpBlipDualEncoder
 from ..modeling_vlp.med import decode
-from ..processing.pictures import read_picture
-from ..training.data.sources import load_rows
+from ..processing.pictures import PictureError, read_picture
+from ..training.data.rows import texts_of
+from ..training.data.sources import load_rows, require_text
 
 EXPORTED = (
     "VlpClipModel", "VlpBlipForPreTraining", "VlpBlipForImageTextRetrieval", "VlpBlipForConditionalGeneration",
 )  # fmt: skip
 QUANTIZED = ("MatMul", "Gemm", "Gather")  # of convolutions, accuracy would suffer: they need static quantisation
+MOST_BYTES = 1.9e9  # of one ONNX file, a message of protobuf
+BATCH = 16  # pictures to compare at once
 DYNAMIC = torch.export.Dim.DYNAMIC
 FREE = {  # the axes of each input whose length is not fixed
     "pixel_values": (0,), "spatial_shapes": (0,), "input_ids": (0, 1), "encoder_hidden_states": (0,),
@@ -287,31 +293,48 @@ def effect_of_quantization(folder: Path, processor, rows, most: int = 256) -> st
     Returns:
         A sentence for the user.
     """
-    pairs = rows[:most]
-    captions = [each[0] if isinstance(each, list) else each for each in pairs["caption"]]
-    images = processor.image_processor([read_picture(image) for image in pairs["image"]], return_tensors="pt")
-    texts = processor.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")["input_ids"]
+    pictures, captions = [], []
+    for row in islice(rows, most):
+        texts = texts_of(row["caption"])
+        with contextlib.suppress(PictureError):
+            if texts:
+                pictures.append(read_picture(row["image"]))
+                captions.append(texts[0])
+    if not captions:
+        return "The quantised model was not compared with the original: no row can be used."
+    ids = processor.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")["input_ids"]
+    batches = [processor.image_processor(part, return_tensors="pt") for part in iter_batched(pictures, BATCH)]
     both = Sessions(folder), Sessions(folder, "_quantized")
     if (folder / "onnx" / "model.onnx").is_file():
         what = f"chooses among the {len(captions)} captions"
-        first, second = (each.run("model", input_ids=texts, **images)[0].argmax(dim=1) for each in both)
-        right = torch.arange(len(captions))
-        known = f"; {percent(second == right)} of its choices are right, {percent(first == right)} of the original's"
+        first, second = (
+            torch.cat([each.run("model", input_ids=ids, **images)[0] for images in batches]).argmax(dim=1).tolist()
+            for each in both
+        )
+        first, second = ([captions[choice] for choice in each] for each in (first, second))
+        known = f"; {percent(second, captions)} of its choices are right, {percent(first, captions)} of the original's"
     else:
         what, known = "begins a caption", ""
-        start = torch.full((len(captions), 1), processor.tokenizer.bos_token_id)
         first, second = (
-            each.run("decoder_model", input_ids=start, encoder_hidden_states=each.run("encoder_model", **images)[0])[0]
-            .argmax(dim=2).flatten() for each in both
-        )  # fmt: skip
+            [token for images in batches for token in first_tokens(each, images, processor.tokenizer.bos_token_id)]
+            for each in both
+        )
     return (
-        f"The quantised model {what} as the original does for {percent(first == second)} of {len(captions)} "
+        f"The quantised model {what} as the original does for {percent(first, second)} of {len(captions)} "
         f"pictures{known}."
     )
 
 
-def percent(found: Tensor) -> str:
-    return f"{100 * found.float().mean():.1f} %"
+def first_tokens(sessions: Sessions, images: dict[str, Tensor], begin: int) -> list[int]:
+    """The tokens with which the captions of images begin, after the token `begin`."""
+    states = sessions.run("encoder_model", **images)[0]
+    ids = torch.full((len(states), 1), begin)
+    return sessions.run("decoder_model", input_ids=ids, encoder_hidden_states=states)[0][:, 0].argmax(dim=1).tolist()
+
+
+def percent(first: list, second: list) -> str:
+    """How many values of two lists are the same."""
+    return f"{100 * sum(a == b for a, b in zip(first, second, strict=True)) / len(first):.1f} %"
 
 
 def export(model, processor, target: Path, quantized: bool = True) -> Path:
@@ -327,9 +350,11 @@ def export(model, processor, target: Path, quantized: bool = True) -> Path:
         The folder that was written.
 
     Raises:
-        ArgumentError: if the target contains other files.
+        ArgumentError: if the target contains other files, or the model is too large for one file.
     """
     check_output(target, "TARGET")
+    if (size := sum(each.numel() for each in model.parameters()) * 4) > MOST_BYTES:
+        raise ArgumentError(f"The model takes {size / 1e9:.1f} GB in float32; an ONNX file holds less than 2 GB.")
     model = model.eval()
     with torch.no_grad():
         examples = example_inputs(model)
@@ -372,7 +397,7 @@ def main() -> None:
         "--dataset", default="emoji",
         help="pairs on which the quantised model is compared with the original (default: the included drawings)",
     )  # fmt: skip
-    parser.add_argument("--split", default="train", help="split of --dataset (default: train)")
+    parser.add_argument("--split", help="split of --dataset (default: train; of the included drawings, test)")
     options = parser.parse_args()
     with reported_errors():
         for package in ("onnxscript", "onnxruntime"):
@@ -388,8 +413,9 @@ def main() -> None:
             )
         rows = None
         if options.quantize:  # loaded first, so that a wrong name is told at once
-            split = "test" if options.dataset == "emoji" else options.split
+            split = options.split or ("test" if options.dataset == "emoji" else "train")
             rows = load_rows(options.dataset, split, option="--dataset")
+            require_text(rows, "caption", options.dataset, "--dataset")
         model, processor = load_model(row.model, options.folder), load_processor(options.folder)
         folder = export(model, processor, usable_path(options.target, "TARGET"), options.quantize)
         files = sorted(file.name for file in (folder / "onnx").iterdir())
