@@ -120,7 +120,8 @@ def test_options_exist(name):
         for word in (word for word in words if word.startswith("--")):
             if word != "--config":
                 assert (
-                    word[2:] in vars(parse([])) | vars(parse([], "blip")) | vars(parse([], "blip2")) | convert_options
+                    word[2:].removeprefix("no-")
+                    in vars(parse([])) | vars(parse([], "blip")) | vars(parse([], "blip2")) | convert_options
                 ), word
 
 

@@ -248,7 +248,8 @@ def test_other_files_beside_the_evaluations_are_reported(tmp_path, content):
         ([], "apache-2.0", "Apache-2.0"),
         ([{"name": "me/clip", "license": "mit"}], "mit", "mit, as of me/clip, from which training started"),
         ([{"name": "clip", "license": None}], "other", "clip (unknown)"),
-        ([{"name": "clip", "license": None, "local": True}], "other", "clip (unknown)"),
+        ([{"name": "gpt2", "license": "mit", "local": False}], "mit", "mit, as of gpt2, from which training started"),
+        ([{"name": "me/clip", "license": None, "local": True}], "other", "me/clip (unknown)"),
         ([{"name": "a", "license": "mit"}, {"name": "b", "license": "cc-by-nc-4.0"}], "other", "b (cc-by-nc-4.0)"),
     ],
 )
@@ -258,7 +259,7 @@ def test_licence_follows_the_models_that_training_started_from(tmp_path, bases, 
     text = (tmp_path / "README.md").read_text()
     data = ModelCard(text).data
     assert data.license == licence and words in text
-    names = [base["name"] for base in bases if not base.get("local")]
+    names = [base["name"] for base in bases if not base.get("local", "/" not in base["name"])]
     assert (data.base_model or []) in (names, "".join(names))
 
 

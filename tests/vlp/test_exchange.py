@@ -712,6 +712,5 @@ def test_every_library_classifies_a_drawing_with_the_included_vit(tmp_path):
     words = F.normalize(model.encode_text(tokenize(names)), dim=-1)
     theirs = (model.logit_scale.exp() * images @ words.T).softmax(dim=-1)[0]
     assert_close(theirs, torch.tensor([scores[name] for name in names]), rtol=1e-3, atol=1e-4)
-    convert(source, tmp_path / "model.pt", to="openai")
-    convert(tmp_path / "model.pt", tmp_path / "back", hidden_act="gelu")
-    equal(load_file(tmp_path / "back/model.safetensors"), load_file(source / "model.safetensors"))
+    with pytest.raises(ExchangeError, match="hidden_act is not quick_gelu"):  # OpenAI's code has no other
+        convert(source, tmp_path / "model.pt", to="openai")
