@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -220,6 +221,23 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@pytest.fixture
+def window():
+    """A page of a headless Chromium, as Playwright's, with its `errors`: the messages of exceptions in its scripts."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as tool:
+        chromium = tool.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page()
+        page.set_default_timeout(60_000)
+        page.errors = []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        yield page
+        chromium.close()
 
 
 # The slowest files, which `make test` starts first, so that its processes end together.

@@ -109,12 +109,8 @@ def from_modules(route) -> None:
     route.fulfill(path=str(path), headers={"access-control-allow-origin": "*", "content-type": kind})
 
 
-def test_page_in_a_browser(exported, tmp_path):
+def test_page_in_a_browser(exported, tmp_path, window):
     """docs/browser: the page classifies a picture and searches by words, with files alone."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine (apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api")
     for name in ("index.html", "drawings.webp"):
         shutil.copy(ROOT / "docs/browser" / name, tmp_path)
     os.symlink(exported / "clip", tmp_path / "model")
@@ -122,36 +118,30 @@ def test_page_in_a_browser(exported, tmp_path):
     Image.new("RGB", (80, 60), "red").save(red)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with sync_api.sync_playwright() as tool:
-        chromium = tool.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        window = chromium.new_page()
-        window.set_default_timeout(90_000)
-        errors = []
-        window.on("pageerror", lambda error: errors.append(str(error)))
-        window.route(f"{PACKAGE}**", from_modules)
-        window.goto(f"http://127.0.0.1:{server.server_port}/")
-        window.get_by_text("Ready.").wait_for()
-        window.click("#classify")
-        window.get_by_text("Classified in").wait_for()
-        assert window.locator(".bar span").first.inner_text() == "red apple"
-        assert float(window.locator(".bar b").first.inner_text().removesuffix(" %")) > 90
-        window.fill("#names", " , ")
-        window.click("#classify")
-        window.get_by_text("Type some names first.").wait_for()
-        window.fill("#words", "red apple")
-        window.press("#words", "Enter")
-        window.get_by_text("Searched 144 pictures").wait_for()
-        first = window.locator("#found img").first.get_attribute("src")
-        assert first == window.locator("#picture").get_attribute("src")  # the apple
-        window.set_input_files("#files", [str(red), str(PICTURE)])
-        window.get_by_text("2 pictures can be searched.").wait_for()
-        window.click("#search")
-        window.get_by_text("Searched 2 pictures").wait_for()
-        assert window.locator("#found img").count() == 2
-        assert errors == []
-        window.set_input_files("#file", str(tmp_path / "index.html"))
-        window.fill("#names", "red apple")
-        window.click("#classify")
-        window.get_by_text("is not a picture that the browser can read").wait_for()
-        chromium.close()
+    window.set_default_timeout(90_000)
+    window.route(f"{PACKAGE}**", from_modules)
+    window.goto(f"http://127.0.0.1:{server.server_port}/")
+    window.get_by_text("Ready.").wait_for()
+    window.click("#classify")
+    window.get_by_text("Classified in").wait_for()
+    assert window.locator(".bar span").first.inner_text() == "red apple"
+    assert float(window.locator(".bar b").first.inner_text().removesuffix(" %")) > 90
+    window.fill("#names", " , ")
+    window.click("#classify")
+    window.get_by_text("Type some names first.").wait_for()
+    window.fill("#words", "red apple")
+    window.press("#words", "Enter")
+    window.get_by_text("Searched 144 pictures").wait_for()
+    first = window.locator("#found img").first.get_attribute("src")
+    assert first == window.locator("#picture").get_attribute("src")  # the apple
+    window.set_input_files("#files", [str(red), str(PICTURE)])
+    window.get_by_text("2 pictures can be searched.").wait_for()
+    window.click("#search")
+    window.get_by_text("Searched 2 pictures").wait_for()
+    assert window.locator("#found img").count() == 2
+    assert window.errors == []
+    window.set_input_files("#file", str(tmp_path / "index.html"))
+    window.fill("#names", "red apple")
+    window.click("#classify")
+    window.get_by_text("is not a picture that the browser can read").wait_for()
     server.shutdown()

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import shutil
 import signal
 import time
 import urllib.error
@@ -191,70 +190,57 @@ def test_paths_that_were_not_uploaded_are_rejected(address, place):
     assert "event: error" in refused and "complete" not in refused
 
 
-def test_page_in_a_browser(address, place):
+def test_page_in_a_browser(address, place, window):
     """Each tab is used by clicking, and its result is checked."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine (apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api")
     red = str(place / "pictures/red.png")
-    with sync_api.sync_playwright() as tool:
-        chromium = tool.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        window = chromium.new_page()
-        window.set_default_timeout(60_000)
-        errors = []
-        window.on("pageerror", lambda error: errors.append(str(error)))
-        window.goto(address)
+    window.goto(address)
 
-        def upload(tab: str) -> None:
-            clear(tab)
-            window.set_input_files(f"#{tab}-picture input[type=file]", red)
-            window.wait_for_selector(f"#{tab}-picture img")
+    def upload(tab: str) -> None:
+        clear(tab)
+        window.set_input_files(f"#{tab}-picture input[type=file]", red)
+        window.wait_for_selector(f"#{tab}-picture img")
 
-        def clear(tab: str) -> None:
-            window.click(f"#{tab}-picture button[aria-label='Remove Image']")
-            window.wait_for_selector(f"#{tab}-picture img", state="detached")
+    def clear(tab: str) -> None:
+        window.click(f"#{tab}-picture button[aria-label='Remove Image']")
+        window.wait_for_selector(f"#{tab}-picture img", state="detached")
 
-        window.wait_for_selector("#classify-picture img")  # a picture to try
-        window.fill("#classify-names textarea", "red card, dog")
-        clear("classify")
-        window.click("#classify-go")
-        window.get_by_text("Choose a picture first.").wait_for()
-        window.set_input_files("#classify-picture input[type=file]", red)
-        window.wait_for_selector("#classify-picture img")
-        window.click("#classify-go")
-        window.wait_for_selector("#classify-result h2")
-        shown = window.inner_text("#classify-result")
-        assert "red card" in shown and "dog" in shown and "%" in shown
-        window.get_by_role("tab", name="Search").click()
-        window.get_by_role("button", name="Folder: pictures").click()
-        window.click("#search-build")
-        window.wait_for_function(
-            "document.querySelector('#search-state textarea').value.startsWith('Indexed pictures: 5')"
-        )
-        window.fill("#search-words textarea", "a red square")
-        window.click("#search-go")
-        window.wait_for_selector("#search-result img")
-        assert window.locator("#search-result img").count() >= 5
-        window.get_by_role("tab", name="Caption").click()
-        upload("caption")
-        window.click("#caption-go")
-        window.wait_for_function("document.querySelector('#caption-result textarea').value.length > 0")
-        window.get_by_role("tab", name="Match").click()
-        upload("match")
-        window.fill("#match-text textarea", "a red card")
-        window.click("#match-go")
-        window.wait_for_selector("#match-result h2")
-        assert "match" in window.inner_text("#match-result")
-        window.wait_for_selector("#match-heat img")
-        window.get_by_role("tab", name="Ask").click()
-        window.click("#ask-go")  # the picture and the question to try
-        window.wait_for_function("document.querySelector('#ask-result textarea').value.length > 0")
-        window.get_by_role("tab", name="Word order").click()
-        window.click("#order-go")
-        window.wait_for_selector("#order-match h2")
-        assert window.inner_text("#order-similarity") and errors == []
-        chromium.close()
+    window.wait_for_selector("#classify-picture img")  # a picture to try
+    window.fill("#classify-names textarea", "red card, dog")
+    clear("classify")
+    window.click("#classify-go")
+    window.get_by_text("Choose a picture first.").wait_for()
+    window.set_input_files("#classify-picture input[type=file]", red)
+    window.wait_for_selector("#classify-picture img")
+    window.click("#classify-go")
+    window.wait_for_selector("#classify-result h2")
+    shown = window.inner_text("#classify-result")
+    assert "red card" in shown and "dog" in shown and "%" in shown
+    window.get_by_role("tab", name="Search").click()
+    window.get_by_role("button", name="Folder: pictures").click()
+    window.click("#search-build")
+    window.wait_for_function("document.querySelector('#search-state textarea').value.startsWith('Indexed pictures: 5')")
+    window.fill("#search-words textarea", "a red square")
+    window.click("#search-go")
+    window.wait_for_selector("#search-result img")
+    assert window.locator("#search-result img").count() >= 5
+    window.get_by_role("tab", name="Caption").click()
+    upload("caption")
+    window.click("#caption-go")
+    window.wait_for_function("document.querySelector('#caption-result textarea').value.length > 0")
+    window.get_by_role("tab", name="Match").click()
+    upload("match")
+    window.fill("#match-text textarea", "a red card")
+    window.click("#match-go")
+    window.wait_for_selector("#match-result h2")
+    assert "match" in window.inner_text("#match-result")
+    window.wait_for_selector("#match-heat img")
+    window.get_by_role("tab", name="Ask").click()
+    window.click("#ask-go")  # the picture and the question to try
+    window.wait_for_function("document.querySelector('#ask-result textarea').value.length > 0")
+    window.get_by_role("tab", name="Word order").click()
+    window.click("#order-go")
+    window.wait_for_selector("#order-match h2")
+    assert window.inner_text("#order-similarity") and window.errors == []
 
 
 def test_a_port_in_use_is_refused_and_one_ctrl_c_stops(tmp_path):

@@ -284,12 +284,13 @@ class Demo:
         captions = [bounded(first).strip(), bounded(second).strip()]
         if not all(captions) or captions[0] == captions[1]:
             raise DemoError("Enter two different captions.")
-        shares = self.classify_among(self.predictor(model, "embed"), opened(picture), captions)
+        image = opened(picture)
+        shares = self.classify_among(self.predictor(model, "embed"), image, captions)
         try:
             predictor = self.predictor(model, "match")
         except DemoError:
             return shares, None
-        states = predictor.encode_images([opened(picture)])
+        states = predictor.encode_images([image])
         logits = predictor.match(states, torch.zeros(2, dtype=torch.long), captions)
         return shares, dict(zip(captions, logits.softmax(dim=1)[:, 1].tolist(), strict=True))
 
