@@ -377,7 +377,7 @@ class VlpBlip2ForConditionalGeneration(VlpBlip2PreTrainedModel, GenerationMixin)
         prefix = self.prefix(
             pixel_values, vision_states, interpolate_pos_encoding, qformer_input_ids, qformer_attention_mask
         )
-        kwargs.setdefault("generation_config", self.generation_config)
+        model.generation_config = self.generation_config
         if attention_mask is not None and (input_ids is not None or inputs_embeds is not None):
             # Generated tokens directly follow the prompt; an encoder has the padding at the end.
             attention_mask, input_ids, inputs_embeds = with_padding_first(

@@ -235,7 +235,7 @@ class VlpBlipForQuestionAnswering(VlpBlipPreTrainedModel, GenerationMixin):
             raise ValueError("VlpBlipForQuestionAnswering.generate takes questions as input_ids, not as inputs_embeds.")
         memory = self.question_memory(pixel_values, input_ids, attention_mask, interpolate_pos_encoding)
         begin = input_ids.new_full((len(input_ids), 1), self.config.text_config.bos_token_id)
-        kwargs.setdefault("generation_config", self.generation_config)
+        self.answer_decoder.generation_config = self.generation_config
         kwargs = with_length(kwargs, self.generation_config)
         return self.answer_decoder.generate(
             input_ids=begin, attention_mask=torch.ones_like(begin), memory=memory, **kwargs

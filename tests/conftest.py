@@ -203,11 +203,22 @@ def tiny_blip2_generation(kind: str = "llama", tower: str = "blip") -> vlp.VlpBl
 
 
 def saved_pair(kind: str, folder) -> str:
-    """The folder of a tiny CLIP or BLIP with its processor."""
+    """The folder of a tiny "clip", "blip", "vqa", "nlvr" or "blip2" with its processor."""
     if kind == "clip":
         model, processor = tiny_pair()
+    elif kind == "blip2":  # its language model is in another folder
+        source = Path(folder).with_name("language-model")
+        save_language_model(source, CAPTIONS)
+        config = tiny_blip2_config("clip", language_model_name_or_path=str(source))
+        model = vlp.VlpBlip2ForConditionalGeneration(config, LlamaForCausalLM.from_pretrained(source))
+        model = with_larger_weights(model).eval()
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+        processor = vlp.VlpBlip2Processor(tiny_processor().image_processor, tokenizer)
     else:
         model = tiny_blip().eval()
+        if kind != "blip":
+            tasks = {"vqa": vlp.VlpBlipForQuestionAnswering, "nlvr": vlp.VlpBlipForVisualReasoning}
+            model = tasks[kind](model.config).eval()
         side = model.config.vision_config.image_size
         images = vlp.VlpBlipImageProcessor(size={"height": side, "width": side})
         words = ["a red square", "two dogs", "green", "blue", "white"]

@@ -1,4 +1,4 @@
-"""`vlp space MODEL TARGET`: write a Space of the hub with a page for a trained CLIP or BLIP.
+"""`vlp space MODEL TARGET`: write a Space of the hub with a page for a trained CLIP, BLIP or BLIP-2.
 
 The folder has the page (app.py), requirements.txt, a README with the Space's header, and the model with its code, so
 that vlp need not be installed. Try it with `python TARGET/app.py`, and publish it with
@@ -18,9 +18,7 @@ from ..files import check_output, usable_path, write_whole
 from ..loading import licence_of, load_model, load_processor, read_config, row_of
 
 APP = Path(__file__).with_name("space_app.py")
-SUPPORTED = (
-    "VlpClipModel", "VlpBlipForPreTraining", "VlpBlipForImageTextRetrieval", "VlpBlipForConditionalGeneration",
-)  # fmt: skip
+UNSUPPORTED = ("VlpBlip2ForPreTraining", "VlpBlip2ForImageTextRetrieval")  # stage 1, which stage 2 follows
 REQUIREMENTS = ("ftfy", "numpy", "pillow", "torch", "torchvision", "transformers")  # of the model's code
 GRADIO = "6.31.0"  # if it is not installed here
 
@@ -62,7 +60,8 @@ def write_space(name: str, target: str | Path) -> Path:
     """Write a Space, completely or not at all.
 
     Args:
-        name: folder or hub name of a CLIP or BLIP of vlp.
+        name: folder or hub name of a CLIP, BLIP or BLIP-2 of vlp; of a BLIP-2, after stage 2. Its language model is
+            written, too.
         target: the folder to write.
 
     Returns:
@@ -75,12 +74,14 @@ def write_space(name: str, target: str | Path) -> Path:
     check_output(target, "TARGET", [str(name)])
     config = read_config(name, "MODEL")
     row = row_of(name, config, "MODEL")
-    if row.model.__name__ not in SUPPORTED:
+    if row.model.__name__ in UNSUPPORTED:
         raise UnsupportedModelError(
-            f"{printable(name, 120)} is a {row.model.__name__}, for which there is no page; there is one for "
-            f"{', '.join(SUPPORTED)}."
+            f"{printable(name, 120)} is a {row.model.__name__}, a BLIP-2 after stage 1, for which there is no page; "
+            "train stage 2 from it."
         )
     model, processor = load_model(row.model, name, "MODEL"), load_processor(name, "MODEL")
+    if hasattr(model.config, "store_language_model"):
+        model.config.store_language_model, model.config.language_model_name_or_path = True, None
     title, licence = printable(Path(name).name, 60), licence_of(name)
 
     def write(fresh: Path) -> None:
@@ -97,7 +98,7 @@ def main() -> None:
     parser = CommandParser(
         prog="vlp space", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
-    parser.add_argument("model", help="folder or hub name of a CLIP or BLIP of vlp")
+    parser.add_argument("model", help="folder or hub name of a CLIP, BLIP or BLIP-2 of vlp")
     parser.add_argument("target", help="folder to write")
     options = parser.parse_args()
     with reported_errors():

@@ -1,4 +1,4 @@
-"""A page for a model: it scores captions for a picture, and describes the picture if the model can.
+"""A page for a model: it scores captions, describes pictures, answers questions or judges statements, as the model can.
 
 This is the app.py of a Space that `vlp space` has written. It needs neither vlp nor a network: the folder model/ has
 the weights and the code.
@@ -13,13 +13,21 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 FOLDER = Path(__file__).with_name("model")
 CODE = {"trust_remote_code": True}  # the code in model/, which is part of this Space
-MOST = 100  # captions
+MOST, LONGEST = 100, 500  # captions; characters of a question or statement
+PROMPT = "Question: {} Short answer:"  # of BLIP-2, as in training
 
 processor = AutoProcessor.from_pretrained(FOLDER, **CODE)
-writes = "AutoModelForImageTextToText" in json.loads((FOLDER / "config.json").read_text())["auto_map"]
-writer = AutoModelForImageTextToText.from_pretrained(FOLDER, **CODE).eval() if writes else None
+config = json.loads((FOLDER / "config.json").read_text())
+classes, architecture = config["auto_map"], config["architectures"][0]
 model = AutoModel.from_pretrained(FOLDER, **CODE).eval()
-compares = hasattr(model, "get_text_features")
+writer = None
+if "AutoModelForImageTextToText" in classes:
+    same = classes["AutoModelForImageTextToText"] == classes["AutoModel"]
+    writer = model if same else AutoModelForImageTextToText.from_pretrained(FOLDER, **CODE).eval()
+compares = architecture in ("VlpClipModel", "VlpBlipForPreTraining", "VlpBlipForImageTextRetrieval")
+continues = hasattr(model, "language_model")  # BLIP-2 and InstructBLIP, which continue a prompt
+answers = continues or architecture == "VlpBlipForQuestionAnswering"
+reasons = architecture == "VlpBlipForVisualReasoning"
 
 
 @torch.inference_mode()
@@ -48,20 +56,58 @@ def describe(picture) -> str:
     if picture is None:
         raise gr.Error("Choose a picture.")
     inputs = processor(images=picture, return_tensors="pt")
-    return processor.decode_texts(writer.generate(**inputs, num_beams=3, max_new_tokens=20))[0]
+    return processor.decode_texts(writer.generate(**inputs, num_beams=3, max_new_tokens=20))[0].strip()
+
+
+@torch.inference_mode()
+def answer(picture, question: str) -> str:
+    """The answer to a question about the picture."""
+    if picture is None or not (question or "").strip():
+        raise gr.Error("Choose a picture, and write a question.")
+    question = question.strip()[:LONGEST]
+    inputs = processor(images=picture, text=PROMPT.format(question) if continues else question, return_tensors="pt")
+    generated = model.generate(**inputs, num_beams=3, max_new_tokens=10)
+    read = inputs["input_ids"].shape[1] if continues and not model.language_model.config.is_encoder_decoder else 0
+    return processor.decode_texts(generated[:, read:])[0].strip()
+
+
+@torch.inference_mode()
+def judge(left, right, statement: str) -> dict[str, float]:
+    """The probability that the statement is true of two pictures."""
+    if left is None or right is None or not (statement or "").strip():
+        raise gr.Error("Choose two pictures, and write a statement.")
+    pair = processor.image_processor(images=[left, right], return_tensors="pt")["pixel_values"][None]
+    ids = processor(text=[statement.strip()[:LONGEST]], return_tensors="pt")["input_ids"]
+    shares = model(ids, pair).logits.softmax(dim=-1)[0].tolist()
+    return dict(zip(("false", "true"), shares, strict=True))
+
+
+def picture_of(label: str) -> gr.Image:
+    return gr.Image(type="pil", label=label)
 
 
 pages = {}
 if compares:
     captions = gr.Textbox(lines=4, label="Captions, one per line", value="a cat\na dog\na rocket")
     pages["Score captions"] = gr.Interface(
-        score, [gr.Image(type="pil", label="Picture"), captions],
-        gr.Label(num_top_classes=10, label="Probability"), flagging_mode="never",
+        score, [picture_of("Picture"), captions], gr.Label(num_top_classes=10, label="Probability"),
+        flagging_mode="never",
     )  # fmt: skip
-if writes:
+if writer is not None:
     pages["Describe"] = gr.Interface(
-        describe, gr.Image(type="pil", label="Picture"), gr.Textbox(label="Caption"), flagging_mode="never"
-    )
+        describe, picture_of("Picture"), gr.Textbox(label="Caption"), flagging_mode="never"
+    )  # fmt: skip
+if answers:
+    question = gr.Textbox(label="Question", value="what colour is it?")
+    pages["Ask"] = gr.Interface(
+        answer, [picture_of("Picture"), question], gr.Textbox(label="Answer"), flagging_mode="never"
+    )  # fmt: skip
+if reasons:
+    statement = gr.Textbox(label="Statement", value="both pictures show a circle")
+    pages["Judge a statement"] = gr.Interface(
+        judge, [picture_of("Left"), picture_of("Right"), statement], gr.Label(label="Is it true?"),
+        flagging_mode="never",
+    )  # fmt: skip
 about = FOLDER.with_name("README.md").read_text(encoding="utf-8").splitlines()
 title = next((line[2:] for line in about if line.startswith("# ")), "vlp")
 page = gr.TabbedInterface(list(pages.values()), list(pages), title=title)
