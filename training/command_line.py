@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,12 +32,20 @@ class Task:
         recipe: name of its default recipe.
         text: short description for --help.
         recipe_with_towers: name of the default recipe if an option of TOWERS is given; None: the same one.
+        fine_tuning: (the parsed options) -> name of the default recipe with --model_name_or_path; None: the same one.
     """
 
     arguments: type
     recipe: str
     text: str
     recipe_with_towers: str | None = None
+    fine_tuning: Callable[[argparse.Namespace], str] | None = None
+
+    def default_recipe(self, given: argparse.Namespace) -> str:
+        """The recipe of a command line without --config: a recipe for new models would spoil a trained one."""
+        if self.fine_tuning and given.model_name_or_path:
+            return self.fine_tuning(given)
+        return (self.recipe_with_towers if any(getattr(given, name, None) for name in TOWERS) else None) or self.recipe
 
 
 # What recipes for the included data say of its columns and splits, which other data do not have.
@@ -45,7 +54,8 @@ OF_THE_DATA = ("dataset_config_name", "train_split", "eval_split", "class_column
 LENGTHS = ("max_train_steps", "max_train_minutes", "num_train_epochs")
 TOWERS = ("image_tower", "text_tower", "vision_tower")
 TASKS = {
-    each.name: Task(each.arguments, each.recipe, each.text, each.recipe_with_towers) for each in FAMILIES.values()
+    each.name: Task(each.arguments, each.recipe, each.text, each.recipe_with_towers, each.fine_tuning)
+    for each in FAMILIES.values()
 } | {  # fmt: skip
     "capfilt": Task(
         CapFiltArguments, "capfilt", "Caption web images and filter captions with fine-tuned BLIPs (CapFilt)"
@@ -76,9 +86,7 @@ def parse(arguments: list[str], task: str = "clip"):
     parser.set_defaults(dataset_name=None)
     given = parser.parse_known_args(arguments)[0]
     parser.set_defaults(dataset_name=default)
-    recipe = given.config
-    if recipe == TASKS[task].recipe and any(getattr(given, name, None) for name in TOWERS):
-        recipe = TASKS[task].recipe_with_towers or recipe
+    recipe = given.config or TASKS[task].default_recipe(given)
     values = read_recipe(recipe, TASKS[task].arguments)
     own, chosen = values.get("dataset_name", EMOJI), given.dataset_name
     if chosen is not None and (own == EMOJI or is_scenes(own)) and chosen.partition(":")[0] != own.partition(":")[0]:
@@ -171,12 +179,13 @@ def build_parser(task: str = "clip") -> argparse.ArgumentParser:
     families = ("blip2", "blip", "capfilt", "shards", "check")  # CLIP recipes are named after its architectures
     family = next((name for name in families if name == task), None)
     stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    towers = f"; with pre-trained towers, {TASKS[task].recipe_with_towers}" if TASKS[task].recipe_with_towers else ""
+    others = towers + ("; with --model_name_or_path, one for fine-tuning" if TASKS[task].fine_tuning else "")
     names = ", ".join(s for s in stems if next((n for n in families if s.startswith(n)), None) == family)
     parser.add_argument(
         "--config",
-        default=recipe,
         metavar="FILE",
-        help=f"YAML file with options, or name of a recipe: {names} (default: {recipe})",
+        help=f"YAML file with options, or name of a recipe: {names} (default: {recipe}{others})",
     )
     add_options(parser, TASKS[task].arguments)
     return parser

@@ -215,6 +215,28 @@ def describe_run(run: Run) -> None:
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     print(f"Hardware: {accelerator.device.type}, {processes}, {torch.get_num_threads()} CPU threads per process.")
     print(f"Data: {printable(arguments.dataset_name, 200)}, {pairs}, {evaluated}.")
+    for doubt in doubts(run):
+        print(f"warning: {doubt}")
+
+
+def doubts(run: Run) -> list[str]:
+    """Options that fit the data or the length of the run badly, as sentences; the run is possible all the same."""
+    arguments, found = run.arguments, []
+    batch = (
+        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * run.accelerator.num_processes
+    )
+    if run.rows is not None and batch > len(run.rows):
+        found.append(
+            f"a batch of {batch:,} is larger than the data, {len(run.rows):,} rows, so that a step has the same pair "
+            "more than once; a smaller --per_device_train_batch_size learns more from it."
+        )
+    steps = arguments.max_train_steps or (run.total_samples and run.total_samples // batch)
+    if steps and arguments.warmup_steps >= steps:
+        found.append(
+            f"--warmup_steps {arguments.warmup_steps:,} is longer than the run, {steps:,} steps, so that the "
+            "learning rate stays below --learning_rate."
+        )
+    return found
 
 
 def to_pixel_values(arguments: TrainingArguments, image_processor) -> Callable[[Tensor], Tensor]:

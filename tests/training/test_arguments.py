@@ -18,11 +18,11 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 def test_recipe_names():
     assert NAMES == [
-        "blip-captioning", "blip-emoji", "blip-emoji-towers", "blip-nlvr", "blip-retrieval", "blip-scenes",
-        "blip-scenes-captions", "blip-scenes-nlvr", "blip-scenes-vqa", "blip-towers", "blip-vit-b-16",
+        "blip-captioning", "blip-emoji", "blip-emoji-towers", "blip-fine-tuning", "blip-nlvr", "blip-retrieval",
+        "blip-scenes", "blip-scenes-captions", "blip-scenes-nlvr", "blip-scenes-vqa", "blip-towers", "blip-vit-b-16",
         "blip-vit-l-16", "blip-vqa", "blip2-emoji", "blip2-emoji-2", "blip2-scenes", "blip2-scenes-vqa",
         "blip2-stage-1", "blip2-stage-2", "capfilt", "check", "clip-emoji", "clip-emoji-towers", "clip-emoji-vit",
-        "clip-towers", "rn101", "rn50", "rn50x4", "shards", "vit-b-16", "vit-b-32", "vit-l-14",
+        "clip-fine-tuning", "clip-towers", "rn101", "rn50", "rn50x4", "shards", "vit-b-16", "vit-b-32", "vit-l-14",
     ]  # fmt: skip
 
 
@@ -54,6 +54,25 @@ def test_recipes_build_models_of_published_size(name, millions):
 def test_length_on_the_command_line_replaces_that_of_the_recipe(words, steps, minutes):
     arguments = parse(words.split(), "blip" if "blip" in words else "clip")
     assert (arguments.max_train_steps, arguments.max_train_minutes) == (steps, minutes)
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "recipe"),
+    [
+        ("clip", "", "clip-fine-tuning"), ("blip", "", "blip-fine-tuning"), ("blip2", "", "blip2-stage-1"),
+        ("blip2", "--stage 2", "blip2-stage-2"), ("blip", "--task captioning", "blip-captioning"),
+        ("blip", "--task retrieval", "blip-retrieval"), ("blip", "--task vqa", "blip-vqa"),
+        ("blip", "--task nlvr", "blip-nlvr"), ("clip", "--lock_image_tower", "clip-fine-tuning"),
+    ],
+)  # fmt: skip
+def test_a_trained_model_is_fine_tuned_by_default(task, words, recipe):
+    """The default recipe's learning rate, which is for random weights, would spoil a trained model."""
+    found = parse(["--model_name_or_path", "runs/mine", *words.split()], task)
+    assert found.output_dir == f"runs/{recipe}"
+    same = parse(["--config", recipe, "--model_name_or_path", "runs/mine", *words.split()], task)
+    assert found == same and found.learning_rate <= 1e-4 and found.optimizer == "adamw"
+    own = parse(["--config", TASKS[task].recipe, "--model_name_or_path", "runs/mine", *words.split()], task)
+    assert own.learning_rate >= 1e-3
 
 
 def test_default_recipe_and_command_line_overrides():

@@ -509,6 +509,17 @@ def test_batches_far_larger_than_the_data_are_refused(pairs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_options_that_fit_the_run_badly_are_warned_about(pairs, tmp_path, capsys):
+    train(arguments(pairs, tmp_path / "fine", max_train_steps=3))
+    assert "warning" not in capsys.readouterr().out
+    train(arguments(pairs, tmp_path / "run", max_train_steps=3, warmup_steps=100, per_device_train_batch_size=48))
+    said = capsys.readouterr().out
+    assert "warning: a batch of 48 is larger than the data, 32 rows" in said
+    assert "warning: --warmup_steps 100 is longer than the run, 3 steps" in said
+    train(arguments(pairs, tmp_path / "epochs", max_train_steps=None, num_train_epochs=1.0, warmup_steps=7))
+    assert "warning: --warmup_steps 7 is longer than the run, 2 steps" in capsys.readouterr().out
+
+
 def test_tracker_that_is_not_installed_is_refused(pairs, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ArgumentError, match="--report_to comet_ml needs a package that is not installed"):

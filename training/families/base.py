@@ -1,5 +1,6 @@
 """The interface of a model family: the seven functions that training needs from it."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -40,6 +41,7 @@ class Family(Generic[A]):
         text: description for --help.
         recipe: default recipe.
         recipe_with_towers: default recipe with pre-trained towers; None: the same one.
+        fine_tuning: (the parsed options) -> default recipe with `--model_name_or_path`.
         arguments: dataclass of its options.
         config: (arguments, tokenizer or None) -> configuration of a new model. Raises ArgumentError if it is invalid.
         processor: (arguments, rows or None for shards, chooser) -> processor with a loaded or newly trained tokenizer.
@@ -60,6 +62,7 @@ class Family(Generic[A]):
     objective: Callable[[A, PreTrainedModel, ProcessorMixin, float | None], Objective]
     evaluation: Callable[[A, datasets.Dataset, datasets.Dataset | None], list[Pictures]]
     samples: Callable[[A, datasets.Dataset | None, PreTrainedModel, ProcessorMixin, SampleMaker], SampleMaker]
+    fine_tuning: Callable[[argparse.Namespace], str]
     recipe_with_towers: str | None = None
 
 

@@ -496,4 +496,5 @@ BLIP = Family(
     objective=make_objective,
     evaluation=make_evaluation,
     samples=make_samples,
+    fine_tuning=lambda options: "blip-fine-tuning" if options.task == "pretrain" else f"blip-{options.task}",
 )

@@ -536,4 +536,5 @@ BLIP2 = Family(
     objective=make_objective,
     evaluation=make_evaluation,
     samples=make_samples,
+    fine_tuning=lambda options: f"blip2-stage-{options.stage}",
 )

@@ -516,4 +516,5 @@ CLIP = Family(
     objective=make_objective,
     evaluation=make_evaluation,
     samples=make_samples,
+    fine_tuning=lambda options: "clip-fine-tuning",
 )
