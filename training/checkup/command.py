@@ -23,7 +23,7 @@ from ..machine.hardware import cpu_cores, use_cpu_well
 from .advice import advise, measure
 from .findings import Findings
 from .fit import embed_rows, misfits
-from .report import write_report
+from .report import sections_of, write_report
 
 ALIKE = 0.99  # cosine of the embeddings of two pictures from which they are reported as alike to --model
 MOST_ALIKE = 50  # of such pairs
@@ -44,7 +44,11 @@ def check(arguments: CheckArguments) -> Findings:
     rows = load_split(arguments, arguments.dataset_name, arguments.train_split, "--dataset_name")
     eval_rows = rows_to_evaluate_on(arguments)
     findings = look(arguments, rows, eval_rows)
-    written = write_whole(Path(target), lambda folder: write_report(folder, findings, rows, eval_rows, arguments))
+    sections = sections_of(findings, rows, eval_rows, arguments)
+    written = write_whole(Path(target), lambda folder: write_report(folder, findings, sections, arguments))
+    print(sections[0].text)
+    if findings.usable:
+        print(f"To train on it: {printable(findings.advice.command, 1000)}")
     print(f"Report written to {printable(written)}/check.html, and as .md and .json beside it.")
     return findings
 
@@ -117,6 +121,7 @@ def look(arguments: CheckArguments, rows, eval_rows) -> Findings:
     side = int(np.median(findings.sides)) if findings.sides else 0
     findings.advice = advise(arguments, findings.usable, side, findings.captions, torch.accelerator.is_available())
     if arguments.measure and findings.usable > 1:
+        print("Measuring how fast this machine trains with the suggested options, for a few seconds.")
         try:
             findings.advice.measured = measure(findings.advice, findings.usable)
         except (UserError, OSError, RuntimeError) as error:

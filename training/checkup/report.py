@@ -58,19 +58,15 @@ class Gallery:
         return image, f"row {number:,}: {printable(texts[0], 80) if texts else '(no caption)'}"
 
 
-def write_report(folder: Path, findings: Findings, rows, eval_rows, arguments: CheckArguments) -> None:
+def write_report(folder: Path, findings: Findings, sections: list[Section], arguments: CheckArguments) -> None:
     """Write check.html, check.md, check.json and the pictures of the Markdown page into a folder.
 
     Args:
         folder: an empty folder.
         findings: what was found.
-        rows: the rows to train on.
-        eval_rows: the rows to evaluate on; None if there are none.
+        sections: the parts of the report.
         arguments: the options of the check-up.
     """
-    own = Gallery(rows, arguments)
-    theirs = Gallery(eval_rows, arguments) if eval_rows is not None else None
-    sections = sections_of(findings, own, theirs, arguments)
     title = (
         f"Check-up of {printable(Path(arguments.dataset_name).name, 80)}, split {printable(arguments.train_split, 40)}"
     )
@@ -82,8 +78,17 @@ def write_report(folder: Path, findings: Findings, rows, eval_rows, arguments: C
 # --- what is in it ----------------------------------------------------------------------------------------------------
 
 
-def sections_of(findings: Findings, own: Gallery, theirs: Gallery | None, arguments: CheckArguments) -> list[Section]:
-    """The parts of the report: a summary, the faults, the pictures and captions, and what to choose."""
+def sections_of(findings: Findings, rows, eval_rows, arguments: CheckArguments) -> list[Section]:
+    """The parts of the report: a summary, the faults, the pictures and captions, and what to choose.
+
+    Args:
+        findings: what was found.
+        rows: the rows to train on.
+        eval_rows: the rows to evaluate on; None if there are none.
+        arguments: the options of the check-up.
+    """
+    own = Gallery(rows, arguments)
+    theirs = Gallery(eval_rows, arguments) if eval_rows is not None else None
     parts = [
         unreadable(findings),
         copies(findings, own),

@@ -114,7 +114,7 @@ def test_report_replaces_only_what_it_wrote(spoilt, tmp_path):
         check(CheckArguments(dataset_name="a.tar", output_dir=str(tmp_path / "x")))
 
 
-def test_captions_and_names_cannot_add_markup(tmp_path):
+def test_captions_and_names_cannot_add_markup(tmp_path, capsys):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "1.png")
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "2.png")
     rows = [{"image": "1.png", "caption": "<script>alert(1)</script>"}, {"image": "2.png", "caption": "a | b"},
@@ -124,6 +124,9 @@ def test_captions_and_names_cannot_add_markup(tmp_path):
                          vocab_size=600))  # fmt: skip
     assert "<script>" not in (tmp_path / "out" / "check.html").read_text()
     assert "a \\| b" in (tmp_path / "out" / "check.md").read_text()
+    said = capsys.readouterr().out
+    assert "3 rows, of which 3 can be used; 2 different pictures and 2 different captions. Look at: " in said
+    assert f"To train on it: accelerate launch training clip --dataset_name {tmp_path / 'pairs.json'}" in said
 
 
 def test_speed_is_measured_with_the_recommended_recipe(spoilt, tmp_path, monkeypatch):
