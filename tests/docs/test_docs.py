@@ -108,7 +108,7 @@ def test_commands_parse(name):
         elif words[0] == "vlp":
             parse_vlp(words[1:])
         else:
-            assert words[0] in ("make", "pip", "python", "hf"), line
+            assert words[0] in ("make", "pip", "python", "hf", "clip_benchmark"), line
 
 
 @pytest.mark.parametrize("name", PAGES)
