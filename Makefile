@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-# One process per GPU, or one if there is none. Setting these options avoids warnings from `accelerate launch`.
-LAUNCH := $(BIN)/accelerate launch --num_machines 1 --dynamo_backend no --mixed_precision no \
+# One process per GPU, or one if there is none. Setting these options avoids warnings from `accelerate launch`, and its
+# traceback after an error, which has been reported already.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --dynamo_backend no --mixed_precision no \
 	--num_processes $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); echo $$((n > 1 ? n : 1)))
 
 # Without setuptools' warning about editable installs, which fills the screen.
