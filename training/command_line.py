@@ -188,6 +188,11 @@ def build_parser(task: str = "clip") -> argparse.ArgumentParser:
         help=f"YAML file with options, or name of a recipe: {names} (default: {recipe}{others})",
     )
     add_options(parser, TASKS[task].arguments)
+    values = read_recipe(recipe, TASKS[task].arguments)
+    for action in parser._actions:
+        if action.dest in values and not isinstance(values[action.dest], dict):
+            value = str(values[action.dest]).replace("%", "%%")
+            action.help = f"{action.help.removesuffix(')')}; with the recipe {recipe}: {value})"
     return parser
 
 

@@ -209,6 +209,13 @@ def test_choices_are_listed_in_help_and_validated(capsys):
         ClipArguments(loss="triplet")
 
 
+def test_help_tells_what_the_default_recipe_sets():
+    text = " ".join(build_parser("clip").format_help().split())
+    rate = parse([]).learning_rate
+    assert f"peak learning rate (default: 0.0005; with the recipe clip-emoji: {rate})" in text
+    assert "(default: none; with the recipe" in text and "with the recipe clip-emoji: {" not in text
+
+
 def test_bound_and_shown_options():
     options = ClipArguments()
     bound, shown = names_of(options, "bound"), names_of(options, "shown")
