@@ -1,6 +1,6 @@
-"""Draw the README's figure: unseen drawings classified by CLIP, captioned by BLIP and matched by BLIP-2.
+"""Draw the README's figure: unseen drawings classified by CLIP, captioned by BLIP and named by BLIP-2.
 
-    python benchmarks/three_models.py model_cards/clip-emoji model_cards/blip-emoji runs/blip2-emoji [--seed 1]
+    python benchmarks/three_models.py [--seed 1]
 
 The seed selects the drawings. docs/three-models.png shows the results, right or wrong.
 """
@@ -14,7 +14,7 @@ from accelerate import PartialState
 from vlp.model_cards.plots import RIGHT, WRONG
 from vlp.training.data.sources import load_rows
 from vlp.training.evaluation.arguments import EvaluationArguments
-from vlp.training.evaluation.examples import caption_examples, class_examples, match_examples
+from vlp.training.evaluation.examples import caption_examples, class_examples
 from vlp.training.evaluation.tasks import prepare_data, use_of
 
 from vlp.inference import load
@@ -22,28 +22,28 @@ from vlp.inference import load
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-TITLES = ("", "CLIP classifies", "BLIP captions", "BLIP-2 retrieves")
-TARGET = Path(__file__).parents[1] / "docs/three-models.png"
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "docs/three-models.png"
+# Title of the column, folder of the model, task, prompt, and what makes the examples.
+COLUMNS = (
+    ("CLIP classifies", "clip-emoji", "zero-shot", "", class_examples),
+    ("BLIP captions", "blip-emoji", "captioning", "", caption_examples),
+    ("BLIP-2's language model writes", "blip2-emoji", "captioning", "The emoji is", caption_examples),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("clip", "blip", "blip2"):
-        parser.add_argument(name, help="folder of a model")
     parser.add_argument("--count", type=int, default=6)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     rows = load_rows("emoji", "test", "image")
     found = []
-    for name, task, make in (
-        (options.clip, "zero-shot", class_examples),
-        (options.blip, "captioning", caption_examples),
-        (options.blip2, "itm", match_examples),
-    ):
+    for _, name, task, prompt, make in COLUMNS:
         arguments = EvaluationArguments(task=task, class_column="caption" if task == "zero-shot" else None)
         pictures = prepare_data(rows, arguments, PartialState())
         chosen = pictures.draw(options.count, options.seed)
-        found.append(make(load(name, use_of(arguments)), pictures, chosen, [""]))
+        found.append(make(load(ROOT / "model_cards" / name, use_of(arguments)), pictures, chosen, [prompt]))
     figure, axes = plt.subplots(options.count, 4, figsize=(11, 1.25 * options.count), dpi=90,
                                 width_ratios=(0.8, 1.4, 1.4, 1.4))  # fmt: skip
     for line, examples in zip(axes, zip(*found, strict=True), strict=True):
@@ -57,9 +57,8 @@ def main() -> None:
                 text += "" if share is None else f"  {100 * share:.0f} %"
                 axis.text(0, 0.85 - 0.33 * place, text, color=RIGHT if right else WRONG, fontsize=10, va="top",
                           fontweight="bold" if right else "normal", parse_math=False)  # fmt: skip
-    for axis, title in zip(axes[0], TITLES, strict=True):
-        if title:
-            axis.set_title(title, fontsize=12, fontweight="bold", loc="left", pad=14)
+    for axis, column in zip(axes[0][1:], COLUMNS, strict=True):
+        axis.set_title(column[0], fontsize=12, fontweight="bold", loc="left", pad=14)
     figure.tight_layout()
     figure.savefig(TARGET)
     print(f"Figure written to {TARGET}.")
