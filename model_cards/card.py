@@ -265,7 +265,8 @@ def render_card(folder: Path, config: PreTrainedConfig | None = None) -> ModelCa
     found = [read_json(path) for path in sorted(evaluations.glob("*.json"))]
     data = known_data(arguments["dataset_name"])
     bases = results.get("base_models") or []
-    weights_license, weights = data.get("weights") or licence_from(bases)
+    chosen = arguments.get("license")  # which earlier runs did not have
+    weights_license, weights = (chosen, plain(chosen)) if chosen else data.get("weights") or licence_from(bases)
     title = data.get("title") or plain(data_name(arguments["dataset_name"]))
     # The metadata has one value for each metric, that of whole embeddings.
     whole = [each for each in found if not each["arguments"].get("embedding_size")]
@@ -352,17 +353,17 @@ def read_json(path: Path) -> dict:
         raise ArgumentError(f"{printable(path, 200)} does not hold results of vlp ({reason}): move it away.") from error
 
 
-def licence_from(bases: list[dict]) -> tuple[str, str]:
+def licence_from(bases: list[dict]) -> tuple[str | None, str]:
     """The licence of weights, from those of the models that training started from.
 
     Args:
         bases: the models, as dicts with "name" and "license", which is None if it is not known.
 
     Returns:
-        The identifier of the licence for the hub, and a sentence part for the card.
+        The identifier of the licence for the hub, None if there is none, and a sentence part for the card.
     """
     if not bases:
-        return "apache-2.0", "Apache-2.0"
+        return None, "no licence was chosen, which reserves all rights; `--license` names one"
     licences = {base["license"] for base in bases}
     names = ", ".join(plain(base["name"]) for base in bases)
     if len(licences) == 1 and None not in licences:

@@ -277,6 +277,11 @@ class TrainingArguments:
     )
     hub_revision: str | None = option(None, "branch to push to; created if there is none")
     language: str = option("en", "language codes of the captions, joined by commas, for the model card")
+    license: str | None = option(
+        None,
+        "licence of the weights, as the hub's identifier (mit, apache-2.0, cc-by-4.0), for the model card; none: that "
+        "of the model from which training starts, if any",
+    )
     data_license: str | None = option(None, "licence of the data, for the model card")
 
     def __post_init__(self):

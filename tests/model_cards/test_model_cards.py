@@ -242,10 +242,19 @@ def test_other_files_beside_the_evaluations_are_reported(tmp_path, content):
         render_card(tmp_path)
 
 
+def test_licence_can_be_chosen(tmp_path):
+    tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
+    found = facts(base_models=[{"name": "me/clip", "license": "mit"}])
+    found["arguments"] |= {"license": "cc-by-4.0"}
+    write_card(tmp_path, found, [])
+    text = (tmp_path / "README.md").read_text()
+    assert ModelCard(text).data.license == "cc-by-4.0" and "The weights: cc-by-4.0." in text
+
+
 @pytest.mark.parametrize(
     ("bases", "licence", "words"),
     [
-        ([], "apache-2.0", "Apache-2.0"),
+        ([], None, "no licence was chosen"),
         ([{"name": "me/clip", "license": "mit"}], "mit", "mit, as of me/clip, from which training started"),
         ([{"name": "clip", "license": None}], "other", "clip (unknown)"),
         ([{"name": "gpt2", "license": "mit", "local": False}], "mit", "mit, as of gpt2, from which training started"),

@@ -71,7 +71,7 @@ def train(hub: Hub, pairs: Path, folder: Path, *options: str, token: str | None 
         str(pairs), "--output_dir", str(folder), "--model", json.dumps(model), "--image_size", "16", "--vocab_size",
         "560", "--max_length", "12", "--per_device_train_batch_size", "4", "--max_train_steps", "2",
         "--max_train_minutes", "none", "--report_to", "none", "--tag_column", "none", "--tag_share", "0",
-        "--class_column", "none", "--push_to_hub", *options, token=token,
+        "--class_column", "none", "--license", "mit", "--push_to_hub", *options, token=token,
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_pushed_model_loads_in_another_process(hub, pairs, tmp_path):
     pulled = run(hub, tmp_path / "elsewhere", "-c", PULL, "me/cards", "v2")
     assert pulled.returncode == 0, pulled.stderr
     facts = json.loads(pulled.stdout.splitlines()[-1])
-    assert (facts["model"], facts["processor"], facts["license"]) == ("VlpClipModel", "VlpClipProcessor", "apache-2.0")
+    assert (facts["model"], facts["processor"], facts["license"]) == ("VlpClipModel", "VlpClipProcessor", "mit")
     assert facts["labels"] == ["a blue card", "a red card"] and "vlp" in facts["tags"]
     assert facts["files"] == {name: hashlib.sha256(value).hexdigest() for name, value in pushed.items()}
     pulled = run(hub, tmp_path / "without-vlp", "-c", PULL_WITHOUT_VLP, "me/cards", "v2", fresh=True)
