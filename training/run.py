@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -32,6 +33,7 @@ from .setup import set_up, sources_of
 
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 GRACE = 5.0  # seconds after which a process other than the main one ends if its launcher has ended
+SAME_REQUEST = 2.0  # seconds within which several signals are one request to stop
 RESAMPLES = 1000  # bootstrap resamples for the confidence intervals of the published metrics
 
 
@@ -70,12 +72,15 @@ def run_to_the_end(arguments: TrainingArguments, family: Family) -> None:
     run = set_up(arguments, family)
     with interruptible(run):
         fit(run, lambda: log_metrics(run, published_model(run), resamples=0), lambda: save(run))
-    saved = save(run)
-    if run.interrupted:
+        saved = save(run)
+    if run.interrupted or run.stop_requested:
         run.accelerator.end_training()
         if not saved:
             raise OSError(f"Interrupted at step {run.progress.step}, and the state could not be saved.")
-        run.accelerator.print(f"Interrupted at step {run.progress.step}. Resume with --resume_from_checkpoint latest.")
+        run.accelerator.print(
+            f"Interrupted at step {run.progress.step}. Resume with the same command and "
+            "--resume_from_checkpoint latest."
+        )
         return
     model = published_model(run).eval()
     require_finite(model)
@@ -164,12 +169,23 @@ def ends_with_its_launcher() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible(run: Run) -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM or SIGHUP end the training loop after the current step; a second one ends it at once."""
+    """Let Ctrl-C, SIGTERM or SIGHUP end the training loop after the current step.
+
+    A second Ctrl-C ends it at once, without a state. Signals that follow the first one within `SAME_REQUEST` are no
+    second request: a launcher that is stopped passes the signal on, or sends another, or ends (see
+    `ends_with_its_launcher`).
+    """
+    first = None
 
     def stop(number, frame):
-        if run.stop_requested:
-            raise KeyboardInterrupt
-        run.stop_requested = True
+        nonlocal first
+        if first is not None:
+            if number == signal.SIGINT and time.monotonic() - first > SAME_REQUEST:
+                raise KeyboardInterrupt
+            return
+        run.stop_requested, first = True, time.monotonic()
+        if run.accelerator.is_main_process:  # not by print, which a signal may have interrupted
+            os.write(2, b"\nStopping after this step, then saving the state; Ctrl-C again ends the run without it.\n")
 
     before = {number: signal.signal(number, stop) for number in ENDING}
     try:

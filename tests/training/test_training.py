@@ -41,7 +41,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     pipeline,
 )
-from vlp.training import command_line
+from vlp.training import command_line, loop
 from vlp.training.data.sources import load_rows
 from vlp.training.evaluate import evaluate
 from vlp.training.evaluation.arguments import EvaluationArguments
@@ -50,7 +50,7 @@ from vlp.training.families.clip import CLIP, ClipArguments
 from vlp.training.machine import checkpoint, hardware, hub
 from vlp.training.machine.optim import learning_rate_factor, levels_below_top, make_optimizer, parameter_groups
 from vlp.training.objectives.clip import ClipObjective
-from vlp.training.run import main, require_finite, train
+from vlp.training.run import interruptible, main, require_finite, train
 
 import vlp
 from vlp import files
@@ -398,6 +398,38 @@ def test_run_resumes_after_a_signal(pairs, tmp_path, number):
     code, output = process.wait(120)
     assert code == 0 and f"step {step}." in output, output
     assert (folder / "model.safetensors").exists()
+
+
+def test_signals_of_one_request_are_counted_once(monkeypatch):
+    """A launcher that Ctrl-C stops sends the run another signal, or the run notices its end: a slow step is finished."""
+    run = SimpleNamespace(stop_requested=False, accelerator=SimpleNamespace(is_main_process=True))
+    with interruptible(run):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        assert run.stop_requested
+        monkeypatch.setattr("vlp.training.run.SAME_REQUEST", 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_state_is_saved_when_the_launcher_dies_of_ctrl_c_in_a_slow_step(pairs, tmp_path, monkeypatch):
+    """Accelerate ends at once; the run finds its launcher gone while the step goes on."""
+    step, slow = loop.train_step, []
+
+    def slow_step(run, *given):
+        loss = step(run, *given)
+        if run.progress.step == 2 and not slow:
+            slow.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+            monkeypatch.setattr(os, "getppid", lambda: -1)
+            time.sleep(1.5)  # the watch looks every half second
+        return loss
+
+    monkeypatch.setattr(loop, "train_step", slow_step)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    train(arguments(pairs, tmp_path / "run", max_train_steps=50))
+    assert slow and len(states(tmp_path / "run.resume")) == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
