@@ -25,6 +25,7 @@ FORMATS = (
     "JPEG2000", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "TIFF",
     "WEBP", "XBM", "XPM", "XVTHUMB",
 )  # fmt: skip
+HEIC = "HEIC, which Pillow cannot read: convert it to JPEG"
 UNSAFE = ("EPS", "WMF", "EMF")  # refused even where the caller opened the file
 
 
@@ -81,9 +82,21 @@ def read_picture(source: Any, max_pixels: int = MAX_PIXELS, draft: Draft | None 
     except Image.DecompressionBombError:
         raise PictureError("decompression bomb") from None
     except (UnidentifiedImageError, IsADirectoryError):
-        raise PictureError("not an image") from None
+        raise PictureError(HEIC if is_heic(source) else "not an image") from None
     except Exception:  # a broken file can make Pillow's decoders raise anything
         raise PictureError("truncated or broken image") from None
+
+
+def is_heic(source: bytes | str | os.PathLike) -> bool:
+    """Whether the bytes or the file begin as those of a HEIC picture, which phones take."""
+    if isinstance(source, bytes):
+        start = source[:12]
+    elif os.path.isfile(source):
+        with open(source, "rb") as file:
+            start = file.read(12)
+    else:
+        return False
+    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
 def require_file(path: str | os.PathLike) -> None:

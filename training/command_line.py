@@ -68,7 +68,8 @@ TASKS = {
 def parse(arguments: list[str], task: str = "clip"):
     """Parse a command line: its options override those of the recipe (`--config`).
 
-    If it chooses the length of the run, in steps, minutes or epochs, the recipe's length does not count.
+    If it chooses the length of the run, in steps, minutes or epochs, that of the recipe does not count, and the warm-up
+    of the recipe takes at most a tenth of the steps.
 
     Args:
         arguments: words of the command line after the command.
@@ -93,6 +94,8 @@ def parse(arguments: list[str], task: str = "clip"):
         values = {name: value for name, value in values.items() if name not in OF_THE_DATA}
     lengths = lengths_in(arguments)
     values = {name: value for name, value in values.items() if not lengths or name not in LENGTHS or name in lengths}
+    if "max_train_steps" in lengths and values.get("warmup_steps"):  # a short run has a short warm-up
+        values["warmup_steps"] = min(values["warmup_steps"], max(1, given.max_train_steps // 10))
     parser.set_defaults(**values)
     parsed = vars(parser.parse_args(arguments))
     del parsed["config"]

@@ -40,6 +40,7 @@ from .machine.optim import OFFSETS_RATE, make_optimizer, parameter_groups
 from .machine.sharding import let_layers_precompute, make_shardable, repeated_layers, size_of
 from .resume import resume
 
+SMALL, SMALL_RATE = 10_000_000, 1e-3  # parameters of a small model; a learning rate that fine-tunes it
 LARGEST_BATCH = 10  # times the number of rows, in one optimiser step
 
 
@@ -210,7 +211,9 @@ def describe_run(run: Run) -> None:
     arguments, accelerator = run.arguments, run.accelerator
     count = size_of(run.model) / 1e6
     pairs = "shards" if run.rows is None else f"{len(run.rows):,} training pairs"
-    evaluated = f"{run.evaluations[0].used:,} evaluation pairs" if run.evaluations else "no evaluation"
+    evaluated = "no evaluation (for one, name rows with --eval_split, --eval_dataset_name or --hold_out COLUMN=VALUE)"
+    if run.evaluations:
+        evaluated = f"{run.evaluations[0].used:,} evaluation pairs"
     print(f"Model: {count:.1f} M parameters, precision {precision_of(accelerator)}.")
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     print(f"Hardware: {accelerator.device.type}, {processes}, {torch.get_num_threads()} CPU threads per process.")
@@ -235,6 +238,17 @@ def doubts(run: Run) -> list[str]:
         found.append(
             f"--warmup_steps {arguments.warmup_steps:,} is longer than the run, {steps:,} steps, so that the "
             "learning rate stays below --learning_rate."
+        )
+    size = size_of(run.model)
+    if (
+        arguments.model_name_or_path
+        and not arguments.lora_rank
+        and size < SMALL
+        and arguments.learning_rate < SMALL_RATE
+    ):
+        found.append(
+            f"a model of {size / 1e6:.1f} M parameters hardly changes at --learning_rate {arguments.learning_rate:g}; "
+            f"try {SMALL_RATE:g}."
         )
     return found
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .architectures import architecture_of
+from .architectures import USES, architecture_of
 from .conversion import own_copy
 from .errors import ArgumentError, UnsupportedModelError, printable
 from .loading import load_model, load_processor, read_config, row_of
@@ -26,6 +26,7 @@ from .modeling_vlp.blip import VlpBlipForPreTraining
 from .modeling_vlp.blip2 import VlpBlip2PreTrainedModel, best_query
 from .modeling_vlp.blip2_generation import VlpBlip2ForConditionalGeneration
 from .modeling_vlp.blip_captioner import VlpBlipForConditionalGeneration
+from .modeling_vlp.blip_tasks import VlpBlipForQuestionAnswering
 from .modeling_vlp.clip import VlpClipModel
 from .modeling_vlp.losses import unit_length
 from .modeling_vlp.med import Memory
@@ -291,7 +292,12 @@ class BlipPredictor(VlpPredictor):
 
         Returns:
             B answers.
+
+        Raises:
+            UnsupportedModelError: if the model was not trained to answer questions.
         """
+        if not isinstance(self.model, VlpBlipForQuestionAnswering):
+            raise unsupported(f"A {type(self.model).__name__}", "answer")
         options = {"num_beams": 3, "do_sample": False, "max_length": 12} | options
         require_room(options["max_length"], 1, self.model.config.text_config.max_position_embeddings)
         ids = self.prepare_texts(questions)["input_ids"]
@@ -461,7 +467,10 @@ def load(
 
     Raises:
         UnsupportedModelError: if there is no such model, or it does not support the use or the embedding size.
+        ArgumentError: if there is no such use.
     """
+    if use not in USES:
+        raise ArgumentError(f"use must be one of {', '.join(USES)}, got {printable(repr(use), 60)}.")
     name = own_copy(name)
     config = read_config(name)
     if config.model_type.startswith("vlp_"):

@@ -415,3 +415,11 @@ def test_other_formats_are_cropped_exactly_as_before():
     for number in range(3):
         expected = crop(read_picture(file.getvalue()), random.Random(number))
         assert crop.read(file.getvalue(), random.Random(number)).tobytes() == expected.tobytes()
+
+
+def test_heic_is_named(tmp_path):
+    content = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(100)
+    (tmp_path / "phone.jpg").write_bytes(content)
+    for source in (content, tmp_path / "phone.jpg", str(tmp_path / "phone.jpg")):
+        with pytest.raises(PictureError, match="HEIC, which Pillow cannot read: convert it to JPEG"):
+            read_picture(source)

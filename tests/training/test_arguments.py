@@ -48,7 +48,8 @@ def test_recipes_build_models_of_published_size(name, millions):
         ("", 2000, None), ("--max_train_minutes 3", None, 3.0), ("--max_train_minutes=3", None, 3.0),
         ("--max_train_steps 9", 9, None), ("--num_train_epochs 2", None, None),
         ("--max_train_minutes none", 2000, None), ("--max_train_minutes 3 --max_train_steps 9", 9, 3.0),
-        ("--config blip-emoji --max_train_steps 9", 9, None), ("--config blip-emoji", None, 10.0),
+        ("--config blip-emoji --max_train_steps 9", 9, None), ("--config blip-emoji", 1500, None),
+        ("--config blip-scenes", None, 15.0),
     ],
 )  # fmt: skip
 def test_length_on_the_command_line_replaces_that_of_the_recipe(words, steps, minutes):
@@ -73,6 +74,15 @@ def test_a_trained_model_is_fine_tuned_by_default(task, words, recipe):
     assert found == same and found.learning_rate <= 1e-4 and found.optimizer == "adamw"
     own = parse(["--config", TASKS[task].recipe, "--model_name_or_path", "runs/mine", *words.split()], task)
     assert own.learning_rate >= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "warmup"),
+    [("", 80), ("--max_train_steps 2000", 80), ("--max_train_steps 200", 20), ("--max_train_steps 3", 1),
+     ("--max_train_steps 200 --warmup_steps 70", 70), ("--max_train_minutes 1", 80)],
+)  # fmt: skip
+def test_a_short_run_has_a_short_warm_up(words, warmup):
+    assert parse(words.split()).warmup_steps == warmup
 
 
 def test_default_recipe_and_command_line_overrides():

@@ -401,7 +401,7 @@ def test_run_resumes_after_a_signal(pairs, tmp_path, number):
 
 
 def test_signals_of_one_request_are_counted_once(monkeypatch):
-    """A launcher that Ctrl-C stops sends the run another signal, or the run notices its end: a slow step is finished."""
+    """A launcher that Ctrl-C stops may send the run another signal, or the run notices its end."""
     run = SimpleNamespace(stop_requested=False, accelerator=SimpleNamespace(is_main_process=True))
     with interruptible(run):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -551,6 +551,9 @@ def test_options_that_fit_the_run_badly_are_warned_about(pairs, tmp_path, capsys
     assert "warning: --warmup_steps 100 is longer than the run, 3 steps" in said
     train(arguments(pairs, tmp_path / "epochs", max_train_steps=None, num_train_epochs=1.0, warmup_steps=7))
     assert "warning: --warmup_steps 7 is longer than the run, 2 steps" in capsys.readouterr().out
+    train(arguments(pairs, tmp_path / "tuned", model_name_or_path=str(tmp_path / "run"), max_train_steps=3,
+                    learning_rate=1e-5))  # fmt: skip
+    assert "M parameters hardly changes at --learning_rate 1e-05; try 0.001." in capsys.readouterr().out
 
 
 def test_tracker_that_is_not_installed_is_refused(pairs, tmp_path):

@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import re
 import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -17,6 +19,7 @@ from ..setup import set_up
 
 SMALL = 72  # pixels of the shorter side up to which pictures count as drawings or icons
 LENGTHS = (16, 24, 32, 48, 64, 77)  # of captions, in tokens
+NOT_IN_NAMES = r"[^\w.-]+"  # of the folders that are proposed
 STEPS = 4  # optimiser steps that are timed, after one that is not
 MEASURED_BATCH = 32
 TOWERS = {
@@ -67,6 +70,7 @@ def advise(arguments: CheckArguments, pairs: int, side: int, captions: CaptionFa
         if getattr(arguments, name) != usual:
             options[name] = quoted(getattr(arguments, name))
     options["eval_split"] = arguments.eval_split or "none"
+    options["output_dir"] = f"runs/{re.sub(NOT_IN_NAMES, '-', Path(arguments.dataset_name).stem).strip('-.') or 'mine'}"
     if side <= SMALL:
         options |= {"config": "clip-emoji", "image_size": str(32 if side < 64 else 64)}
         reasons.append(f"Half of the pictures are smaller than {side + 1} pixels, so a small ResNet is enough.")

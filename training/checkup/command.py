@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError, UserError, brief, printable
+from ...errors import ArgumentError, BadDataError, UserError, brief, printable
 from ...files import check_output, write_whole
 from ...inference import Predictor, load
 from ...loading import load_auto_tokenizer
@@ -33,12 +33,16 @@ def check(arguments: CheckArguments) -> Findings:
     """Check a data set and write the report.
 
     Raises:
-        ArgumentError: if the data cannot be loaded, or the output folder holds other files.
+        BadDataError: if no row can be used; the report is written all the same.
+        ArgumentError: if no data is named, it cannot be loaded, or the output folder holds other files.
     """
+    if not arguments.dataset_name:
+        raise ArgumentError("Name the data to check, as in `vlp check pairs.csv`; `emoji` are the included drawings.")
     if is_shards(arguments.dataset_name):
         raise ArgumentError("The check-up needs random access to the rows: --dataset_name cannot be shards.")
     target = arguments.output_dir or "runs/check"
     check_output(target, sources=[arguments.dataset_name, arguments.eval_dataset_name, arguments.image_root])
+    print(f"Checking {printable(arguments.dataset_name, 200)}.")
     datasets.disable_progress_bars()
     use_cpu_well(cpu_cores())
     rows = load_split(arguments, arguments.dataset_name, arguments.train_split, "--dataset_name")
@@ -50,6 +54,10 @@ def check(arguments: CheckArguments) -> Findings:
     if findings.usable:
         print(f"To train on it: {printable(findings.advice.command, 1000)}")
     print(f"Report written to {printable(written)}/check.html, and as .md and .json beside it.")
+    if not findings.usable:
+        raise BadDataError(
+            f"No row of {printable(arguments.dataset_name, 120)} can be used. {findings.advice_for_paths}"
+        )
     return findings
 
 
@@ -121,7 +129,7 @@ def look(arguments: CheckArguments, rows, eval_rows) -> Findings:
     side = int(np.median(findings.sides)) if findings.sides else 0
     findings.advice = advise(arguments, findings.usable, side, findings.captions, torch.accelerator.is_available())
     if arguments.measure and findings.usable > 1:
-        print("Measuring how fast this machine trains with the suggested options, for a few seconds.")
+        print("Measuring how fast this machine trains with the suggested options, which can take half a minute.")
         try:
             findings.advice.measured = measure(findings.advice, findings.usable)
         except (UserError, OSError, RuntimeError) as error:

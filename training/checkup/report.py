@@ -15,6 +15,7 @@ from ..data.rows import texts_in
 from ..data.survey import CheckArguments, thumbnail
 from .findings import Findings
 
+FEW = 100  # rows
 SHOWN = 7  # examples of each kind
 SCRIPT_NAMES = {"LATIN": "Latin", "CJK": "Chinese", "HIRAGANA": "Japanese", "HANGUL": "Korean", "CYRILLIC": "Cyrillic"}
 
@@ -106,6 +107,8 @@ def summary(findings: Findings, parts: list[Section], own: Gallery) -> Section:
         f"and {findings.captions.distinct:,} different captions. "
     )
     text += f"Look at: {', '.join(faults)}." if faults else "Nothing is wrong with the data."
+    if findings.usable < FEW:
+        text += f" Fewer than {FEW} rows are enough to try the commands, not to train a model."
     step = max(1, findings.rows // SHOWN)
     return Section("Summary", text, pictures=[[own[number]] for number in range(0, findings.rows, step)][:SHOWN])
 

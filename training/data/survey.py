@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...processing.pictures import content_of, read_picture, to_rgb
-from ..arguments import EMOJI, MAX_PIXELS, check_values, option, require_at_least_one
+from ..arguments import MAX_PIXELS, check_values, option, require_at_least_one
 from .rows import BadRow, picture_of, root_of
 
 SMALL = 16  # cells a side of the small picture that near duplicates are found with
@@ -28,7 +28,7 @@ CHUNK = 64  # rows that a process takes at a time
 class CheckArguments:
     """Options of the check-up of a data set."""
 
-    dataset_name: str = option(EMOJI, "data to check, as --dataset_name of training; not shards")
+    dataset_name: str | None = option(None, "data to check, as --dataset_name of training; not shards")
     dataset_config_name: str | None = option(None, "configuration of a hub data set")
     train_split: str = option("train", "split to train on")
     eval_dataset_name: str | None = option(None, "data to evaluate on; the same data if only --eval_split is given")

@@ -419,7 +419,7 @@ def save(
         target: the folder of the index.
         pictures: N pictures (path, size, modification time).
         vectors: their embeddings (N, E).
-        model: folder or hub name of the model.
+        model: folder or hub name of the model; a folder is stored as its absolute path.
         folder: the folder of pictures.
         faiss: factory string of faiss; None for cells above EXACT pictures.
         identity: identity of the model, see `identity_of`.
@@ -427,6 +427,7 @@ def save(
     """
     if faiss is None and len(pictures) > EXACT and importlib.util.find_spec("faiss"):
         faiss = f"IVF{round(len(pictures) ** 0.5)},SQfp16"  # about sqrt(N) cells, vectors in float16
+    model = Path(model).resolve() if Path(model).is_dir() else model
     facts = {"model": str(model), "identity": identity, "folder": str(folder.resolve()), "width": vectors.shape[1],
              "embedding_size": embedding_size}  # fmt: skip
     write_index(target, pictures, vectors.half().contiguous(), facts, faiss)

@@ -45,7 +45,13 @@ def tables() -> dict:
 
 def parser_class() -> type[argparse.ArgumentParser]:
     """`vlp.errors.CommandParser`, from its file: importing it by name would import vlp."""
-    place = Path(importlib.util.find_spec("vlp").origin).with_name("errors.py")
+    place = importlib.util.find_spec("vlp").origin
+    if place is None:
+        sys.exit(
+            f"Python takes the folder {os.path.abspath('vlp')} for the package vlp, because it is in the current "
+            "folder: go into that folder, or rename it."
+        )
+    place = Path(place).with_name("errors.py")
     spec = importlib.util.spec_from_file_location("vlp_launcher.errors", place)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

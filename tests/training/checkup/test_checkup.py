@@ -21,7 +21,7 @@ from vlp.training.data.duplicates import groups_of, similar
 from vlp.training.data.sources import load_rows
 from vlp.training.data.survey import CheckArguments, facts_of, fingerprint
 
-from vlp.errors import ArgumentError
+from vlp.errors import ArgumentError, BadDataError
 
 MODEL = Path(__file__).parents[3] / "model_cards" / "clip-emoji"
 KINDS = ("exact", "jpeg", "png", "resized")
@@ -112,6 +112,21 @@ def test_report_replaces_only_what_it_wrote(spoilt, tmp_path):
         check(CheckArguments(dataset_name=str(spoilt[0]), output_dir=str(tmp_path / "mine"), measure=False))
     with pytest.raises(ArgumentError, match="cannot be shards"):
         check(CheckArguments(dataset_name="a.tar", output_dir=str(tmp_path / "x")))
+
+
+def test_data_must_be_named_and_have_a_usable_row(tmp_path, capsys):
+    with pytest.raises(ArgumentError, match="Name the data to check, as in `vlp check pairs.csv`"):
+        check(parse([], "check"))
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "pictures" / "1.png")
+    (tmp_path / "my pairs.csv").write_text("image,caption\n1.png,a red card\n")
+    options = ["--dataset_name", str(tmp_path / "my pairs.csv"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(BadDataError, match="No row of .*my pairs.csv can be used. .*--image_root .*pictures"):
+        check(parse([*options, "--no-measure"], "check"))
+    assert (tmp_path / "out/check.html").is_file() and "To train on it" not in capsys.readouterr().out
+    found = check(parse([*options, "--no-measure", "--image_root", str(tmp_path / "pictures")], "check"))
+    assert found.advice.options["output_dir"] == "runs/my-pairs"
+    assert "Fewer than 100 rows are enough to try the commands" in capsys.readouterr().out
 
 
 def test_captions_and_names_cannot_add_markup(tmp_path, capsys):
