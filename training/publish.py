@@ -118,6 +118,7 @@ def print_results(run: Run, results: dict) -> None:
     """Print the length of the run, the skipped rows and the metrics."""
     progress = run.progress
     print(f"{progress.samples:,} samples in {progress.step:,} steps, {progress.seconds:.0f} s of training.")
-    print(f"Skipped rows: {results['bad_rows']}.")
+    named = " `vlp check` names the first of each cause." if run.bad_rows.causes and run.rows is not None else ""
+    print(f"Skipped rows: {results['bad_rows']}.{named}")
     for name, value in results["metrics"].items():
         print(f"  {metric_name(name):60s} {shown(name, value):>8s}")
