@@ -173,10 +173,12 @@ def test_files_are_not_served(address, place):
 
 def test_paths_that_were_not_uploaded_are_rejected(address, place):
     """An upload is classified; a request that names a local file as its upload is rejected."""
-    body = b"--x\r\nContent-Disposition: form-data; name=files; filename=r.png\r\n\r\n" + picture("red") + b"\r\n--x--"
-    upload = urllib.request.Request(f"{address}/gradio_api/upload", body,
-                                    {"Content-Type": "multipart/form-data; boundary=x"})  # fmt: skip
-    uploaded = json.loads(urllib.request.urlopen(upload).read())[0]
+
+    def upload(content: bytes) -> str:
+        body = b"--x\r\nContent-Disposition: form-data; name=files; filename=r.png\r\n\r\n" + content + b"\r\n--x--"
+        request = urllib.request.Request(f"{address}/gradio_api/upload", body,
+                                         {"Content-Type": "multipart/form-data; boundary=x"})  # fmt: skip
+        return json.loads(urllib.request.urlopen(request).read())[0]
 
     def classify(path: str) -> str:
         data = [CLIP, {"path": path, "meta": {"_type": "gradio.FileData"}}, "red card, dog"]
@@ -185,7 +187,9 @@ def test_paths_that_were_not_uploaded_are_rejected(address, place):
         event = json.loads(urllib.request.urlopen(call).read())["event_id"]
         return urllib.request.urlopen(f"{address}/gradio_api/call/classify/{event}").read().decode()
 
-    assert "event: complete" in classify(uploaded)
+    assert "event: complete" in classify(upload(picture("red")))
+    for content, cause in ((b"no picture", "not an image"), (b"\0\0\0\x18ftypheic" + bytes(90), "HEIC, which Pillow")):
+        assert f"The picture cannot be read: {cause}" in classify(upload(content))
     refused = classify(str(place / "secret.png"))
     assert "event: error" in refused and "complete" not in refused
 

@@ -106,8 +106,17 @@ def page(demo: Demo, examples: Examples):
             )  # fmt: skip
 
     def picture(tab: str, value: str | None = None):
-        return gr.Image(value, type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"],
+        found = gr.Image(value, type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"],
                         label="Picture", elem_id=f"{tab}-picture", height=240)  # fmt: skip
+        read = found.preprocess
+
+        def path_of(upload):
+            """The path of an upload: the demo reads it itself, so that a file that is no picture is explained."""
+            given = upload is not None and upload.path and not (upload.url or "").startswith("data:")
+            return str(upload.path) if given else read(upload)
+
+        found.preprocess = path_of  # a subclass would make gradio write a file next to this one
+        return found
 
     def button(tab: str, words: str):
         return gr.Button(words, variant="primary", elem_id=f"{tab}-go")
