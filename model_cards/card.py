@@ -319,6 +319,8 @@ def unseen_part(arguments: dict) -> str:
     """The part of the data that a run kept for its evaluation."""
     held_out, other = arguments["hold_out"], arguments.get("eval_dataset_name")
     part = f"the rows {plain(held_out)}" if held_out else f"the split {code(arguments['eval_split'])}"
+    if held_out and "=" not in held_out:
+        part = f"a random {plain(held_out)} of the pictures"
     return f"{part} of {plain(data_name(other))}" if other else part
 
 

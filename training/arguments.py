@@ -104,7 +104,10 @@ class TrainingArguments:
         None, "endings of the captions in shards, such as alt.txt, if not those in .txt, .json or .cls", bound=True
     )
     hold_out: str | None = option(
-        None, "COLUMN=VALUE: evaluate on the rows with this value instead of training on them", bound=True
+        None,
+        "COLUMN=VALUE: evaluate on the rows with this value instead of training on them; or a share of the pictures, "
+        "such as 10%",
+        bound=True,
     )
     max_bad_share: float = option(0.1, "stop the run if more than this share of the rows (0 to 1) is unusable")
     max_image_pixels: int = option(MAX_PIXELS, "skip larger images, in pixels, as decompression bombs")
@@ -348,8 +351,10 @@ class TrainingArguments:
             raise ArgumentError("--push_to_hub needs --hub_model_id, the repository to push to, such as me/my-clip.")
         if self.hub_model_id and not self.push_to_hub:
             raise ArgumentError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub.")
-        if self.hold_out and "=" not in self.hold_out:
-            raise ArgumentError(f"--hold_out must be COLUMN=VALUE, got {self.hold_out!r}.")
+        if self.hold_out and "=" not in self.hold_out and not 0 < share_of(self.hold_out) < 1:
+            raise ArgumentError(
+                f"--hold_out must be COLUMN=VALUE or a share of the pictures such as 10%, got {self.hold_out!r}."
+            )
 
     @functools.cached_property
     def base_model(self) -> str | None:
@@ -497,6 +502,12 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
             convert = none_or(convert) if type(None) in typing.get_args(item.type) else convert
             settings |= {"type": convert, "metavar": kinds[0].__name__}
         parser.add_argument(f"--{item.name}", **settings)
+
+
+def share_of(text: str) -> float:
+    """The share that a percentage such as "10%" says, from 0 to 1; 0 if the text is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text)
+    return float(found[1]) / 100 if found else 0.0
 
 
 def json_object(word: str) -> dict:

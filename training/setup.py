@@ -211,7 +211,7 @@ def describe_run(run: Run) -> None:
     arguments, accelerator = run.arguments, run.accelerator
     count = size_of(run.model) / 1e6
     pairs = "shards" if run.rows is None else f"{len(run.rows):,} training pairs"
-    evaluated = "no evaluation (for one, name rows with --eval_split, --eval_dataset_name or --hold_out COLUMN=VALUE)"
+    evaluated = "no evaluation (for one, --hold_out 10%, --eval_split or --eval_dataset_name)"
     if run.evaluations:
         evaluated = f"{run.evaluations[0].used:,} evaluation pairs"
     print(f"Model: {count:.1f} M parameters, precision {precision_of(accelerator)}.")

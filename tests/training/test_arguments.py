@@ -201,7 +201,8 @@ def test_invalid_yaml_files_raise(tmp_path, content, message):
         (["--caption_column", "a,b", "--templates", "emoji,x"], "one of name, photo, .*got 'x'"),
         (["--class_names", "x"], "one of cifar100, .*got 'x'"),
         (["--tag_column", "none"], "--tag_share 0.25 needs --tag_column"),
-        (["--hold_out", "noto"], "COLUMN=VALUE, got 'noto'"),
+        (["--hold_out", "noto"], "COLUMN=VALUE or a share of the pictures such as 10%, got 'noto'"),
+        (["--hold_out", "100%"], "such as 10%, got '100%'"),
         (["--max_train_minutes", "0"], "must be positive, got 0.0"),
     ],
 )

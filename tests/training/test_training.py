@@ -1,5 +1,6 @@
 """Tests of complete small CLIP runs: training, publishing, loading, resuming and errors."""
 
+import dataclasses
 import io
 import json
 import os
@@ -42,6 +43,7 @@ from transformers import (
     pipeline,
 )
 from vlp.training import command_line, loop
+from vlp.training.data.build import load_data
 from vlp.training.data.sources import load_rows
 from vlp.training.evaluate import evaluate
 from vlp.training.evaluation.arguments import EvaluationArguments
@@ -308,6 +310,24 @@ def test_hold_out_rows_are_used_for_evaluation_only(pairs, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["training_pairs"], results["evaluation_pairs"]) == (28, 4)
     assert "caption=red card" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_share_of_the_pictures_is_held_out(pairs, tmp_path):
+    """All captions of a picture are on the same side, and the seed draws the pictures."""
+    lines = [line.rsplit(",", 1)[0] for line in pairs.read_text().splitlines()[1:]]
+    table = ["image,caption", *lines, *(line.replace(" card", " paper") for line in lines)]
+    (pairs.parent / "twice.csv").write_text("\n".join(table))
+    options = arguments(
+        pairs.parent / "twice.csv", tmp_path / "run", hold_out="25%", eval_split=None, max_train_steps=1
+    )
+    rows, held = load_data(options)
+    assert len(rows) + len(held) == 80 and 10 <= len(held) <= 30
+    assert not {row["image"]["path"] for row in rows} & {row["image"]["path"] for row in held}
+    other = dataclasses.replace(options, seed=1)
+    assert {row["image"]["path"] for row in load_data(other)[1]} != {row["image"]["path"] for row in held}
+    train(options)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "not trained on a random 25% of the pictures." in card.replace("\\", "")
 
 
 def test_shards_end_to_end(tmp_path, trained):

@@ -1,11 +1,14 @@
 """Load the training and evaluation rows of a run from its options."""
 
+from hashlib import blake2b
+
 import torch
 
 from ...errors import ArgumentError
-from ..arguments import TrainingArguments
+from ..arguments import TrainingArguments, share_of
 from ..machine.hardware import cpu_cores
 from ..objectives.distributed import processes
+from .rows import picture_id
 from .scenes import is_scenes
 from .shards import check_shards, expand
 from .sources import is_shards, load_rows, require_column, require_text
@@ -85,17 +88,30 @@ def default_workers(arguments: TrainingArguments) -> int:
 def hold_out(rows, arguments: TrainingArguments) -> tuple:
     """Split the rows into training rows and the rows that match `--hold_out`, for evaluation.
 
+    A share is drawn by the pictures and the seed: all rows of a picture are on the same side.
+
     Raises:
         ArgumentError: if the data is shards, the column is missing, or no row or every row matches.
     """
-    column, value = arguments.hold_out.split("=", 1)
     if rows is None:
         raise ArgumentError("--hold_out needs random access to the rows: --dataset_name cannot be shards.")
-    require_column(rows, column, arguments.dataset_name, "--hold_out")
-    held = [str(entry) == value for entry in rows[column]]
+    if "=" in arguments.hold_out:
+        column, value = arguments.hold_out.split("=", 1)
+        require_column(rows, column, arguments.dataset_name, "--hold_out")
+        held = [str(entry) == value for entry in rows[column]]
+    else:
+        second = getattr(arguments, "second_image_column", None)
+        columns = [name for name in (arguments.image_column, second) if name in rows.column_names]
+        held = [drawn(picture_id(row, *columns), arguments.seed) < share_of(arguments.hold_out) for row in rows]
     if not any(held) or all(held):
         raise ArgumentError(
             f"--hold_out {arguments.hold_out} matches {sum(held)} of {len(held)} rows; it must match some, but not all."
         )
     kept = rows.select([number for number, out in enumerate(held) if not out])
     return kept, rows.select([number for number, out in enumerate(held) if out])
+
+
+def drawn(key: str, seed: int) -> float:
+    """A number from 0 to 1 that depends on a key and a seed alone."""
+    digest = blake2b(f"{seed} {key}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

@@ -129,8 +129,8 @@ def load_binary(paths: list[Path], split: str, option: str) -> datasets.Dataset:
         return rows.select(chosen)
     if split != "train" and not all(split in path.stem for path in paths):
         raise ArgumentError(
-            f"{option} {printable(paths[0], 120)} has no split {split!r}: use --hold_out COLUMN=VALUE, or name another "
-            "file with --eval_dataset_name and --eval_split train."
+            f"{option} {printable(paths[0], 120)} has no split {split!r}: use --hold_out 10% or COLUMN=VALUE, or name "
+            "another file with --eval_dataset_name and --eval_split train."
         )
     return rows
 

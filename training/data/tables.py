@@ -114,7 +114,7 @@ def read_table(
                 f"{told}: row {number + 1} is {printable(repr(row), 60)}; expected an object with the columns as keys."
             )
     if split != "train" and not any("split" in row for row in rows):
-        others = "--hold_out COLUMN=VALUE, or another file with --eval_dataset_name and --eval_split train"
+        others = "--hold_out 10% or COLUMN=VALUE, or another file with --eval_dataset_name and --eval_split train"
         raise ArgumentError(
             f"{path} has no column split, so all rows are in split 'train' and there is no split {split!r}: use "
             f"{'--split train' if option == '--dataset' else others}."
