@@ -45,6 +45,7 @@ from transformers.utils import cached_file
 
 from .architectures import ARCHITECTURES, architecture
 from .configuration.clip import VlpClipConfig
+from .configuration.text import VlpSiglipTextConfig
 from .configuration.towers import VlpVisionTowerConfig
 from .configuration.vision import VlpModifiedResNetConfig, VlpSiglipViTConfig
 from .errors import ArgumentError, UnsupportedModelError, brief, printable
@@ -178,7 +179,7 @@ def read_source(source: Path, options) -> Checkpoint:
     if not source.is_dir():
         raise ExchangeError(f"{source}: no such file or folder.")
     if (source / "open_clip_config.json").is_file():
-        return from_open_clip(source)
+        return from_open_clip(source, options.tokenizer)
     if not holds_model(source):
         raise ExchangeError(
             f"{source} contains neither config.json nor open_clip_config.json: pass a file of weights instead."
@@ -186,7 +187,7 @@ def read_source(source: Path, options) -> Checkpoint:
     config = read_config(source, "SOURCE")
     if config.model_type.startswith("vlp_"):
         return from_vlp(source, config, options.architecture)
-    return from_transformers(source, config)
+    return from_transformers(source, config, options.tokenizer)
 
 
 def from_vlp(folder: Path, config: PreTrainedConfig, name: str | None = None) -> Checkpoint:
@@ -212,12 +213,13 @@ def from_vlp(folder: Path, config: PreTrainedConfig, name: str | None = None) ->
     return found
 
 
-def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
+def from_transformers(folder: Path, config: PreTrainedConfig, tokenizer: str | None = None) -> Checkpoint:
     """Read a folder of transformers.
 
     Args:
         folder: the folder.
         config: its configuration.
+        tokenizer: hub name or folder of another tokenizer; None: that of the folder.
 
     Raises:
         ExchangeError: if vlp has no such architecture, or the tensors do not fit it.
@@ -237,8 +239,8 @@ def from_transformers(folder: Path, config: PreTrainedConfig) -> Checkpoint:
         found.images = image_processor_for(found.config, image_options(theirs))
         if isinstance(found.images, VlpNaflexImageProcessor):
             found.config.vision_config.max_num_patches = found.images.max_num_patches
-    if (folder / "tokenizer_config.json").is_file():
-        found.tokenizer = tokenizer_of(found, str(folder))
+    if tokenizer or (folder / "tokenizer_config.json").is_file():
+        found.tokenizer = tokenizer_of(found, tokenizer or str(folder))
     if (folder / QFORMER_TOKENIZER).is_dir():
         found.qformer_tokenizer = load_bert_tokenizer(folder / QFORMER_TOKENIZER, "SOURCE")
         found.qformer_tokenizer.model_max_length = ours.qformer_config.max_position_embeddings
@@ -264,8 +266,12 @@ def name_of_peer(theirs: str) -> str:
     return found[theirs]
 
 
-def from_open_clip(folder: Path) -> Checkpoint:
+def from_open_clip(folder: Path, tokenizer: str | None = None) -> Checkpoint:
     """Read a folder of open_clip.
+
+    Args:
+        folder: the folder.
+        tokenizer: as for `from_transformers`.
 
     Raises:
         ExchangeError: if vlp does not support the architecture, or the tensors do not fit it.
@@ -283,8 +289,8 @@ def from_open_clip(folder: Path) -> Checkpoint:
     found = assemble("VlpClipModel", config, state, open_clip.RULES, open_clip.IGNORED)
     images = open_clip.image_options(settings.get("preprocess_cfg", {}), config.vision_config.image_size)
     found.images = VlpClipImageProcessor(**images)
-    if (folder / "tokenizer_config.json").is_file():
-        found.tokenizer = tokenizer_of(found, str(folder))
+    if tokenizer or (folder / "tokenizer_config.json").is_file():
+        found.tokenizer = tokenizer_of(found, tokenizer or str(folder))
     return found
 
 
@@ -784,6 +790,7 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
     found.licence, found.source = licence_of(place), printable(Path(source).name)
     if given.tokenizer:
         found.tokenizer = tokenizer_of(found, given.tokenizer)
+    pad_as_the_tokenizer(found)
     if given.image_size:
         resize(found, given.image_size)
     if given.max_length:
@@ -792,6 +799,16 @@ def convert(source: str | Path, target: str | Path, to: str = "vlp", **options) 
         found.notes.append("the source has no tokenizer, so none was saved; to add one, pass --tokenizer")
     left_out = write_target(found, usable_path(target, "TARGET"), to)
     return found.notes + [f"{to} cannot store: {shortened(left_out)}"] * bool(left_out)
+
+
+def pad_as_the_tokenizer(found: Checkpoint) -> None:
+    """Let a SigLIP, whose texts attend to padding, pad with its tokenizer's token, as transformers' processor does.
+
+    The configurations of SigLIP 2 at a fixed resolution name no padding token, and their default is another one.
+    """
+    text, tokenizer = getattr(found.config, "text_config", None), found.tokenizer
+    if isinstance(text, VlpSiglipTextConfig) and tokenizer is not None and tokenizer.pad_token_id is not None:
+        text.pad_token_id = tokenizer.pad_token_id
 
 
 def resize(found: Checkpoint, side: int) -> None:

@@ -24,12 +24,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file, logging
 from transformers.utils.generic import is_timm_config_dict
 
 from .architectures import ARCHITECTURES, Architecture, architecture
 from .errors import UnsupportedModelError, UserError, brief, printable
 from .files import state_folder, usable_path
+from .processing.siglip_tokenizer import siglip_tokenizer
 
 ADAPTERS = "adapter_config.json"
 BASE_FILE = "base_model.txt"  # in the folder of the states, which is not published: where the base model of adapters is
@@ -358,6 +360,9 @@ def load_auto_tokenizer(name: str | Path, option: str = "", fast: bool = True, *
         UnsupportedModelError: if there is none, or it cannot be loaded.
     """
     with explained(name, "the tokenizer", option):
+        settings = get_tokenizer_config(name)
+        if fast and settings.get("tokenizer_class") == "SiglipTokenizer":
+            return load_siglip_tokenizer(name, settings | kwargs, option)
         tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE, **kwargs)
         files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
         files |= {kwargs["gguf_file"]} if kwargs.get("gguf_file") else set()  # which has the tokenizer inside
@@ -367,6 +372,15 @@ def load_auto_tokenizer(name: str | Path, option: str = "", fast: bool = True, *
                 f"{told_of(name, option)}: there is no tokenizer.json, or its vocabulary is empty."
             )
         return tokenizer
+
+
+def load_siglip_tokenizer(name: str | Path, settings: dict, option: str):
+    """Load SigLIP's tokenizer, whose class in transformers is not one of the tokenizers library."""
+    for file in ("spiece.model", "tokenizer.json"):
+        found = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
+        if found:
+            return siglip_tokenizer(found, settings)
+    raise UnsupportedModelError(f"{told_of(name, option)}: there is neither a spiece.model nor a tokenizer.json.")
 
 
 def text_of(tokenizer) -> str:

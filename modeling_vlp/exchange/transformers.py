@@ -217,7 +217,7 @@ def siglip_config_from(theirs: SiglipConfig | Siglip2Config, vision: dict) -> Vl
             raise ExchangeError("vlp's SigLIP 2 has a square table of positions, and pools by attention.")
         vision |= {"max_num_patches": count, "image_size": side * vision["patch_size"]}
     for name in ("bos_token_id", "eos_token_id"):  # transformers' defaults are ids of CLIP's vocabulary
-        if text[name] >= text["vocab_size"]:
+        if text[name] is not None and text[name] >= text["vocab_size"]:
             text[name] = None
     return VlpClipConfig(
         vision_config=vision | {"model_type": "vlp_siglip_vit"}, text_config=text | {"model_type": "vlp_siglip_text"},

@@ -122,6 +122,34 @@ def test_siglip_scores_the_same_with_its_exported_processor(tmp_path):
 
 
 @torch.no_grad()
+def test_siglip_pads_as_its_tokenizer(tmp_path):
+    """As SigLIP 2 at a fixed resolution: the configuration names no padding token, the tokenizer pads with another."""
+    _, processor = tiny_pair("vit")
+    tokenizer = plain_tokenizer(processor.tokenizer)
+    tokenizer.model_max_length, tokenizer.model_input_names = 12, ["input_ids"]
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = size | {"vocab_size": len(tokenizer), "max_position_embeddings": 12, "bos_token_id": None}
+    vision = size | {"image_size": 32, "patch_size": 8}
+    theirs = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
+    for parameter in theirs.parameters():
+        parameter.normal_(std=0.3)
+    assert theirs.config.text_config.pad_token_id != tokenizer.pad_token_id
+    theirs.save_pretrained(tmp_path / "theirs")
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", "vlp")
+    texts = ["a red square", "blue"]
+    padded = theirs.get_text_features(**tokenizer(texts, padding="max_length", return_tensors="pt")).pooler_output
+    ours = vlp.VlpClipModel.from_pretrained(tmp_path / "ours").eval()
+    short = AutoProcessor.from_pretrained(tmp_path / "ours")(text=texts, return_tensors="pt")
+    assert short["input_ids"].shape[1] < 12
+    same(ours.get_text_features(short["input_ids"]).pooler_output, padded)
+    convert(tmp_path / "ours", tmp_path / "back", "transformers")
+    assert SiglipModel.from_pretrained(tmp_path / "back").config.text_config.pad_token_id == tokenizer.pad_token_id
+
+
+@torch.no_grad()
 def test_transformers_siglip_both_ways(tmp_path):
     """Loss, attention to padding, pooling and preprocessing match transformers."""
     torch.manual_seed(0)
