@@ -61,6 +61,9 @@ def resume(run: Run, path: Path) -> None:
         if run.accelerator.process_index >= processes:  # it has no random state of its own
             set_seed((run.arguments.seed + 1_000_003 * run.accelerator.process_index + run.progress.step) % 2**32)
         run.accelerator.print(f"{processes} processes before, {run.accelerator.num_processes} now.")
+    most = run.arguments.max_train_steps
+    if most and run.progress.step > most:
+        raise ResumeError(f"The state is of step {run.progress.step:,}, after the end: --max_train_steps {most:,}.")
     end = f" It ends after step {run.arguments.max_train_steps:,}." if run.arguments.max_train_steps else ""
     run.accelerator.print(f"Resumed from {printable(path)}, step {run.progress.step}.{end}")
 

@@ -260,6 +260,13 @@ def test_weights_that_are_not_finite_are_not_published():
         require_finite(model)
 
 
+def test_resuming_after_the_end_is_refused(pairs, tmp_path):
+    train(arguments(pairs, tmp_path / "run", max_train_steps=6))
+    resumed = arguments(pairs, tmp_path / "run", max_train_steps=4, resume_from_checkpoint="latest")
+    with pytest.raises(ResumeError, match="of step 6, after the end: --max_train_steps 4"):
+        train(resumed)
+
+
 def test_resuming_accepts_new_learning_rate_but_not_new_seed(pairs, tmp_path):
     train(arguments(pairs, tmp_path / "run", max_train_steps=2))
     with pytest.raises(ResumeError, match="belongs to another recipe: seed was 0 and is now 1"):

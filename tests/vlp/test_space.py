@@ -11,6 +11,7 @@ from huggingface_hub import SpaceCard
 from PIL import Image
 
 from vlp.commands.space import main, write_space
+from vlp.conversion import convert
 from vlp.errors import ArgumentError, UnsupportedModelError
 from vlp.inference import load
 
@@ -105,6 +106,14 @@ def test_a_space_judges_statements(tmp_path, picture):
     judged = json.loads(lines[1].removeprefix("judged "))
     assert list(judged.values()) == pytest.approx(logits.softmax(dim=-1)[0].tolist(), abs=1e-4)
     assert list(judged) == ["false", "true"]
+
+
+def test_a_model_of_transformers_is_converted(tmp_path, picture):
+    name = saved_pair("clip", tmp_path / "clip")
+    convert(name, tmp_path / "theirs", "transformers")
+    space = write_space(str(tmp_path / "theirs"), tmp_path / "space")
+    assert json.loads((space / "model/config.json").read_text())["architectures"] == ["VlpClipModel"]
+    assert SpaceCard.load(space / "README.md").data.title == "theirs"
 
 
 def test_what_cannot_be_a_space_is_refused(tmp_path, monkeypatch, capsys):

@@ -415,7 +415,10 @@ def make_model(arguments: ClipArguments, processor: VlpClipProcessor) -> VlpClip
             model = VlpClipModel(new_config(arguments, processor.tokenizer))
     if (arguments.loss == "sigmoid") != (model.logit_bias is not None):
         has = "has a" if model.logit_bias is not None else "has no"
-        raise ArgumentError(f"--loss {arguments.loss} does not suit the model, which {has} logit_bias (SigLIP).")
+        raise ArgumentError(
+            f"--loss {arguments.loss} does not suit the model, which {has} logit_bias (SigLIP): "
+            f"give --loss {'softmax' if arguments.loss == 'sigmoid' else 'sigmoid'}."
+        )
     for start, projection in zip(arguments.starts, PROJECTIONS, strict=True):
         if start is not None:
             start.load_into(model, projection if start.brings_projection(model.config) else None)

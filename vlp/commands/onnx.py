@@ -38,7 +38,7 @@ from transformers import DynamicCache
 
 import vlp
 
-from ..conversion import plain_tokenizer
+from ..conversion import own_copy, plain_tokenizer
 from ..errors import ArgumentError, CommandParser, UnsupportedModelError, printable, reported_errors
 from ..files import check_output, usable_path, write_whole
 from ..loading import load_model, load_processor, read_config, row_of
@@ -306,7 +306,7 @@ def effect_of_quantization(folder: Path, processor, rows, most: int = 256) -> st
     batches = [processor.image_processor(part, return_tensors="pt") for part in iter_batched(pictures, BATCH)]
     both = Sessions(folder), Sessions(folder, "_quantized")
     if (folder / "onnx" / "model.onnx").is_file():
-        what = f"chooses among the {len(captions)} captions"
+        what = f"chooses among the {len(set(captions))} captions"
         first, second = (
             torch.cat([each.run("model", input_ids=ids, **images)[0] for images in batches]).argmax(dim=1).tolist()
             for each in both
@@ -404,6 +404,7 @@ def main() -> None:
             if importlib.util.find_spec(package) is None:
                 raise ArgumentError(f'vlp onnx requires {package}: pip install "vlp[onnx]".')
         check_output(options.target, "TARGET", [options.folder])
+        options.folder = own_copy(options.folder)
         config = read_config(options.folder)
         row = row_of(options.folder, config, read_as=options.architecture)
         if row.model.__name__ not in EXPORTED:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCard
 
+from ..conversion import own_copy
 from ..errors import CommandParser, UnsupportedModelError, printable, reported_errors
 from ..files import check_output, usable_path, write_whole
 from ..loading import licence_of, load_model, load_processor, read_config, row_of
@@ -72,6 +73,7 @@ def write_space(name: str, target: str | Path) -> Path:
         ArgumentError: if the target contains other files.
     """
     check_output(target, "TARGET", [str(name)])
+    given, name = name, own_copy(name, "MODEL")
     config = read_config(name, "MODEL")
     row = row_of(name, config, "MODEL")
     if row.model.__name__ in UNSUPPORTED:
@@ -82,7 +84,7 @@ def write_space(name: str, target: str | Path) -> Path:
     model, processor = load_model(row.model, name, "MODEL"), load_processor(name, "MODEL")
     if hasattr(model.config, "store_language_model"):
         model.config.store_language_model, model.config.language_model_name_or_path = True, None
-    title, licence = printable(Path(name).name, 60), licence_of(name)
+    title, licence = printable(Path(given).name, 60), licence_of(name)
 
     def write(fresh: Path) -> None:
         for part in (model, processor):
