@@ -174,6 +174,8 @@ def evaluation_table(results: dict) -> str:
 def split_name(arguments: dict) -> str:
     """Describe the split, or the rows that were held out."""
     split = arguments["split"]
+    if split.endswith("%"):
+        return f"a random {plain(split)} of the pictures"
     return f"rows with {plain(split)}" if "=" in split else f"split {code(split)}"
 
 
@@ -365,7 +367,7 @@ def licence_from(bases: list[dict]) -> tuple[str | None, str]:
         The identifier of the licence for the hub, None if there is none, and a sentence part for the card.
     """
     if not bases:
-        return None, "no licence was chosen, which reserves all rights; `--license` names one"
+        return None, "no licence was chosen: all rights are reserved"
     licences = {base["license"] for base in bases}
     names = ", ".join(plain(base["name"]) for base in bases)
     if len(licences) == 1 and None not in licences:
