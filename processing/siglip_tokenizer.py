@@ -29,12 +29,19 @@ def siglip_tokenizer(file: str | Path, settings: dict) -> PreTrainedTokenizerFas
     canonical += [normalizers.Replace(Regex(PUNCTUATION), ""), normalizers.Replace(Regex(r"\s+"), " ")]
     canonical += [normalizers.Strip()]
     backend.normalizer = normalizers.Sequence([*canonical, *([backend.normalizer] if backend.normalizer else [])])
-    end = settings.get("eos_token", END)
+    end, pad, unknown = (
+        token.get("content") if isinstance(token, dict) else token  # a dictionary in older folders
+        for token in (
+            settings.get("eos_token", END),
+            settings.get("pad_token", END),
+            settings.get("unk_token", UNKNOWN),
+        )
+    )
     backend.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, backend.token_to_id(end))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=end, pad_token=settings.get("pad_token", END),
-        unk_token=settings.get("unk_token", UNKNOWN), model_max_length=settings.get("model_max_length", 64),
+        tokenizer_object=backend, eos_token=end, pad_token=pad, unk_token=unknown,
+        model_max_length=settings.get("model_max_length", 64),
         model_input_names=["input_ids"], padding_side="right",
     )  # fmt: skip

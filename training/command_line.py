@@ -69,7 +69,7 @@ def parse(arguments: list[str], task: str = "clip"):
     """Parse a command line: its options override those of the recipe (`--config`).
 
     If it chooses the length of the run, in steps, minutes or epochs, that of the recipe does not count, and the warm-up
-    of the recipe takes at most a tenth of the steps.
+    of a recipe of the package takes at most a tenth of the steps.
 
     Args:
         arguments: words of the command line after the command.
@@ -94,7 +94,7 @@ def parse(arguments: list[str], task: str = "clip"):
         values = {name: value for name, value in values.items() if name not in OF_THE_DATA}
     lengths = lengths_in(arguments)
     values = {name: value for name, value in values.items() if not lengths or name not in LENGTHS or name in lengths}
-    if "max_train_steps" in lengths and values.get("warmup_steps"):  # a short run has a short warm-up
+    if "max_train_steps" in lengths and values.get("warmup_steps") and not Path(recipe).suffix:  # not a user's own file
         values["warmup_steps"] = min(values["warmup_steps"], max(1, given.max_train_steps // 10))
     parser.set_defaults(**values)
     parsed = vars(parser.parse_args(arguments))
@@ -194,7 +194,7 @@ def build_parser(task: str = "clip") -> argparse.ArgumentParser:
     values = read_recipe(recipe, TASKS[task].arguments)
     for action in parser._actions:
         if action.dest in values and not isinstance(values[action.dest], dict):
-            value = str(values[action.dest]).replace("%", "%%")
+            value = "none" if values[action.dest] is None else str(values[action.dest]).replace("%", "%%")
             action.help = f"{action.help.removesuffix(')')}; with the recipe {recipe}: {value})"
     return parser
 

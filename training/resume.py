@@ -63,7 +63,9 @@ def resume(run: Run, path: Path) -> None:
         run.accelerator.print(f"{processes} processes before, {run.accelerator.num_processes} now.")
     most = run.arguments.max_train_steps
     if most and run.progress.step > most:
-        raise ResumeError(f"The state is of step {run.progress.step:,}, after the end: --max_train_steps {most:,}.")
+        raise ResumeError(
+            f"The state was saved at step {run.progress.step:,}, past the end: --max_train_steps {most:,}."
+        )
     end = f" It ends after step {run.arguments.max_train_steps:,}." if run.arguments.max_train_steps else ""
     run.accelerator.print(f"Resumed from {printable(path)}, step {run.progress.step}.{end}")
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PreTrainedModel
 
 from ..errors import brief, printable, reported_errors
@@ -73,7 +73,8 @@ def run_to_the_end(arguments: TrainingArguments, family: Family) -> None:
     with interruptible(run):
         fit(run, lambda: log_metrics(run, published_model(run), resamples=0), lambda: save(run))
         saved = save(run)
-    if run.interrupted or run.stop_requested:
+    (asked,) = broadcast_object_list([run.stop_requested])  # meanwhile; that of the main process counts
+    if run.interrupted or asked:
         run.accelerator.end_training()
         if not saved:
             raise OSError(f"Interrupted at step {run.progress.step}, and the state could not be saved.")
@@ -171,9 +172,9 @@ def ends_with_its_launcher() -> Iterator[None]:
 def interruptible(run: Run) -> Iterator[None]:
     """Let Ctrl-C, SIGTERM or SIGHUP end the training loop after the current step.
 
-    A second Ctrl-C ends it at once, without a state. Signals that follow the first one within `SAME_REQUEST` are no
-    second request: a launcher that is stopped passes the signal on, or sends another, or ends (see
-    `ends_with_its_launcher`).
+    A second Ctrl-C ends it at once, without a state; SIGTERM and SIGHUP do not. Signals that follow the first one
+    within `SAME_REQUEST` are no second request: a launcher that is stopped passes the signal on, or sends another, or
+    ends (see `ends_with_its_launcher`).
     """
     first = None
 
@@ -185,7 +186,8 @@ def interruptible(run: Run) -> Iterator[None]:
             return
         run.stop_requested, first = True, time.monotonic()
         if run.accelerator.is_main_process:  # not by print, which a signal may have interrupted
-            os.write(2, b"\nStopping after this step, then saving the state; Ctrl-C again ends the run without it.\n")
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nStopping after this step, then saving the state; Ctrl-C again ends the run at once.\n")
 
     before = {number: signal.signal(number, stop) for number in ENDING}
     try:

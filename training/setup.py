@@ -137,9 +137,14 @@ def check_learnable(arguments: TrainingArguments, rows: Dataset | None) -> None:
         )
 
 
+def joined_batch(arguments: TrainingArguments, processes: int) -> int:
+    """The pairs of an optimiser step of all processes."""
+    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
+
+
 def check_batch(arguments: TrainingArguments, rows: Dataset | None, processes: int) -> None:
     """Raise ArgumentError if one optimiser step would see the data many times, which is almost certainly a mistake."""
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
+    batch = joined_batch(arguments, processes)
     if rows is not None and batch > LARGEST_BATCH * max(len(rows), 1000):
         raise ArgumentError(
             f"--per_device_train_batch_size {arguments.per_device_train_batch_size} x --gradient_accumulation_steps "
@@ -162,7 +167,7 @@ def make_run(
         model: model to train.
     """
     size = len(rows) if rows is not None else arguments.shard_size
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+    batch = joined_batch(arguments, accelerator.num_processes)
     objective = family.objective(arguments, model, processor, size / batch if size else None)
     objective.even_batches = True  # the loaders leave out a last batch that is smaller
     if arguments.sync_batch_norm:
@@ -211,7 +216,8 @@ def describe_run(run: Run) -> None:
     arguments, accelerator = run.arguments, run.accelerator
     count = size_of(run.model) / 1e6
     pairs = "shards" if run.rows is None else f"{len(run.rows):,} training pairs"
-    evaluated = "no evaluation (for one, --hold_out 10%, --eval_split or --eval_dataset_name)"
+    share = "--hold_out 10%, " if run.rows is not None else ""
+    evaluated = f"no evaluation (for one, {share}--eval_split or --eval_dataset_name)"
     if run.evaluations:
         evaluated = f"{run.evaluations[0].used:,} evaluation pairs"
     print(f"Model: {count:.1f} M parameters, precision {precision_of(accelerator)}.")
@@ -225,16 +231,14 @@ def describe_run(run: Run) -> None:
 def doubts(run: Run) -> list[str]:
     """Options that fit the data or the length of the run badly, as sentences; the run is possible all the same."""
     arguments, found = run.arguments, []
-    batch = (
-        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * run.accelerator.num_processes
-    )
+    batch = joined_batch(arguments, run.accelerator.num_processes)
     if run.rows is not None and batch > len(run.rows):
         found.append(
             f"a batch of {batch:,} is larger than the data, {len(run.rows):,} rows, so that a step has the same pair "
             "more than once; a smaller --per_device_train_batch_size learns more from it."
         )
     steps = arguments.max_train_steps or (run.total_samples and run.total_samples // batch)
-    if steps and arguments.warmup_steps >= steps:
+    if steps and arguments.warmup_steps > steps:
         found.append(
             f"--warmup_steps {arguments.warmup_steps:,} is longer than the run, {steps:,} steps, so that the "
             "learning rate stays below --learning_rate."
@@ -244,7 +248,7 @@ def doubts(run: Run) -> list[str]:
         arguments.model_name_or_path
         and not arguments.lora_rank
         and size < SMALL
-        and arguments.learning_rate < SMALL_RATE
+        and arguments.learning_rate <= SMALL_RATE / 10
     ):
         found.append(
             f"a model of {size / 1e6:.1f} M parameters hardly changes at --learning_rate {arguments.learning_rate:g}; "

@@ -89,6 +89,7 @@ from .processing.clip import VlpClipImageProcessor, VlpClipProcessor
 from .processing.naflex import VlpNaflexImageProcessor
 from .processing.tokenizer import VlpClipTokenizer
 
+COPIES = 2  # counted up when a conversion gives something else, so that copies in the cache are made anew
 CONVERTED = (
     "blip",
     "blip-2",
@@ -715,7 +716,7 @@ def own_copy(name: str | Path, option: str = "") -> str:
         if not place.exists():
             place = downloaded(str(name))
         files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.is_file())
-        facts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        facts = [COPIES, *([str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
         key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
         target = cache_folder() / "converted" / f"{Path(name).name}-{key}"
         if not (target / "config.json").is_file():

@@ -361,7 +361,7 @@ def load_auto_tokenizer(name: str | Path, option: str = "", fast: bool = True, *
     """
     with explained(name, "the tokenizer", option):
         settings = get_tokenizer_config(name)
-        if fast and settings.get("tokenizer_class") == "SiglipTokenizer":
+        if settings.get("tokenizer_class") == "SiglipTokenizer":
             return load_siglip_tokenizer(name, settings | kwargs, option)
         tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE, **kwargs)
         files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}

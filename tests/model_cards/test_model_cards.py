@@ -254,7 +254,7 @@ def test_licence_can_be_chosen(tmp_path):
 @pytest.mark.parametrize(
     ("bases", "licence", "words"),
     [
-        ([], None, "no licence was chosen"),
+        ([], None, "no licence was chosen: all rights are reserved"),
         ([{"name": "me/clip", "license": "mit"}], "mit", "mit, as of me/clip, from which training started"),
         ([{"name": "clip", "license": None}], "other", "clip (unknown)"),
         ([{"name": "gpt2", "license": "mit", "local": False}], "mit", "mit, as of gpt2, from which training started"),

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,7 +264,7 @@ def test_weights_that_are_not_finite_are_not_published():
 def test_resuming_after_the_end_is_refused(pairs, tmp_path):
     train(arguments(pairs, tmp_path / "run", max_train_steps=6))
     resumed = arguments(pairs, tmp_path / "run", max_train_steps=4, resume_from_checkpoint="latest")
-    with pytest.raises(ResumeError, match="of step 6, after the end: --max_train_steps 4"):
+    with pytest.raises(ResumeError, match="saved at step 6, past the end: --max_train_steps 4"):
         train(resumed)
 
 
@@ -331,6 +332,10 @@ def test_a_share_of_the_pictures_is_held_out(pairs, tmp_path):
     assert len(rows) + len(held) == 80 and 10 <= len(held) <= 30
     assert not {row["image"]["path"] for row in rows} & {row["image"]["path"] for row in held}
     other = dataclasses.replace(options, seed=1)
+    shutil.copytree(pairs.parent, tmp_path / "moved")
+    moved = dataclasses.replace(options, dataset_name=str(tmp_path / "moved/twice.csv"))
+    names = lambda rows: {Path(row["image"]["path"]).name for row in rows}  # noqa: E731
+    assert names(load_data(moved)[1]) == names(held)
     assert {row["image"]["path"] for row in load_data(other)[1]} != {row["image"]["path"] for row in held}
     train(options)
     card = (tmp_path / "run" / "README.md").read_text()

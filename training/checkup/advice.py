@@ -71,6 +71,8 @@ def advise(arguments: CheckArguments, pairs: int, side: int, captions: CaptionFa
             options[name] = quoted(getattr(arguments, name))
     options["eval_split"] = arguments.eval_split or "none"
     options["output_dir"] = f"runs/{re.sub(NOT_IN_NAMES, '-', Path(arguments.dataset_name).stem).strip('-.') or 'mine'}"
+    if Path(options["output_dir"]).resolve() == Path(arguments.dataset_name).resolve():
+        options["output_dir"] += "-clip"
     if side <= SMALL:
         options |= {"config": "clip-emoji", "image_size": str(32 if side < 64 else 64)}
         reasons.append(f"Half of the pictures are smaller than {side + 1} pixels, so a small ResNet is enough.")

@@ -1,10 +1,12 @@
 """Load the training and evaluation rows of a run from its options."""
 
+import os
 from hashlib import blake2b
 
 import torch
 
 from ...errors import ArgumentError
+from ...processing.pictures import content_of
 from ..arguments import TrainingArguments, share_of
 from ..machine.hardware import cpu_cores
 from ..objectives.distributed import processes
@@ -88,7 +90,7 @@ def default_workers(arguments: TrainingArguments) -> int:
 def hold_out(rows, arguments: TrainingArguments) -> tuple:
     """Split the rows into training rows and the rows that match `--hold_out`, for evaluation.
 
-    A share is drawn by the pictures and the seed: all rows of a picture are on the same side.
+    A share is drawn by the pictures and the seed: all rows of a picture, or of a pair of them, are on the same side.
 
     Raises:
         ArgumentError: if the data is shards, the column is missing, or no row or every row matches.
@@ -102,13 +104,29 @@ def hold_out(rows, arguments: TrainingArguments) -> tuple:
     else:
         second = getattr(arguments, "second_image_column", None)
         columns = [name for name in (arguments.image_column, second) if name in rows.column_names]
-        held = [drawn(picture_id(row, *columns), arguments.seed) < share_of(arguments.hold_out) for row in rows]
+        needed = rows.select_columns([*columns, *({"image_id"} & set(rows.column_names))])
+        folder = common_folder([row[column] for row in needed for column in columns])
+        share, seed = share_of(arguments.hold_out), arguments.seed
+        held = [drawn(picture_id(row | {column: inside(row[column], folder) for column in columns}, *columns), seed)
+                < share for row in needed]  # fmt: skip
     if not any(held) or all(held):
         raise ArgumentError(
             f"--hold_out {arguments.hold_out} matches {sum(held)} of {len(held)} rows; it must match some, but not all."
         )
     kept = rows.select([number for number, out in enumerate(held) if not out])
     return kept, rows.select([number for number, out in enumerate(held) if out])
+
+
+def common_folder(images: list) -> str:
+    """The folder of all images that are given by absolute paths."""
+    paths = [path for path in map(content_of, images) if isinstance(path, str) and os.path.isabs(path)]
+    return os.path.commonpath(paths) if paths else os.sep
+
+
+def inside(image, folder: str):
+    """An image's path relative to a folder, so that data that was moved is divided as before; otherwise its content."""
+    source = content_of(image)
+    return os.path.relpath(source, folder) if isinstance(source, str) and os.path.isabs(source) else source
 
 
 def drawn(key: str, seed: int) -> float:

@@ -404,12 +404,12 @@ def main() -> None:
             if importlib.util.find_spec(package) is None:
                 raise ArgumentError(f'vlp onnx requires {package}: pip install "vlp[onnx]".')
         check_output(options.target, "TARGET", [options.folder])
-        options.folder = own_copy(options.folder)
+        given, options.folder = options.folder, own_copy(options.folder)
         config = read_config(options.folder)
         row = row_of(options.folder, config, read_as=options.architecture)
         if row.model.__name__ not in EXPORTED:
             raise UnsupportedModelError(
-                f"{options.folder} is a {row.model.__name__}, which vlp onnx does not export; it exports "
+                f"{printable(given, 120)} is a {row.model.__name__}, which vlp onnx does not export; it exports "
                 f"{', '.join(EXPORTED)}."
             )
         rows = None

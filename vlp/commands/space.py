@@ -61,8 +61,8 @@ def write_space(name: str, target: str | Path) -> Path:
     """Write a Space, completely or not at all.
 
     Args:
-        name: folder or hub name of a CLIP, BLIP or BLIP-2 of vlp; of a BLIP-2, after stage 2. Its language model is
-            written, too.
+        name: folder or hub name of a CLIP, BLIP or BLIP-2 of vlp, transformers or open_clip. A BLIP-2 must be one after
+            stage 2; its language model is written, too.
         target: the folder to write.
 
     Returns:
@@ -78,7 +78,7 @@ def write_space(name: str, target: str | Path) -> Path:
     row = row_of(name, config, "MODEL")
     if row.model.__name__ in UNSUPPORTED:
         raise UnsupportedModelError(
-            f"{printable(name, 120)} is a {row.model.__name__}, a BLIP-2 after stage 1, for which there is no page; "
+            f"{printable(given, 120)} is a {row.model.__name__}, a BLIP-2 after stage 1, for which there is no page; "
             "train stage 2 from it."
         )
     model, processor = load_model(row.model, name, "MODEL"), load_processor(name, "MODEL")
@@ -100,7 +100,7 @@ def main() -> None:
     parser = CommandParser(
         prog="vlp space", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
-    parser.add_argument("model", help="folder or hub name of a CLIP, BLIP or BLIP-2 of vlp")
+    parser.add_argument("model", help="folder or hub name of a CLIP, BLIP or BLIP-2")
     parser.add_argument("target", help="folder to write")
     options = parser.parse_args()
     with reported_errors():
