@@ -173,27 +173,29 @@ def search_block() -> str:
 
 
 def towers_block() -> str:
-    """The table of the results of `make train-towers` and `make train-blip-towers` over several seeds."""
-    known, titles = json.loads((ROOT / "benchmarks/emoji_seeds.json").read_text()), ROWS
-    lines = []
-    for name in sorted(name for name in known if name.endswith("-towers")):
-        seeds, summary = known[name]["seeds"], known[name]["summary"]
-        first = next(iter(seeds.values()))
-        lines += [
-            f"`{name}`, {len(seeds)} seed{'s' * (len(seeds) > 1)}, {first['steps']:,} steps of training on "
-            f"{first['hardware']} in {first['precision'].replace('no', 'float32')}, on the design that training never "
-            "saw:",
-            "",
-            "| metric | mean | lowest | highest |",
-            "| --- | --- | --- | --- |",
-        ]
-        for metric, title in titles.items():
-            if metric in summary:
-                unit = "" if metric == "cider" else " %"
-                cells = [percent(summary[metric][part], unit) for part in ("mean", "min", "max")]
-                lines.append(f"| {title.format(classes=format(first['classes'] or 0, ','))} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+    """The tables of the results of `make train-towers` and `make train-blip-towers` over several seeds."""
+    known = json.loads((ROOT / "benchmarks/emoji_seeds.json").read_text())
+    return "\n\n".join(seeds_table(name) for name in sorted(name for name in known if name.endswith("-towers")))
+
+
+def seeds_table(name: str) -> str:
+    """The table of the results of a recipe for the emoji over several seeds."""
+    known = json.loads((ROOT / "benchmarks/emoji_seeds.json").read_text())[name]
+    seeds, summary = known["seeds"], known["summary"]
+    first = next(iter(seeds.values()))
+    lines = [
+        f"`{name}`, {len(seeds)} seed{'s' * (len(seeds) > 1)}, {first['steps']:,} steps of training on "
+        f"{first['hardware']} in {first['precision'].replace('no', 'float32')}, on the design that training never saw:",
+        "",
+        "| metric | mean | lowest | highest |",
+        "| --- | --- | --- | --- |",
+    ]
+    for metric, title in ROWS.items():
+        if metric in summary:
+            unit = "" if metric == "cider" else " %"
+            cells = [percent(summary[metric][part], unit) for part in ("mean", "min", "max")]
+            lines.append(f"| {title.format(classes=format(first['classes'] or 0, ','))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def scenes_block() -> str:
@@ -312,7 +314,7 @@ def render(name: str) -> str:
         text = between(between(text, "train", train_block(words)), "speed", table(words["language"], short=True))
         return between(text, "features", features_block(words["language"]))
     if name == "docs/results.md":
-        return between(text, "results", results_block())
+        return between(between(text, "results", results_block()), "seeds", seeds_table("blip-emoji"))
     if name == "docs/training.md":
         return between(text, "muon", optimizers_block())
     if name == "docs/towers.md":
