@@ -75,7 +75,8 @@ def collect_results(run: Run, model: PreTrainedModel, metrics: dict[str, float])
     """Collect the results and settings of a run, from which the card is rendered."""
     arguments, progress = run.arguments, run.progress
     options = dataclasses.asdict(arguments)
-    cores = f"{torch.get_num_threads()} CPU cores"
+    threads = torch.get_num_threads()
+    cores = f"{threads} CPU core{'s' * (threads > 1)}"
     return {
         "metrics": metrics,
         "evaluations": progress.evaluations,
