@@ -288,7 +288,7 @@ def render_card(folder: Path, config: PreTrainedConfig | None = None) -> ModelCa
         card_data,
         template_path=str(TEMPLATE),
         name=plain(name_of(arguments)),
-        kind=dataclasses.replace(kind, examples=examples_of(kind, arguments)),
+        kind=dataclasses.replace(kind, text=kind_of(kind, config), examples=examples_of(kind, arguments)),
         usage=in_its_language(
             usage(
                 name,
@@ -380,6 +380,13 @@ def licence_from(bases: list[dict]) -> tuple[str | None, str]:
 def prompt_for_use(arguments: dict) -> str:
     """The prompt of a run, for a line of code that uses its model: its common prompt, or that of a question."""
     return QUESTION.format("what is it?") if arguments.get("prompt_column") else arguments.get("prompt", "")
+
+
+def kind_of(kind: Card, config: PreTrainedConfig) -> str:
+    """What the model is."""
+    if getattr(config, "logit_bias_init_value", None) is None:
+        return kind.text
+    return kind.text.replace("A CLIP model", "A SigLIP, a CLIP whose scores are independent sigmoids")
 
 
 def examples_of(kind: Card, arguments: dict) -> str:

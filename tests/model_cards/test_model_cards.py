@@ -242,6 +242,12 @@ def test_other_files_beside_the_evaluations_are_reported(tmp_path, content):
         render_card(tmp_path)
 
 
+def test_a_siglip_is_called_one(tmp_path):
+    tiny_config(architectures=["VlpClipModel"], logit_bias_init_value=-10.0).save_pretrained(tmp_path)
+    write_card(tmp_path, facts(), [])
+    assert "A SigLIP, a CLIP whose scores are independent sigmoids (image tower" in (tmp_path / "README.md").read_text()
+
+
 def test_licence_can_be_chosen(tmp_path):
     tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
     found = facts(base_models=[{"name": "me/clip", "license": "mit"}])
