@@ -87,7 +87,7 @@ VIETNAMESE := --templates emoji_vi --tag_column tags_vi --caption_column caption
 BILINGUAL := --templates emoji,emoji_vi --tag_column tags,tags_vi --caption_column caption,caption_vi \
 	--class_column caption,caption_vi --vocab_size 3072
 cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write their cards (four hours on 2 cores)
-	$(CARD) clip --output_dir model_cards/clip-emoji $(STEPS) 3000
+	$(CARD) clip --output_dir model_cards/clip-emoji --image_size 64 $(STEPS) 3000
 	$(CARD) clip --output_dir model_cards/clip-emoji-vi --language vi $(VIETNAMESE) $(STEPS) 3000
 	$(CARD) clip --output_dir model_cards/clip-emoji-en-vi --language en,vi $(BILINGUAL) $(STEPS) 4000
 	$(CARD) clip --config clip-emoji-vit --output_dir model_cards/clip-emoji-vit $(STEPS) 2000

@@ -28,7 +28,7 @@ TARGET = ROOT / "docs/three-models.png"
 COLUMNS = (
     ("CLIP classifies", "clip-emoji", "zero-shot", "", class_examples),
     ("BLIP captions", "blip-emoji", "captioning", "", caption_examples),
-    ("BLIP-2's language model writes", "blip2-emoji", "captioning", "The emoji is", caption_examples),
+    ("BLIP-2 writes", "blip2-emoji", "captioning", "The emoji is", caption_examples),
 )
 
 
@@ -38,11 +38,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     rows = load_rows("emoji", "test", "image")
-    found = []
+    found, drawn = [], None  # the rows of the drawings
     for _, name, task, prompt, make in COLUMNS:
         arguments = EvaluationArguments(task=task, class_column="caption" if task == "zero-shot" else None)
         pictures = prepare_data(rows, arguments, PartialState())
-        chosen = pictures.draw(options.count, options.seed)
+        if drawn is None:
+            drawn = [pictures.items[number].rows[0] for number in pictures.draw(options.count, options.seed)]
+        chosen = [next(n for n, item in enumerate(pictures.items) if row in item.rows) for row in drawn]
         found.append(make(load(ROOT / "model_cards" / name, use_of(arguments)), pictures, chosen, [prompt]))
     figure, axes = plt.subplots(options.count, 4, figsize=(11, 1.25 * options.count), dpi=90,
                                 width_ratios=(0.8, 1.4, 1.4, 1.4))  # fmt: skip
