@@ -66,7 +66,7 @@ def resume(run: Run, path: Path) -> None:
         raise ResumeError(
             f"The state was saved at step {run.progress.step:,}, past the end: --max_train_steps {most:,}."
         )
-    end = f" It ends after step {run.arguments.max_train_steps:,}." if run.arguments.max_train_steps else ""
+    end = f" It ends after step {most:,}." if most else ""
     run.accelerator.print(f"Resumed from {printable(path)}, step {run.progress.step}.{end}")
 
 

@@ -180,7 +180,7 @@ def read_source(source: Path, options) -> Checkpoint:
     if not source.is_dir():
         raise ExchangeError(f"{source}: no such file or folder.")
     if (source / "open_clip_config.json").is_file():
-        return from_open_clip(source, options.tokenizer)
+        return from_open_clip(source, options.tokenizer is None)
     if not holds_model(source):
         raise ExchangeError(
             f"{source} contains neither config.json nor open_clip_config.json: pass a file of weights instead."
@@ -188,7 +188,7 @@ def read_source(source: Path, options) -> Checkpoint:
     config = read_config(source, "SOURCE")
     if config.model_type.startswith("vlp_"):
         return from_vlp(source, config, options.architecture)
-    return from_transformers(source, config, options.tokenizer)
+    return from_transformers(source, config, options.tokenizer is None)
 
 
 def from_vlp(folder: Path, config: PreTrainedConfig, name: str | None = None) -> Checkpoint:
@@ -214,13 +214,13 @@ def from_vlp(folder: Path, config: PreTrainedConfig, name: str | None = None) ->
     return found
 
 
-def from_transformers(folder: Path, config: PreTrainedConfig, tokenizer: str | None = None) -> Checkpoint:
+def from_transformers(folder: Path, config: PreTrainedConfig, with_tokenizer: bool = True) -> Checkpoint:
     """Read a folder of transformers.
 
     Args:
         folder: the folder.
         config: its configuration.
-        tokenizer: hub name or folder of another tokenizer; None: that of the folder.
+        with_tokenizer: read the tokenizer, too; not if another one replaces it.
 
     Raises:
         ExchangeError: if vlp has no such architecture, or the tensors do not fit it.
@@ -240,8 +240,8 @@ def from_transformers(folder: Path, config: PreTrainedConfig, tokenizer: str | N
         found.images = image_processor_for(found.config, image_options(theirs))
         if isinstance(found.images, VlpNaflexImageProcessor):
             found.config.vision_config.max_num_patches = found.images.max_num_patches
-    if tokenizer or (folder / "tokenizer_config.json").is_file():
-        found.tokenizer = tokenizer_of(found, tokenizer or str(folder))
+    if with_tokenizer and (folder / "tokenizer_config.json").is_file():
+        found.tokenizer = tokenizer_of(found, str(folder))
     if (folder / QFORMER_TOKENIZER).is_dir():
         found.qformer_tokenizer = load_bert_tokenizer(folder / QFORMER_TOKENIZER, "SOURCE")
         found.qformer_tokenizer.model_max_length = ours.qformer_config.max_position_embeddings
@@ -267,12 +267,12 @@ def name_of_peer(theirs: str) -> str:
     return found[theirs]
 
 
-def from_open_clip(folder: Path, tokenizer: str | None = None) -> Checkpoint:
+def from_open_clip(folder: Path, with_tokenizer: bool = True) -> Checkpoint:
     """Read a folder of open_clip.
 
     Args:
         folder: the folder.
-        tokenizer: as for `from_transformers`.
+        with_tokenizer: as for `from_transformers`.
 
     Raises:
         ExchangeError: if vlp does not support the architecture, or the tensors do not fit it.
@@ -290,8 +290,8 @@ def from_open_clip(folder: Path, tokenizer: str | None = None) -> Checkpoint:
     found = assemble("VlpClipModel", config, state, open_clip.RULES, open_clip.IGNORED)
     images = open_clip.image_options(settings.get("preprocess_cfg", {}), config.vision_config.image_size)
     found.images = VlpClipImageProcessor(**images)
-    if tokenizer or (folder / "tokenizer_config.json").is_file():
-        found.tokenizer = tokenizer_of(found, tokenizer or str(folder))
+    if with_tokenizer and (folder / "tokenizer_config.json").is_file():
+        found.tokenizer = tokenizer_of(found, str(folder))
     return found
 
 

@@ -1,6 +1,7 @@
 """Load the training and evaluation rows of a run from its options."""
 
 import os
+from collections.abc import Iterable
 from hashlib import blake2b
 
 import torch
@@ -105,7 +106,7 @@ def hold_out(rows, arguments: TrainingArguments) -> tuple:
         second = getattr(arguments, "second_image_column", None)
         columns = [name for name in (arguments.image_column, second) if name in rows.column_names]
         needed = rows.select_columns([*columns, *({"image_id"} & set(rows.column_names))])
-        folder = common_folder([row[column] for row in needed for column in columns])
+        folder = common_folder(row[column] for row in needed for column in columns)
         share, seed = share_of(arguments.hold_out), arguments.seed
         held = [drawn(picture_id(row | {column: inside(row[column], folder) for column in columns}, *columns), seed)
                 < share for row in needed]  # fmt: skip
@@ -117,7 +118,7 @@ def hold_out(rows, arguments: TrainingArguments) -> tuple:
     return kept, rows.select([number for number, out in enumerate(held) if out])
 
 
-def common_folder(images: list) -> str:
+def common_folder(images: Iterable) -> str:
     """The folder of all images that are given by absolute paths."""
     paths = [path for path in map(content_of, images) if isinstance(path, str) and os.path.isabs(path)]
     return os.path.commonpath(paths) if paths else os.sep
