@@ -23,7 +23,7 @@ from .arguments import add_options
 from .evaluation.arguments import EvaluationArguments
 from .evaluation.results import check_results, results_of, write_results
 from .evaluation.tasks import evaluate_task, load_table, prepare_data, use_of
-from .machine.hardware import cpu_cores, use_cpu_well
+from .machine.hardware import use_cpu_well
 
 
 def evaluate(model: str, arguments: EvaluationArguments) -> dict:
@@ -42,7 +42,7 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.device.type == "cpu":
-        use_cpu_well(max(1, cpu_cores() // state.num_processes))
+        use_cpu_well(arguments.num_threads, state.num_processes)
     local = Path(model) if Path(model).is_dir() else None
     default = local / "evaluations" if local else Path("runs/evaluations") / Path(model).name
     folder = usable_path(arguments.output_dir, "--output_dir") if arguments.output_dir else default

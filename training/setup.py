@@ -34,7 +34,7 @@ from .loop import Run
 from .machine.adapters import add_lora, check_lora, freeze_statistics, note_base
 from .machine.batch_norm import join_batch_norm
 from .machine.checkpoint import find_state, state_for_all
-from .machine.hardware import cpu_cores, make_accelerator, precision_of, start_trackers, use_cpu_well
+from .machine.hardware import make_accelerator, precision_of, start_trackers, use_cpu_well
 from .machine.hub import check_access
 from .machine.optim import OFFSETS_RATE, make_optimizer, parameter_groups
 from .machine.sharding import let_layers_precompute, make_shardable, repeated_layers, size_of
@@ -68,7 +68,7 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
     transformers_logging.disable_progress_bar()
     accelerator = make_accelerator(arguments)
     if accelerator.device.type == "cpu":
-        use_cpu_well(arguments.num_threads or max(1, cpu_cores() // accelerator.num_processes))
+        use_cpu_well(arguments.num_threads, accelerator.num_processes)
     set_packing(arguments.pack_texts)
     set_seed(arguments.seed)
     rows, eval_rows = load_data(arguments)

@@ -13,6 +13,7 @@ from vlp.processing.blip import train_tokenizer
 from vlp.training.data.sources import load_rows
 
 import vlp
+from vlp.commands import onnx
 from vlp.commands.onnx import effect_of_quantization, export, main
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -141,6 +142,24 @@ def test_quantised_files_are_close_and_their_effect_is_told(tmp_path):
     assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
     said = effect_of_quantization(folder, processor, load_rows("emoji", "test", "image"), most=20)
     assert "chooses among the 20 captions" in said and "of 20 pictures; " in said and "of the original's" in said
+
+
+@torch.no_grad()
+def test_the_weights_of_a_large_model_are_beside_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx, "MOST_BYTES", 50_000)
+    model, processor = tiny_pair("vit")
+    folder = export(model, processor, tmp_path / "out")
+    beside = {path.name.removesuffix("_data") for path in (folder / "onnx").glob("*_data")}
+    assert beside == {  # the quantised text tower fits into its file
+        "model.onnx", "model_quantized.onnx", "text_model.onnx", "vision_model.onnx", "vision_model_quantized.onnx"
+    }  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    assert config["transformers.js_config"] == {"use_external_data_format": dict.fromkeys(sorted(beside), True)}
+    pixels = tiny_batch(model, size=3)["pixel_values"]
+    expected = model.get_image_features(pixels).pooler_output
+    close(compute(folder / "onnx/vision_model.onnx", pixel_values=pixels)[0], expected)
+    found = compute(folder / "onnx/vision_model_quantized.onnx", pixel_values=pixels)[0]
+    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_the_command_line(tmp_path):

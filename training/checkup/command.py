@@ -44,7 +44,7 @@ def check(arguments: CheckArguments) -> Findings:
     check_output(target, sources=[arguments.dataset_name, arguments.eval_dataset_name, arguments.image_root])
     print(f"Checking {printable(arguments.dataset_name, 200)}.")
     datasets.disable_progress_bars()
-    use_cpu_well(cpu_cores())
+    use_cpu_well(arguments.num_threads)
     rows = load_split(arguments, arguments.dataset_name, arguments.train_split, "--dataset_name")
     eval_rows = rows_to_evaluate_on(arguments)
     findings = look(arguments, rows, eval_rows)

@@ -25,7 +25,7 @@ from ...processing.blip import clean_caption
 from ...processing.pictures import MAX_PIXELS, picture_bytes
 from ..arguments import EMOJI, check_values, option, publishable, require_at_least_one, require_share
 from ..machine.checkpoint import compare
-from ..machine.hardware import cpu_cores, use_cpu_well
+from ..machine.hardware import use_cpu_well
 from .rows import BadRow, CaptionChooser, describe, picture_id, picture_of
 from .sources import is_shards, load_rows, require_text
 
@@ -64,6 +64,9 @@ class CapFiltArguments:
     threshold: float = option(0.5, "captions with a match probability up to this (0 to 1) are dropped")
     batch_size: int = option(32, "images per batch")
     shard_size: int = option(1000, "source rows per output file; an interrupted run keeps its finished files")
+    num_threads: int | None = option(
+        None, "CPU threads per process when computing on the CPU; if not given, the cores divided by the processes"
+    )
     seed: int = option(0, "seed of nucleus sampling")
     output_dir: str | None = option(None, "folder of the new data set; runs/capfilt if not given")
 
@@ -72,7 +75,9 @@ class CapFiltArguments:
             if not getattr(self, name):
                 raise ArgumentError(f"CapFilt needs --{name}, the folder of a fine-tuned BLIP.")
         check_values(self)
-        require_at_least_one(self, "batch_size", "shard_size", "min_length", "max_length", "max_image_pixels")
+        require_at_least_one(
+            self, "batch_size", "shard_size", "min_length", "max_length", "max_image_pixels", "num_threads"
+        )
         require_share(self, "top_p", "threshold")
 
 
@@ -131,7 +136,7 @@ def capfilt(arguments: CapFiltArguments) -> None:
     """
     state = PartialState()
     if state.device.type == "cpu":
-        use_cpu_well(max(1, cpu_cores() // state.num_processes))
+        use_cpu_well(arguments.num_threads, state.num_processes)
     if is_shards(arguments.dataset_name):
         raise ArgumentError("CapFilt needs random access to the rows: --dataset_name cannot be shards.")
     rows = load_rows(arguments.dataset_name, arguments.train_split, arguments.image_column, arguments.image_root,
@@ -164,6 +169,7 @@ def prepare(folder: Path, arguments: CapFiltArguments) -> None:
         ArgumentError: if the folder holds other files.
     """
     options, path = dataclasses.asdict(arguments), folder / OPTIONS_FILE
+    del options["num_threads"]  # may change when a run is resumed
     given = digest_of(options)
     options = publishable(options)
     if path.is_file():

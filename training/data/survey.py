@@ -53,12 +53,13 @@ class CheckArguments:
     vocab_size: int = option(49408, "vocabulary size of a tokenizer that is trained on the captions")
     measure: bool = option(True, "measure the speed of training on this machine, with the recipe that is recommended")
     num_workers: int | None = option(None, "processes that read pictures; one per CPU core if not given")
+    num_threads: int | None = option(None, "CPU threads to compute with; one per CPU core if not given")
     batch_size: int = option(64, "with --model: pictures or texts at a time")
     output_dir: str | None = option(None, "folder for the report; runs/check if not given")
 
     def __post_init__(self):
         check_values(self)
-        require_at_least_one(self, "max_length", "batch_size", "max_image_pixels")
+        require_at_least_one(self, "max_length", "batch_size", "max_image_pixels", "num_threads")
 
 
 @dataclass

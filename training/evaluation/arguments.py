@@ -76,6 +76,9 @@ class EvaluationArguments:
         None, "use only the first dimensions of the embeddings, this many, of a model trained with --embedding_sizes"
     )
     batch_size: int = option(64, "images or texts per batch and process")
+    num_threads: int | None = option(
+        None, "CPU threads per process when computing on the CPU; if not given, the cores divided by the processes"
+    )
     max_samples: int | None = option(None, "evaluate only on the first rows; all rows if not given")
     max_image_pixels: int = option(MAX_PIXELS, "larger images, in pixels, are skipped as decompression bombs")
     resamples: int = option(1000, "bootstrap resamples for the 95 % intervals; 0: no intervals")
@@ -104,7 +107,7 @@ class EvaluationArguments:
         for name in ("resamples", "rerank_top_k"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must not be negative, got {getattr(self, name)}.")
-        require_at_least_one(self, "max_samples", "embedding_size")
+        require_at_least_one(self, "max_samples", "embedding_size", "num_threads")
         if is_shards(self.dataset):
             raise ArgumentError("Evaluation needs random access to the rows: --dataset cannot be shards.")
 

@@ -139,16 +139,17 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def use_cpu_well(threads: int) -> None:
+def use_cpu_well(threads: int | None, processes: int = 1) -> None:
     """Set the number of threads (`accelerate launch` sets one), and keep freed memory for reuse.
 
     A training step allocates and frees the same large blocks repeatedly. glibc returns each one to the system, which
     then has to zero its pages again. With freed memory kept, a step was about twice as fast when this was measured.
 
     Args:
-        threads: threads of this process.
+        threads: threads of this process; if None, the cores divided by the processes.
+        processes: number of processes on this machine.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or max(1, cpu_cores() // processes))
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_max, largest = -1, -4, 2**31 - 1  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX

@@ -15,7 +15,8 @@ with config.json, preprocessor_config.json, the tokenizer and, for BLIP, generat
 transformers.js read all of this but the ITM model. B, T and N may be any number. For images of variable shape,
 pixel_values are (B, N, P * P * 3), with spatial_shapes (B, 2), as the processor gives them; transformers.js has no such
 processor. Each file is also written with quantised weights, as *_quantized.onnx, which transformers.js loads in a
-browser unless told otherwise.
+browser unless told otherwise. The weights of a file that would be larger than 1.9 GB are stored beside it, as
+*.onnx_data.
 
 Requires `pip install "vlp[onnx]"`.
 """
@@ -52,7 +53,7 @@ EXPORTED = (
     "VlpClipModel", "VlpBlipForPreTraining", "VlpBlipForImageTextRetrieval", "VlpBlipForConditionalGeneration",
 )  # fmt: skip
 QUANTIZED = ("MatMul", "Gemm", "Gather")  # of convolutions, accuracy would suffer: they need static quantisation
-MOST_BYTES = 1.9e9  # of one ONNX file, a message of protobuf
+MOST_BYTES = 1.9e9  # of the weights in an ONNX file, a message of protobuf, which is limited to 2 GiB
 BATCH = 16  # pictures to compare at once
 DYNAMIC = torch.export.Dim.DYNAMIC
 FREE = {  # the axes of each input whose length is not fixed
@@ -202,6 +203,20 @@ def program_of(model, name: str, part: Part, examples: dict[str, Tensor]):
     )  # fmt: skip
 
 
+def save_onnx(model, target: Path) -> None:
+    """Save an `onnx_ir.Model`; weights of more than MOST_BYTES are stored beside it, in the file that transformers.js
+    and onnxruntime expect."""
+    import onnx_ir
+
+    size = sum(each.const_value.nbytes for each in model.graph.initializers.values())
+    onnx_ir.save(model, target, external_data=f"{target.name}_data" if size > MOST_BYTES else None)
+
+
+def external_data(folder: Path) -> dict[str, bool]:
+    """The names of the ONNX files in a folder whose weights are stored beside them, as transformers.js reads them."""
+    return {path.name.removesuffix("_data"): True for path in sorted(folder.glob("*.onnx_data"))}
+
+
 def config_of(model) -> dict:
     """The config.json by which transformers.js and optimum choose their classes; it does not describe the layers."""
     config, text = model.config, model.config.text_config
@@ -250,14 +265,22 @@ def save_processor(model, processor, folder: Path) -> None:
 
 def quantize(source: Path) -> Path:
     """Quantise the weights of an ONNX file to 8 bits, with onnxruntime's tool; activations follow as it runs."""
+    import onnx_ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     target = source.with_name(f"{source.stem}_quantized.onnx")
+    large = source.with_name(f"{source.name}_data").exists()
     with tempfile.TemporaryDirectory() as place:
-        ready = Path(place) / source.name
-        quant_pre_process(source, ready, skip_symbolic_shape=True)
-        quantize_dynamic(ready, target, op_types_to_quantize=list(QUANTIZED), weight_type=QuantType.QUInt8)
+        ready, written = Path(place) / "ready.onnx", Path(place) / "quantized.onnx"
+        quant_pre_process(
+            source, ready, skip_symbolic_shape=True, save_as_external_data=large, all_tensors_to_one_file=large
+        )
+        quantize_dynamic(
+            ready, written, op_types_to_quantize=list(QUANTIZED), weight_type=QuantType.QUInt8,
+            use_external_data_format=large,
+        )  # fmt: skip
+        save_onnx(onnx_ir.load(written), target)
     return target
 
 
@@ -350,11 +373,9 @@ def export(model, processor, target: Path, quantized: bool = True) -> Path:
         The folder that was written.
 
     Raises:
-        ArgumentError: if the target contains other files, or the model is too large for one file.
+        ArgumentError: if the target contains other files.
     """
     check_output(target, "TARGET")
-    if (size := sum(each.numel() for each in model.parameters()) * 4) > MOST_BYTES:
-        raise ArgumentError(f"The model takes {size / 1e9:.1f} GB in float32; an ONNX file holds less than 2 GB.")
     model = model.eval()
     with torch.no_grad():
         examples = example_inputs(model)
@@ -366,11 +387,14 @@ def export(model, processor, target: Path, quantized: bool = True) -> Path:
     def save(fresh: Path) -> None:
         (fresh / "onnx").mkdir()
         for name, program in programs.items():
-            program.save(fresh / "onnx" / f"{name}.onnx")
+            save_onnx(program.model, fresh / "onnx" / f"{name}.onnx")
             if quantized:
                 print(f"Quantising {name}.onnx", flush=True)
                 quantize(fresh / "onnx" / f"{name}.onnx")
-        (fresh / "config.json").write_text(json.dumps(config_of(model), indent=2) + "\n")
+        config = config_of(model)
+        if beside := external_data(fresh / "onnx"):
+            config["transformers.js_config"] = {"use_external_data_format": beside}
+        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if hasattr(model, "lm_head"):
             settings = special_tokens(model.config.text_config) | {"max_length": processor.tokenizer.model_max_length}
             (fresh / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
