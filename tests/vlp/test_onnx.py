@@ -155,11 +155,13 @@ def test_the_weights_of_a_large_model_are_beside_its_files(tmp_path, monkeypatch
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     assert config["transformers.js_config"] == {"use_external_data_format": dict.fromkeys(sorted(beside), True)}
-    pixels = tiny_batch(model, size=3)["pixel_values"]
-    expected = model.get_image_features(pixels).pooler_output
-    close(compute(folder / "onnx/vision_model.onnx", pixel_values=pixels)[0], expected)
-    found = compute(folder / "onnx/vision_model_quantized.onnx", pixel_values=pixels)[0]
-    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+    batch = tiny_batch(model, size=3)
+    pixels, ids = {"pixel_values": batch["pixel_values"]}, {"input_ids": batch["input_ids"]}
+    image, text = (each.pooler_output for each in (model.get_image_features(**pixels), model.get_text_features(**ids)))
+    for name, inputs, expected in (("vision_model", pixels, image), ("text_model", ids, text)):
+        close(compute(folder / f"onnx/{name}.onnx", **inputs)[0], expected)
+        found = compute(folder / f"onnx/{name}_quantized.onnx", **inputs)[0]
+        assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_the_command_line(tmp_path):

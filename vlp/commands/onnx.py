@@ -280,7 +280,7 @@ def quantize(source: Path) -> Path:
             ready, written, op_types_to_quantize=list(QUANTIZED), weight_type=QuantType.QUInt8,
             use_external_data_format=large,
         )  # fmt: skip
-        save_onnx(onnx_ir.load(written), target)
+        save_onnx(onnx_ir.external_data.load_to_model(onnx_ir.load(written)), target)
     return target
 
 
