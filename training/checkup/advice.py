@@ -63,7 +63,7 @@ def advise(arguments: CheckArguments, pairs: int, side: int, captions: CaptionFa
     advice = Advice()
     options, reasons = advice.options, advice.reasons
     options["dataset_name"] = quoted(arguments.dataset_name)
-    for name in ("dataset_config_name", "image_root", "encoding", "eval_dataset_name"):
+    for name in ("dataset_config_name", "image_root", "encoding", "eval_dataset_name", "eval_image_root"):
         if getattr(arguments, name):
             options[name] = quoted(getattr(arguments, name))
     for name, usual in (("train_split", "train"), ("image_column", "image"), ("caption_column", "caption")):
@@ -129,7 +129,8 @@ def measure(advice: Advice, pairs: int, config: str | None = None) -> str:
     elif options["config"] != "clip-emoji":
         options |= {"per_device_train_batch_size": str(MEASURED_BATCH)}
     options |= {"eval_split": "none", "max_train_steps": str(STEPS + 1), "max_train_minutes": "none"}
-    options.pop("eval_dataset_name", None)
+    for name in ("eval_dataset_name", "eval_image_root"):
+        options.pop(name, None)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         words = [word for name, value in options.items() for word in (f"--{name}", value) if word]
         run = set_up(arguments := parse([*words, "--output_dir", f"{folder}/run"], "clip"), family_of(arguments))

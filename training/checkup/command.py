@@ -69,10 +69,10 @@ def rows_to_evaluate_on(arguments: CheckArguments):
     name = arguments.eval_dataset_name or arguments.dataset_name
     if arguments.eval_split or arguments.eval_dataset_name:
         arguments.eval_split = arguments.eval_split or "test"
-        return load_split(arguments, name, arguments.eval_split, "--eval_dataset_name")
+        return load_split(arguments, name, arguments.eval_split, "--eval_dataset_name", arguments.eval_image_root)
     for split in ("test", "validation"):
         try:
-            found = load_split(arguments, name, split, "--dataset_name")
+            found = load_split(arguments, name, split, "--dataset_name", arguments.eval_image_root)
         except ArgumentError:
             continue
         arguments.eval_split = split
@@ -80,10 +80,10 @@ def rows_to_evaluate_on(arguments: CheckArguments):
     return None
 
 
-def load_split(arguments: CheckArguments, name: str, split: str, option: str):
-    """Load a split of the data."""
+def load_split(arguments: CheckArguments, name: str, split: str, option: str, image_root: str | None = None):
+    """Load a split of the data; its image paths start from --image_root if no folder is given."""
     config = arguments.dataset_config_name if name == arguments.dataset_name else None
-    rows = load_rows(name, split, arguments.image_column, arguments.image_root, config, option,
+    rows = load_rows(name, split, arguments.image_column, image_root or arguments.image_root, config, option,
                      caption_column=arguments.caption_column, encoding=arguments.encoding)  # fmt: skip
     for column in arguments.caption_column.split(","):
         require_text(rows, column, name, "--caption_column")
@@ -125,6 +125,11 @@ def look(arguments: CheckArguments, rows, eval_rows) -> Findings:
         findings.eval_rows = len(eval_rows)
         theirs = survey(eval_rows, arguments.image_column, arguments.max_image_pixels, processes, "Evaluation")
         findings.leaks = leaks_between(facts, theirs)
+        for number, each in enumerate(theirs):
+            if each.cause:
+                findings.eval_unreadable.setdefault(each.cause, []).append(number)
+                findings.eval_examples.setdefault(each.cause, each.example)
+        findings.advice_for_eval_paths = advice_for(theirs, "--eval_image_root")
     findings.captions = caption_facts(captions, lengths_of(captions, arguments), arguments.max_length)
     side = int(np.median(findings.sides)) if findings.sides else 0
     findings.advice = advise(arguments, findings.usable, side, findings.captions, torch.accelerator.is_available())

@@ -27,6 +27,9 @@ class Findings:
         alike: groups of rows whose pictures look the same, but are different files.
         leaks: (row to train on, row to evaluate on, whether the files are identical).
         eval_rows: number of rows to evaluate on.
+        eval_unreadable: by cause, the rows to evaluate on whose picture cannot be read.
+        eval_examples: an example of each of these causes.
+        advice_for_eval_paths: where missing pictures to evaluate on would be found.
         captions: what is known of the captions.
         misfits: the pairs that fit worst, with --model.
         alike_to_model: (row, row, cosine of their embeddings) of other pictures that look alike to --model.
@@ -45,6 +48,9 @@ class Findings:
     alike: list[list[int]] = field(default_factory=list)
     leaks: list[tuple[int, int, bool]] = field(default_factory=list)
     eval_rows: int = 0
+    eval_unreadable: dict[str, list[int]] = field(default_factory=dict)
+    eval_examples: dict[str, str] = field(default_factory=dict)
+    advice_for_eval_paths: str = ""
     captions: CaptionFacts = field(default_factory=CaptionFacts)
     misfits: list[Misfit] = field(default_factory=list)
     alike_to_model: list[tuple[int, int, float]] = field(default_factory=list)

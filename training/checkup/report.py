@@ -107,7 +107,7 @@ def summary(findings: Findings, parts: list[Section], own: Gallery) -> Section:
         f"and {findings.captions.distinct:,} different captions. "
     )
     text += f"Look at: {', '.join(faults)}." if faults else "Nothing is wrong with the data."
-    if findings.usable < FEW:
+    if 0 < findings.usable < FEW:
         text += f" Fewer than {FEW} rows are enough to try the commands, not to train a model."
     step = max(1, findings.rows // SHOWN)
     return Section("Summary", text, pictures=[[own[number]] for number in range(0, findings.rows, step)][:SHOWN])
@@ -116,12 +116,18 @@ def summary(findings: Findings, parts: list[Section], own: Gallery) -> Section:
 def unreadable(findings: Findings) -> Section:
     if not findings.unreadable:
         return Section("Unusable rows", "All rows can be used.")
-    table = [["cause", "rows", "share", "the first"]]
-    for cause, numbers in sorted(findings.unreadable.items(), key=lambda item: -len(item[1])):
-        example = findings.examples.get(cause) or f"row {numbers[0]:,}"
-        table.append([cause, f"{len(numbers):,}", share(len(numbers), findings.rows), printable(example, 160)])
     text = f"Training skips and counts these rows. {findings.advice_for_paths}"
+    table = table_of_causes(findings.unreadable, findings.examples, findings.rows)
     return Section("Unusable rows", text, table, is_fault=True)
+
+
+def table_of_causes(unreadable: dict[str, list[int]], examples: dict[str, str], rows: int) -> list[list[str]]:
+    """A table of the causes for which rows cannot be used."""
+    table = [["cause", "rows", "share", "the first"]]
+    for cause, numbers in sorted(unreadable.items(), key=lambda item: -len(item[1])):
+        example = examples.get(cause) or f"row {numbers[0]:,}"
+        table.append([cause, f"{len(numbers):,}", share(len(numbers), rows), printable(example, 160)])
+    return table
 
 
 def copies(findings: Findings, own: Gallery) -> Section:
@@ -144,16 +150,23 @@ def leaks(findings: Findings, own: Gallery, theirs: Gallery | None) -> Section:
     title = "Leaks into the evaluation"
     if theirs is None:
         return Section(title, "No evaluation data was given (--eval_split, --eval_dataset_name).")
+    unreadable = sum(map(len, findings.eval_unreadable.values()))
+    read, text, table = findings.eval_rows - unreadable, "", None
+    if unreadable:
+        text = f"{unreadable:,} of the {findings.eval_rows:,} pictures to evaluate on cannot be read, so nothing is "
+        text += f"known of them. {findings.advice_for_eval_paths}".strip() + " "
+        table = table_of_causes(findings.eval_unreadable, findings.eval_examples, findings.eval_rows)
     if not findings.leaks:
-        return Section(title, f"None of the {findings.eval_rows:,} pictures to evaluate on is trained on.")
+        text += f"None of the {read:,} pictures to evaluate on is trained on." if read else ""
+        return Section(title, text.strip(), table, is_fault=bool(unreadable))
     same = sum(is_same for _, _, is_same in findings.leaks)
-    text = (
-        f"{len(findings.leaks):,} of the {findings.eval_rows:,} pictures to evaluate on are also trained on: {same:,} "
+    text += (
+        f"{len(findings.leaks):,} of the {read:,} pictures to evaluate on are also trained on: {same:,} "
         f"are the same file, {len(findings.leaks) - same:,} look the same. Results on them say little. Left: the row "
         "to train on; right: the row to evaluate on."
     )
     shown = [[own[one], theirs[other]] for one, other, _ in findings.leaks[:SHOWN]]
-    return Section(title, text, pictures=shown, is_fault=True)
+    return Section(title, text, table, pictures=shown, is_fault=True)
 
 
 def misfits(findings: Findings, own: Gallery, arguments: CheckArguments) -> Section:

@@ -85,7 +85,7 @@ def coco_or_karpathy_rows(content: dict, split: str, path: Path) -> Iterator[dic
         An iterator over rows with image, caption (a list), image_id, and in Karpathy's files split.
 
     Raises:
-        ArgumentError: if there is no list `images`.
+        ArgumentError: if there is no list `images`, or no image of the split.
     """
     images = content.get("images")
     if not isinstance(images, list):
@@ -100,9 +100,12 @@ def coco_or_karpathy_rows(content: dict, split: str, path: Path) -> Iterator[dic
             if image["id"] in captions:
                 yield {"image": image["file_name"], "caption": captions[image["id"]], "image_id": str(image["id"])}
         return
-    for image in images:
-        # Karpathy's "restval" images are training images, as is usual with these splits.
-        image_split = "train" if image.get("split") == "restval" else image.get("split", split)
+    # Karpathy's "restval" images are training images, as is usual with these splits.
+    splits = ["train" if image.get("split") == "restval" else image.get("split", split) for image in images]
+    if images and split not in splits:
+        known = ", ".join(sorted(set(map(str, splits))))
+        raise ArgumentError(f"{printable(path, 160)} has no split {split!r}; its splits are {printable(known, 160)}.")
+    for image, image_split in zip(images, splits, strict=True):
         if image_split == split:
             name = str(Path(image.get("filepath", "")) / image["filename"])
             captions = [sentence["raw"] for sentence in image["sentences"]]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ DOWNLOAD = (
     "shards --image_size 384, then --dataset_name 'shards/{00000..00009}.tar'"
 )
 ADVICE = {
-    "missing image file": "paths start from the folder of the data, or from --image_root",
+    "missing image file": "paths start from the folder of the data, or from --image_root (those of "
+    "--eval_dataset_name, from --eval_image_root)",
     "a URL, which is not downloaded": DOWNLOAD,
     "a class number without a name": "name the classes with --class_names",
     "empty caption": "choose the column with --caption_column",
@@ -60,7 +62,8 @@ def unusable(what: str, causes: Counter, example: str = "") -> BadDataError:
     cause = next((cause for cause, _ in causes.most_common() if cause in ADVICE), None)
     advice = f" Advice: {ADVICE[cause]}." if cause else ""
     if cause == "missing image file" and (root := root_of(example)) is not None:
-        advice = f" It would be found with --image_root {printable(root, 160)}."
+        advice = f" It would be found with --image_root {printable(root, 160)}. (For --eval_dataset_name, that is "
+        advice += "--eval_image_root.)"
     return BadDataError(f"{what}: {describe(causes)}.{first}{advice}")
 
 
@@ -71,7 +74,7 @@ def root_of(missing: str) -> Path | None:
         missing: path that was tried.
 
     Returns:
-        The folder; None if there is no such file in the nearest folder that exists, or below it.
+        The folder; None if there is no such file in the nearest folder that exists, below it or in one beside it.
     """
     path, entries = Path(missing), 0
     if not path.is_absolute():
@@ -79,6 +82,9 @@ def root_of(missing: str) -> Path | None:
     near = next(parent for parent in path.parents if parent.is_dir())
     if near == Path(near.anchor):
         return None
+    for folder in islice(near.parent.iterdir(), MOST_ENTRIES) if os.access(near.parent, os.R_OK) else ():
+        if (folder / path.relative_to(near)).is_file():
+            return folder
     for place, folders, files in os.walk(near):
         folders.sort()
         if path.name in files:

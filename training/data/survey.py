@@ -40,6 +40,9 @@ class CheckArguments:
     image_column: str = option("image", "column with the images or their paths")
     caption_column: str = option("caption", "column with the captions, or several, joined by commas")
     image_root: str | None = option(None, "folder that image paths start from; that of the data file if not given")
+    eval_image_root: str | None = option(
+        None, "folder that the image paths of the evaluation data start from; --image_root if not given"
+    )
     encoding: str | None = option(None, "encoding of a table, such as cp1252; UTF-8 if not given")
     max_image_pixels: int = option(MAX_PIXELS, "larger images, in pixels, count as decompression bombs")
     model: str | None = option(
@@ -115,7 +118,8 @@ def facts_of(row: dict, column: str, max_pixels: int) -> PictureFacts:
             picture_of({column: content or source}, column, max_pixels, lambda s, most: read_picture(s, most, enough))
         )
     except BadRow as error:
-        return dataclasses.replace(facts, cause=str(error), example=error.example)
+        place = error.example or (str(source) if isinstance(source, (str, os.PathLike)) else "")
+        return dataclasses.replace(facts, cause=str(error), example=place)
     facts.width, facts.height = sizes[0] if sizes else image.size
     facts.small = fingerprint(image)
     return facts
@@ -188,8 +192,8 @@ def thumbnail(row: dict, column: str, max_pixels: int) -> Image.Image | None:
     return image
 
 
-def advice_for(facts: list[PictureFacts]) -> str:
+def advice_for(facts: list[PictureFacts], option: str = "--image_root") -> str:
     """The folder to start paths from, if pictures are missing and would be found there; else an empty text."""
     missing = next((each.example for each in facts if each.cause == "missing image file"), "")
     root = root_of(missing) if missing else None
-    return f"They would be found with --image_root {root}." if root else ""
+    return f"They would be found with {option} {root}." if root else ""

@@ -114,10 +114,12 @@ def read_table(
                 f"{told}: row {number + 1} is {printable(repr(row), 60)}; expected an object with the columns as keys."
             )
     if split != "train" and not any("split" in row for row in rows):
-        others = "--hold_out 10% or COLUMN=VALUE, or another file with --eval_dataset_name and --eval_split train"
+        use = {"--dataset": "--split train", "--eval_dataset_name": "--eval_split train"}.get(
+            option, "--train_split train; to evaluate, --hold_out 10% or COLUMN=VALUE, or another file with "
+            "--eval_dataset_name and --eval_split train"
+        )  # fmt: skip
         raise ArgumentError(
-            f"{path} has no column split, so all rows are in split 'train' and there is no split {split!r}: use "
-            f"{'--split train' if option == '--dataset' else others}."
+            f"{path} has no column split, so all rows are in split 'train' and there is no split {split!r}: use {use}."
         )
     return with_lists(rows)
 

@@ -129,6 +129,29 @@ def test_data_must_be_named_and_have_a_usable_row(tmp_path, capsys):
     assert "Fewer than 100 rows are enough to try the commands" in capsys.readouterr().out
 
 
+def test_pictures_to_evaluate_on_have_their_own_folder(tmp_path):
+    """As COCO's have; where they cannot be read, the report does not say that none is trained on."""
+    for folder, colours in (("train", ("red", "blue")), ("val", ("red", "green"))):
+        (tmp_path / folder).mkdir()
+        rows = []
+        for number, colour in enumerate(colours):
+            Image.new("RGB", (40, 40), colour).save(tmp_path / folder / f"{folder}{number}.png")
+            rows.append({"image": f"{folder}{number}.png", "caption": f"a {colour} card"})
+        (tmp_path / f"{folder}.json").write_text(json.dumps(rows))
+    options = {
+        "dataset_name": str(tmp_path / "train.json"), "image_root": str(tmp_path / "train"), "eval_split": "train",
+        "eval_dataset_name": str(tmp_path / "val.json"), "output_dir": str(tmp_path / "out"), "measure": False,
+    }  # fmt: skip
+    found = check(CheckArguments(**options))
+    assert found.eval_unreadable == {"missing image file": [0, 1]} and not found.leaks
+    report = (tmp_path / "out/check.md").read_text()
+    assert "2 of the 2 pictures to evaluate on cannot be read" in report and "is trained on" not in report
+    assert f"They would be found with --eval_image_root {tmp_path / 'val'}." in report
+    found = check(CheckArguments(**options, eval_image_root=str(tmp_path / "val")))
+    assert found.leaks == [(0, 0, True)] and not found.eval_unreadable
+    assert f"--eval_image_root {tmp_path / 'val'}" in found.advice.command.replace("'", "")
+
+
 def test_captions_and_names_cannot_add_markup(tmp_path, capsys):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "1.png")
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "2.png")

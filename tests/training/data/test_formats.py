@@ -341,7 +341,11 @@ def test_a_missing_picture_names_its_path_and_the_folder(folder):
     assert str(folder / "er" / NAMES[0]) in text and f"--image_root {folder / 'deep'}." in text
     text = str(unusable("3 rows cannot be used", cause, str(folder / NAMES[0])))
     assert f"--image_root {folder / 'deep' / 'er'}." in text
-    assert "--image_root." in str(unusable("3 rows cannot be used", cause, str(folder / "nowhere.jpg")))
+    assert "or from --image_root (" in str(unusable("3 rows cannot be used", cause, str(folder / "nowhere.jpg")))
+    (folder / "val").mkdir()  # a folder beside the one that paths start from, as COCO has
+    (folder / "val" / "only-here.jpg").write_bytes(b"")
+    text = str(unusable("3 rows cannot be used", cause, str(folder / "deep" / "only-here.jpg")))
+    assert f"--image_root {folder / 'val'}." in text and "--eval_image_root" in text
 
 
 def test_urls_are_refused_with_the_command_that_downloads_them():
