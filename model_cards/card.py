@@ -139,6 +139,17 @@ def shown(metric: str, value: float) -> str:
     return f"{100 * value:.2f}" if metric == "cider" else f"{100 * value:.2f} %"
 
 
+def reranking(arguments: dict) -> str:
+    """How an evaluation re-ranked, for its description."""
+    if arguments["task"] != "retrieval" or not arguments.get("rerank_top_k"):
+        return ""
+    text = f", the best {arguments['rerank_top_k']} candidates of each query re-ranked"
+    if "matching" not in arguments.get("rerank_by", "matching").split(","):
+        return text
+    how = "ITC probability times ITM odds" if arguments.get("rerank_posterior") else "cosine plus ITM logit"
+    return f"{text} (by ITM: {how})"
+
+
 def evaluation_table(results: dict) -> str:
     """Render the results of an evaluation as Markdown: a sentence about the data, and a table of metrics.
 
@@ -146,7 +157,7 @@ def evaluation_table(results: dict) -> str:
         results: the stored results of `training.evaluation.results.results_of`.
     """
     arguments, classes = results["arguments"], results["classes"]
-    zero_shot = arguments["task"] == "zero-shot"
+    zero_shot, captioning = arguments["task"] == "zero-shot", arguments["task"] == "captioning"
     short = arguments.get("embedding_size")
     has_classes = arguments["task"] in ("zero-shot", "linear-probe", "few-shot")
     column = arguments["class_column"] if has_classes else arguments["caption_column"]
@@ -159,6 +170,8 @@ def evaluation_table(results: dict) -> str:
         + (f", {classes:,} classes" if classes else "")
         + (f", templates {code(arguments['templates'])}" if zero_shot else "")
         + (f", first {arguments['embedding_size']} dimensions of the embeddings" if short else "")
+        + (f", prompt {code(arguments['prompt'])}" if captioning and arguments.get("prompt") else "")
+        + reranking(arguments)
         + ".",
         "",
         "| metric | value | 95 % interval |",

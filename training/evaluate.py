@@ -9,19 +9,21 @@ MODEL/evaluations, and added to the model card if vlp wrote one.
 """
 
 import argparse
+import contextlib
+import dataclasses
 from pathlib import Path
 
 import datasets
 import torch
 from accelerate import PartialState
 
-from ..errors import CommandParser, printable, reported_errors
+from ..errors import ArgumentError, CommandParser, printable, reported_errors
 from ..files import is_own, usable_path, write_file
 from ..inference import load
-from ..model_cards.card import RESULTS, evaluation_table, render_card
+from ..model_cards.card import RESULTS, evaluation_table, read_json, render_card
 from .arguments import add_options
 from .evaluation.arguments import EvaluationArguments
-from .evaluation.results import check_results, results_of, write_results
+from .evaluation.results import PREDICTIONS, check_results, results_of, write_results
 from .evaluation.tasks import evaluate_task, load_table, prepare_data, use_of
 from .machine.hardware import use_cpu_well
 
@@ -47,6 +49,7 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
     default = local / "evaluations" if local else Path("runs/evaluations") / Path(model).name
     folder = usable_path(arguments.output_dir, "--output_dir") if arguments.output_dir else default
     root = local if local and folder == default else folder  # whose list of files has the results
+    arguments = as_in_training(arguments, local)
     check_results(folder, arguments, root)
     pictures = prepare_data(load_table(arguments, arguments.split), arguments, state)
     predictor = load(model, use_of(arguments), state.device, getattr(torch, arguments.dtype), arguments.embedding_size)
@@ -58,10 +61,31 @@ def evaluate(model: str, arguments: EvaluationArguments) -> dict:
         print(evaluation_table(results))
         endings = ".md and .png" if outcome.confusion else ".md"
         print(f"Results written to {printable(path)}, and as {endings} beside it.")
+        if arguments.save_predictions:
+            print(f"Predictions written to {printable(path.with_suffix(PREDICTIONS))}.")
         if root == local and (root / RESULTS).is_file():
             update_card(root)
     state.wait_for_everyone()
     return results
+
+
+def as_in_training(arguments: EvaluationArguments, folder: Path | None) -> EvaluationArguments:
+    """Fill in the options that were not given, and that a model was trained and evaluated with.
+
+    Args:
+        arguments: the options of the evaluation.
+        folder: the model's folder, which tells if vlp trained it; None for a model of the hub.
+    """
+    trained = {}
+    if folder and (folder / RESULTS).is_file():
+        with contextlib.suppress(ArgumentError):  # a file of somebody else
+            trained = read_json(folder / RESULTS)["arguments"]
+    posterior, prompt = arguments.rerank_posterior, arguments.prompt
+    if posterior is None:
+        posterior = trained.get("rerank_posterior") is True
+    if prompt is None:
+        prompt = str(trained.get("prompt") or "")
+    return dataclasses.replace(arguments, rerank_posterior=posterior, prompt=prompt)
 
 
 def update_card(folder: Path) -> None:

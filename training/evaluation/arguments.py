@@ -60,15 +60,26 @@ class EvaluationArguments:
     answer_list: str | None = option(None, "vqa: file of candidate answers to rank, one per line")
     label_column: str = option("label", "nlvr: column with the label: whether the caption is true of both images")
     rerank_top_k: int = option(0, "retrieval: candidates per query that are re-ranked by matching (ITM); 0: none")
-    rerank_posterior: bool = option(
-        False, "re-rank by ITC probability times ITM odds, not by cosine plus ITM logit as the original does"
+    rerank_posterior: bool | None = option(
+        None,
+        "re-rank by ITC probability times ITM odds, not by cosine plus ITM logit as the original does; as in the "
+        "model's training if not given",
     )
     rerank_by: str = option(
         "matching",
         "what re-ranks: matching (ITM), captioning (the probability of the caption, BLIP only), or both, as "
         "matching,captioning",
     )
-    prompt: str = option("", "captioning: prompt that captions start with; it is removed from the result")
+    prompt: str | None = option(
+        None,
+        "captioning: prompt that captions start with, which is removed from the result; that of the model's training "
+        "if not given",
+    )
+    save_predictions: bool = option(
+        False,
+        "captioning, vqa: also write the generated texts, as NAME.predictions.json in the format of COCO's and VQAv2's "
+        "servers",
+    )
     num_beams: int = option(3, "captioning, vqa: number of beams")
     max_length: int = option(30, "captioning, vqa: maximum number of tokens to generate")
     answer_top_k: int = option(128, "vqa: candidates of --answer_list that are scored in full")
@@ -102,6 +113,8 @@ class EvaluationArguments:
         if self.task in PROBES and self.split in (self.train_split, self.validation_split):
             raise ArgumentError(f"--split {self.split} is what the classifier learns from: choose another split.")
         check_rerankers(self.rerank_by)
+        if self.save_predictions and self.task not in ("captioning", "vqa"):
+            raise ArgumentError(f"--save_predictions has no effect on --task {self.task}, which generates no text.")
         if self.embedding_size is not None and self.task not in ("zero-shot", "retrieval", "itm", "composition"):
             raise ArgumentError(f"--embedding_size has no effect on --task {self.task}, which compares no embeddings.")
         for name in ("resamples", "rerank_top_k"):

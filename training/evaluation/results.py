@@ -22,6 +22,7 @@ from .pictures import Pictures
 from .tasks import Outcome, evaluate_task, use_of
 
 INTERVAL = "_interval"
+PREDICTIONS = ".predictions.json"
 
 
 def evaluate_model(model: PreTrainedModel, processor, evaluations: list[Pictures], resamples: int) -> list[Outcome]:
@@ -119,7 +120,7 @@ def check_results(folder: Path, arguments: EvaluationArguments, root: Path) -> N
     usable_path(folder, "--output_dir")
     if os.path.lexists(folder) and not folder.is_dir():
         raise ArgumentError(f"--output_dir {printable(folder, 120)} is {kind_of(folder)}, not a folder.")
-    for suffix in (".json", ".md", ".png"):
+    for suffix in (".json", ".md", ".png", PREDICTIONS):
         require_own(root, folder / f"{file_name(arguments)}{suffix}", "--output_dir")
 
 
@@ -146,6 +147,10 @@ def write_results(
         plot_confusion(outcome.confusion, pictures.names, path.with_suffix(".png"))
         table += f"\n![Predicted classes for each class]({path.stem}.png)\n"
         written.append(path.with_suffix(".png"))
+    if pictures.arguments.save_predictions:
+        written.append(path.with_suffix(PREDICTIONS))
+        text = json.dumps(outcome.predictions, indent=1, ensure_ascii=False) + "\n"
+        written[-1].write_text(text, encoding="utf-8", errors="replace")
     path.with_suffix(".md").write_text(table, encoding="utf-8", errors="replace")
     if root is not None:
         list_files(root, written)

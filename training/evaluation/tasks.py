@@ -45,11 +45,14 @@ class Outcome:
         metrics: the metrics, and their 95 % intervals under NAME_interval; accuracies and recalls are from 0 to 1.
         confusion: zero-shot: (class, predicted class) of every picture.
         groups: accuracy (under the name of the metric) and number of rows for each value of `group_column`.
+        predictions: captioning, vqa: what was generated for each picture or question, in the format of COCO's and
+            VQAv2's servers; ids are row numbers, from 0, where the data has no column image_id or question_id.
     """
 
     metrics: dict
     confusion: list[tuple[int, int]] = field(default_factory=list)
     groups: dict[str, dict] = field(default_factory=dict)
+    predictions: list[dict] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -574,14 +577,23 @@ def captioning(predictor: Predictor, pictures: Pictures) -> Outcome:
     """Captioning: score generated captions against all captions of each picture."""
     arguments, found = pictures.arguments, []
     for batch in pictures.batches(pictures.own, "captions"):
-        captions = predictor.caption([pictures.image(number) for number in batch], arguments.prompt,
+        captions = predictor.caption([pictures.image(number) for number in batch], arguments.prompt or "",
                                      num_beams=arguments.num_beams, max_length=arguments.max_length)  # fmt: skip
         found += zip(batch, captions, strict=True)
     numbers, captions = transposed(pictures.gather(found))
     references = [pictures.items[number].texts for number in numbers]
+    ids = ids_of(pictures, "image_id", [pictures.items[number].rows[0] for number in numbers])
     return Outcome(
-        load_metric("caption_scores").compute(predictions=captions, references=references, **bootstrap(arguments))
+        load_metric("caption_scores").compute(predictions=captions, references=references, **bootstrap(arguments)),
+        predictions=[{"image_id": key, "caption": text} for key, text in zip(ids, captions, strict=True)],
     )
+
+
+def ids_of(pictures: Pictures, column: str, rows: list[int]) -> list:
+    """The ids of rows: whole numbers where a column has them, as COCO's files do, or the row numbers."""
+    values = pictures.table[column] if column in pictures.table.column_names else range(len(pictures.table))
+    found = [values[row] for row in rows]
+    return [int(each) if str(each).isdecimal() else each for each in found]
 
 
 def vqa(predictor: Predictor, pictures: Pictures) -> Outcome:
@@ -606,7 +618,12 @@ def vqa(predictor: Predictor, pictures: Pictures) -> Outcome:
     if pictures.answers:
         metrics |= {name.replace("accuracy", "accuracy_ranked"): value for name, value in score(ranked).items()}
     rows = [pictures.row_of(key) for key in keys]
-    return Outcome(metrics, groups=by_group(pictures, "vqa_accuracy", rows, answer_scores(answers, given)))
+    ids = ids_of(pictures, "question_id", rows)
+    return Outcome(
+        metrics,
+        groups=by_group(pictures, "vqa_accuracy", rows, answer_scores(answers, given)),
+        predictions=[{"question_id": key, "answer": text} for key, text in zip(ids, answers, strict=True)],
+    )
 
 
 def nlvr(predictor: Predictor, pictures: Pictures) -> Outcome:

@@ -1,5 +1,6 @@
 """Tests of the `evaluate` command with different models and numbers of processes."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import CLIPImageProcessor, GitConfig, GitForCausalLM, GitProce
 from vlp.processing.blip import VlpBlipImageProcessor, VlpBlipProcessor, train_tokenizer
 from vlp.processing.prompts import CLASS_NAMES
 from vlp.training import evaluate as command
-from vlp.training.evaluate import evaluate, main
+from vlp.training.evaluate import as_in_training, evaluate, main
 from vlp.training.evaluation.arguments import EvaluationArguments
 from vlp.training.evaluation.tasks import best
 
@@ -234,6 +235,36 @@ def test_class_names_come_from_label_column(tmp_path, data, monkeypatch):
     results = evaluate("perfect", EvaluationArguments(dataset=str(tmp_path / "cards"), split="train", resamples=0,
                                                       output_dir=str(tmp_path / "out")))  # fmt: skip
     assert results["metrics"]["zero_shot_top1"] == 1.0 and results["classes"] == 7
+
+
+def test_predictions_are_written_as_the_servers_of_coco_and_vqa_read_them(tmp_path, data, monkeypatch):
+    rows = [row | {"image_id": str(10 + n)} for n, row in enumerate(json.loads(data.read_text()))]
+    (data.parent / "ids.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(command, "load", lambda *args: Perfect())
+    options = dict(dataset=str(data.parent / "ids.json"), split="train", resamples=0, output_dir=str(tmp_path / "out"),
+                   save_predictions=True)  # fmt: skip
+    evaluate("perfect", EvaluationArguments(task="captioning", **options))
+    found = json.loads((tmp_path / "out/ids-train-captioning.predictions.json").read_text())
+    assert found[0] == {"image_id": 10, "caption": "red Paper, on a table."} and len(found) == 7
+    assert [each["image_id"] for each in found] == [10, 11, 13, 14, 15, 16, 17]  # the third picture is missing
+    evaluate("perfect", EvaluationArguments(task="vqa", caption_column="question", **options))
+    found = json.loads((tmp_path / "out/ids-train-vqa-question.predictions.json").read_text())
+    assert found[0] == {"question_id": 0, "answer": "red"} and found[2]["question_id"] == 3  # the number of the row
+    with pytest.raises(ArgumentError, match="--save_predictions has no effect on --task retrieval"):
+        EvaluationArguments(task="retrieval", save_predictions=True)
+
+
+def test_options_that_are_not_given_are_as_in_training(tmp_path):
+    given = EvaluationArguments(task="retrieval", rerank_top_k=16)
+    assert not as_in_training(given, None).rerank_posterior and as_in_training(given, tmp_path).prompt == ""
+    trained = {"arguments": {"rerank_posterior": True, "prompt": "a picture of "}, "metrics": {}}
+    (tmp_path / "results.json").write_text(json.dumps(trained))
+    filled = as_in_training(given, tmp_path)
+    assert filled.rerank_posterior and filled.prompt == "a picture of "
+    assert not as_in_training(dataclasses.replace(given, rerank_posterior=False), tmp_path).rerank_posterior
+    assert as_in_training(dataclasses.replace(given, prompt=""), tmp_path).prompt == ""
+    (tmp_path / "results.json").write_text("[1, 2]")
+    assert as_in_training(given, tmp_path).prompt == ""
 
 
 def test_command_reranks_by_captioning(blip, data, tmp_path):
