@@ -122,7 +122,8 @@ def fit(run: Run, evaluate: Callable[[], dict], save: Callable[[], object]) -> N
     """
     arguments, progress, clock = run.arguments, run.progress, Clock(run.accelerator.num_processes)
     saved_at = progress.seconds
-    bar = tqdm(total=1.0, unit="", disable=not run.accelerator.is_main_process, mininterval=1.0,
+    bar = tqdm(total=1.0, initial=run.share_done(), unit="", disable=not run.accelerator.is_main_process,
+               mininterval=1.0, miniters=0,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")  # fmt: skip
     while True:
         started = time.perf_counter()

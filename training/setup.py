@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from transformers.utils import logging as transformers_logging
 
 from ..errors import ArgumentError, printable
-from ..files import start_anew, state_folder
+from ..files import start_anew, state_folder, states
 from ..loading import text_of
 from ..modeling_vlp.attention import set_packing
 from ..modeling_vlp.resnet import ModifiedResNet
@@ -41,6 +41,7 @@ from .machine.sharding import let_layers_precompute, make_shardable, repeated_la
 from .resume import resume
 
 SMALL, SMALL_RATE = 10_000_000, 1e-3  # parameters of a small model; a learning rate that fine-tunes it
+MANY_CUT = 0.05  # share of captions that are cut
 LARGEST_BATCH = 10  # times the number of rows, in one optimiser step
 
 
@@ -93,7 +94,10 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
         if state is None:
             earlier = start_anew(state_folder(arguments.output_dir))
             if earlier:
-                print(f"The states of an earlier run are in {printable(earlier)}: to resume from one, name it.")
+                print(
+                    f"This run starts anew. The states of the longest earlier run are in {printable(earlier)}; to "
+                    f"continue it: --resume_from_checkpoint {printable(states(earlier)[-1])}"
+                )
     accelerator.wait_for_everyone()
     start_trackers(arguments, accelerator)
     if state is not None:
@@ -243,6 +247,10 @@ def doubts(run: Run) -> list[str]:
             f"--warmup_steps {arguments.warmup_steps:,} is longer than the run, {steps:,} steps, so that the "
             "learning rate stays below --learning_rate."
         )
+    if share := share_cut(run):
+        found.append(
+            f"{share:.0%} of the captions are longer than --max_length {arguments.max_length} tokens and are cut."
+        )
     size = size_of(run.model)
     if (
         arguments.model_name_or_path
@@ -255,6 +263,20 @@ def doubts(run: Run) -> list[str]:
             f"try {SMALL_RATE:g}."
         )
     return found
+
+
+def share_cut(run: Run, most: int = 1000) -> float:
+    """The share of the captions of the first rows that are longer than --max_length; 0 if it is below MANY_CUT."""
+    if run.rows is None:
+        return 0.0
+    columns = [column for column in run.arguments.caption_column.split(",") if column in run.rows.column_names]
+    part = run.rows.select_columns(columns).select(range(min(most, len(run.rows))))[:]
+    texts = [text for column in columns for value in part[column] for text in texts_of(value)]
+    if not texts:
+        return 0.0
+    lengths = [len(ids) for ids in run.processor.tokenizer(texts, truncation=False)["input_ids"]]
+    share = sum(length > run.arguments.max_length for length in lengths) / len(lengths)
+    return share if share >= MANY_CUT else 0.0
 
 
 def to_pixel_values(arguments: TrainingArguments, image_processor) -> Callable[[Tensor], Tensor]:

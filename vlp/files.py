@@ -398,7 +398,8 @@ def locked(folder: Path, name: str) -> Iterator[None]:
 def start_anew(folder: Path) -> Path | None:
     """Move the states of an earlier run to FOLDER.previous, so that they are not mistaken for those of this run.
 
-    The states that were there before are removed; other files stay where they are.
+    One earlier run is kept: of these states and those that are in FOLDER.previous already, the run that came further.
+    Other files stay where they are.
 
     Returns:
         The folder of the earlier states; None if there are none.
@@ -406,9 +407,12 @@ def start_anew(folder: Path) -> Path | None:
     earlier, previous = states(folder), folder.with_name(f"{folder.name}.previous")
     if not earlier:
         return None
-    for state in states(previous):
+    kept, others = earlier, states(previous)
+    if others and others[-1].name > earlier[-1].name:
+        kept, others = [], earlier
+    for state in others:
         remove_written(state)
-    for state in earlier:
+    for state in kept:
         previous.mkdir(parents=True, exist_ok=True)
         goal = previous / state.name
         if not os.path.lexists(goal):

@@ -586,6 +586,8 @@ def test_options_that_fit_the_run_badly_are_warned_about(pairs, tmp_path, capsys
     train(arguments(pairs, tmp_path / "tuned", model_name_or_path=str(tmp_path / "run"), max_train_steps=3,
                     learning_rate=1e-5))  # fmt: skip
     assert "M parameters hardly changes at --learning_rate 1e-05; try 0.001." in capsys.readouterr().out
+    train(arguments(pairs, tmp_path / "short", max_train_steps=1, max_length=3))
+    assert "warning: 100% of the captions are longer than --max_length 3 tokens and are cut." in capsys.readouterr().out
 
 
 def test_tracker_that_is_not_installed_is_refused(pairs, tmp_path):

@@ -117,6 +117,15 @@ def test_states_of_earlier_runs_are_moved_and_other_files_stay(tmp_path):
     assert (tmp_path / "x.resume" / "notes.txt").exists() and (tmp_path / "x.resume.previous" / "more.txt").exists()
 
 
+def test_of_earlier_runs_the_longest_is_kept(tmp_path):
+    """A run that starts anew by mistake, twice, does not remove the states of a long one."""
+    for step, kept in ((2, 2), (9, 9), (1, 9)):
+        write_whole(tmp_path / "x.resume" / f"step-{step}", lambda folder: (folder / files.STATE_FILE).write_text("{}"))
+        assert start_anew(tmp_path / "x.resume") == tmp_path / "x.resume.previous"
+        assert [path.name for path in states(tmp_path / "x.resume.previous")] == [f"step-{kept}"]
+        assert states(tmp_path / "x.resume") == []
+
+
 def test_a_second_run_is_refused(tmp_path):
     with locked(tmp_path / "x.resume", "--output_dir x"):
         with pytest.raises(ArgumentError, match="--output_dir x: another run is using it"):

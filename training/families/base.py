@@ -179,6 +179,15 @@ def possible_model() -> Iterator[None]:
         raise ArgumentError(f"--model: no model can be built with these fields: {brief(error)[:300]}") from error
 
 
+def limit_length(arguments: TrainingArguments, most: int) -> None:
+    """Lower --max_length to what a loaded model supports, and say so."""
+    if arguments.max_length > most:
+        PartialState().print(
+            f"Texts are cut at {most} tokens, which is the most that the model supports (--max_length)."
+        )
+        arguments.max_length = most
+
+
 def require_model_type(name: str, *model_types: str) -> None:
     """Raise ArgumentError if the model in a folder or hub repository has none of these model types."""
     kind = read_config(name, "--model_name_or_path").model_type

@@ -43,6 +43,7 @@ from .base import (
     check_fields,
     evaluation_tasks,
     extend,
+    limit_length,
     parts_of_model,
     possible_model,
     require_model_type,
@@ -354,6 +355,7 @@ def make_model(arguments: BlipArguments, processor: VlpBlipProcessor) -> VlpBlip
             processor.image_processor.size = {"height": side, "width": side}
         arguments.image_size = model.config.vision_config.image_size
         arguments.vocab_size = model.config.text_config.vocab_size
+        limit_length(arguments, model.config.text_config.max_position_embeddings)
     else:
         with possible_model():
             model = kind(new_config(arguments, processor.tokenizer))

@@ -42,6 +42,7 @@ from .base import (
     check_fields,
     evaluation_tasks,
     extend,
+    limit_length,
     parts_of_model,
     possible_model,
     require_model_type,
@@ -382,6 +383,8 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
     if name:
         arguments.image_size = model.config.vision_config.image_size
         arguments.vocab_size = model.config.qformer_config.vocab_size
+        if arguments.stage == 1 or arguments.instruction_aware:  # the Q-Former reads the texts
+            limit_length(arguments, model.config.qformer_config.max_position_embeddings)
         if arguments.stage == 2:
             for field in LANGUAGE_MODEL_FIELDS:
                 setattr(arguments, field, getattr(model.config, field))

@@ -285,7 +285,10 @@ def load_state(
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             shown = "; ".join(printable(line, 90) for line in differences[:3])
-            raise ResumeError(f"{path} belongs to another {name.split('_')[0]}: {shown}{more}.")
+            raise ResumeError(
+                f"{path} belongs to another {name.split('_')[0]}: {shown}{more}. Give the options of that run, or "
+                "start anew without --resume_from_checkpoint."
+            )
     try:
         with weights_only(accelerator):
             accelerator.load_state(str(path))

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-
-from vlp.errors import ArgumentError
 from vlp.training.data.survey import CheckArguments
 from vlp.training.evaluation.arguments import EvaluationArguments
 from vlp.training.machine import hardware
+
+from vlp.errors import ArgumentError
 
 
 @pytest.mark.parametrize(("threads", "processes", "expected"), [(3, 1, 3), (3, 4, 3), (None, 2, 4), (None, 99, 1)])
