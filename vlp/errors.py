@@ -77,7 +77,8 @@ class CommandParser(argparse.ArgumentParser):
         """End the program with the message on one line."""
         if match := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             known = [name for action in self._actions for name in action.option_strings]
-            if near := difflib.get_close_matches(match[1], known, 1):
+            longer = [name for name in known if name.startswith(match[1])]
+            if near := difflib.get_close_matches(match[1], known, 1) or longer:
                 message += f"; did you mean {near[0]}?"
         shown = brief(message, LONGEST - len(self.prog) - 24)
         self.exit(2, f"{self.prog}: error: {shown}{'' if shown.endswith(('.', '?')) else '.'} See --help.\n")

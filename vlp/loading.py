@@ -7,6 +7,7 @@ folder becomes an `UnsupportedModelError` that names the folder, the file and wh
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -229,6 +230,11 @@ def read_config(name: str | Path, option: str = "") -> PreTrainedConfig:
             kind = content.get("model_type")
             if (not isinstance(kind, str) or kind not in CONFIG_MAPPING) and not is_timm_config_dict(content):
                 shown = "none" if kind is None else printable(repr(kind), 60)
+                if str(kind).startswith("vlp_") and getattr(sys.modules[__package__], "__file__", None) is None:
+                    raise UnsupportedModelError(
+                        "Python takes the folder vlp in the current folder, such as a clone, for the package vlp: run "
+                        "this in another folder."
+                    )
                 raise UnsupportedModelError(
                     f"{told}: config.json has the model_type {shown}, which this version of vlp and transformers does "
                     "not know; expected vlp_clip, vlp_blip, vlp_blip2 or one of transformers."

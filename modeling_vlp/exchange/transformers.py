@@ -318,7 +318,9 @@ def config_to(
         ExchangeError: if transformers' class does not support the model.
     """
     if ours.vision_config.model_type == "vlp_modified_resnet":
-        raise ExchangeError("transformers has no ModifiedResNet.")
+        raise ExchangeError(
+            "transformers has no ModifiedResNet, the image tower of vlp's small recipes; train with a ViT to convert."
+        )
     if isinstance(ours, VlpClipConfig) and has_foreign_tower(ours):
         return dual_encoder_config_to(ours)
     if has_foreign_tower(ours):

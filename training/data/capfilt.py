@@ -169,7 +169,7 @@ def prepare(folder: Path, arguments: CapFiltArguments) -> None:
         ArgumentError: if the folder holds other files.
     """
     options, path = dataclasses.asdict(arguments), folder / OPTIONS_FILE
-    del options["num_threads"]  # may change when a run is resumed
+    del options["num_threads"], options["output_dir"]  # which may change when a run is resumed
     given = digest_of(options)
     options = publishable(options)
     if path.is_file():
@@ -178,12 +178,16 @@ def prepare(folder: Path, arguments: CapFiltArguments) -> None:
         except (ValueError, TypeError, RecursionError) as error:
             raise ResumeError(f"{printable(path, 160)} is damaged: remove the folder, or choose another.") from error
         digest = saved.pop(DIGEST, given)
+        saved.pop("output_dir", None)
         differences = compare(saved, options)
         if digest != given and not differences:
             differences = ["another folder of --dataset_name, --image_root, --captioner or --filter"]
         if differences:
             shown = "; ".join(printable(line, 90) for line in differences[:3])
-            raise ResumeError(f"{printable(folder, 160)} was created with other options: {shown}.")
+            raise ResumeError(
+                f"{printable(folder, 160)} was created with other options: {shown}. Remove it, or choose another "
+                "--output_dir."
+            )
         return
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ArgumentError(
@@ -199,7 +203,7 @@ def prepare(folder: Path, arguments: CapFiltArguments) -> None:
 def digest_of(options: dict) -> str:
     """Return a digest of the options as given. Published names leave out local paths, so two models could share one."""
     whole = {name: os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
-             for name, value in options.items() if name != "output_dir"}  # fmt: skip
+             for name, value in options.items()}  # fmt: skip
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -273,7 +277,13 @@ def report(folder: Path, causes: Counter) -> None:
         tables = [parquet.read_table(path, columns=["source"]) for path in sorted((folder / name).glob("*.parquet"))]
         counts[name] = Counter(source for table in tables for source in table["source"].to_pylist())
     if not counts["data"]:
-        raise BadDataError(f"The filter kept none of {sum(counts['dropped'].values())} captions. Was it fine-tuned?")
+        paths = sorted((folder / "dropped").glob("*.parquet"))
+        scores = [score for path in paths for score in parquet.read_table(path, columns=["score"])["score"].to_pylist()]
+        most = max(scores, default=0)
+        raise BadDataError(
+            f"The filter kept none of {len(scores)} captions: the highest match probability is {most:.2f}. Fine-tune "
+            f"it with --task retrieval, or remove {printable(folder, 160)} and lower --threshold."
+        )
     for source in ("web", "synthetic"):
         total = counts["data"][source] + counts["dropped"][source]
         print(f"{source}: kept {counts['data'][source]:,} of {total:,} captions.")
