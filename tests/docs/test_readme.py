@@ -16,6 +16,8 @@ from vlp.model_cards.card import render_card
 from vlp.modeling_vlp.language_model import load_language_model
 from vlp.training import evaluate
 from vlp.training.command_line import TASKS, parse
+from vlp.training.data.capfilt import CapFiltArguments
+from vlp.training.evaluation.arguments import EvaluationArguments
 
 import vlp
 
@@ -114,15 +116,13 @@ def test_commands_parse(name):
 
 @pytest.mark.parametrize("name", [*READMES, "docs/training.md", "docs/own-data.md"])
 def test_options_exist(name):
-    convert_options = parse_vlp(["convert", "a", "b"])
+    known = parse_vlp(["convert", "a", "b"]) | vars(CapFiltArguments(captioner="a", filter="b"))
+    known |= vars(EvaluationArguments()) | vars(parse([])) | vars(parse([], "blip")) | vars(parse([], "blip2"))
     for options in re.findall(r"`(--[^`]*)`", (ROOT / name).read_text()):
         words = shlex.split(options)
         for word in (word for word in words if word.startswith("--")):
             if word != "--config":
-                assert (
-                    word[2:].removeprefix("no-")
-                    in vars(parse([])) | vars(parse([], "blip")) | vars(parse([], "blip2")) | convert_options
-                ), word
+                assert word[2:].removeprefix("no-") in known, word
 
 
 def test_both_languages_have_the_same_structure():
