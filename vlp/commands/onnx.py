@@ -348,6 +348,23 @@ def effect_of_quantization(folder: Path, processor, rows, most: int = 256) -> st
     )
 
 
+def rows_to_compare(dataset: str, split: str | None):
+    """The pairs on which the quantised model is compared: those of a split, or the first split that is not trained on.
+
+    Raises:
+        ArgumentError: if there is no such data or split.
+    """
+    for name in [split] if split else ["test", "validation", "train"]:
+        try:
+            rows = load_rows(dataset, name, option="--dataset")
+            break
+        except ArgumentError:
+            if split or name == "train":
+                raise
+    require_text(rows, "caption", dataset, "--dataset")
+    return rows
+
+
 def first_tokens(sessions: Sessions, images: dict[str, Tensor], begin: int) -> list[int]:
     """The tokens with which the captions of images begin, after the token `begin`."""
     states = sessions.run("encoder_model", **images)[0]
@@ -421,7 +438,7 @@ def main() -> None:
         "--dataset", default="emoji",
         help="pairs on which the quantised model is compared with the original (default: the included drawings)",
     )  # fmt: skip
-    parser.add_argument("--split", help="split of --dataset (default: train; of the included drawings, test)")
+    parser.add_argument("--split", help="split of --dataset (default: test, or else validation or train)")
     options = parser.parse_args()
     with reported_errors():
         for package in ("onnxscript", "onnxruntime"):
@@ -438,9 +455,7 @@ def main() -> None:
             )
         rows = None
         if options.quantize:  # loaded first, so that a wrong name is told at once
-            split = options.split or ("test" if options.dataset == "emoji" else "train")
-            rows = load_rows(options.dataset, split, option="--dataset")
-            require_text(rows, "caption", options.dataset, "--dataset")
+            rows = rows_to_compare(options.dataset, options.split)
         model, processor = load_model(row.model, options.folder), load_processor(options.folder)
         folder = export(model, processor, usable_path(options.target, "TARGET"), options.quantize)
         files = sorted(file.name for file in (folder / "onnx").iterdir())
