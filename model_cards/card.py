@@ -23,6 +23,7 @@ from .plots import plot_examples, plot_history, plot_metrics
 
 TEMPLATE = Path(__file__).with_name("template.md")
 RESULTS = "results.json"
+PREDICTIONS = ".predictions.json"  # the end of the names of files with what a model generated in an evaluation
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.csv)(?<!\.tsv)(?<!\.json)(?<!\.jsonl)(?<!\.tar)")
 
@@ -143,11 +144,10 @@ def reranking(arguments: dict) -> str:
     """How an evaluation re-ranked, for its description."""
     if arguments["task"] != "retrieval" or not arguments.get("rerank_top_k"):
         return ""
-    text = f", the best {arguments['rerank_top_k']} candidates of each query re-ranked"
-    if "matching" not in arguments.get("rerank_by", "matching").split(","):
-        return text
-    how = "ITC probability times ITM odds" if arguments.get("rerank_posterior") else "cosine plus ITM logit"
-    return f"{text} (by ITM: {how})"
+    names = arguments.get("rerank_by", "matching").split(",")
+    itm = "ITM (ITC probability times ITM odds)" if arguments.get("rerank_posterior") else "ITM (cosine plus ITM logit)"
+    how = [text for name, text in (("matching", itm), ("captioning", "captioning")) if name in names]
+    return f", the best {plain(arguments['rerank_top_k'])} candidates of each query re-ranked by {' and by '.join(how)}"
 
 
 def evaluation_table(results: dict) -> str:
@@ -277,7 +277,8 @@ def render_card(folder: Path, config: PreTrainedConfig | None = None) -> ModelCa
     config, arguments, evaluations = config or read_config(folder), results["arguments"], folder / "evaluations"
     name = config.architectures[0]
     kind = architecture(name).card
-    found = [read_json(path) for path in sorted(evaluations.glob("*.json"))]
+    paths = [path for path in sorted(evaluations.glob("*.json")) if not path.name.endswith(PREDICTIONS)]
+    found = [read_json(path) for path in paths]
     data = known_data(arguments["dataset_name"])
     bases = results.get("base_models") or []
     chosen = arguments.get("license")  # which earlier runs did not have

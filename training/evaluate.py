@@ -20,10 +20,10 @@ from accelerate import PartialState
 from ..errors import ArgumentError, CommandParser, printable, reported_errors
 from ..files import is_own, usable_path, write_file
 from ..inference import load
-from ..model_cards.card import RESULTS, evaluation_table, read_json, render_card
+from ..model_cards.card import PREDICTIONS, RESULTS, evaluation_table, read_json, render_card
 from .arguments import add_options
 from .evaluation.arguments import EvaluationArguments
-from .evaluation.results import PREDICTIONS, check_results, results_of, write_results
+from .evaluation.results import check_results, results_of, write_results
 from .evaluation.tasks import evaluate_task, load_table, prepare_data, use_of
 from .machine.hardware import use_cpu_well
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_config
 from huggingface_hub import ModelCard
 from PIL import Image
-from vlp.model_cards.card import examples_of, prompt_for_use, render_card, seen_parts, write_card
+from vlp.model_cards.card import examples_of, prompt_for_use, render_card, reranking, seen_parts, write_card
 from vlp.model_cards.plots import wrapped
 
 from vlp.architectures import architecture
@@ -134,6 +134,33 @@ def test_card_lists_evaluations_and_known_failures(tmp_path):
                  "evaluations/emoji-test-zero-shot.png", "share-alike"):  # fmt: skip
         assert text in card.content, text
     assert card.data.license == "cc-by-sa-4.0" and card.data.language == ["en", "vi"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"task": "retrieval", "rerank_top_k": 0}, ""),
+        ({"task": "itm", "rerank_top_k": 16}, ""),
+        ({"rerank_by": "matching"}, ", the best 16 candidates of each query re-ranked by ITM (cosine plus ITM logit)"),
+        ({"rerank_by": "captioning"}, ", the best 16 candidates of each query re-ranked by captioning"),
+        (
+            {"rerank_by": "matching,captioning", "rerank_posterior": True},
+            ", the best 16 candidates of each query re-ranked by "
+            "ITM (ITC probability times ITM odds) and by captioning",
+        ),
+    ],
+)
+def test_card_says_how_candidates_were_re_ranked(arguments, words):
+    assert reranking({"task": "retrieval", "rerank_top_k": 16} | arguments) == words
+
+
+def test_predictions_are_no_results_of_an_evaluation(tmp_path):
+    tiny_config(architectures=["VlpClipModel"]).save_pretrained(tmp_path)
+    write_card(tmp_path, facts(), [])
+    save_evaluation(tmp_path)
+    before = str(render_card(tmp_path))
+    (tmp_path / "evaluations/emoji-test-captioning.predictions.json").write_text("[]")
+    assert str(render_card(tmp_path)) == before
 
 
 SHIPPED = sorted(path.parent for path in Path(__file__).parents[2].glob("model_cards/*/README.md"))

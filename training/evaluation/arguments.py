@@ -78,7 +78,7 @@ class EvaluationArguments:
     save_predictions: bool = option(
         False,
         "captioning, vqa: also write the generated texts, as NAME.predictions.json in the format of COCO's and VQAv2's "
-        "servers",
+        "result files",
     )
     num_beams: int = option(3, "captioning, vqa: number of beams")
     max_length: int = option(30, "captioning, vqa: maximum number of tokens to generate")

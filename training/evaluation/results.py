@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import ArgumentError, printable
-from ...files import kind_of, list_files, require_own, usable_path
+from ...files import is_own, kind_of, list_files, require_own, usable_path
 from ...inference import predictor_of, shorten_embeddings
-from ...model_cards.card import evaluation_table
+from ...model_cards.card import PREDICTIONS, evaluation_table
 from ...model_cards.plots import plot_confusion
 from ..arguments import publishable
 from ..data.rows import describe
@@ -22,7 +22,6 @@ from .pictures import Pictures
 from .tasks import Outcome, evaluate_task, use_of
 
 INTERVAL = "_interval"
-PREDICTIONS = ".predictions.json"
 
 
 def evaluate_model(model: PreTrainedModel, processor, evaluations: list[Pictures], resamples: int) -> list[Outcome]:
@@ -120,7 +119,7 @@ def check_results(folder: Path, arguments: EvaluationArguments, root: Path) -> N
     usable_path(folder, "--output_dir")
     if os.path.lexists(folder) and not folder.is_dir():
         raise ArgumentError(f"--output_dir {printable(folder, 120)} is {kind_of(folder)}, not a folder.")
-    for suffix in (".json", ".md", ".png", PREDICTIONS):
+    for suffix in (".json", ".md", ".png", *[PREDICTIONS] * arguments.save_predictions):
         require_own(root, folder / f"{file_name(arguments)}{suffix}", "--output_dir")
 
 
@@ -141,16 +140,19 @@ def write_results(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{file_name(pictures.arguments)}.json"
+    generated = json.dumps(outcome.predictions, indent=1, ensure_ascii=False, default=str) + "\n"
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
     table, written = evaluation_table(results), [path, path.with_suffix(".md")]
     if outcome.confusion:
         plot_confusion(outcome.confusion, pictures.names, path.with_suffix(".png"))
         table += f"\n![Predicted classes for each class]({path.stem}.png)\n"
         written.append(path.with_suffix(".png"))
+    predictions = path.with_suffix(PREDICTIONS)
     if pictures.arguments.save_predictions:
-        written.append(path.with_suffix(PREDICTIONS))
-        text = json.dumps(outcome.predictions, indent=1, ensure_ascii=False) + "\n"
-        written[-1].write_text(text, encoding="utf-8", errors="replace")
+        predictions.write_text(generated, encoding="utf-8", errors="replace")
+        written.append(predictions)
+    elif root is not None and is_own(root, predictions):
+        predictions.unlink(missing_ok=True)  # of an earlier evaluation
     path.with_suffix(".md").write_text(table, encoding="utf-8", errors="replace")
     if root is not None:
         list_files(root, written)

@@ -45,8 +45,9 @@ class Outcome:
         metrics: the metrics, and their 95 % intervals under NAME_interval; accuracies and recalls are from 0 to 1.
         confusion: zero-shot: (class, predicted class) of every picture.
         groups: accuracy (under the name of the metric) and number of rows for each value of `group_column`.
-        predictions: captioning, vqa: what was generated for each picture or question, in the format of COCO's and
-            VQAv2's servers; ids are row numbers, from 0, where the data has no column image_id or question_id.
+        predictions: captioning, vqa, with --save_predictions: what was generated for each picture or question, in the
+            format of COCO's and VQAv2's result files; ids are row numbers, from 0, where the data has no column
+            image_id or question_id.
     """
 
     metrics: dict
@@ -590,10 +591,14 @@ def captioning(predictor: Predictor, pictures: Pictures) -> Outcome:
 
 
 def ids_of(pictures: Pictures, column: str, rows: list[int]) -> list:
-    """The ids of rows: whole numbers where a column has them, as COCO's files do, or the row numbers."""
-    values = pictures.table[column] if column in pictures.table.column_names else range(len(pictures.table))
-    found = [values[row] for row in rows]
-    return [int(each) if str(each).isdecimal() else each for each in found]
+    """The ids of rows, for their predictions: those of a column, as numbers if they are, or the row numbers."""
+    if not pictures.arguments.save_predictions:
+        return [None] * len(rows)
+    if column not in pictures.table.column_names:
+        return rows
+    values = list(pictures.table[column])
+    return [int(each) if str(each).isdecimal() and str(int(each)) == str(each) else each
+            for each in (values[row] for row in rows)]  # fmt: skip
 
 
 def vqa(predictor: Predictor, pictures: Pictures) -> Outcome:

@@ -250,6 +250,8 @@ def test_predictions_are_written_as_the_servers_of_coco_and_vqa_read_them(tmp_pa
     evaluate("perfect", EvaluationArguments(task="vqa", caption_column="question", **options))
     found = json.loads((tmp_path / "out/ids-train-vqa-question.predictions.json").read_text())
     assert found[0] == {"question_id": 0, "answer": "red"} and found[2]["question_id"] == 3  # the number of the row
+    evaluate("perfect", EvaluationArguments(task="captioning", **options | {"save_predictions": False}))
+    assert not (tmp_path / "out/ids-train-captioning.predictions.json").exists()  # which belonged to other results
     with pytest.raises(ArgumentError, match="--save_predictions has no effect on --task retrieval"):
         EvaluationArguments(task="retrieval", save_predictions=True)
 
