@@ -398,26 +398,32 @@ def locked(folder: Path, name: str) -> Iterator[None]:
 def start_anew(folder: Path) -> Path | None:
     """Move the states of an earlier run to FOLDER.previous, so that they are not mistaken for those of this run.
 
-    One earlier run is kept: of these states and those that are in FOLDER.previous already, the run that came further.
-    Other files stay where they are.
+    The states that were there before are removed or, if their run came further than this one and than those that are
+    in FOLDER.longest, moved there. Other files stay where they are.
 
     Returns:
         The folder of the earlier states; None if there are none.
     """
-    earlier, previous = states(folder), folder.with_name(f"{folder.name}.previous")
+    earlier = states(folder)
+    previous, longest = (folder.with_name(f"{folder.name}.{name}") for name in ("previous", "longest"))
     if not earlier:
         return None
-    kept, others = earlier, states(previous)
-    if others and others[-1].name > earlier[-1].name:
-        kept, others = [], earlier
-    for state in others:
+    before, most = states(previous), [state.name for state in states(longest)]
+    if before and before[-1].name > max(earlier[-1].name, *most, ""):
+        replace_states(longest, before)
+    replace_states(previous, earlier)
+    return previous
+
+
+def replace_states(folder: Path, found: list[Path]) -> None:
+    """Remove the states in a folder, and move others there; other files stay where they are."""
+    for state in states(folder):
         remove_written(state)
-    for state in kept:
-        previous.mkdir(parents=True, exist_ok=True)
-        goal = previous / state.name
+    for state in found:
+        folder.mkdir(parents=True, exist_ok=True)
+        goal = folder / state.name
         if not os.path.lexists(goal):
             os.rename(state, goal)
-    return previous
 
 
 def states(folder: Path) -> list[Path]:

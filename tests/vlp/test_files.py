@@ -117,13 +117,20 @@ def test_states_of_earlier_runs_are_moved_and_other_files_stay(tmp_path):
     assert (tmp_path / "x.resume" / "notes.txt").exists() and (tmp_path / "x.resume.previous" / "more.txt").exists()
 
 
-def test_of_earlier_runs_the_longest_is_kept(tmp_path):
+def test_a_long_earlier_run_is_kept_beside_the_latest(tmp_path):
     """A run that starts anew by mistake, twice, does not remove the states of a long one."""
-    for step, kept in ((2, 2), (9, 9), (1, 9)):
+
+    def found(name: str) -> list[str]:
+        return [path.name for path in states(tmp_path / f"x.resume{name}")]
+
+    for step, longest in ((2, []), (9, []), (1, ["step-9"]), (5, ["step-9"]), (4, ["step-9"])):
         write_whole(tmp_path / "x.resume" / f"step-{step}", lambda folder: (folder / files.STATE_FILE).write_text("{}"))
         assert start_anew(tmp_path / "x.resume") == tmp_path / "x.resume.previous"
-        assert [path.name for path in states(tmp_path / "x.resume.previous")] == [f"step-{kept}"]
-        assert states(tmp_path / "x.resume") == []
+        assert found(".previous") == [f"step-{step}"] and found(".longest") == longest and found("") == []
+    (tmp_path / "x.resume.previous" / "step-7").mkdir()  # somebody else's
+    write_whole(tmp_path / "x.resume" / "step-7", lambda folder: (folder / files.STATE_FILE).write_text("{}"))
+    start_anew(tmp_path / "x.resume")
+    assert not list((tmp_path / "x.resume.previous" / "step-7").iterdir()) and found("") == ["step-7"]
 
 
 def test_a_second_run_is_refused(tmp_path):
