@@ -107,7 +107,7 @@ def quoted(text: str) -> str:
     return text if text.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum() else f"'{text}'"
 
 
-def measure(advice: Advice, pairs: int, config: str | None = None) -> str:
+def measure(advice: Advice, pairs: int, config: str | None = None, threads: int | None = None) -> str:
     """Time a few steps of the recipe on this machine.
 
     Args:
@@ -115,6 +115,7 @@ def measure(advice: Advice, pairs: int, config: str | None = None) -> str:
             which needs no download.
         pairs: number of pairs of an epoch.
         config: another recipe.
+        threads: CPU threads; one per core if None.
 
     Returns:
         A sentence with the time of an epoch; empty if training cannot start.
@@ -133,6 +134,7 @@ def measure(advice: Advice, pairs: int, config: str | None = None) -> str:
         options.pop(name, None)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         words = [word for name, value in options.items() for word in (f"--{name}", value) if word]
+        words += ["--num_threads", str(threads)] if threads else []
         run = set_up(arguments := parse([*words, "--output_dir", f"{folder}/run"], "clip"), family_of(arguments))
         run.wrapped.train()
         train_step(run, 0.0)

@@ -41,12 +41,15 @@ def check(arguments: CheckArguments) -> Findings:
     if is_shards(arguments.dataset_name):
         raise ArgumentError("The check-up needs random access to the rows: --dataset_name cannot be shards.")
     target = arguments.output_dir or "runs/check"
-    check_output(target, sources=[arguments.dataset_name, arguments.eval_dataset_name, arguments.image_root])
+    names = ("dataset_name", "eval_dataset_name", "image_root", "eval_image_root")
+    check_output(target, sources=[getattr(arguments, name) for name in names])
     print(f"Checking {printable(arguments.dataset_name, 200)}.")
     datasets.disable_progress_bars()
     use_cpu_well(arguments.num_threads)
     rows = load_split(arguments, arguments.dataset_name, arguments.train_split, "--dataset_name")
     eval_rows = rows_to_evaluate_on(arguments)
+    if arguments.eval_image_root and eval_rows is None:
+        raise ArgumentError("--eval_image_root needs data to evaluate on: give --eval_split or --eval_dataset_name.")
     findings = look(arguments, rows, eval_rows)
     sections = sections_of(findings, rows, eval_rows, arguments)
     written = write_whole(Path(target), lambda folder: write_report(folder, findings, sections, arguments))
@@ -69,7 +72,8 @@ def rows_to_evaluate_on(arguments: CheckArguments):
     name = arguments.eval_dataset_name or arguments.dataset_name
     if arguments.eval_split or arguments.eval_dataset_name:
         arguments.eval_split = arguments.eval_split or "test"
-        return load_split(arguments, name, arguments.eval_split, "--eval_dataset_name", arguments.eval_image_root)
+        option = "--eval_dataset_name" if arguments.eval_dataset_name else "--dataset_name"
+        return load_split(arguments, name, arguments.eval_split, option, arguments.eval_image_root)
     for split in ("test", "validation"):
         try:
             found = load_split(arguments, name, split, "--dataset_name", arguments.eval_image_root)
@@ -103,7 +107,7 @@ def look(arguments: CheckArguments, rows, eval_rows) -> Findings:
         if cause:
             findings.unreadable.setdefault(cause, []).append(number)
             findings.examples.setdefault(cause, each.example)
-    findings.advice_for_paths = advice_for(facts)
+    findings.advice_for_paths = advice_for(facts, tried=arguments.image_root)
     read = [number for number, each in enumerate(facts) if each.cause is None]
     findings.pictures = len({facts[number].digest for number in read})
     findings.formats = dict(Counter(facts[number].format for number in read).most_common())
@@ -129,14 +133,15 @@ def look(arguments: CheckArguments, rows, eval_rows) -> Findings:
             if each.cause:
                 findings.eval_unreadable.setdefault(each.cause, []).append(number)
                 findings.eval_examples.setdefault(each.cause, each.example)
-        findings.advice_for_eval_paths = advice_for(theirs, "--eval_image_root")
+        tried = arguments.eval_image_root or arguments.image_root
+        findings.advice_for_eval_paths = advice_for(theirs, "--eval_image_root", tried)
     findings.captions = caption_facts(captions, lengths_of(captions, arguments), arguments.max_length)
     side = int(np.median(findings.sides)) if findings.sides else 0
     findings.advice = advise(arguments, findings.usable, side, findings.captions, torch.accelerator.is_available())
     if arguments.measure and findings.usable > 1:
         print("Measuring how fast this machine trains with the suggested options, which can take half a minute.")
         try:
-            findings.advice.measured = measure(findings.advice, findings.usable)
+            findings.advice.measured = measure(findings.advice, findings.usable, threads=arguments.num_threads)
         except (UserError, OSError, RuntimeError) as error:
             findings.advice.measured = f"The speed was not measured: {brief(error)[:200]}"
     return findings
@@ -179,7 +184,7 @@ def leaks_between(own: list[PictureFacts], theirs: list[PictureFacts]) -> list[t
         if each.digest:
             first.setdefault(each.digest, number)
     for number, each in enumerate(theirs):
-        if each.digest and each.digest in first:
+        if each.cause is None and each.digest in first:
             found[number] = (first[each.digest], number, True)
     mine = [number for number, each in enumerate(own) if each.cause is None]
     others = [number for number, each in enumerate(theirs) if each.cause is None and number not in found]

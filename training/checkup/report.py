@@ -93,6 +93,7 @@ def sections_of(findings: Findings, rows, eval_rows, arguments: CheckArguments) 
     parts = [
         unreadable(findings),
         copies(findings, own),
+        unreadable_evaluation(findings),
         leaks(findings, own, theirs),
         misfits(findings, own, arguments),
         empty_captions(findings),
@@ -151,22 +152,27 @@ def leaks(findings: Findings, own: Gallery, theirs: Gallery | None) -> Section:
     if theirs is None:
         return Section(title, "No evaluation data was given (--eval_split, --eval_dataset_name).")
     unreadable = sum(map(len, findings.eval_unreadable.values()))
-    read, text, table = findings.eval_rows - unreadable, "", None
-    if unreadable:
-        text = f"{unreadable:,} of the {findings.eval_rows:,} pictures to evaluate on cannot be read, so nothing is "
-        text += f"known of them. {findings.advice_for_eval_paths}".strip() + " "
-        table = table_of_causes(findings.eval_unreadable, findings.eval_examples, findings.eval_rows)
+    read = f"{findings.eval_rows - unreadable:,} pictures to evaluate on{' that can be read' if unreadable else ''}"
     if not findings.leaks:
-        text += f"None of the {read:,} pictures to evaluate on is trained on." if read else ""
-        return Section(title, text.strip(), table, is_fault=bool(unreadable))
+        found = f"None of the {read} is trained on." if unreadable < findings.eval_rows else "No picture was compared."
+        return Section(title, found)
     same = sum(is_same for _, _, is_same in findings.leaks)
-    text += (
-        f"{len(findings.leaks):,} of the {read:,} pictures to evaluate on are also trained on: {same:,} "
-        f"are the same file, {len(findings.leaks) - same:,} look the same. Results on them say little. Left: the row "
-        "to train on; right: the row to evaluate on."
+    text = (
+        f"{len(findings.leaks):,} of the {read} are also trained on: {same:,} are the same file, "
+        f"{len(findings.leaks) - same:,} look the same. Results on them say little. Left: the row to train on; right: "
+        "the row to evaluate on."
     )
     shown = [[own[one], theirs[other]] for one, other, _ in findings.leaks[:SHOWN]]
-    return Section(title, text, table, pictures=shown, is_fault=True)
+    return Section(title, text, pictures=shown, is_fault=True)
+
+
+def unreadable_evaluation(findings: Findings) -> Section:
+    title = "Unreadable pictures to evaluate on"
+    if not findings.eval_unreadable:
+        return Section(title, "There are none.")
+    table = table_of_causes(findings.eval_unreadable, findings.eval_examples, findings.eval_rows)
+    text = "The evaluation leaves them out, and whether they are trained on is not known. "
+    return Section(title, (text + findings.advice_for_eval_paths).strip(), table, is_fault=True)
 
 
 def misfits(findings: Findings, own: Gallery, arguments: CheckArguments) -> Section:

@@ -109,7 +109,7 @@ def coco_or_karpathy_rows(content: dict, split: str, path: Path) -> Iterator[dic
         if image_split == split:
             name = str(Path(image.get("filepath", "")) / image["filename"])
             captions = [sentence["raw"] for sentence in image["sentences"]]
-            row = {"image": name, "caption": captions, "image_id": str(image.get("imgid", name))}
+            row = {"image": name, "caption": captions, "image_id": str(image.get("cocoid", image.get("imgid", name)))}
             yield row | ({"split": split} if "split" in image else {})
 
 

@@ -1,5 +1,6 @@
 """Read the picture, captions, answers and label of a row, and report bad rows."""
 
+import contextlib
 import os
 import random
 from collections import Counter
@@ -39,8 +40,7 @@ DOWNLOAD = (
     "shards --image_size 384, then --dataset_name 'shards/{00000..00009}.tar'"
 )
 ADVICE = {
-    "missing image file": "paths start from the folder of the data, or from --image_root (those of "
-    "--eval_dataset_name, from --eval_image_root)",
+    "missing image file": "paths start from the folder of the data, or from --image_root",
     "a URL, which is not downloaded": DOWNLOAD,
     "a class number without a name": "name the classes with --class_names",
     "empty caption": "choose the column with --caption_column",
@@ -62,19 +62,20 @@ def unusable(what: str, causes: Counter, example: str = "") -> BadDataError:
     cause = next((cause for cause, _ in causes.most_common() if cause in ADVICE), None)
     advice = f" Advice: {ADVICE[cause]}." if cause else ""
     if cause == "missing image file" and (root := root_of(example)) is not None:
-        advice = f" It would be found with --image_root {printable(root, 160)}. (For --eval_dataset_name, that is "
-        advice += "--eval_image_root.)"
+        advice = f" It would be found with --image_root {printable(root, 160)}."
     return BadDataError(f"{what}: {describe(causes)}.{first}{advice}")
 
 
-def root_of(missing: str) -> Path | None:
+def root_of(missing: str, tried: str | None = None) -> Path | None:
     """The folder to start paths from so that a missing file is found: its name is looked for near by.
 
     Args:
         missing: path that was tried.
+        tried: the folder that paths started from, if that is known.
 
     Returns:
-        The folder; None if there is no such file in the nearest folder that exists, below it or in one beside it.
+        The folder; None if there is no such file in the nearest folder that exists, below it or, if paths started from
+        it, in one beside it.
     """
     path, entries = Path(missing), 0
     if not path.is_absolute():
@@ -82,9 +83,6 @@ def root_of(missing: str) -> Path | None:
     near = next(parent for parent in path.parents if parent.is_dir())
     if near == Path(near.anchor):
         return None
-    for folder in islice(near.parent.iterdir(), MOST_ENTRIES) if os.access(near.parent, os.R_OK) else ():
-        if (folder / path.relative_to(near)).is_file():
-            return folder
     for place, folders, files in os.walk(near):
         folders.sort()
         if path.name in files:
@@ -95,7 +93,12 @@ def root_of(missing: str) -> Path | None:
             return Path(*found[: len(found) - same])
         entries += len(folders) + len(files)
         if entries > MOST_ENTRIES:
-            return None
+            break
+    if tried and near == Path(os.path.abspath(tried)):
+        with contextlib.suppress(OSError):
+            for folder in sorted(islice(near.parent.iterdir(), MOST_ENTRIES)):
+                if os.path.isfile(folder / path.relative_to(near)):
+                    return folder
     return None
 
 

@@ -192,8 +192,14 @@ def thumbnail(row: dict, column: str, max_pixels: int) -> Image.Image | None:
     return image
 
 
-def advice_for(facts: list[PictureFacts], option: str = "--image_root") -> str:
-    """The folder to start paths from, if pictures are missing and would be found there; else an empty text."""
+def advice_for(facts: list[PictureFacts], option: str = "--image_root", tried: str | None = None) -> str:
+    """The folder to start paths from, if pictures are missing and would be found there; else an empty text.
+
+    Args:
+        facts: the facts of each row.
+        option: the option that names the folder.
+        tried: the folder that paths started from; None for that of the data.
+    """
     missing = next((each.example for each in facts if each.cause == "missing image file"), "")
-    root = root_of(missing) if missing else None
+    root = root_of(missing, tried) if missing else None
     return f"They would be found with {option} {root}." if root else ""

@@ -114,12 +114,13 @@ def read_table(
                 f"{told}: row {number + 1} is {printable(repr(row), 60)}; expected an object with the columns as keys."
             )
     if split != "train" and not any("split" in row for row in rows):
-        use = {"--dataset": "--split train", "--eval_dataset_name": "--eval_split train"}.get(
-            option, "--train_split train; to evaluate, --hold_out 10% or COLUMN=VALUE, or another file with "
-            "--eval_dataset_name and --eval_split train"
-        )  # fmt: skip
+        others = (
+            "evaluate on another file (--eval_dataset_name, with --eval_split train) or train without a part of this "
+        )
+        others += "one (--hold_out 10% or COLUMN=VALUE)"
+        advice = {"--dataset": "use --split train", "--eval_dataset_name": "use --eval_split train"}.get(option, others)
         raise ArgumentError(
-            f"{path} has no column split, so all rows are in split 'train' and there is no split {split!r}: use {use}."
+            f"{path} has no column split, so all rows are in split 'train' and there is no split {split!r}: {advice}."
         )
     return with_lists(rows)
 

@@ -145,11 +145,15 @@ def test_pictures_to_evaluate_on_have_their_own_folder(tmp_path):
     found = check(CheckArguments(**options))
     assert found.eval_unreadable == {"missing image file": [0, 1]} and not found.leaks
     report = (tmp_path / "out/check.md").read_text()
-    assert "2 of the 2 pictures to evaluate on cannot be read" in report and "is trained on" not in report
+    assert "⚠ Unreadable pictures to evaluate on" in report and "missing image file | 2 | 100.0 %" in report
+    assert "No picture was compared." in report and "is trained on" not in report
     assert f"They would be found with --eval_image_root {tmp_path / 'val'}." in report
     found = check(CheckArguments(**options, eval_image_root=str(tmp_path / "val")))
     assert found.leaks == [(0, 0, True)] and not found.eval_unreadable
     assert f"--eval_image_root {tmp_path / 'val'}" in found.advice.command.replace("'", "")
+    with pytest.raises(ArgumentError, match="--eval_image_root needs data to evaluate on"):
+        check(CheckArguments(dataset_name=options["dataset_name"], image_root=options["image_root"], measure=False,
+                             output_dir=options["output_dir"], eval_image_root=str(tmp_path / "val")))  # fmt: skip
 
 
 def test_captions_and_names_cannot_add_markup(tmp_path, capsys):

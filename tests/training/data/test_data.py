@@ -129,6 +129,18 @@ def test_karpathy_splits(folder, split, count):
     check(load_rows(str(folder / "karpathy.json"), split, "image"), count)
 
 
+def test_karpathy_split_that_is_not_there_is_refused(folder):
+    with pytest.raises(ArgumentError, match="has no split 'validation'; its splits are test, train, val"):
+        load_rows(str(folder / "karpathy.json"), "validation", "image")
+
+
+def test_karpathy_pictures_have_the_ids_of_coco(folder):
+    images = json.loads((folder / "karpathy.json").read_text())["images"]
+    (folder / "ids.json").write_text(json.dumps({"images": [image | {"cocoid": 391895} for image in images[:1]]}))
+    assert load_rows(str(folder / "ids.json"), "train", "image")[0]["image_id"] == "391895"
+    assert load_rows(str(folder / "karpathy.json"), "test", "image")["image_id"] == ["4", "5"]
+
+
 def test_imagefolder_with_metadata(folder, tmp_path_factory):
     base = tmp_path_factory.mktemp("imagefolder") / "train"
     base.mkdir()
