@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Sampler
 from transformers.utils import logging as transformers_logging
 
-from ..errors import ArgumentError, printable
-from ..files import start_anew, state_folder, states
+from ..errors import ArgumentError, BadDataError, printable
+from ..files import start_anew, state_folder
 from ..loading import text_of
 from ..modeling_vlp.attention import set_packing
 from ..modeling_vlp.resnet import ModifiedResNet
@@ -83,7 +83,10 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
             note_base(arguments.output_dir, arguments.model_name_or_path)
     run = make_run(arguments, family, accelerator, rows, processor, model)
     if eval_rows is not None:
-        run.evaluations = family.evaluation(arguments, eval_rows, rows)
+        try:
+            run.evaluations = family.evaluation(arguments, eval_rows, rows)
+        except BadDataError as error:  # the evaluation's own option is --image_root
+            raise BadDataError(str(error).replace("--image_root", "--eval_image_root")) from error
     state = None
     if arguments.resume_from_checkpoint:
         state = state_for_all(find_state(arguments.resume_from_checkpoint, arguments.output_dir))
@@ -95,8 +98,8 @@ def set_up(arguments: TrainingArguments, family: Family) -> Run:
             earlier = start_anew(state_folder(arguments.output_dir))
             if earlier:
                 print(
-                    f"This run starts anew. The states of the longest earlier run are in {printable(earlier)}; to "
-                    f"continue it: --resume_from_checkpoint {printable(states(earlier)[-1])}"
+                    f"The states of the earlier run were moved to {printable(earlier)}, where they stay until another "
+                    "run starts anew. To continue that run, name one of them with --resume_from_checkpoint."
                 )
     accelerator.wait_for_everyone()
     start_trackers(arguments, accelerator)
@@ -267,15 +270,16 @@ def doubts(run: Run) -> list[str]:
 
 def share_cut(run: Run, most: int = 1000) -> float:
     """The share of the captions of the first rows that are longer than --max_length; 0 if it is below MANY_CUT."""
-    if run.rows is None:
+    is_reading = getattr(run.arguments, "stage", 1) == 2 or getattr(run.arguments, "task", "") in ("vqa", "nlvr")
+    if run.rows is None or is_reading:  # a language model reads the texts, or they are questions
         return 0.0
     columns = [column for column in run.arguments.caption_column.split(",") if column in run.rows.column_names]
     part = run.rows.select_columns(columns).select(range(min(most, len(run.rows))))[:]
     texts = [text for column in columns for value in part[column] for text in texts_of(value)]
     if not texts:
         return 0.0
-    lengths = [len(ids) for ids in run.processor.tokenizer(texts, truncation=False)["input_ids"]]
-    share = sum(length > run.arguments.max_length for length in lengths) / len(lengths)
+    lengths = run.processor.tokenize(texts, run.arguments.max_length + 1)["attention_mask"].sum(dim=1)
+    share = (lengths > run.arguments.max_length).double().mean().item()
     return share if share >= MANY_CUT else 0.0
 
 

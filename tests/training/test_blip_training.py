@@ -29,7 +29,7 @@ from vlp.training.families.blip import BlipArguments, load_for_task
 from vlp.training.run import train
 
 import vlp
-from vlp.errors import ArgumentError, ResumeError
+from vlp.errors import ArgumentError, BadDataError, ResumeError
 from vlp.files import state_folder, states
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "orange", "purple", "brown"]
@@ -355,8 +355,11 @@ def test_capfilt_keeps_matching_captions_and_resumes(web, tuned, tmp_path, pairs
     twin = shutil.copytree(settings.captioner, tmp_path / "elsewhere" / Path(settings.captioner).name)
     with pytest.raises(ResumeError, match="created with other options: another folder of"):
         capfilt(dataclasses.replace(settings, captioner=str(twin)))
-    with pytest.raises(ResumeError, match="created with other options: top_p was 0.9 and is now 0.5"):
+    with pytest.raises(ResumeError, match="created with other options: top_p was 0.9 and is now 0.5. Choose another"):
         capfilt(dataclasses.replace(settings, top_p=0.5))
+    said = r"kept none of 30 captions: the highest match probability is [01]\.\d\d. Fine-tune it"
+    with pytest.raises(BadDataError, match=said):
+        capfilt(dataclasses.replace(settings, threshold=1.0, output_dir=str(tmp_path / "none")))
     train(arguments(tmp_path / "new", tmp_path / "again", eval_split=None, max_train_steps=2))
     results = json.loads((tmp_path / "again" / "results.json").read_text())
     assert results["training_pairs"] == len(rows)

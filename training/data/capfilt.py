@@ -26,7 +26,7 @@ from ...processing.pictures import MAX_PIXELS, picture_bytes
 from ..arguments import EMOJI, check_values, option, publishable, require_at_least_one, require_share
 from ..machine.checkpoint import compare
 from ..machine.hardware import use_cpu_well
-from .rows import BadRow, CaptionChooser, describe, picture_id, picture_of
+from .rows import BadRow, CaptionChooser, describe, picture_id, picture_of, unusable
 from .sources import is_shards, load_rows, require_text
 
 OPTIONS_FILE = "capfilt.json"
@@ -185,8 +185,8 @@ def prepare(folder: Path, arguments: CapFiltArguments) -> None:
         if differences:
             shown = "; ".join(printable(line, 90) for line in differences[:3])
             raise ResumeError(
-                f"{printable(folder, 160)} was created with other options: {shown}. Remove it, or choose another "
-                "--output_dir."
+                f"{printable(folder, 160)} was created with other options: {shown}. Choose another --output_dir, or "
+                "give those options to continue."
             )
         return
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -278,11 +278,13 @@ def report(folder: Path, causes: Counter) -> None:
         counts[name] = Counter(source for table in tables for source in table["source"].to_pylist())
     if not counts["data"]:
         paths = sorted((folder / "dropped").glob("*.parquet"))
-        scores = [score for path in paths for score in parquet.read_table(path, columns=["score"])["score"].to_pylist()]
-        most = max(scores, default=0)
+        rows = [row for path in paths for row in parquet.read_table(path, columns=["caption", "score"]).to_pylist()]
+        scores = [row["score"] for row in rows if row["caption"]]
+        if not scores:
+            raise unusable("No row can be used", causes)
         raise BadDataError(
-            f"The filter kept none of {len(scores)} captions: the highest match probability is {most:.2f}. Fine-tune "
-            f"it with --task retrieval, or remove {printable(folder, 160)} and lower --threshold."
+            f"The filter kept none of {len(scores)} captions: the highest match probability is {max(scores):.2f}. "
+            f"Fine-tune it with --task retrieval, or lower --threshold, with another --output_dir."
         )
     for source in ("web", "synthetic"):
         total = counts["data"][source] + counts["dropped"][source]

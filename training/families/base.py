@@ -183,7 +183,7 @@ def limit_length(arguments: TrainingArguments, most: int) -> None:
     """Lower --max_length to what a loaded model supports, and say so."""
     if arguments.max_length > most:
         PartialState().print(
-            f"Texts are cut at {most} tokens, which is the most that the model supports (--max_length)."
+            f"Longer texts are cut at {most} tokens, which is the most that the model supports (--max_length)."
         )
         arguments.max_length = most
 

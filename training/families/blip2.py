@@ -383,7 +383,7 @@ def make_model(arguments: Blip2Arguments, processor) -> VlpBlip2PreTrainedModel:
     if name:
         arguments.image_size = model.config.vision_config.image_size
         arguments.vocab_size = model.config.qformer_config.vocab_size
-        if arguments.stage == 1 or arguments.instruction_aware:  # the Q-Former reads the texts
+        if arguments.stage == 1:  # where the Q-Former reads the texts
             limit_length(arguments, model.config.qformer_config.max_position_embeddings)
         if arguments.stage == 2:
             for field in LANGUAGE_MODEL_FIELDS:
