@@ -232,8 +232,8 @@ def read_config(name: str | Path, option: str = "") -> PreTrainedConfig:
                 shown = "none" if kind is None else printable(repr(kind), 60)
                 if str(kind).startswith("vlp_") and getattr(sys.modules[__package__], "__file__", None) is None:
                     raise UnsupportedModelError(
-                        "Python takes the folder vlp in the current folder, such as a clone, for the package vlp: run "
-                        "this in another folder."
+                        "Python takes a folder named vlp here, such as a clone of the repository, for the package vlp: "
+                        "run this in another folder."
                     )
                 raise UnsupportedModelError(
                     f"{told}: config.json has the model_type {shown}, which this version of vlp and transformers does "

@@ -37,6 +37,7 @@ def test_debug_keeps_the_traceback(monkeypatch):
     ("words", "message"),
     [
         (["--colour", "red"], "did you mean --color"),
+        (["--co"], "did you mean --color"),
         (["--col", "red"], "unrecognized arguments"),  # no abbreviations
         (["--number", "9" * 5000], "argument --number: invalid int value"),
         (["--number", "\x1b[31m"], "argument --number: invalid int value"),

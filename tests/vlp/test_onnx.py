@@ -15,7 +15,6 @@ from vlp.training.data.sources import load_rows
 import vlp
 from vlp.commands import onnx
 from vlp.commands.onnx import effect_of_quantization, export, main
-from vlp.errors import ArgumentError
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -163,18 +162,6 @@ def test_the_weights_of_a_large_model_are_beside_its_files(tmp_path, monkeypatch
         close(compute(folder / f"onnx/{name}.onnx", **inputs)[0], expected)
         found = compute(folder / f"onnx/{name}_quantized.onnx", **inputs)[0]
         assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
-
-
-def test_the_comparison_prefers_data_that_is_not_trained_on(tmp_path):
-    for split, kept in (("train", {"train"}), ("test", {"train", "test"})):
-        lines = [f"{row}.png,a {row},{part}" for row, part in enumerate(sorted(kept))]
-        (tmp_path / "pairs.csv").write_text("\n".join(["image,caption,split", *lines]))
-        assert onnx.rows_to_compare(str(tmp_path / "pairs.csv"), None)["split"] == [split]
-    assert onnx.rows_to_compare(str(tmp_path / "pairs.csv"), "train")["split"] == ["train"]
-    with pytest.raises(ArgumentError, match="no row whose split is 'validation'"):
-        onnx.rows_to_compare(str(tmp_path / "pairs.csv"), "validation")
-    with pytest.raises(ArgumentError, match="does not exist"):
-        onnx.rows_to_compare(str(tmp_path / "none.csv"), None)
 
 
 def test_the_command_line(tmp_path):

@@ -270,15 +270,14 @@ def quantize(source: Path) -> Path:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     target = source.with_name(f"{source.stem}_quantized.onnx")
-    large = source.with_name(f"{source.name}_data").exists()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(dir=source.parent) as place:
         ready, written = Path(place) / "ready.onnx", Path(place) / "quantized.onnx"
         quant_pre_process(
-            source, ready, skip_symbolic_shape=True, save_as_external_data=large, all_tensors_to_one_file=large
+            source, ready, skip_symbolic_shape=True, save_as_external_data=True, all_tensors_to_one_file=True
         )
         quantize_dynamic(
             ready, written, op_types_to_quantize=list(QUANTIZED), weight_type=QuantType.QUInt8,
-            use_external_data_format=large,
+            use_external_data_format=True,
         )  # fmt: skip
         save_onnx(onnx_ir.external_data.load_to_model(onnx_ir.load(written)), target)
     return target
@@ -346,23 +345,6 @@ def effect_of_quantization(folder: Path, processor, rows, most: int = 256) -> st
         f"The quantised model {what} as the original does for {percent(first, second)} of {len(captions)} "
         f"pictures{known}."
     )
-
-
-def rows_to_compare(dataset: str, split: str | None):
-    """The pairs on which the quantised model is compared: those of a split, or the first split that is not trained on.
-
-    Raises:
-        ArgumentError: if there is no such data or split.
-    """
-    for name in [split] if split else ["test", "validation", "train"]:
-        try:
-            rows = load_rows(dataset, name, option="--dataset")
-            break
-        except ArgumentError:
-            if split or name == "train":
-                raise
-    require_text(rows, "caption", dataset, "--dataset")
-    return rows
 
 
 def first_tokens(sessions: Sessions, images: dict[str, Tensor], begin: int) -> list[int]:
@@ -438,7 +420,7 @@ def main() -> None:
         "--dataset", default="emoji",
         help="pairs on which the quantised model is compared with the original (default: the included drawings)",
     )  # fmt: skip
-    parser.add_argument("--split", help="split of --dataset (default: test, or else validation or train)")
+    parser.add_argument("--split", help="split of --dataset (default: train; of the included drawings, test)")
     options = parser.parse_args()
     with reported_errors():
         for package in ("onnxscript", "onnxruntime"):
@@ -455,12 +437,15 @@ def main() -> None:
             )
         rows = None
         if options.quantize:  # loaded first, so that a wrong name is told at once
-            rows = rows_to_compare(options.dataset, options.split)
+            options.split = options.split or ("test" if options.dataset == "emoji" else "train")
+            rows = load_rows(options.dataset, options.split, option="--dataset")
+            require_text(rows, "caption", options.dataset, "--dataset")
         model, processor = load_model(row.model, options.folder), load_processor(options.folder)
         folder = export(model, processor, usable_path(options.target, "TARGET"), options.quantize)
         files = sorted(file.name for file in (folder / "onnx").iterdir())
         print(f"Wrote to {printable(folder)}/onnx: {', '.join(files)}")
         if options.quantize:
+            print(f"Compared on the split {printable(options.split, 60)} of {printable(options.dataset, 120)}:")
             print(effect_of_quantization(folder, processor, rows))
 
 

@@ -94,7 +94,7 @@ def split(words: list[str]) -> tuple[str | None, str | None, list[str]]:
 
 def nearest(word: str, known: list[str]) -> str:
     """A hint for a wrong word; empty if no known one is close."""
-    near = difflib.get_close_matches(word, known, 1) or [each for each in known if each.startswith(word)]
+    near = difflib.get_close_matches(word, known, 1) or [each for each in known if word and each.startswith(word)]
     return f" Did you mean {near[0]}?" if near else ""
 
 
