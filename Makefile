@@ -92,9 +92,9 @@ cards: venv-blip2 ## retrain the models in model_cards/, evaluate them and write
 	$(CARD) clip --output_dir model_cards/clip-emoji-en-vi --language en,vi $(BILINGUAL) $(STEPS) 4000
 	$(CARD) clip --config clip-emoji-vit --output_dir model_cards/clip-emoji-vit $(STEPS) 2000
 	$(CARD) blip --output_dir model_cards/blip-emoji $(STEPS) 4000
-	$(CARD) blip2 --output_dir build/blip2-emoji $(STEPS) 1500
+	$(CARD) blip2 --output_dir build/blip2-emoji $(STEPS) 1000
 	$(CARD) blip2 --config blip2-emoji-2 --model_name_or_path build/blip2-emoji --output_dir model_cards/blip2-emoji \
-		$(STEPS) 14000 --spelling_share 0.99
+		$(STEPS) 4000 --spelling_share 0.97
 	$(CARD) blip --config blip-scenes-captions --output_dir build/blip-scenes-captions --eval_split none $(STEPS) 12000
 	$(CARD) blip --config blip-scenes --model_name_or_path build/blip-scenes-captions \
 		--output_dir model_cards/blip-scenes $(STEPS) 3600
