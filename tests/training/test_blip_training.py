@@ -371,7 +371,9 @@ def test_captions_are_cut_to_what_a_loaded_model_supports(pairs, tmp_path, capsy
     most = json.loads((tmp_path / "blip/config.json").read_text())["text_config"]["max_position_embeddings"]
     options = dict(model_name_or_path=str(tmp_path / "blip"), task="captioning", max_length=most + 8)
     train(arguments(pairs, tmp_path / "captioner", eval_split=None, max_train_steps=1, **options))
-    assert f"Texts are cut at {most} tokens, which is the most that the model supports" in capsys.readouterr().out
+    assert (
+        f"Longer texts are cut at {most} tokens, which is the most that the model supports" in capsys.readouterr().out
+    )
     assert json.loads((tmp_path / "captioner/results.json").read_text())["arguments"]["max_length"] == most
 
 
