@@ -185,7 +185,8 @@ def seeds_table(name: str) -> str:
     first = next(iter(seeds.values()))
     lines = [
         f"`{name}`, {len(seeds)} seed{'s' * (len(seeds) > 1)}, {first['steps']:,} steps of training on "
-        f"{first['hardware']} in {first['precision'].replace('no', 'float32')}, on the design that training never saw:",
+        f"{first['hardware'].replace('1 CPU cores', '1 CPU core')} in "
+        f"{first['precision'].replace('no', 'float32')}, on the design that training never saw:",
         "",
         "| metric | mean | lowest | highest |",
         "| --- | --- | --- | --- |",
@@ -314,7 +315,8 @@ def render(name: str) -> str:
         text = between(between(text, "train", train_block(words)), "speed", table(words["language"], short=True))
         return between(text, "features", features_block(words["language"]))
     if name == "docs/results.md":
-        return between(between(text, "results", results_block()), "seeds", seeds_table("blip-emoji"))
+        seeds = "\n\n".join(map(seeds_table, ("blip-emoji", "blip2-emoji-2")))
+        return between(between(text, "results", results_block()), "seeds", seeds)
     if name == "docs/training.md":
         return between(text, "muon", optimizers_block())
     if name == "docs/towers.md":
