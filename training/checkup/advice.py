@@ -20,6 +20,10 @@ from ..setup import set_up
 SMALL = 72  # pixels of the shorter side up to which pictures count as drawings or icons
 LENGTHS = (16, 24, 32, 48, 64, 77)  # of captions, in tokens
 NOT_IN_NAMES = r"[^\w.-]+"  # of the folders that are proposed
+DATA_OPTIONS = (  # which name the data and the output, for any kind of model
+    "dataset_name", "dataset_config_name", "image_root", "encoding", "eval_dataset_name", "eval_image_root",
+    "train_split", "image_column", "caption_column", "eval_split", "output_dir",
+)  # fmt: skip
 STEPS = 4  # optimiser steps that are timed, after one that is not
 MEASURED_BATCH = 32
 TOWERS = {
@@ -45,9 +49,17 @@ class Advice:
 
     @property
     def command(self) -> str:
-        """The command that trains with these options."""
-        words = [f"--{name} {value}".strip() for name, value in self.options.items()]
-        return " ".join(["accelerate launch training clip", *words])
+        """The command that trains a CLIP with these options."""
+        return self.command_of("clip", self.options)
+
+    @property
+    def blip_command(self) -> str:
+        """The command that trains a BLIP on the same data, with the default recipe."""
+        return self.command_of("blip", {name: value for name, value in self.options.items() if name in DATA_OPTIONS})
+
+    def command_of(self, family: str, options: dict[str, str]) -> str:
+        words = [f"--{name} {value}".strip() for name, value in options.items()]
+        return " ".join([f"accelerate launch training {family}", *words])
 
 
 def advise(arguments: CheckArguments, pairs: int, side: int, captions: CaptionFacts, has_gpu: bool) -> Advice:

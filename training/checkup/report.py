@@ -252,7 +252,7 @@ def captions(findings: Findings, arguments: CheckArguments) -> Section:
 def advice(findings: Findings) -> Section:
     chosen = findings.advice
     text = " ".join(chosen.reasons) + (f" {chosen.measured}" if chosen.measured else "")
-    return Section("What to choose", text, [["command"], [chosen.command]])
+    return Section("What to choose", text, [["command"], [chosen.command], [chosen.blip_command]])
 
 
 def share(part: int, whole: int) -> str:

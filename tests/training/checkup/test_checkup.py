@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -126,6 +127,10 @@ def test_data_must_be_named_and_have_a_usable_row(tmp_path, capsys):
     assert (tmp_path / "out/check.html").is_file() and "To train on it" not in capsys.readouterr().out
     found = check(parse([*options, "--no-measure", "--image_root", str(tmp_path / "pictures")], "check"))
     assert found.advice.options["output_dir"] == "runs/my-pairs"
+    assert found.advice.blip_command.startswith("accelerate launch training blip --dataset_name '")
+    assert "--image_root" in found.advice.blip_command and "--config" not in found.advice.blip_command
+    assert found.advice.blip_command in (tmp_path / "out/check.md").read_text()
+    parse(shlex.split(found.advice.blip_command)[4:], "blip")
     assert "Fewer than 100 rows are enough to try the commands" in capsys.readouterr().out
 
 
