@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -131,10 +131,9 @@ def check_learnable(arguments: TrainingArguments, rows: Dataset | None) -> None:
     """
     if rows is None or getattr(arguments, "task", "pretrain") in ("vqa", "nlvr"):
         return
-    columns = [column for column in arguments.caption_column.split(",") if column in rows.column_names]
     found = set()
-    for batch in rows.select_columns(columns).iter(1000):
-        found.update(text for column in columns for value in batch[column] for text in texts_of(value))
+    for captions in caption_batches(arguments, rows):
+        found.update(captions)
         if len(found) > 1:
             return
     if found:
@@ -142,6 +141,13 @@ def check_learnable(arguments: TrainingArguments, rows: Dataset | None) -> None:
             f"There is nothing to learn from {printable(arguments.dataset_name, 120)}: all {len(rows):,} rows have the "
             f"caption {printable(repr(next(iter(found))), 80)}. Choose another column with --caption_column."
         )
+
+
+def caption_batches(arguments: TrainingArguments, rows: Dataset) -> Iterator[list[str]]:
+    """The captions of the rows, of a thousand rows at a time."""
+    columns = [column for column in arguments.caption_column.split(",") if column in rows.column_names]
+    for batch in rows.select_columns(columns).iter(1000):
+        yield [text for column in columns for value in batch[column] for text in texts_of(value)]
 
 
 def joined_batch(arguments: TrainingArguments, processes: int) -> int:
@@ -268,14 +274,12 @@ def doubts(run: Run) -> list[str]:
     return found
 
 
-def share_cut(run: Run, most: int = 1000) -> float:
-    """The share of the captions of the first rows that are longer than --max_length; 0 if it is below MANY_CUT."""
+def share_cut(run: Run) -> float:
+    """The share of the first captions that are longer than --max_length; 0 if it is below MANY_CUT."""
     is_reading = getattr(run.arguments, "stage", 1) == 2 or getattr(run.arguments, "task", "") in ("vqa", "nlvr")
     if run.rows is None or is_reading:  # a language model reads the texts, or they are questions
         return 0.0
-    columns = [column for column in run.arguments.caption_column.split(",") if column in run.rows.column_names]
-    part = run.rows.select_columns(columns).select(range(min(most, len(run.rows))))[:]
-    texts = [text for column in columns for value in part[column] for text in texts_of(value)]
+    texts = next(caption_batches(run.arguments, run.rows), [])
     if not texts:
         return 0.0
     lengths = run.processor.tokenize(texts, run.arguments.max_length + 1)["attention_mask"].sum(dim=1)

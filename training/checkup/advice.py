@@ -55,7 +55,12 @@ class Advice:
     @property
     def blip_command(self) -> str:
         """The command that trains a BLIP on the same data, with the default recipe."""
-        return self.command_of("blip", {name: value for name, value in self.options.items() if name in DATA_OPTIONS})
+        return self.command_of("blip", self.data_options)
+
+    @property
+    def data_options(self) -> dict[str, str]:
+        """Those of the options that any kind of model has: the data and the output."""
+        return {name: value for name, value in self.options.items() if name in DATA_OPTIONS}
 
     def command_of(self, family: str, options: dict[str, str]) -> str:
         words = [f"--{name} {value}".strip() for name, value in options.items()]
@@ -133,11 +138,9 @@ def measure(advice: Advice, pairs: int, config: str | None = None, threads: int 
         A sentence with the time of an epoch; empty if training cannot start.
     """
     from_towers = advice.options["config"] == "clip-towers"
-    options = {name: value.strip("'") for name, value in advice.options.items()}
+    chosen = advice.data_options if from_towers else advice.options
+    options = {name: value.strip("'") for name, value in chosen.items()}
     if from_towers:
-        kept = ("dataset_name", "dataset_config_name", "image_root", "encoding", "train_split", "image_column",
-                "caption_column")  # fmt: skip
-        options = {name: options[name] for name in kept if name in options}
         options["config"] = "clip-emoji"
     elif options["config"] != "clip-emoji":
         options |= {"per_device_train_batch_size": str(MEASURED_BATCH)}

@@ -102,11 +102,8 @@ def look(arguments: CheckArguments, rows, eval_rows) -> Findings:
     values = rows.select_columns(columns)[:]
     captions = [[text for column in columns for text in texts_of(values[column][n])] for n in range(len(rows))]
     findings = Findings(rows=len(rows))
-    for number, (each, texts) in enumerate(zip(facts, captions, strict=True)):
-        cause = each.cause or (None if texts else "empty caption")
-        if cause:
-            findings.unreadable.setdefault(cause, []).append(number)
-            findings.examples.setdefault(cause, each.example)
+    causes = [each.cause or (None if texts else "empty caption") for each, texts in zip(facts, captions, strict=True)]
+    findings.unreadable, findings.examples = by_cause(causes, facts)
     findings.advice_for_paths = advice_for(facts, tried=arguments.image_root)
     read = [number for number, each in enumerate(facts) if each.cause is None]
     findings.pictures = len({facts[number].digest for number in read})
@@ -129,10 +126,7 @@ def look(arguments: CheckArguments, rows, eval_rows) -> Findings:
         findings.eval_rows = len(eval_rows)
         theirs = survey(eval_rows, arguments.image_column, arguments.max_image_pixels, processes, "Evaluation")
         findings.leaks = leaks_between(facts, theirs)
-        for number, each in enumerate(theirs):
-            if each.cause:
-                findings.eval_unreadable.setdefault(each.cause, []).append(number)
-                findings.eval_examples.setdefault(each.cause, each.example)
+        findings.eval_unreadable, findings.eval_examples = by_cause([each.cause for each in theirs], theirs)
         tried = arguments.eval_image_root or arguments.image_root
         findings.advice_for_eval_paths = advice_for(theirs, "--eval_image_root", tried)
     findings.captions = caption_facts(captions, lengths_of(captions, arguments), arguments.max_length)
@@ -145,6 +139,20 @@ def look(arguments: CheckArguments, rows, eval_rows) -> Findings:
         except (UserError, OSError, RuntimeError) as error:
             findings.advice.measured = f"The speed was not measured: {brief(error)[:200]}"
     return findings
+
+
+def by_cause(causes: list[str | None], facts: list[PictureFacts]) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """The rows with each cause for which they cannot be used, and an example of each cause.
+
+    Args:
+        causes: the cause of each row; None if it can be used.
+        facts: the facts of each row.
+    """
+    numbers: dict[str, list[int]] = {}
+    for number, cause in enumerate(causes):
+        if cause:
+            numbers.setdefault(cause, []).append(number)
+    return numbers, {cause: facts[found[0]].example for cause, found in numbers.items()}
 
 
 def find_copies(findings: Findings, facts: list[PictureFacts], read: list[int]) -> None:

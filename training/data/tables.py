@@ -116,8 +116,8 @@ def read_table(
     if split != "train" and not any("split" in row for row in rows):
         others = (
             "evaluate on another file (--eval_dataset_name, with --eval_split train) or train without a part of this "
+            "one (--hold_out 10% or COLUMN=VALUE)"
         )
-        others += "one (--hold_out 10% or COLUMN=VALUE)"
         advice = {"--dataset": "use --split train", "--eval_dataset_name": "use --eval_split train"}.get(option, others)
         raise ArgumentError(
             f"{path} has no column split, so all rows are in split 'train' and there is no split {split!r}: {advice}."

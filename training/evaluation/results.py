@@ -140,7 +140,6 @@ def write_results(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{file_name(pictures.arguments)}.json"
-    generated = json.dumps(outcome.predictions, indent=1, ensure_ascii=False, default=str) + "\n"
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
     table, written = evaluation_table(results), [path, path.with_suffix(".md")]
     if outcome.confusion:
@@ -149,6 +148,7 @@ def write_results(
         written.append(path.with_suffix(".png"))
     predictions = path.with_suffix(PREDICTIONS)
     if pictures.arguments.save_predictions:
+        generated = json.dumps(outcome.predictions, indent=1, ensure_ascii=False, default=str) + "\n"
         predictions.write_text(generated, encoding="utf-8", errors="replace")
         written.append(predictions)
     elif root is not None and is_own(root, predictions):
