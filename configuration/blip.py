@@ -2,12 +2,13 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checks import config_from, require_fraction, require_positive, require_width
+from .checks import config_from, require_fraction, require_positive, require_width, shown
 from .text import VlpBlipTextConfig
 from .towers import VlpVisionTowerConfig, states_size
 from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, vision_config_from
 
 VISION = (VlpBlipViTConfig, VlpModifiedResNetConfig, VlpVisionTowerConfig)
+ITM_POOLING = ("cls", "mean")
 
 
 class VlpBlipConfig(PreTrainedConfig):
@@ -24,6 +25,9 @@ class VlpBlipConfig(PreTrainedConfig):
             projection is linear, as in the paper.
         projection_dropout: dropout probability (0 to 1) in the image's projection, which then begins with a LayerNorm,
             as one with a hidden layer does; for small data on a locked image tower.
+        itm_pooling: what the matching head (ITM) reads: "cls", the text's first position, [Encode], as in the paper; or
+            "mean", the mean over the text's positions, as BLIP-2's head reads the mean over its queries. In a text
+            model with few layers, one position cannot compare every word with the image.
         temperature_init_value: initial temperature of the ITC similarities.
         tie_word_embeddings: share the input and output word embeddings, as in BERT.
 
@@ -42,6 +46,7 @@ class VlpBlipConfig(PreTrainedConfig):
     image_text_hidden_size: int = 256
     vision_projection_hidden_size: int | None = None
     projection_dropout: float = 0.0
+    itm_pooling: str = "cls"
     temperature_init_value: float = 0.07
     tie_word_embeddings: bool = True
 
@@ -50,6 +55,10 @@ class VlpBlipConfig(PreTrainedConfig):
         if self.vision_projection_hidden_size is not None:
             require_positive(self, "vision_projection_hidden_size")
         require_fraction(self, "projection_dropout")
+        if self.itm_pooling not in ITM_POOLING:
+            raise ValueError(
+                f"VlpBlipConfig: itm_pooling must be one of {', '.join(ITM_POOLING)}, got {shown(self.itm_pooling)}."
+            )
         self.vision_config = vision_config_from(self.vision_config, VISION, self.image_text_hidden_size, self)
         width = states_size(self.vision_config)
         fields = {"encoder_hidden_size": width}

@@ -197,7 +197,21 @@ class VlpBlipMatcher(MatchesPairs, VlpBlipDualEncoder):
         """
         mask = self.padding_mask(input_ids) if attention_mask is None else attention_mask
         ids = begin_with(input_ids, self.config.text_config.enc_token_id)
-        return self.itm_head(self.text_model(ids, mask, memory, pooled_only=True, pack=pack).last_hidden_state[:, 0])
+        pooled_only = self.config.itm_pooling == "cls"
+        states = self.text_model(ids, mask, memory, pooled_only=pooled_only, pack=pack).last_hidden_state
+        return self.match_logits(states, mask)
+
+    def match_logits(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Compute ITM logits (T, 2) from the states of the image-grounded text encoder.
+
+        Args:
+            states: (T, N, D).
+            mask: (T, N), 0 for padding.
+        """
+        if self.config.itm_pooling == "cls":
+            return self.itm_head(states[:, 0])
+        weights = (mask / mask.sum(dim=1, keepdim=True)).to(states.dtype)
+        return self.itm_head((weights[:, None] @ states)[:, 0])
 
 
 class VlpBlipForPreTraining(VlpBlipMatcher):

@@ -60,8 +60,8 @@ def matching_maps(model: VlpBlipMatcher, processor, pixel_values: Tensor, text: 
     Source: salesforce/ALBEF, visualization.ipynb, which uses layer 9 of 12: the attention times the positive part of
     its gradient, averaged over heads. Unlike the original, this subtracts the mean of the gradient under the attention
     first: attention weights sum to 1, so a part of the gradient that all patches share carries no information and can
-    hide the rest. In the last layer, word tokens no longer affect the match, so a model with one layer has only the map
-    of the whole text.
+    hide the rest. If ITM reads [Encode] alone, the words' states after the last layer do not affect the match, so a
+    model with one layer has only the map of the whole text.
 
     Args:
         model: the matcher.
@@ -78,19 +78,20 @@ def matching_maps(model: VlpBlipMatcher, processor, pixel_values: Tensor, text: 
     ids = processor.tokenize([text], model.config.text_config.max_position_embeddings)["input_ids"]
     ids = ids.to(pixel_values.device)
     layers = len(model.text_model.layers)
-    layer = max(0, min(layers * 2 // 3, layers - 2))
+    last = layers - 1 if model.config.itm_pooling == "mean" else layers - 2  # in which words affect the match
+    layer = max(0, min(layers * 2 // 3, last))
     with torch.enable_grad(), eager(model):
         memory = model.memory_of(model.encode_image(pixel_values).last_hidden_state)
         ids_to_match = begin_with(ids, model.config.text_config.enc_token_id)
         output = model.text_model(ids_to_match, None, memory, output_attentions=True)
         weights = output.cross_attentions[layer]  # (1, H, N, M)
-        match = model.itm_head(output.last_hidden_state[:, 0])[0, 1]
+        match = model.match_logits(output.last_hidden_state, torch.ones_like(ids))[0, 1]
         if not weights.requires_grad:
             raise ValueError("The model's weights are frozen, so there is no gradient: call requires_grad_(True).")
         gradient = torch.autograd.grad(match, weights)[0]
     gradient = gradient - (weights * gradient).sum(dim=-1, keepdim=True)
     maps = to_grid((weights * gradient.clamp(min=0)).mean(dim=1)[0].detach())  # (N, S, S)
-    words = by_word(processor, ids[0, 1:], maps[1:]) if layers > 1 else Heatmap([], maps[:0])
+    words = by_word(processor, ids[0, 1:], maps[1:]) if last >= 0 else Heatmap([], maps[:0])
     return Heatmap(["match", *words.words], torch.cat([maps.mean(dim=0, keepdim=True), words.maps]))
 
 

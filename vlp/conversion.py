@@ -493,6 +493,12 @@ def write_target(found: Checkpoint, target: Path, to: str) -> list[str]:
             f"{to}'s BLIP-2 has a prefix of projected queries; this model's is made of words (--spelling_share), or "
             "repeated. Bundle it with its code instead."
         )
+    if getattr(found.config, "itm_pooling", "cls") != "cls" and "match" in architecture(found.architecture).uses:
+        raise ExchangeError(
+            f"{to}'s BLIP matches texts (ITM) by the state of [Encode], this model by the mean over the text's states "
+            "(itm_pooling). Bundle it with its code instead, or pass --architecture VlpBlipForConditionalGeneration "
+            "for its captioner."
+        )
     if to == "transformers":
         theirs = architecture(found.architecture).peer
         if theirs is None:

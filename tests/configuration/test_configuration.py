@@ -23,6 +23,7 @@ import vlp
         (lambda: vlp.VlpClipTextConfig(vocab_size=100, eos_token_id=100), r"eos_token_id \(100\).*vocab_size \(100\)"),
         (lambda: vlp.VlpClipConfig(projection_dim=-5), "projection_dim must be positive, got -5"),
         (lambda: vlp.VlpClipConfig(vision_config={"model_type": "vgg"}), "'vgg'"),
+        (lambda: vlp.VlpBlipConfig(itm_pooling="max"), "itm_pooling must be one of cls, mean, got 'max'"),
     ],
 )
 def test_invalid_values_are_rejected(build, message):

@@ -102,6 +102,23 @@ def test_padding_does_not_change_results():
 
 
 @torch.no_grad()
+def test_matching_by_the_mean_over_the_text():
+    model, batch = tiny_blip().eval(), tiny_blip_batch()
+    ids, text = batch["input_ids"], model.config.text_config
+    memory = model.text_model.memory_of(model.encode_image(batch["pixel_values"]).last_hidden_state)
+    by_first = model.match(ids, None, memory)
+    model.config.itm_pooling = "mean"
+    logits = model.match(ids, None, memory)
+    assert not torch.allclose(logits, by_first, atol=1e-3)
+    starting = torch.cat([torch.full_like(ids[:, :1], text.enc_token_id), ids[:, 1:]], dim=1)
+    states = model.text_model(starting, (ids != text.pad_token_id).long(), memory).last_hidden_state
+    for row, own, found in zip(ids, states, logits, strict=True):
+        close(found, model.itm_head(own[row != text.pad_token_id]).mean(dim=0))
+    close(model.match(F.pad(ids, (0, 5), value=text.pad_token_id), None, memory), logits)
+    close(model.match(ids, None, memory, pack=False), logits)
+
+
+@torch.no_grad()
 def test_masked_image_tokens_are_ignored():
     """Unlike transformers' BLIP, this model does not attend to masked image tokens."""
     model, batch = tiny_blip().eval(), tiny_blip_batch()

@@ -76,6 +76,9 @@ def test_one_layer_model_maps_only_the_whole_text():
     model.text_model.layers = model.text_model.layers[:1]
     heat = matching_maps(model, processor, pixels, "a red square")
     assert heat.words == ["match"] and heat.maps.sum() > 0
+    model.config.itm_pooling = "mean"  # every word's state affects the match
+    heat = matching_maps(model, processor, pixels, "a red square")
+    assert heat.words == ["match", "a", "red", "square"] and (heat.maps.flatten(1).sum(dim=1) > 0).all()
 
 
 def test_word_pieces_are_merged():

@@ -366,6 +366,18 @@ def test_blip_with_a_resnet_cannot_be_exported(tmp_path):
     assert not (tmp_path / "theirs.pth").exists()
 
 
+@pytest.mark.parametrize("to", ["transformers", "salesforce"])
+def test_a_blip_that_matches_by_the_mean_is_exported_as_a_captioner_only(tmp_path, to):
+    model = tiny_blip()
+    model.config.itm_pooling = "mean"
+    model.save_pretrained(tmp_path / "ours")
+    for name in (None, "VlpBlipForImageTextRetrieval"):
+        with pytest.raises(ExchangeError, match=f"{to}'s BLIP matches texts .ITM. by the state of .Encode."):
+            convert(tmp_path / "ours", tmp_path / "theirs.pth", to=to, architecture=name)
+        assert not (tmp_path / "theirs.pth").exists()
+    convert(tmp_path / "ours", tmp_path / "theirs", to=to, architecture="VlpBlipForConditionalGeneration")
+
+
 def test_another_image_size(tmp_path):
     theirs = clip_of_transformers(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours", image_size=48)
