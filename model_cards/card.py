@@ -495,7 +495,10 @@ def describe_architecture(config: PreTrainedConfig) -> list[tuple[str, str]]:
         causal = not text.model_type == "vlp_siglip_text"
         kind, width = "Causal Transformer" if causal else "Bidirectional Transformer", config.projection_dim
     space = shared_space(config) if isinstance(config, VlpClipConfig) else ("Shared space", f"{width} dimensions")
-    return [("Image tower", tower), ("Text tower", f"{kind}, {size}"), space]
+    rows = [("Image tower", tower), ("Text tower", f"{kind}, {size}"), space]
+    if getattr(config, "itm_pooling", "cls") == "mean":
+        rows.append(("Matching (ITM)", "reads the mean over the text's states, not [Encode] alone as in the paper"))
+    return rows
 
 
 def kind_of_tower(config: VlpVisionTowerConfig | VlpTextTowerConfig) -> str:

@@ -6,10 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
+from conftest import tiny_blip, tiny_config
 from huggingface_hub import ModelCard
 from PIL import Image
-from vlp.model_cards.card import examples_of, prompt_for_use, render_card, reranking, seen_parts, write_card
+from vlp.model_cards.card import (
+    describe_architecture,
+    examples_of,
+    prompt_for_use,
+    render_card,
+    reranking,
+    seen_parts,
+    write_card,
+)
 from vlp.model_cards.plots import wrapped
 
 from vlp.architectures import architecture
@@ -64,6 +72,13 @@ def save_evaluation(folder: Path, name: str = "emoji-test-zero-shot", column: st
                              "flags": {"zero_shot_top1": 0.1, "rows": 20}}}  # fmt: skip
     (folder / "evaluations").mkdir(exist_ok=True)
     (folder / f"evaluations/{name}.json").write_text(json.dumps(evaluation | changes))
+
+
+def test_another_reading_of_the_text_by_itm_is_described():
+    config = tiny_blip().config
+    assert "Matching (ITM)" not in dict(describe_architecture(config))
+    config.itm_pooling = "mean"
+    assert "mean over the text's states" in dict(describe_architecture(config))["Matching (ITM)"]
 
 
 @pytest.mark.parametrize("tower", ["vit", "resnet"])
