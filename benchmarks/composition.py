@@ -21,15 +21,20 @@ from vlp.training.evaluation.arguments import EvaluationArguments
 RESULTS = Path(__file__).with_suffix(".json")
 
 
+def composition(model: str) -> dict:
+    """How often a model, a folder or a hub name, puts the true caption above the false one; see `evaluate`."""
+    arguments = EvaluationArguments(
+        dataset="scenes", dataset_config_name="swaps", split="test", task="composition", group_column="kind"
+    )
+    return evaluate(model, arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="folders of models, or hub names")
     results = {}
     for model in parser.parse_args().models:
-        arguments = EvaluationArguments(
-            dataset="scenes", dataset_config_name="swaps", split="test", task="composition", group_column="kind"
-        )
-        found = evaluate(model, arguments)
+        found = composition(model)
         results[Path(model).name] = {
             name: found[name] for name in ("architecture", "metrics", "intervals", "groups", "rows")
         }

@@ -8,6 +8,8 @@ For example, BLIP-2 uses the BLIP of the same seed with
 
     --config blip2-emoji --more --vision_tower runs/blip-emoji-seed-{seed}
     --config blip2-emoji-2 --more --model_name_or_path runs/blip2-emoji-seed-{seed}
+
+With `--config blip-scenes`, composition.py also measures each model.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from composition import composition
 
 RESULTS = Path(__file__).with_suffix(".json")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -63,6 +67,8 @@ def main() -> None:
         subprocess.run(launch + words, check=True)
         results = json.loads((folder / "results.json").read_text())
         runs[str(seed)] = {key: results[key] for key in KEPT}
+        if options.config == "blip-scenes":
+            runs[str(seed)]["metrics"] |= composition(str(folder))["metrics"]
         if seed == options.seeds[0]:
             DOCS.mkdir(exist_ok=True)
             for name in ("examples.png", "loss.png"):
