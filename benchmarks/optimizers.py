@@ -10,12 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vlp.training.command_line import parse
+
 RESULTS = Path(__file__).with_suffix(".json")
 TRIED = {
     "clip-emoji": (1400, (("adamw", 2e-3), ("adamw", 4e-3), ("muon", 4e-3), ("muon", 6e-3))),
     "blip-emoji": (1500, (("adamw", 2e-3), ("muon", 2e-3), ("muon", 4e-3), ("muon", 6e-3), ("muon", 8e-3))),
 }
 MORE = {"blip-emoji": "--contrastive_share 0.25 --itm_negatives 1 --no-queue_negatives"}  # as when it was tuned
+MODEL = {"blip-emoji": {"itm_pooling": "cls"}}  # likewise
 
 
 def main() -> None:
@@ -29,6 +32,9 @@ def main() -> None:
                 "--learning_rate", str(rate), "--max_train_steps", str(steps), "--output_dir", str(folder),
                 "--report_to", "none", *MORE.get(recipe, "").split(),
             ]  # fmt: skip
+            if recipe in MODEL:
+                model = parse(["--config", recipe], recipe.split("-")[0]).model | MODEL[recipe]
+                command += ["--model", json.dumps(model)]
             subprocess.run(command, check=True)
             runs.append(outcome(folder, recipe, optimizer, rate))
             RESULTS.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
