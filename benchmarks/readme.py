@@ -39,7 +39,7 @@ ROWS = {
     "cider": "captions, CIDEr",
 }
 PRE_TRAINED = (
-    "\nThis starts from a captioner that was trained with `--optimizer muon --learning_rate 3e-3 --max_train_steps "
+    "\nThese start from one captioner, trained with `--optimizer muon --learning_rate 3e-3 --max_train_steps "
     "3000`: a quarter of the steps of the included model's captioner."
 )
 WORDS = {
