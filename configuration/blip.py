@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .checks import config_from, require_fraction, require_positive, require_width, shown
+from .checks import config_from, require_choice, require_fraction, require_positive, require_width
 from .text import VlpBlipTextConfig
 from .towers import VlpVisionTowerConfig, states_size
 from .vision import VlpBlipViTConfig, VlpModifiedResNetConfig, vision_config_from
@@ -55,10 +55,7 @@ class VlpBlipConfig(PreTrainedConfig):
         if self.vision_projection_hidden_size is not None:
             require_positive(self, "vision_projection_hidden_size")
         require_fraction(self, "projection_dropout")
-        if self.itm_pooling not in ITM_POOLING:
-            raise ValueError(
-                f"VlpBlipConfig: itm_pooling must be one of {', '.join(ITM_POOLING)}, got {shown(self.itm_pooling)}."
-            )
+        require_choice(self, "itm_pooling", ITM_POOLING)
         self.vision_config = vision_config_from(self.vision_config, VISION, self.image_text_hidden_size, self)
         width = states_size(self.vision_config)
         fields = {"encoder_hidden_size": width}

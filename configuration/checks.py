@@ -64,6 +64,13 @@ def require_fraction(config, name: str) -> None:
         raise ValueError(f"{type(config).__name__}: {name} must be at least 0 and below 1, got {shown(value)}.")
 
 
+def require_choice(config, name: str, choices: tuple[str, ...]) -> None:
+    """Check that the named field is one of the choices. Raises ValueError if it is not."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"{type(config).__name__}: {name} must be one of {', '.join(choices)}, got {shown(value)}.")
+
+
 def require_divisible(config, name: str, divisor_name: str) -> None:
     """Check that the field `name` is a multiple of the field `divisor_name`.
 

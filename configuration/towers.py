@@ -2,7 +2,7 @@
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .checks import require_positive, shown
+from .checks import require_choice, require_positive, shown
 
 IMAGE_POOLING = ("pooler", "cls", "mean", "max", "stages")
 MOST_TOKENS = 512  # of a caption
@@ -24,10 +24,7 @@ class VlpTowerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.tower = tower_from(self.tower, self)
         require_positive(self, "hidden_size")
-        if self.pooling not in self.POOLING:
-            raise ValueError(
-                f"{type(self).__name__}: pooling must be one of {', '.join(self.POOLING)}, got {shown(self.pooling)}."
-            )
+        require_choice(self, "pooling", self.POOLING)
         super().__post_init__(**kwargs)
 
 
