@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,25 @@ def parse_vlp(words: list[str]) -> dict:
     rest = ["--dataset_name", *rest] if command == "check" else rest
     table = table if task is None else table[task]
     return vars(vlp_launcher.build(table, vlp_launcher.parser_class()).parse_args(rest))
+
+
+def parse_command(words: list[str]) -> bool:
+    """Parse a command that trains or evaluates, or one of `vlp`; False for another program."""
+    if "--help" in words:
+        return True
+    if "vlp.training.evaluate" in words:
+        options = vars(evaluate.build_parser().parse_args(words[words.index("vlp.training.evaluate") + 1 :]))
+        options.pop("model")
+        evaluate.EvaluationArguments(**options)
+    elif words[:2] == ["accelerate", "launch"] or words[0] == "torchrun":
+        task = next(word for word in words if word in TASKS)
+        parse(words[words.index(task) + 1 :], task)
+        assert all((DOCS.parent / word).is_file() for word in words if word.endswith(".yaml"))
+    elif words[0] == "vlp":
+        parse_vlp(words[1:])
+    else:
+        return False
+    return True
 
 
 @pytest.fixture
@@ -92,23 +112,25 @@ def test_snippets_run_in_order(name, place, capsys):
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_parse(name):
     """Every command of a page parses, and the files it names exist."""
-    lines = "\n".join(blocks(name, "bash")).replace("\\\n", " ").splitlines()
-    for line in lines:
+    for line in "\n".join(blocks(name, "bash")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if not words or "--help" in words:
-            continue
-        if "vlp.training.evaluate" in words:
-            options = vars(evaluate.build_parser().parse_args(words[words.index("vlp.training.evaluate") + 1 :]))
-            options.pop("model")
-            evaluate.EvaluationArguments(**options)
-        elif words[:2] == ["accelerate", "launch"] or words[0] == "torchrun":
-            task = next(word for word in words if word in TASKS)
-            parse(words[words.index(task) + 1 :], task)
-            assert all((DOCS.parent / word).is_file() for word in words if word.endswith(".yaml"))
-        elif words[0] == "vlp":
-            parse_vlp(words[1:])
-        else:
+        if words and not parse_command(words):
             assert words[0] in ("make", "pip", "python", "hf", "clip_benchmark"), line
+
+
+@pytest.mark.parametrize(
+    ("target", "commands"),
+    {"train": 1, "train-blip": 1, "train-blip2": 2, "train-towers": 1, "train-blip-towers": 1, "train-vqa": 1,
+     "train-nlvr": 1, "cards": 17}.items(),
+)  # fmt: skip
+def test_commands_of_the_makefile_parse(target, commands):
+    """An error in an option would otherwise show after hours."""
+    command = ["make", "--dry-run", "--no-print-directory", target]
+    printed = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True, check=True).stdout
+    launched = re.findall(r"accelerate launch [^;|\n]*", printed.replace("\\\n", " "))
+    assert len(launched) == commands
+    for line in launched:
+        assert parse_command(shlex.split(line)), line
 
 
 @pytest.mark.parametrize("name", PAGES)
