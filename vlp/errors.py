@@ -85,6 +85,23 @@ class CommandParser(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """End the program without a message when the reader of its output, such as `head`, has ended.
+
+    Raises:
+        SystemExit: 141, as the shell reports a program that SIGPIPE ended.
+    """
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)  # otherwise Python would write what is left, and fail, at its own end
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+@contextlib.contextmanager
 def reported_errors(*expected: type[BaseException]) -> Iterator[None]:
     """End the program with a message on one line instead of a traceback; every command runs in this context.
 
@@ -97,13 +114,11 @@ def reported_errors(*expected: type[BaseException]) -> Iterator[None]:
         SystemExit: with the message.
     """
     try:
-        yield
+        with quiet_pipe():
+            yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
     except Exception as error:
         if os.environ.get("VLP_DEBUG"):
             raise

@@ -1,5 +1,10 @@
 """Errors of users are reported on one short line, without a traceback and without control characters."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from vlp.errors import LONGEST, ArgumentError, CommandParser, brief, printable, reported_errors
@@ -18,6 +23,18 @@ def test_expected_errors_end_the_program_with_their_message(error):
     with pytest.raises(SystemExit, match=r"^error: (no such option|\[Errno 28\] No space left on device)$"):
         with reported_errors():
             raise error
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_ended_ends_the_program_quietly(unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    reader, writer = os.pipe()
+    os.close(reader)
+    place = Path(__file__).parents[2] / "vlp/errors.py"
+    code = f"import runpy\nwith runpy.run_path({str(place)!r})['reported_errors'](): print('a line')"
+    found = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (141, "")
 
 
 def test_unexpected_errors_name_their_place_and_how_to_see_more(monkeypatch):

@@ -1,6 +1,7 @@
 """`vlp_launcher`: the same help and errors as the commands' own parsers, without importing vlp."""
 
 import ast
+import os
 import shlex
 import subprocess
 import sys
@@ -122,6 +123,19 @@ def test_completion():
 def test_a_command_that_is_right_does_its_work(tmp_path):
     code, output, heavy = run("convert", str(Path(__file__)), str(tmp_path / "out"))
     assert code and "torch" in heavy and str(Path(__file__).name) in output
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--help"], ["completion", "zsh"], ["--complete", "train", ""]], ids=" ".join)
+def test_a_reader_that_has_ended_ends_the_command_quietly(words, unbuffered, monkeypatch):
+    """As in `vlp completion zsh | head -1`."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = f"import vlp_launcher; vlp_launcher.main({words!r})"
+    found = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (141, "")
 
 
 @pytest.mark.skipif(not Path("/bin/bash").exists(), reason="needs bash")

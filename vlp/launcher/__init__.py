@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import types
 from pathlib import Path
 
 TABLES = Path(__file__).with_name("commands.json")
@@ -43,8 +44,8 @@ def tables() -> dict:
     return json.loads(TABLES.read_text(encoding="utf-8"))
 
 
-def parser_class() -> type[argparse.ArgumentParser]:
-    """`vlp.errors.CommandParser`, from its file: importing it by name would import vlp."""
+def errors() -> types.ModuleType:
+    """`vlp.errors`, from its file: importing it by name would import vlp."""
     place = importlib.util.find_spec("vlp").origin
     if place is None:
         sys.exit(
@@ -55,7 +56,12 @@ def parser_class() -> type[argparse.ArgumentParser]:
     spec = importlib.util.spec_from_file_location("vlp_launcher.errors", place)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.CommandParser
+    return module
+
+
+def parser_class() -> type[argparse.ArgumentParser]:
+    """`vlp.errors.CommandParser`."""
+    return errors().CommandParser
 
 
 def build(table: dict, kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -208,15 +214,16 @@ def complete(words: list[str]) -> list[str]:
 def main(words: list[str] | None = None) -> None:
     """The command `vlp`."""
     words = sys.argv[1:] if words is None else words
-    if words[:1] == ["--complete"]:
-        print("\n".join(complete(words[1:])))
-        return
-    if words[:1] == ["completion"]:
-        if len(words) != 2 or words[1] not in COMPLETION:
-            sys.exit(f"usage: vlp completion {'|'.join(COMPLETION)}")
-        print(COMPLETION[words[1]])
-        return
-    words = check(words, as_vlp=True)
+    with errors().quiet_pipe():
+        if words[:1] == ["--complete"]:
+            print("\n".join(complete(words[1:])))
+            return
+        if words[:1] == ["completion"]:
+            if len(words) != 2 or words[1] not in COMPLETION:
+                sys.exit(f"usage: vlp completion {'|'.join(COMPLETION)}")
+            print(COMPLETION[words[1]])
+            return
+        words = check(words, as_vlp=True)
     if sys.stderr.isatty():
         print("Loading torch and transformers (a few seconds).", file=sys.stderr, flush=True)
     from vlp.commands.main import main as work
