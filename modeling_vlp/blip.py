@@ -11,7 +11,7 @@ from ..configuration.blip import VlpBlipConfig
 from ..configuration.towers import VlpVisionTowerConfig
 from ..configuration.vision import VlpModifiedResNetConfig
 from .base import VlpPreTrainedModel
-from .layers import make_projection
+from .layers import make_projection, masked_mean
 from .losses import draw_hard_negatives, matching_loss, same_pairs, smooth_targets, soft_contrastive_loss
 from .med import LMHead, MedModel, Memory, begin_with, next_token_loss, text_losses
 from .outputs import VlpBlipPreTrainingOutput, VlpBlipRetrievalOutput, compared, with_pooled
@@ -210,8 +210,7 @@ class VlpBlipMatcher(MatchesPairs, VlpBlipDualEncoder):
         """
         if self.config.itm_pooling == "cls":
             return self.itm_head(states[:, 0])
-        weights = (mask / mask.sum(dim=1, keepdim=True)).to(states.dtype)
-        return self.itm_head((weights[:, None] @ states)[:, 0])
+        return self.itm_head(masked_mean(states, mask))
 
 
 class VlpBlipForPreTraining(VlpBlipMatcher):

@@ -1,4 +1,4 @@
-"""Layers shared by the transformer towers: MLP, block, encoder, position tables."""
+"""Layers shared by the transformer towers: MLP, block, encoder, pooling, position tables."""
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,12 @@ class Encoder(nn.Module):
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Select token `index` (B,) of each sequence in (B, N, D), as (B, 1, D), without a host-device synchronisation."""
     return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[-1]))
+
+
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Compute the mean (B, D) of the states (B, N, D) of the tokens that a mask (B, N) selects, 0 for padding."""
+    total = (mask[:, None].to(states.dtype) @ states)[:, 0]  # (B, D)
+    return total / mask.sum(dim=1, keepdim=True)
 
 
 def interpolate_grid(table: Tensor, height: int, width: int) -> Tensor:

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..configuration.towers import VlpTextTowerConfig, VlpTowerConfig, VlpVisionTowerConfig
 from .base import VlpPreTrainedModel
+from .layers import masked_mean
 
 # Shapes: B batch, C channels, S image side, N tokens or patches, H x W cells of a grid, D width
 
@@ -159,10 +160,9 @@ class TextTower(Tower):
         if self.config.pooling == "eos":
             last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
             return states[torch.arange(len(states), device=states.device), last]
-        weights = mask[..., None].to(states.dtype)
         if self.config.pooling == "mean":
-            return (states * weights).sum(dim=1) / weights.sum(dim=1)
-        return states.masked_fill(weights == 0, -torch.inf).amax(dim=1)
+            return masked_mean(states, mask)
+        return states.masked_fill(mask[..., None] == 0, -torch.inf).amax(dim=1)
 
 
 def text_mask(input_ids: Tensor, pad_token_id: int, eos_token_id: int | None) -> Tensor:
