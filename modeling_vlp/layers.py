@@ -138,8 +138,8 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
     """Compute the mean (B, D) of the states (B, N, D) of the tokens that a mask (B, N) selects, 0 for padding."""
-    total = (mask[:, None].to(states.dtype) @ states)[:, 0]  # (B, D)
-    return total / mask.sum(dim=1, keepdim=True)
+    weights = mask[..., None].to(states.dtype)  # (B, N, 1); not a matrix product, which autocast would make in bf16
+    return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 def interpolate_grid(table: Tensor, height: int, width: int) -> Tensor:
