@@ -8,6 +8,7 @@ This package is installed as `vlp_launcher`, because importing a part of `vlp` i
 
 import argparse
 import difflib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -44,6 +45,7 @@ def tables() -> dict:
     return json.loads(TABLES.read_text(encoding="utf-8"))
 
 
+@functools.cache
 def errors() -> types.ModuleType:
     """`vlp.errors`, from its file: importing it by name would import vlp."""
     place = importlib.util.find_spec("vlp").origin
