@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,3 +122,12 @@ def run_group(count: int, folder: Path, function: Callable, *args, argv: list[st
         with contextlib.suppress(TimeoutError):
             results.append(program.wait())
     assert [code for code, _ in results] == [0] * count, "\n".join(text for _, text in results)
+
+
+def run_without_reader(code: str) -> tuple[int, str]:
+    """Run Python code whose output nobody reads, as after `| head` has ended; its exit code and its errors."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    return found.returncode, found.stderr

@@ -1,11 +1,9 @@
 """Errors of users are reported on one short line, without a traceback and without control characters."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_without_reader
 
 from vlp.errors import LONGEST, ArgumentError, CommandParser, brief, printable, reported_errors
 
@@ -28,13 +26,9 @@ def test_expected_errors_end_the_program_with_their_message(error):
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_ended_ends_the_program_quietly(unbuffered, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
-    reader, writer = os.pipe()
-    os.close(reader)
     place = Path(__file__).parents[2] / "vlp/errors.py"
     code = f"import runpy\nwith runpy.run_path({str(place)!r})['reported_errors'](): print('a line')"
-    found = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
-    os.close(writer)
-    assert (found.returncode, found.stderr) == (141, "")
+    assert run_without_reader(code) == (141, "")
 
 
 def test_unexpected_errors_name_their_place_and_how_to_see_more(monkeypatch):

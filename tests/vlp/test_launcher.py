@@ -1,7 +1,6 @@
 """`vlp_launcher`: the same help and errors as the commands' own parsers, without importing vlp."""
 
 import ast
-import os
 import shlex
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import vlp_launcher
+from processes import run_without_reader
 from vlp.training.command_line import TASKS, build_parser
 
 from vlp.commands import tables
@@ -130,12 +130,7 @@ def test_a_command_that_is_right_does_its_work(tmp_path):
 def test_a_reader_that_has_ended_ends_the_command_quietly(words, unbuffered, monkeypatch):
     """As in `vlp completion zsh | head -1`."""
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
-    reader, writer = os.pipe()
-    os.close(reader)
-    code = f"import vlp_launcher; vlp_launcher.main({words!r})"
-    found = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
-    os.close(writer)
-    assert (found.returncode, found.stderr) == (141, "")
+    assert run_without_reader(f"import vlp_launcher; vlp_launcher.main({words!r})") == (141, "")
 
 
 @pytest.mark.skipif(not Path("/bin/bash").exists(), reason="needs bash")
