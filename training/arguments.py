@@ -141,8 +141,8 @@ class TrainingArguments:
     # Model
     model: dict = option(
         {},
-        "fields of the model configuration, as JSON; the image size and the vocabulary size are set by --image_size "
-        "and the tokenizer",
+        "fields of the model configuration, as JSON, in place of all those of the recipe; the image size and the "
+        "vocabulary size are set by --image_size and the tokenizer",
     )
     image_size: int = option(224, "side of the images, in pixels; a loaded model keeps its own")
     max_length: int = option(77, "maximum number of tokens in a caption, including start and end", bound=True)
