@@ -3,13 +3,17 @@
     python benchmarks/emoji_seeds.py [--seeds 0 1 2 3 4] [--config clip-emoji] [--more OPTIONS OF TRAINING]
 
 Each run is a separate process, `accelerate launch -m vlp.training clip --seed N`. The results are written to
-emoji_seeds.json, and the pictures of the first seed are copied to docs/. {seed} in the options is replaced by the seed.
-For example, BLIP-2 uses the BLIP of the same seed with
+emoji_seeds.json, and the pictures of the first seed replace those of docs/. {seed} in the options is replaced by the
+seed. For example, BLIP-2 uses the BLIP of the same seed with
 
     --config blip2-emoji --more --vision_tower runs/blip-emoji-seed-{seed}
     --config blip2-emoji-2 --more --model_name_or_path runs/blip2-emoji-seed-{seed}
 
-With `--config blip-scenes`, composition.py also measures each model.
+With `--config blip-scenes`, composition.py also measures each model. docs/scenes.md shows those that start from the
+captioner of `make cards`:
+
+    --config blip-scenes --more --model_name_or_path build/blip-scenes-captions --max_train_minutes none \\
+        --max_train_steps 3600
 """
 
 import argparse
@@ -70,9 +74,9 @@ def main() -> None:
         if options.config == "blip-scenes":
             runs[str(seed)]["metrics"] |= composition(str(folder))["metrics"]
         if seed == options.seeds[0]:
-            DOCS.mkdir(exist_ok=True)
             for name in ("examples.png", "loss.png"):
-                shutil.copy(folder / name, DOCS / f"{options.config}-{name}")
+                if (shown := DOCS / f"{options.config}-{name}").exists():
+                    shutil.copy(folder / name, shown)
         summary = store(options.config, runs)  # after each run, so that an interruption keeps the finished ones
     for name, values in summary.items():
         print(f"{name:28s} {100 * values['mean']:6.2f} % ({100 * values['min']:.2f} to {100 * values['max']:.2f})")

@@ -38,11 +38,6 @@ ROWS = {
     "bleu_4": "captions, BLEU-4",
     "cider": "captions, CIDEr",
 }
-PRE_TRAINED = (
-    "\nThese start from a captioner that was trained with `--optimizer muon --learning_rate 3e-3 --max_train_steps "
-    "3000`, a quarter of the steps of the included model's captioner: the same one for seeds 0, 2, 3 and 4 in float32, "
-    "and another for seed 1 in bf16."
-)
 WORDS = {
     "README.md": {
         "language": "en",
@@ -227,8 +222,8 @@ def scenes_block() -> str:
         for kind, values in found[0]["groups"].items():
             cells = [*(percent(way["groups"][kind]) for way in guesses), percent(values[metric])]
             lines.append(f"| … {kind} | | {' | '.join(cells)} | |")
-    pre_trained = seeds_table("blip-scenes"), PRE_TRAINED
-    return "\n".join([*lines, "", scenes_seeds(), "", composition_block(WORDS["README.md"]), "", *pre_trained])
+    parts = scenes_seeds(), composition_block(WORDS["README.md"]), seeds_table("blip-scenes")
+    return "\n".join([*lines, *(line for part in parts for line in ("", part))])
 
 
 def scenes_seeds() -> str:
@@ -243,7 +238,8 @@ def scenes_seeds() -> str:
         parts.append(f"{found} of the {what} (seeds {', '.join(runs)})")
     return (
         f"Training depends on the seed: {'; '.join(parts)}. BLIP's runs start from the same `blip-scenes`, and each "
-        "run on statements from the run on questions of the same seed; BLIP-2's include stage 1."
+        "run on statements from the run on questions of the same seed; BLIP-2's include stage 1. The models of "
+        "`blip-scenes` in the last table start from the captioner that `make cards` trains."
     )
 
 
