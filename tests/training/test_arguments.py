@@ -48,7 +48,7 @@ def test_recipes_build_models_of_published_size(name, millions):
         ("", 2000, None), ("--max_train_minutes 3", None, 3.0), ("--max_train_minutes=3", None, 3.0),
         ("--max_train_steps 9", 9, None), ("--num_train_epochs 2", None, None),
         ("--max_train_minutes none", 2000, None), ("--max_train_minutes 3 --max_train_steps 9", 9, 3.0),
-        ("--config blip-emoji --max_train_steps 9", 9, None), ("--config blip-emoji", 1500, None),
+        ("--config blip-emoji --max_train_steps 9", 9, None), ("--config blip-emoji", 2500, None),
         ("--config blip-scenes", None, 15.0),
     ],
 )  # fmt: skip
