@@ -235,7 +235,8 @@ def scenes_seeds() -> str:
                                  ("blip2-scenes-vqa", "vqa_accuracy", "questions by BLIP-2")):  # fmt: skip
         runs = stored[config]["seeds"]
         found = ", ".join(percent(run["metrics"][metric]) for run in runs.values())
-        parts.append(f"{found} of the {what} (seeds {', '.join(runs)})")
+        steps = format(next(iter(runs.values()))["steps"], ",")
+        parts.append(f"{found} of the {what} after {steps} steps (seeds {', '.join(runs)})")
     return (
         f"Training depends on the seed: {'; '.join(parts)}. BLIP's runs start from the same `blip-scenes`, and each "
         "run on statements from the run on questions of the same seed; BLIP-2's include stage 1. The models of "
