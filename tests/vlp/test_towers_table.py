@@ -49,14 +49,14 @@ def adapted(model, processor, folder: Path, part: str) -> None:
 
 def exported_to_onnx(model, processor, folder: Path, part: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    export(AutoModel.from_pretrained(folder / "clip"), folder / "onnx")
+    files = export(AutoModel.from_pretrained(folder / "clip"), processor, folder / "exported", quantized=False) / "onnx"
     side = model.config.vision_config.image_size
     tokens, pixels = processor.tokenize(CAPTIONS, 20)["input_ids"], torch.randn(3, 3, side, side)
     with torch.no_grad():
-        cases = {"image": (pixels, "pixel_values", model.get_image_features(pixels).pooler_output),
-                 "text": (tokens, "input_ids", model.get_text_features(tokens).pooler_output)}  # fmt: skip
+        cases = {"vision_model": (pixels, "pixel_values", model.get_image_features(pixels).pooler_output),
+                 "text_model": (tokens, "input_ids", model.get_text_features(tokens).pooler_output)}  # fmt: skip
     for name, (value, given, expected) in cases.items():
-        session = onnxruntime.InferenceSession(folder / "onnx" / f"{name}.onnx")
+        session = onnxruntime.InferenceSession(files / f"{name}.onnx")
         found = torch.tensor(session.run(None, {given: value.numpy()})[0])
         assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
