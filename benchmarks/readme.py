@@ -222,8 +222,8 @@ def scenes_block() -> str:
         for kind, values in found[0]["groups"].items():
             cells = [*(percent(way["groups"][kind]) for way in guesses), percent(values[metric])]
             lines.append(f"| … {kind} | | {' | '.join(cells)} | |")
-    parts = scenes_seeds(), composition_block(WORDS["README.md"]), seeds_table("blip-scenes")
-    return "\n".join([*lines, *(line for part in parts for line in ("", part))])
+    tables = composition_block(WORDS["README.md"]), seeds_table("blip-scenes")
+    return "\n\n".join(["\n".join(lines), scenes_seeds(), *tables])
 
 
 def scenes_seeds() -> str:
